@@ -1,0 +1,246 @@
+"""Figures: saving is whole, labelled and repeatable; every plot function draws small data and refuses wrong data."""
+
+import copy
+import io
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from krause_repro import figures
+
+CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [0.1, 0.0, 0.05]}
+ONE_CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [None, None, None]}
+NAMED = {"label": "KViT", "kind": "krause"}
+GRID = {"score": [0.1, 0.9, 0.5, 0.3], "window": [True, True, True, False], "selected": [False, True, True, False],
+        "weights": [0, 0.64, 0.36, 0]}
+EXAMPLES = {
+    "plot_bifurcation": {"radii": [0.1, 0.3], "opinions": [[0.2, 0.2, 0.8], [0.5, 0.5, 0.5]], "agents": 3},
+    "plot_particles": {"panels": [
+        {"title": "circle", "kind": "krause", "dimension": 2, "times": [0, 1], "snapshots": [[[1, 0], [0, 1]], [[1, 0], [1, 0]]]},
+        {"title": "sphere", "kind": "softmax", "dimension": 3, "times": [0], "snapshots": [[[1, 0, 0], [-1, 0, 0]]]}]},
+    "plot_particle_statistics": {"starts": 3, "series": [
+        {**NAMED, "times": [0, 1, 2], "order": CURVE, "clusters": CURVE, "diameter": ONE_CURVE}]},
+    "plot_mechanism": {"height": 2, "width": 2, "query": 0, "sigma": 2.5, "top_k": 2, **GRID},
+    "plot_training_curves": {"seeds": 1, "series": [
+        {**NAMED, "epochs": [1, 2, 3], "validation_accuracy": CURVE, "train_loss": {"epochs": [0.5, 1, 2], **ONE_CURVE}},
+        {"label": "ViT", "kind": "softmax", "epochs": [1, 2, 3], "validation_accuracy": {"mean": [0.1, None, 0.3], "sd": None},
+         "train_loss": {"epochs": [0.5, 1, 2], **CURVE}}]},
+    "plot_accuracy": {"metric": "test accuracy", "chance": 0.1, "rows": [
+        {**NAMED, "values": [0.8, 0.82], "mean": 0.81, "sd": 0.014}, {**NAMED, "values": [0.7], "mean": 0.7, "sd": None}]},
+    "plot_sigma": {"layers": [1, 2, 3], "seeds": 2, "series": [{**NAMED, "initial": 2.5, **CURVE}]},
+    "plot_attention_maps": {"image": [[0.0, 1.0], [0.5, 0.2]], "grid": [2, 2], "query": [0, 1], "rows": [
+        {**NAMED, "layer": 1, "heads": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
+        {**NAMED, "layer": 2, "heads": [[0.1, 0.2, 0.3, 0.4]]}]},
+}
+SAVE = {"caption": "Opinions ‖x‖ · an example.", "notebook": "25_figures", "seeds": 3}
+
+
+def draw(name="plot_bifurcation"):
+    "A fresh figure of one plot function on its example."
+    return getattr(figures, name)(copy.deepcopy(EXAMPLES[name]))
+
+
+def pixels(source):
+    "The pixels of a figure or a saved PNG."
+    if isinstance(source, Figure):
+        buffer = io.BytesIO()
+        source.savefig(buffer, format="png", dpi=50)
+        source = buffer
+    with Image.open(source) as image:
+        return np.asarray(image.convert("RGB")).copy()
+
+
+def test_examples_cover_every_plot_function():
+    assert set(EXAMPLES) == {name for name in figures.__all__ if name.startswith("plot_")}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_plot_draws_labels_its_axes_and_changes_nothing_global(name):
+    data, settings = copy.deepcopy(EXAMPLES[name]), dict(matplotlib.rcParams)
+    fig = getattr(figures, name)(data)
+    assert isinstance(fig, Figure)
+    assert data == EXAMPLES[name]
+    assert dict(matplotlib.rcParams) == settings
+    assert Image.open(io.BytesIO(fig._repr_png_())).size[0] == figures.WIDTH * figures.INLINE_DPI
+    for ax in (ax for ax in fig.axes if ax.axison):
+        labels = [axis.get_label_text() for axis in (ax.xaxis, ax.yaxis) if any(t.get_text() for t in axis.get_majorticklabels())]
+        assert all(labels), f"{name}: an axis with ticks has no label"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_plot_names_each_missing_key(name):
+    for key in EXAMPLES[name]:
+        data = {k: v for k, v in EXAMPLES[name].items() if k != key}
+        with pytest.raises(ValueError, match=f"data has no .*{key}"):
+            getattr(figures, name)(data)
+    with pytest.raises(TypeError, match="data is list"):
+        getattr(figures, name)([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "message"),
+    [
+        ("plot_bifurcation", ["opinions"], [[0.1]], r"data has lists of different lengths.*radii"),
+        ("plot_bifurcation", ["radii"], [], r"nothing in radii"),
+        ("plot_particles", ["panels", 0, "dimension"], 4, r"data\['panels'\]\[0\] has dimension 4; allowed are 2"),
+        ("plot_particles", ["panels", 1, "snapshots", 0], [[1, 0]], r"panels'\]\[1\].*shape \(1, 2\); give \(particles, 3\)"),
+        ("plot_particles", ["panels", 0, "times"], [0], r"panels'\]\[0\] has lists of different lengths"),
+        ("plot_particles", ["panels", 0, "kind"], "quantum", r"kind 'quantum'; allowed are krause, softmax"),
+        ("plot_particle_statistics", ["series", 0, "order"], {"mean": [1, 2, 3]}, r"series'\]\[0\]\['order'\] has no sd"),
+        ("plot_particle_statistics", ["series", 0, "times"], [0, 1], r"different lengths.*'x': 2, 'mean': 3"),
+        ("plot_mechanism", ["score"], [0.1], r"different lengths.*'score': 1"),
+        ("plot_training_curves", ["series", 1, "train_loss"], {}, r"series'\]\[1\]\['train_loss'\] has no epochs"),
+        ("plot_accuracy", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
+        ("plot_accuracy", ["rows", 1, "values"], [], r"rows'\]\[1\] has nothing in values"),
+        ("plot_sigma", ["layers"], [1, 2], r"different lengths"),
+        ("plot_sigma", ["series", 0], {**NAMED, **CURVE}, r"series'\]\[0\] has no initial"),
+        ("plot_attention_maps", ["image"], [0.0, 1.0], r"image has shape \(2,\)"),
+        ("plot_attention_maps", ["query"], [2, 0], r"query is \[2, 0\]; give 'cls'"),
+        ("plot_attention_maps", ["rows", 0, "heads", 0], [1.0], r"rows'\]\[0\] has heads of \[1, 4\] weights"),
+        ("plot_attention_maps", ["rows", 0, "cls_weight"], [0.1], r"rows'\]\[0\] has lists of different lengths"),
+    ],
+)
+def test_plot_refuses_wrong_values(name, path, value, message):
+    data = copy.deepcopy(EXAMPLES[name])
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        getattr(figures, name)(data)
+
+
+def test_one_seed_has_no_spread_and_a_gap_stays_a_gap():
+    accuracy = draw("plot_accuracy").axes[0]
+    assert [text.get_text() for text in accuracy.texts] == ["81.00 ± 1.40", "70.00"]
+    assert accuracy.get_xlabel() == "test accuracy (%), shown from 68 to 84; chance is 10"
+    _, gap = (line.get_ydata() for line in draw("plot_training_curves").axes[0].lines)
+    np.testing.assert_array_equal(np.isnan(gap), [False, True, False])
+
+
+def test_a_dot_stands_for_its_share():
+    places, shares = figures._merged(np.array([[0.2], [0.201], [0.8], [0.2]]))
+    assert places.tolist() == [[0.2], [0.8]] and shares.tolist() == [0.75, 0.25]
+
+
+def test_view_keeps_lengths_and_tells_front_from_back():
+    points = np.random.default_rng(0).normal(size=(20, 3))
+    places, nearness = figures._view(points)
+    np.testing.assert_allclose((places**2).sum(1) + nearness**2, (points**2).sum(1))
+    toward = np.array([np.cos(0.4) * np.cos(0.6), np.cos(0.4) * np.sin(0.6), np.sin(0.4)])
+    np.testing.assert_allclose(figures._view(toward[None])[1], [1])
+
+
+def test_cls_query_and_colour_image_are_drawn():
+    data = copy.deepcopy(EXAMPLES["plot_attention_maps"]) | {"query": "cls", "image": np.zeros((4, 4, 3)).tolist()}
+    fig = figures.plot_attention_maps(data)
+    assert fig.axes[0].get_title() == "CLS query" and not fig.axes[0].patches
+
+
+@pytest.mark.parametrize("name", ["plot_particles", "plot_mechanism", "plot_attention_maps"])
+def test_same_numbers_give_the_same_bytes(tmp_path, name):
+    fig, shown = draw(name), draw(name)
+    shown._repr_png_()
+    saved = [[path.read_bytes() for path in figures.save_figure(one, "a_name", profile="smoke", root=tmp_path, **SAVE)]
+             for one in (fig, fig, shown)]
+    assert saved[0] == saved[1] == saved[2]
+
+
+def test_saved_files_say_what_they_show(tmp_path):
+    for name in ("second", "first"):
+        png, svg = figures.save_figure(draw(), name, profile="desk", root=tmp_path, **SAVE)
+        assert (png, svg) == (tmp_path / "figures" / f"{name}.png", tmp_path / "figures" / f"{name}.svg")
+    index = figures.figure_index("desk", root=tmp_path)
+    assert [entry["name"] for entry in index] == ["first", "second"]
+    folder = tmp_path / "figures"
+    assert index[0] == {"name": "first", "caption": SAVE["caption"], "notebook": "25_figures", "profile": "desk",
+                        "png": folder / "first.png", "svg": folder / "first.svg"}
+    text = svg.read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    assert SAVE["caption"] in text and "25_figures" in text and "dc:date" not in text
+    assert Image.open(png).size[0] == figures.WIDTH * figures.DPI
+    assert figures.figure_index("smoke", root=tmp_path) == []
+
+
+def test_index_names_a_stranger(tmp_path):
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "figures" / "stranger.png")
+    with pytest.raises(ValueError, match="stranger.png carries no Title, Description, Source, Comment"):
+        figures.figure_index("desk", root=tmp_path)
+
+
+def test_only_smoke_is_stamped(tmp_path, monkeypatch):
+    fig, words = draw(), []
+    savefig = fig.savefig
+    monkeypatch.setattr(fig, "savefig", lambda *a, **k: (words.append([t.get_text() for t in fig.texts]), savefig(*a, **k)))
+    saved = {profile: figures.save_figure(fig, "a_name", profile=profile, root=tmp_path, **SAVE)[0]
+             for profile in figures.FIGURE_PROFILES}
+    assert words == 2 * [["smoke profile · 3 seeds", figures.SMOKE_STAMP]] + 2 * [["desk profile · 3 seeds"]] + 2 * [
+        ["paper profile · 3 seeds"]]
+    assert saved["smoke"] == tmp_path / "runs" / "smoke" / "figures" / "a_name.png"
+    drawn = {profile: pixels(path)[40:] for profile, path in saved.items()}  # below the line that names the profile
+    np.testing.assert_array_equal(drawn["desk"], drawn["paper"])
+    assert (drawn["desk"] != drawn["smoke"]).any(axis=2).mean() > 0.01
+
+
+def test_saving_leaves_the_figure_as_it_was(tmp_path):
+    fig = draw("plot_particle_statistics")
+    before, artists = pixels(fig), list(fig.get_children())
+    state = (fig.get_dpi(), tuple(fig.get_size_inches()), fig.get_layout_engine())
+    figures.save_figure(fig, "a_name", profile="smoke", root=tmp_path, **SAVE)
+    assert list(fig.get_children()) == artists
+    assert (fig.get_dpi(), tuple(fig.get_size_inches()), fig.get_layout_engine()) == state
+    np.testing.assert_array_equal(pixels(fig), before)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("breaks", ["png", "svg"])
+def test_a_failed_save_leaves_whole_files_or_none(tmp_path, monkeypatch, earlier, breaks):
+    fig, saved = draw(), {}
+    if earlier:
+        saved = {path: path.read_bytes() for path in figures.save_figure(fig, "a_name", profile="desk", root=tmp_path, **SAVE)}
+    savefig = fig.savefig
+
+    def half(path, format, **options):
+        if format == breaks:
+            path.write_bytes(b"half of a fig")
+            raise OSError("no space left on device")
+        savefig(path, format=format, **options)
+
+    monkeypatch.setattr(fig, "savefig", half)
+    with pytest.raises(OSError, match="no space"):
+        figures.save_figure(fig, "a_name", profile="desk", root=tmp_path, **SAVE | {"caption": "Another."})
+    assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == saved
+    assert fig.texts == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "Two Words"}, "name is 'Two Words'"),
+        ({"name": "../escape"}, "name is"),
+        ({"profile": "test"}, "profile is 'test'; allowed are smoke, desk, paper"),
+        ({"caption": "  "}, "caption is"),
+        ({"caption": None}, "caption is None"),
+        ({"notebook": "figures.ipynb"}, "notebook is 'figures.ipynb'"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"fig": "a figure"}, "fig is str"),
+    ],
+)
+def test_save_refuses_what_could_not_be_found_again(tmp_path, change, message):
+    arguments = {"fig": Figure(), "name": "a_name", "profile": "desk", "root": tmp_path, **SAVE} | change
+    with pytest.raises(TypeError if "fig" in change else ValueError, match=message):
+        figures.save_figure(**arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_colours_are_distinct_and_the_style_ends_with_its_block():
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+    with matplotlib.rc_context({"font.size": 31, "axes.grid": False}):
+        with figures.house_style():
+            assert matplotlib.rcParams["font.size"] == figures.STYLE["font.size"]
+        assert matplotlib.rcParams["font.size"] == 31
