@@ -122,7 +122,8 @@ def load_into(
 ) -> None:
     "Load every tensor, or raise a `ValueError` that lists what is missing, left over or of another shape."
     own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state] + [f"not in this model: {name}" for name in state if name not in own]
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"not in this model: {name}" for name in state if name not in own]
     problems += [
         f"{name} is {tuple(state[name].shape)}, needed {tuple(own[name].shape)}"
         for name in own if name in state and state[name].shape != own[name].shape
@@ -140,7 +141,8 @@ def load_author_checkpoint(
 ) -> nn.Module:  # in eval mode
     """One of the authors' models, in our classes and with their weights.
 
-    Raises `ValueError` for an unknown kind or argument and for tensors that do not fit, naming them; `FileNotFoundError` for a missing file.
+    Raises `ValueError` for an unknown kind or argument and for tensors that do not fit, naming them,
+    and `FileNotFoundError` for a missing file.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INTEGRATORS', 'distances', 'hk_step', 'hk_run', 'hk_bifurcation', 'uniform_sphere', 'interaction_graph',
-           'interaction_weights', 'velocity', 'euler_step', 'rk4_step', 'Trajectory', 'flow', 'observed_order',
-           'order_parameter', 'diameter', 'clusters', 'cluster_count', 'closed_groups', 'unit_multiplicity',
-           'exponential_fit']
+           'interaction_weights', 'tangent', 'velocity', 'euler_step', 'rk4_step', 'Trajectory', 'flow',
+           'observed_order', 'order_parameter', 'diameter', 'clusters', 'cluster_count', 'closed_groups',
+           'unit_multiplicity', 'exponential_fit']
 
 # %% ../nbs/00_dynamics.ipynb #ed768ceb
 import math
@@ -131,13 +131,13 @@ def _kth_smallest(values: Tensor, k: int) -> Tensor:  # (..., N) -> (..., 1)
 
 # %% ../nbs/00_dynamics.ipynb #69448195
 def _graph(x: Tensor, radius: float | None, top_k: int | None) -> Tensor | None:  # None: everybody hears everybody
-    if radius is None and (top_k is None or top_k >= x.shape[-2]):
+    selective = top_k is not None and top_k < x.shape[-2]
+    if radius is None and not selective:
         return None
     dist = distances(x)  # (..., N, N)
-    graph = dist <= (math.inf if radius is None else radius)
-    if top_k is not None and top_k < x.shape[-2]:
-        graph &= dist <= _kth_smallest(dist, top_k)
-    return graph
+    if not selective:
+        return dist <= radius
+    return dist <= _kth_smallest(dist, top_k).clamp(max=math.inf if radius is None else radius)
 
 # %% ../nbs/00_dynamics.ipynb #124a3827
 def _check_graph(radius: float | None, top_k: int | None) -> None:
@@ -197,14 +197,34 @@ def interaction_weights(
     _check_graph(radius, top_k)
     return _weights(x, sigma, beta, _graph(x, radius, top_k))
 
-# %% ../nbs/00_dynamics.ipynb #fdf839b8
+# %% ../nbs/00_dynamics.ipynb #b4c63df0
+def tangent(
+    x: Tensor,  # unit vectors (..., N, d)
+    v: Tensor,  # any vectors (..., N, d)
+) -> Tensor:  # (..., N, d), orthogonal to x
+    "The part of v that is tangent to the sphere at x."
+    return v - x * (x * v).sum(-1, keepdim=True)
+
+
 def velocity(
     x: Tensor,  # unit vectors (..., N, d)
     weights: Tensor,  # row-stochastic matrix (..., N, N)
 ) -> Tensor:  # tangent vectors (..., N, d)
-    "The pull of the weighted mean, projected on the tangent space at each particle (arXiv 2312.10794)."
-    pull = weights @ x
-    return pull - x * (x * pull).sum(-1, keepdim=True)
+    "Pull of the weighted mean on each particle, along the sphere (arXiv 2312.10794)."
+    return tangent(x, weights @ x)
+
+# %% ../nbs/00_dynamics.ipynb #be2a1261
+def _pull(x: Tensor, sigma: float | None, beta: float | None, heard: Tensor | None) -> Tensor:  # heard: 0/1, (..., N, N)
+    half, one = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / 2, torch.ones_like(x[..., :1])
+    if beta is None:
+        exponent = torch.cat([x, -half, one], -1) @ torch.cat([x, one, -half], -1).mT  # (..., N, N)
+    else:  # the row constant -beta ‖x_i‖² cancels
+        exponent = torch.cat([x, -2 * half], -1) @ torch.cat([x, one], -1).mT
+    score = exponent.mul_(sigma**-2 if beta is None else beta).exp_()
+    if heard is not None:
+        score = score.mul_(heard)
+    total = score @ torch.cat([x, one], -1)  # (..., N, d + 1)
+    return total[..., :-1] / total[..., -1:]
 
 # %% ../nbs/00_dynamics.ipynb #51f104bf
 def euler_step(field: Callable[[Tensor], Tensor], x: Tensor, step: float) -> Tensor:
@@ -232,7 +252,7 @@ class Trajectory(NamedTuple):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _check_flow(x: Tensor, step: float, steps: int, integrator: str, record_every: int) -> None:
@@ -274,7 +294,8 @@ def flow(
     states = [x]
     for count in range(1, steps + 1):
         graph = _graph(x, radius, top_k)
-        x = _unit(advance(lambda y: velocity(y := _unit(y), _weights(y, sigma, beta, graph)), x, step))  # noqa: B023
+        heard = None if graph is None else graph.to(x.dtype)
+        x = _unit(advance(lambda y: tangent(y := _unit(y), _pull(y, sigma, beta, heard)), x, step))  # noqa: B023
         if count % record_every == 0:
             states.append(x)
     times = torch.arange(len(states), dtype=x.dtype, device=x.device) * (step * record_every)

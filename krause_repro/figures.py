@@ -300,7 +300,7 @@ def _draw_particles(ax: Axes, points: list[list[float]], dimension: int, colour:
     if dimension == 3:
         _wireframe(ax)
         places, nearness = _view(places)
-    _dots(ax, places, shares, colour, 7, 150, faint=False)
+    _dots(ax, places, shares, colour, 7, 150, faint=nearness < 0)
     ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 

@@ -244,5 +244,6 @@ def get_recipe(
     "The paper's recipe of that name; a `ValueError` names the nearest ones if there is none."
     if name not in RECIPES:
         near = difflib.get_close_matches(str(name), RECIPES, n=3, cutoff=0.4) or sorted(RECIPES)[:3]
-        raise ValueError(f"recipe must be one of the {len(RECIPES)} names that `krause-repro list` shows, such as {', '.join(near)}; got {name!r}")
+        shown = f"the {len(RECIPES)} names that `krause-repro list` shows, such as {', '.join(near)}"
+        raise ValueError(f"recipe must be one of {shown}; got {name!r}")
     return RECIPES[name]

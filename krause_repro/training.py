@@ -8,7 +8,6 @@ __all__ = ['Run', 'run_path', 'check_run', 'ClassificationTrainer', 'training_ar
 
 # %% ../nbs/22_training.ipynb #c94e9b86
 import json
-import logging
 import math
 import os
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
@@ -191,13 +191,16 @@ def save_model(
             os.replace(Path(temporary) / name, path / name)
 
 # %% ../nbs/22_training.ipynb #777e03a3
+def _old(run: Run) -> Path:
+    return run.path.with_name(f".{run.path.name}.old")
+
+
 def _start(run: Run, restart: bool) -> None:
-    if restart and run.path.exists():
-        old = run.path.with_name(f".{run.path.name}.old")  # kept until the new run has begun to exist
-        shutil.rmtree(old, ignore_errors=True)
-        run.path.rename(old)
-        shutil.rmtree(old)
-    check_run(run)
+    if restart and run.finished:  # the finished run is kept aside until the new one has finished as well
+        shutil.rmtree(_old(run), ignore_errors=True)
+        run.path.rename(_old(run))
+    elif restart:
+        shutil.rmtree(run.path, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
     if not (run.path / "recipe.json").is_file():
         write_json(run.path / "environment.json", environment())
@@ -215,20 +218,23 @@ def _finish(run: Run, trainer: ClassificationTrainer) -> None:
         "seconds": seconds, "steps": state.global_step, "chosen_epoch": best["epoch"], "held_out_accuracy": state.best_metric,
         "parameters": trainer.model.num_parameters(), "threads": torch.get_num_threads(),
     })
+    shutil.rmtree(_old(run), ignore_errors=True)
 
 # %% ../nbs/22_training.ipynb #b41d2314
 def train(
     recipe: ImageClassificationRecipe,  # under the profile that is wanted: `get_recipe(name).at(profile)`
     seed: int = 0,  # of initialisation, data order and augmentation
     runs: str | Path = "runs",  # folder of run directories, relative to the project
-    restart: bool = False,  # begin anew, deleting what the run's directory holds
+    restart: bool = False,  # begin anew; a finished run is kept aside until the new one has finished
     progress: bool = True,  # show a progress bar
     source: str | Path | None = None,  # the user's data folder
+    callbacks: tuple[TrainerCallback, ...] = (),  # called by Trainer beside our own
 ) -> Run:
     """Train a recipe, or continue a run that was interrupted, or return the finished run.
 
-    The best epoch is chosen by accuracy on held-out training images. On a CPU a continued run ends with the weights of an uninterrupted one, bit for bit.
-    Raises `ValueError` if the directory holds a run of another recipe, `FileNotFoundError` if the data cannot be found: both before any work.
+    The best epoch is chosen by accuracy on held-out training images.
+    On a CPU a continued run ends with the weights of an uninterrupted one, bit for bit.
+    Raises, before any work, `ValueError` if the directory holds a run of another recipe and `FileNotFoundError` without data.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer ≥ 0, got {seed!r}")
@@ -240,10 +246,13 @@ def train(
         if run.finished:
             return run
     splits = load_splits(recipe, source)
-    _start(run, restart)
+    processes = PartialState()
+    with processes.main_process_first():  # one process prepares the directory, the others find it
+        _start(run, restart and processes.is_main_process)
     set_seed(seed)
     trainer = build_trainer(recipe, VisionTransformer(recipe.config), splits, run.path / "checkpoints", seed, progress)
-    trainer.add_callback(RunWriter(run.path))
+    for callback in (RunWriter(run.path), *callbacks):
+        trainer.add_callback(callback)
     checkpoint = last_checkpoint(run.path / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(run, trainer)

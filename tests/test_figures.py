@@ -135,13 +135,19 @@ def test_view_keeps_lengths_and_tells_front_from_back():
     np.testing.assert_allclose(figures._view(toward[None])[1], [1])
 
 
+def test_the_far_side_is_faint():
+    dots = draw("plot_particles").axes[2].collections[0]
+    nearness = figures._view(figures._merged(np.array(EXAMPLES["plot_particles"]["panels"][1]["snapshots"][0]))[0])[1]
+    assert dots.get_alpha().tolist() == [0.25 if near < 0 else 0.8 for near in nearness] and set(dots.get_alpha()) == {0.25, 0.8}
+
+
 def test_cls_query_and_colour_image_are_drawn():
     data = copy.deepcopy(EXAMPLES["plot_attention_maps"]) | {"query": "cls", "image": np.zeros((4, 4, 3)).tolist()}
     fig = figures.plot_attention_maps(data)
     assert fig.axes[0].get_title() == "CLS query" and not fig.axes[0].patches
 
 
-@pytest.mark.parametrize("name", ["plot_particles", "plot_mechanism", "plot_attention_maps"])
+@pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps"])
 def test_same_numbers_give_the_same_bytes(tmp_path, name):
     fig, shown = draw(name), draw(name)
     shown._repr_png_()
@@ -188,7 +194,7 @@ def test_only_smoke_is_stamped(tmp_path, monkeypatch):
 
 
 def test_saving_leaves_the_figure_as_it_was(tmp_path):
-    fig = draw("plot_particle_statistics")
+    fig = draw("plot_sigma")
     before, artists = pixels(fig), list(fig.get_children())
     state = (fig.get_dpi(), tuple(fig.get_size_inches()), fig.get_layout_engine())
     figures.save_figure(fig, "a_name", profile="smoke", root=tmp_path, **SAVE)
