@@ -151,8 +151,8 @@ DESK = {
 
 # %% ../nbs/20_recipes.ipynb #094b2c3f
 SMOKE = {
-    "seeds": (0, 1), "width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "epochs": 2, "warmup_epochs": 0.5, "batch_size": 64,
-    "lr": 1e-3, "train_images": 512, "test_images": 256, "held_out": 128, "bf16": False,
+    "seeds": (0, 1), "width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "drop_path": 0.1, "epochs": 2, "warmup_epochs": 0.5,
+    "batch_size": 64, "lr": 1e-3, "train_images": 512, "test_images": 256, "held_out": 128, "bf16": False,
 }
 
 # %% ../nbs/20_recipes.ipynb #853fa482

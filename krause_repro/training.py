@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageClassification, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from .data import Collator, Splits, load_splits
@@ -142,10 +142,12 @@ def build_trainer(
     "A Trainer for this recipe, model and data."
     steps = math.ceil(len(splits.train) / recipe.batch_size)
     arguments = training_arguments(recipe, folder, seed, steps, progress)
-    return ClassificationTrainer(
+    trainer = ClassificationTrainer(
         model, arguments, data_collator=Collator(recipe, training=True), eval_collator=Collator(recipe, training=False),
         train_dataset=splits.train, eval_dataset=splits.held_out, compute_metrics=accuracy,
     )
+    trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line; they are in metrics.jsonl
+    return trainer
 
 # %% ../nbs/22_training.ipynb #ea22fb00
 class RunWriter(TrainerCallback):

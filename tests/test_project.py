@@ -1,0 +1,159 @@
+"""The project as a package: modules are what the notebooks export, metadata has one source, the commands exist."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def contents(folder):
+    "Every file of the book and the library below a folder, with its bytes."
+    paths = [path for part in ("nbs", "krause_repro") for path in (folder / part).rglob("*")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths
+            if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)}
+
+
+def copy_project(target):
+    "Copy what nbdev reads and writes."
+    for part in ("nbs", "krause_repro"):
+        shutil.copytree(ROOT / part, target / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, target / name)
+
+
+def run_in(folder, home, *command):
+    "Run a command of this environment in a folder, with a home and settings of its own."
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("NBDEV", "PYTHONPATH"))}
+    environment = {**variables, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "XDG_CACHE_HOME": str(home / ".cache")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def changed(before, after):
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    project, home = tmp_path / "project", tmp_path / "home"
+    home.mkdir()
+    copy_project(project)
+    before = contents(project)
+    run_in(project, home, BIN / "nbdev_export")
+    assert changed(before, contents(project)) == []
+    run_in(project, home, BIN / "nbdev_clean")
+    assert changed(before, contents(project)) == []
+
+
+def test_a_change_of_a_notebook_would_be_seen(tmp_path):
+    project, home = tmp_path / "project", tmp_path / "home"
+    home.mkdir()
+    copy_project(project)
+    module = project / "krause_repro" / "runner.py"
+    module.write_text(module.read_text(encoding="utf-8") + "\nedited_by_hand = True\n", encoding="utf-8")
+    before = contents(project)
+    run_in(project, home, BIN / "nbdev_export")
+    assert changed(before, contents(project)) == ["krause_repro/runner.py"]
+    assert module.read_bytes() == (ROOT / "krause_repro" / "runner.py").read_bytes()
+
+
+def test_requirements_are_those_the_book_runs_on(settings):
+    required = {re.match(r"[A-Za-z0-9._-]+", item).group(): item for item in settings["requirements"].split()}
+    needed = {"torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "matplotlib",
+              "nbdev", "execnb", "fastcore", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "jupyter", "tqdm"}
+    assert needed - set(required) == set()
+    assert [required[name] for name in ("nbdev", "execnb", "fastcore")] == ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore>=1.8,<2"]
+    assert {re.match(r"[A-Za-z0-9._-]+", item).group() for item in settings["dev_requirements"].split()} >= {"pytest", "ruff"}
+
+
+def test_installed_versions_satisfy_the_requirements(settings):
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(item) for item in f"{settings['requirements']} {settings['dev_requirements']}".split()]
+    assert [str(item) for item in wanted if not item.specifier.contains(version(item.name), prereleases=True)] == []
+
+
+def test_settings_keep_the_tag_that_papermill_looks_for(settings):
+    assert "tags" in settings["allowed_cell_metadata_keys"].split()
+    assert settings["nbs_path"] == "nbs" and settings["lib_path"] == "krause_repro"
+
+
+def test_published_numbers_are_built_into_the_package(tmp_path):
+    assert files("krause_repro").joinpath("published.json").is_file()
+    copy_project(tmp_path / "project")
+    run_in(tmp_path / "project", tmp_path, sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "built"))
+    built = {path.name for path in (tmp_path / "built" / "krause_repro").iterdir()}
+    assert built >= {path.name for path in (ROOT / "krause_repro").glob("*.py")} | {"published.json"}
+
+
+def test_the_command_is_installed(settings):
+    (script,) = entry_points(group="console_scripts", name="krause-repro")
+    assert script.value == "krause_repro.runner:main"
+    assert settings["console_scripts"] == "krause-repro=krause_repro.runner:main"
+    assert callable(script.load())
+
+
+def test_version_is_stated_once(settings):
+    from importlib.metadata import version
+
+    import krause_repro
+
+    assert krause_repro.__version__ == settings["version"] == version("krause_repro")
+
+
+def test_continuous_integration_tests_and_walks_the_path():
+    script = ROOT / ".ci" / "run"
+    lines = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "set -euo pipefail"
+    assert lines[-2:] == ["make test", "make figures PROFILE=smoke"]
+    assert os.access(script, os.X_OK)
+
+
+def make(*arguments):
+    "The commands that make would run."
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "krause-repro" in line or "pytest" in line]
+
+
+@pytest.mark.parametrize(("arguments", "commands"), [
+    ([], ["data fashion_mnist", "run --profile 'smoke'"]),
+    (["figures", "PROFILE=desk", "ONLY=31", "TRAIN=missing"],
+     ["data fashion_mnist", "run --profile 'desk' --only '31' --train 'missing'"]),
+    (["book", "ONLY=31"], ["book --only '31'"]),
+    (["site", "PROFILE=desk"], ["site --profile 'desk'"]),
+])
+def test_make_passes_its_settings_on(arguments, commands):
+    assert [line.split("krause-repro ", 1)[1].strip() for line in make(*arguments)] == commands
+
+
+def test_make_help_lists_every_target():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == ["figures", "book", "test", "site", "help"]
+
+
+def test_nothing_chooses_a_backend_that_hides_figures():
+    for path in (ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "krause_repro" / "runner.py"):
+        assert "MPLBACKEND" not in path.read_text(encoding="utf-8")
+
+
+def test_what_a_run_makes_is_ignored_by_git():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert {".venv/", "runs/", "results/smoke/"} <= set(ignored)
