@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'METRICS', 'IMPLEMENTATIONS', 'pairwise_energy', 'check_integer', 'Neighborhood', 'Full', 'CausalWindow',
            'GridWindow', 'select', 'normalise', 'score_temperature', 'attention_weights', 'check_attention_arguments',
-           'weighted_sum', 'choose_implementation', 'krause_attention', 'krause_attention_weights', 'attention_stages',
-           'mechanism_example', 'merge_heads', 'KrauseAttention']
+           'weighted_sum', 'attend', 'choose_implementation', 'krause_attention', 'krause_attention_weights',
+           'attention_stages', 'mechanism_example', 'merge_heads', 'KrauseAttention']
 
 # %% ../nbs/01_attention.ipynb #ac56195c
 import math
@@ -254,6 +254,22 @@ def weighted_sum(
     return (F.dropout(weights, dropout) if dropout else weights).to(value.dtype) @ value
 
 # %% ../nbs/01_attention.ipynb #e72d77d9
+def attend(
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, H, T, D)
+    value: Tensor,  # (B, H, T, Dv)
+    neighborhood: Neighborhood,
+    top_k: int | None = None,  # keys kept in each row; None keeps the whole neighbourhood
+    *,
+    score: str = "krause",  # one of `SCORES`
+    sigma: Tensor | float | None = None,  # bandwidth, a number or (H,); for the Krause score only
+    dropout: float = 0.0,  # probability of dropping a weight
+    key_mask: Tensor | None = None,  # (B, T) bool, False = padding
+) -> Tensor:  # (B, H, T, Dv)
+    "The reference attention: dense weights, then the weighted sum."
+    return weighted_sum(attention_weights(query, key, neighborhood, top_k, score=score, sigma=sigma, key_mask=key_mask), value, dropout)
+
+# %% ../nbs/01_attention.ipynb #16c49117
 IMPLEMENTATIONS = ("auto", "reference", "gathered")
 
 
@@ -261,20 +277,20 @@ def choose_implementation(
     implementation: str,  # one of `IMPLEMENTATIONS`
     neighborhood: Neighborhood,
     key_mask: Tensor | None = None,  # (B, T) bool
-) -> Callable[..., Tensor]:  # a function with the arguments and the result of `attention_weights`
-    "The function that computes the weights; a `ValueError` if the implementation asked for cannot do what is asked."
+) -> Callable[..., Tensor]:  # a function with the arguments of `attend`
+    "The function that attends; a `ValueError` if the implementation asked for cannot do what is asked."
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     fits = isinstance(neighborhood, GridWindow) and key_mask is None
     if implementation == "gathered" and not fits:
         raise ValueError(f"implementation 'gathered' needs a GridWindow and no key_mask, got {neighborhood!r}; use 'auto' or 'reference'")
     if implementation == "reference" or not fits:
-        return partial(attention_weights, key_mask=key_mask)
-    from krause_repro.fast_attention import gathered_weights  # notebook 02 builds on this one
+        return partial(attend, key_mask=key_mask)
+    from krause_repro.fast_attention import gathered_attention  # notebook 02 builds on this one
 
-    return gathered_weights
+    return gathered_attention
 
-# %% ../nbs/01_attention.ipynb #16c49117
+# %% ../nbs/01_attention.ipynb #233e7d3b
 def krause_attention(
     query: Tensor,  # (B, H, T, D)
     key: Tensor,  # (B, H, T, D)
@@ -293,8 +309,8 @@ def krause_attention(
     Raises `ValueError` or `TypeError`, before any work, for arguments that do not fit together.
     """
     check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout)
-    weights = choose_implementation(implementation, neighborhood, key_mask)(query, key, neighborhood, top_k, sigma=sigma)
-    return weighted_sum(weights, value, dropout)
+    compute = choose_implementation(implementation, neighborhood, key_mask)
+    return compute(query, key, value, neighborhood, top_k, sigma=sigma, dropout=dropout)
 
 # %% ../nbs/01_attention.ipynb #297fd790
 def krause_attention_weights(
@@ -408,12 +424,15 @@ class KrauseAttention(nn.Module):
         if rotary is not None:
             query, key = rotary(query), rotary(key)
         dropout = self.dropout if self.training else 0.0
-        if self.score == "softmax" and self.top_k is None and not output_weights:
+        if output_weights:
+            weights = attention_weights(query, key, self.neighborhood, self.top_k, score=self.score, sigma=self.sigma)
+            return self.o_proj(merge_heads(weighted_sum(weights, value, dropout))), weights
+        if self.score == "softmax" and self.top_k is None:
             mask = None if isinstance(self.neighborhood, Full) else self.neighborhood.mask(hidden.shape[1], hidden.device)
             return self.o_proj(merge_heads(F.scaled_dot_product_attention(query, key, value, mask, dropout))), None
         compute = choose_implementation("auto", self.neighborhood)
-        weights = compute(query, key, self.neighborhood, self.top_k, score=self.score, sigma=self.sigma)
-        return self.o_proj(merge_heads(weighted_sum(weights, value, dropout))), weights if output_weights else None
+        output = compute(query, key, value, self.neighborhood, self.top_k, score=self.score, sigma=self.sigma, dropout=dropout)
+        return self.o_proj(merge_heads(output)), None
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, {self.neighborhood}, top_k={self.top_k}, score={self.score!r}"
