@@ -21,8 +21,10 @@ figures: $(INSTALLED)  ## execute the notebooks under PROFILE and build the page
 
 book: $(INSTALLED)  ## execute the committed notebooks in place (desk results, no training) and clean them
 	$(COMMAND) book $(ONLY_OPTION)
+	$(BIN)/python -c 'from krause_repro.report import update_readme; update_readme()'
 
 test: $(INSTALLED)  ## ruff and the tests
+	$(COMMAND) data fashion_mnist
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest
 

@@ -28,6 +28,8 @@ def pairwise_energy(
     score: str = "krause",  # one of `SCORES`
 ) -> Tensor:  # (B, H, T, T), float32 or float64; small means close
     "Energy of each query with each key; half the squared distance for Krause Attention (paper, Section 4)."
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     if query.dtype in (torch.float16, torch.bfloat16):  # a difference of large squares does not survive 8 bits
         query, key = query.float(), key.float()
     energy = -query @ key.mT  # (B, H, T, T)
@@ -230,15 +232,24 @@ def _check_tensors(query, key, value, key_mask):
             )
 
 # %% ../nbs/01_attention.ipynb #490c80fb
-def check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask=None, dropout=0.0) -> None:
+def check_attention_arguments(
+    query: Tensor,  # must be (B, H, T, D) and floating
+    key: Tensor,  # must have query's shape, dtype and device
+    value: Tensor,  # must have query's (B, H, T), dtype and device
+    sigma: Tensor | float,  # must be > 0: a number, or (H,) on query's device
+    neighborhood: Neighborhood,  # must fit T tokens
+    top_k: int | None,  # must be ≥ 1 or None
+    key_mask: Tensor | None = None,  # must be (B, T) bool on query's device, or None
+    dropout: float = 0.0,  # must be in [0, 1)
+) -> None:
     "Raise a `ValueError` or `TypeError` that names the first argument that does not fit and says what is allowed."
     _check_tensors(query, key, value, key_mask)
     if not isinstance(neighborhood, Neighborhood):
         raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
     neighborhood.mask(query.shape[-2], query.device)  # raises when the grid does not fit the tokens
-    _check_sigma(sigma, query.shape[1])
     if isinstance(sigma, Tensor) and sigma.device != query.device:
         raise ValueError(f"sigma must be on query's device {query.device}, got {sigma.device}")
+    _check_sigma(sigma, query.shape[1])
     if top_k is not None:
         check_integer("top_k", top_k, 1)
     if not 0 <= dropout < 1:
@@ -346,7 +357,7 @@ def attention_stages(
 def mechanism_example(
     sigma: float = 1.0,  # bandwidth of the RBF
     top_k: int = 4,  # keys kept inside the 3×3 window
-    seed: int = 0,
+    seed: int = 0,  # of the features
 ) -> dict:  # plain numbers for `figures.plot_mechanism`
     "A centre query on a 5×5 grid of smooth random features (our choice; the paper gives no numbers for its Figure 2)."
     coarse = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -83,7 +83,7 @@ TRAINING_CASES = {  # title: (KViT, ViT, images in the batch)
 
 def bench_training_step(
     cases: dict = TRAINING_CASES,  # title: (KViT recipe, ViT recipe, images)
-    rounds: int = 9,
+    rounds: int = 9,  # timed rounds
 ) -> dict:
     "Seconds of a training step of KViT and of ViT with fused attention, in turns, equal size and drop-path."
     rows = []
@@ -94,8 +94,8 @@ def bench_training_step(
 
 # %% ../nbs/28_benchmarks.ipynb #8ac3d072
 def bench_dynamics(
-    steps: int = 1000,
-    rounds: int = 3,
+    steps: int = 1000,  # of the integrator
+    rounds: int = 3,  # timed rounds
 ) -> dict:
     "Seconds for 200 particles on the sphere, under softmax, truncated Krause and Krause with top-k."
     start = uniform_sphere(200, 3, torch.Generator().manual_seed(0))

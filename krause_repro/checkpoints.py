@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KVIT_NAMES', 'KVIT_BUFFERS', 'VIT_NAMES', 'KINDS', 'read_state_dict', 'kvit_config', 'rename', 'convert_kvit',
-           'convert_vit', 'vit_config', 'load_into', 'load_author_checkpoint']
+           'check_masks', 'convert_vit', 'vit_config', 'load_into', 'load_author_checkpoint']
 
 # %% ../nbs/15_checkpoints.ipynb #7d71ad37
 from collections.abc import Callable
@@ -36,8 +36,18 @@ def kvit_config(
     metric: str,  # "manhattan" or "chebyshev"
     radius: int,  # in patches
     *,
-    img_size: int = 32, patch_size: int = 4, in_channels: int = 3, num_classes: int = 10, d_model: int = 384, n_heads: int = 6,
-    n_layers: int = 12, d_ff: int = 1536, sigma: float = 2.5, top_k: int = 2, dropout: float = 0.0, drop_path: float = 0.0,
+    img_size: int = 32,  # pixels
+    patch_size: int = 4,  # pixels
+    in_channels: int = 3,  # of the image
+    num_classes: int = 10,  # of the head
+    d_model: int = 384,  # width
+    n_heads: int = 6,  # must divide d_model
+    n_layers: int = 12,  # depth
+    d_ff: int = 1536,  # width of the MLP
+    sigma: float = 2.5,  # initial bandwidth
+    top_k: int = 2,  # keys kept in the first layer
+    dropout: float = 0.0,  # of attention weights and in the MLP
+    drop_path: float = 0.0,  # in the last layer
 ) -> VisionTransformerConfig:
     "Our settings for the authors' KViT constructor arguments."
     return VisionTransformerConfig(
@@ -71,6 +81,21 @@ def convert_kvit(
     kept = {name: tensor for name, tensor in state.items() if not name.endswith(KVIT_BUFFERS)}
     return {rename(name, KVIT_NAMES): tensor.reshape(1) if name.endswith("log_sigma") else tensor for name, tensor in kept.items()}
 
+# %% ../nbs/15_checkpoints.ipynb #b2ad5207
+def check_masks(
+    state: dict[str, Tensor],  # the authors' tensors
+    module: VisionTransformer,
+    kind: str,  # for the message
+) -> None:
+    "Raise a `ValueError` if a stored neighbourhood (True = may be attended) is not the module's."
+    for i, block in enumerate(module.blocks):
+        name = f"blocks.{i}.attention.local_mask_buffer"
+        if name not in state:
+            continue
+        own = block.attention.neighborhood.mask(1 + module.side**2)
+        if state[name].shape != own.shape or not bool((state[name].bool() == own).all()):
+            raise ValueError(f"{name} is not the neighbourhood of kind {kind!r} with this configuration ({block.attention.neighborhood})")
+
 # %% ../nbs/15_checkpoints.ipynb #4010569f
 VIT_NAMES = (
     ("conv_proj.", "patch_embedding."), ("class_token", "cls_token"), ("encoder.pos_embedding", "position_embedding"),
@@ -97,8 +122,15 @@ def convert_vit(
 # %% ../nbs/15_checkpoints.ipynb #b8b5afb9
 def vit_config(
     *,
-    img_size: int = 32, patch_size: int = 4, in_channels: int = 3, num_classes: int = 10, d_model: int = 384, n_heads: int = 6,
-    n_layers: int = 12, d_ff: int = 1536, dropout: float = 0.0,
+    img_size: int = 32,  # pixels
+    patch_size: int = 4,  # pixels
+    in_channels: int = 3,  # of the image
+    num_classes: int = 10,  # of the head
+    d_model: int = 384,  # width
+    n_heads: int = 6,  # must divide d_model
+    n_layers: int = 12,  # depth
+    d_ff: int = 1536,  # width of the MLP
+    dropout: float = 0.0,  # of attention weights and in the MLP
 ) -> VisionTransformerConfig:
     "Our settings for the constructor arguments of the authors' ViT baseline."
     return VisionTransformerConfig(
@@ -116,7 +148,7 @@ KINDS: dict[str, tuple[Callable, Callable]] = {  # kind: (constructor arguments 
 
 # %% ../nbs/15_checkpoints.ipynb #066b3317
 def load_into(
-    module: nn.Module,
+    module: nn.Module,  # takes the tensors
     state: dict[str, Tensor],  # tensors under the module's own names
     kind: str,  # for the message
 ) -> None:
@@ -133,7 +165,7 @@ def load_into(
         raise ValueError(f"the checkpoint does not fit kind {kind!r} with this configuration: {'; '.join(problems[:5])}{more}")
     module.load_state_dict(state)
 
-# %% ../nbs/15_checkpoints.ipynb #b2ad5207
+# %% ../nbs/15_checkpoints.ipynb #d7d223d4
 def load_author_checkpoint(
     kind: str,  # one of `KINDS`
     state_dict_or_path: dict[str, Tensor] | str | Path,  # the authors' tensors, or a .safetensors file of them
@@ -153,4 +185,5 @@ def load_author_checkpoint(
     except TypeError as error:
         raise ValueError(f"config does not fit kind {kind!r}: {error}") from error
     load_into(module, convert(state), kind)
+    check_masks(state, module, kind)
     return module.eval()

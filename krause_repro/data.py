@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from .recipes import ImageClassificationRecipe
+
 # %% ../nbs/21_data.ipynb #806e1484
 @dataclass(frozen=True)
 class DataSpec:
@@ -57,7 +59,7 @@ FASHION_MNIST_CLASSES = (
 
 # %% ../nbs/21_data.ipynb #b47ba12f
 def check_dataset(
-    name: str,
+    name: str,  # key of `DATA`
 ) -> DataSpec:
     "The facts of a data set, or a `ValueError` that lists those known."
     if name not in DATA:
@@ -228,7 +230,7 @@ class ImageFolderSet(Dataset):
 
 # %% ../nbs/21_data.ipynb #767046ad
 def imagenet_transform(
-    training: bool,
+    training: bool,  # with random crops, flips and RandAugment?
     size: int = 224,  # pixels
     jitter: bool = False,  # the paper's B models: colour jitter 0.4 and bicubic interpolation
 ) -> v2.Compose:
@@ -297,8 +299,8 @@ class Collator:
 
     def __init__(
         self,
-        recipe,  # an `ImageClassificationRecipe`
-        training: bool,
+        recipe: ImageClassificationRecipe,  # says how to augment, mix and smooth
+        training: bool,  # augment, mix and smooth? Else only normalise
     ):
         spec = check_dataset(recipe.dataset)
         self.mean, self.std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (spec.mean, spec.std))
@@ -340,7 +342,7 @@ class Splits:
 
 
 def load_splits(
-    recipe,  # an `ImageClassificationRecipe`
+    recipe: ImageClassificationRecipe,  # says which data, how many held out, and whether subsets are used
     source: str | Path | None = None,  # the user's folder
 ) -> Splits:
     "Training, held-out and test images of a recipe; subsets are drawn once by a fixed seed."

@@ -79,14 +79,17 @@ def hk_run(
     _check_count("max_steps", max_steps)
     _check_real("tol", tol, zero=True)
     _check_particles(x)
-    steps = torch.zeros(x.shape[:-2], dtype=torch.long, device=x.device)
+    x, moving = x.clone(), torch.ones(x.shape[:-2], dtype=torch.bool, device=x.device)
+    steps = torch.zeros_like(moving, dtype=torch.long)
     for _ in range(max_steps):
-        before, x = x, hk_step(x, radius)
-        moved = (x - before).abs().amax((-2, -1)) > tol
-        steps += moved
-        if not moved.any():
+        before = x[moving]  # (runs that still move, N, d)
+        after = hk_step(before, radius.expand(moving.shape)[moving] if isinstance(radius, Tensor) else radius)
+        x[moving] = after
+        moving[moving.clone()] = (after - before).abs().amax((-2, -1)) > tol
+        steps += moving
+        if not moving.any():
             return x, steps
-    raise RuntimeError(f"{int(moved.sum())} of {moved.numel()} runs still move after max_steps={max_steps}")
+    raise RuntimeError(f"{int(moving.sum())} of {moving.numel()} runs still move after max_steps={max_steps}")
 
 # %% ../nbs/00_dynamics.ipynb #925f5e4c
 def hk_bifurcation(

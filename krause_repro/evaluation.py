@@ -45,7 +45,7 @@ def train_seeds(
     profile: str,  # "smoke", "desk" or "paper"
     restart: bool = False,  # train anew even where a finished run is at hand
     runs: str | Path = "runs",  # folder of run directories, relative to the project
-    progress: bool = True,
+    progress: bool = True,  # show a progress bar
 ) -> list[Run]:
     "A finished run of the recipe for each of its seeds; finished ones are reused unless `restart`."
     recipe = get_recipe(name).at(profile)

@@ -17,7 +17,7 @@ from .attention import GridWindow, normalise, score_temperature, weighted_sum
 @lru_cache(maxsize=64)
 def candidate_table(
     neighborhood: GridWindow,
-    device: torch.device,
+    device: torch.device,  # where the table is kept
 ) -> tuple[Tensor, Tensor]:  # (N, C) token indices and (N, C) bool, one row for each patch (without the CLS token's row)
     "The tokens that each patch may consider, padded to the largest number C of them."
     with torch.inference_mode(False):
@@ -74,6 +74,7 @@ def gathered_attention(
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, Dv)
     "`attention.attend` on an image grid, selecting and normalising only the candidates of each patch."
+    neighborhood.mask(key.shape[-2])  # raises when the grid does not fit the tokens
     hub = int(neighborhood.cls_token)
     key, value = key.contiguous(), value.contiguous()  # once, instead of in each of the products
     patches = gathered_weights(query[:, :, hub:], key, neighborhood, top_k, score=score, sigma=sigma)

@@ -6,9 +6,9 @@
 __all__ = ['MATHJAX', 'NOTEBOOK_TEMPLATE', 'PARTS', 'MEANING', 'INDEX_TEMPLATE', 'COMMANDS', 'Page', 'read_page', 'notebooks',
            'select', 'with_needs', 'settled_train', 'parameters_for', 'kernel_manager', 'first_line', 'execute',
            'run_page', 'ticking', 'run_pages', 'site_folder', 'run', 'copy_mathjax', 'notebook_html', 'copy_figures',
-           'paired_figures', 'site_rows', 'duration', 'site_facts', 'site', 'clean', 'book', 'list_recipes',
-           'run_notebooks', 'train_recipe', 'fetch_data', 'make_report', 'build_site', 'execute_book', 'run_benchmark',
-           'usage', 'options', 'deliberate', 'main']
+           'paired_figures', 'with_code', 'site_rows', 'duration', 'site_facts', 'site', 'clean', 'book',
+           'list_recipes', 'run_notebooks', 'train_recipe', 'fetch_data', 'make_report', 'build_site', 'execute_book',
+           'run_benchmark', 'usage', 'options', 'deliberate', 'main']
 
 # %% ../nbs/26_runner.ipynb #6435aad2
 import importlib.util
@@ -235,13 +235,13 @@ def run_pages(
     "Execute pages one after the other and yield the record of each; the first failure is the last record."
     from tqdm import tqdm
 
-    bars = sys.stderr.isatty() and not quiet
-    with ticking(tqdm(total=len(pages), unit="page", disable=not bars)) as bar:
+    bars, form = sys.stderr.isatty() and not quiet, "{desc} |{bar}| {n_fmt}/{total_fmt} {unit}s, {elapsed}"
+    with ticking(tqdm(total=len(pages), unit="page", bar_format=form, disable=not bars)) as bar:
         for place, page in enumerate(pages, 1):
-            bar.set_description(page.stem)
+            bar.set_description_str(page.stem)
             if not (quiet or bars):
                 print(f"[{place:>2}/{len(pages)}] {page.stem} ... ", end="", flush=True)
-            cells = {"desc": "cells", "leave": False, "position": 1} if bars else False
+            cells = {"desc": " " * len(page.stem), "bar_format": form, "leave": False, "position": 1} if bars else False
             record = run_page(page, outputs / f"{page.stem}.ipynb", parameters[page.stem], root, cells)
             bar.update()
             if not quiet:
@@ -379,6 +379,15 @@ def paired_figures(
              "versions": [(each, figures.get(name)) for each, figures in found.items()]}
             for name in sorted(about, key=lambda name: (about[name]["notebook"], name))]
 
+# %% ../nbs/26_runner.ipynb #26d57860
+def with_code(
+    text: str,  # a line of Markdown whose only markup is `code`
+) -> object:
+    "The line as HTML, safe to put into a page."
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
 # %% ../nbs/26_runner.ipynb #4bab4e9d
 PARTS = {"0": "The idea", "1": "The models", "2": "The tools", "3": "The experiments", "4": "The report"}
 MEANING = {
@@ -397,7 +406,7 @@ def site_rows(
     for page in pages:
         path = folder / "notebooks" / f"{page.stem}.ipynb"
         record = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("krause_repro", {}) if path.is_file() else {}
-        rows.append({"page": page, "part": PARTS.get(page.number[0], ""), "path": path,
+        rows.append({"page": page, "part": PARTS.get(page.number[0], ""), "subtitle": with_code(page.subtitle), "path": path,
                      "status": record.get("status", "not run"), "error": record.get("error"), "seconds": record.get("seconds"),
                      "executed": record.get("executed", "")[:16].replace("T", " "), "commit": (record.get("commit") or "")[:9],
                      "link": f"{page.stem}.html" if path.is_file() else None})
@@ -472,7 +481,7 @@ executed by this run or an earlier one of the same profile; each name leads to t
 <tr>
 <td class="number">{{ row.page.number }}</td>
 <td class="title">{% if row.link %}<a href="{{ row.link }}">{{ row.page.title }}</a>{% else %}{{ row.page.title }}{% endif %}
-<small>{{ row.page.subtitle }}</small>{% if row.error %}<small class="error">{{ row.error }}</small>{% endif %}</td>
+<small>{{ row.subtitle }}</small>{% if row.error %}<small class="error">{{ row.error }}</small>{% endif %}</td>
 <td><span class="status {{ row.status }}">{{ row.status }}</span></td>
 <td class="seconds">{{ "%.1f" | format(row.seconds) if row.seconds is not none }}</td>
 <td class="when">{{ row.executed }}{% if row.commit %}<br>commit {{ row.commit }}{% endif %}</td>

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForImageClassification, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers.trainer_utils import EvalPrediction, set_seed
 
 from .data import Collator, Splits, load_splits
 from .recipes import ImageClassificationRecipe
@@ -59,7 +59,7 @@ class Run:
 # %% ../nbs/22_training.ipynb #d8578af9
 def run_path(
     recipe: ImageClassificationRecipe,
-    seed: int,
+    seed: int,  # of the run
     runs: str | Path = "runs",  # relative to the project's folder
 ) -> Path:
     "The directory of a run."
@@ -103,8 +103,8 @@ class ClassificationTrainer(Trainer):
 def training_arguments(
     recipe: ImageClassificationRecipe,
     folder: Path,  # for checkpoints
-    seed: int,
-    steps_per_epoch: int,
+    seed: int,  # of initialisation, data order and augmentation
+    steps_per_epoch: int,  # for warm-up and logging
     progress: bool = True,  # show a progress bar
 ) -> TrainingArguments:
     "The recipe in Trainer's words. The batch size is divided over the processes."
@@ -125,7 +125,7 @@ def training_arguments(
 
 # %% ../nbs/22_training.ipynb #d3bbbd5d
 def accuracy(
-    prediction,  # Trainer's `EvalPrediction`: logits (N, classes) and class indices (N,)
+    prediction: EvalPrediction,  # logits (N, classes) and class indices (N,)
 ) -> dict[str, float]:
     "Share of images whose most likely class is the right one."
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -136,8 +136,8 @@ def build_trainer(
     model: PreTrainedModel,
     splits: Splits,
     folder: Path,  # for checkpoints
-    seed: int = 0,
-    progress: bool = True,
+    seed: int = 0,  # of data order and augmentation
+    progress: bool = True,  # show a progress bar
 ) -> ClassificationTrainer:
     "A Trainer for this recipe, model and data."
     steps = math.ceil(len(splits.train) / recipe.batch_size)
@@ -247,12 +247,12 @@ def train(
         check_run(run)
         if run.finished:
             return run
-    splits = load_splits(recipe, source)
+    config, splits = recipe.config, load_splits(recipe, source)  # both raise for what cannot be
     processes = PartialState()
     with processes.main_process_first():  # one process prepares the directory, the others find it
         _start(run, restart and processes.is_main_process)
     set_seed(seed)
-    trainer = build_trainer(recipe, VisionTransformer(recipe.config), splits, run.path / "checkpoints", seed, progress)
+    trainer = build_trainer(recipe, VisionTransformer(config), splits, run.path / "checkpoints", seed, progress)
     for callback in (RunWriter(run.path), *callbacks):
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(run.path / "checkpoints")

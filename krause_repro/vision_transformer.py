@@ -125,7 +125,7 @@ def vision_neighborhood(
 def rotary_table(
     side: int,  # patches in a row of the square grid
     head_dim: int,  # D, divisible by 4
-    device: torch.device,
+    device: torch.device,  # where the table is kept
     base: float = 100.0,  # ours: unpublished
 ) -> Tensor:  # (2, 1 + side², D): cosines and sines, the CLS token first
     "Cosine and sine of each token's angles, rows in the first half of the pairs and columns in the second."

@@ -76,7 +76,8 @@ def test_a_change_of_a_notebook_would_be_seen(tmp_path):
 def test_requirements_are_those_the_book_runs_on(settings):
     required = {re.match(r"[A-Za-z0-9._-]+", item).group(): item for item in settings["requirements"].split()}
     needed = {"torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "matplotlib",
-              "nbdev", "execnb", "fastcore", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "jupyter", "tqdm"}
+              "nbdev", "execnb", "fastcore", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "jupyter",
+              "jupyter-server-mathjax", "tqdm"}
     assert needed - set(required) == set()
     assert [required[name] for name in ("nbdev", "execnb", "fastcore")] == ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore>=1.8,<2"]
     assert {re.match(r"[A-Za-z0-9._-]+", item).group() for item in settings["dev_requirements"].split()} >= {"pytest", "ruff"}

@@ -1,0 +1,51 @@
+"""Shared by all tests: quiet libraries, repeatable properties, the data in a quick form, and one finished run."""
+
+import gzip
+import shutil
+from dataclasses import replace
+
+import pytest
+import transformers
+from hypothesis import settings
+
+from krause_repro.data import FASHION_MNIST_FILES, fetch
+from krause_repro.recipes import get_recipe
+from krause_repro.training import train
+
+settings.register_profile("krause_repro", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("krause_repro")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def no_downloads(tmp_path, monkeypatch):
+    "An empty folder in the place of the user's downloads."
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    monkeypatch.setenv("KRAUSE_REPRO_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    "A folder of Fashion-MNIST without compression: a run then spends its time on training, not on unpacking."
+    found, folder = fetch("fashion_mnist"), tmp_path_factory.mktemp("fashion-mnist")
+    for stem in FASHION_MNIST_FILES:
+        packed = found / f"{stem}.gz"
+        with gzip.open(packed) if packed.is_file() else (found / stem).open("rb") as file, (folder / stem).open("wb") as plain:
+            shutil.copyfileobj(file, plain)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    "Two epochs of four steps each."
+    smoke = get_recipe("kvit_t/fashion_mnist").at("smoke")
+    return replace(smoke, train_images=128, held_out=64, test_images=64, epochs=2, batch_size=32)
+
+
+@pytest.fixture(scope="session")
+def finished(source, recipe, tmp_path_factory):
+    "A finished run of `recipe` with seed 0; do not change its directory."
+    return train(recipe, 0, runs=tmp_path_factory.mktemp("runs"), progress=False, source=source)

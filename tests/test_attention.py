@@ -1,0 +1,663 @@
+"""Krause Attention against its definition: properties, a naive oracle, both implementations, every edge and every refusal."""
+
+import copy
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch.testing import assert_close
+
+from krause_repro.attention import (
+    SCORES,
+    CausalWindow,
+    Full,
+    GridWindow,
+    KrauseAttention,
+    Neighborhood,
+    attend,
+    attention_stages,
+    attention_weights,
+    krause_attention,
+    krause_attention_weights,
+    mechanism_example,
+)
+from krause_repro.fast_attention import candidate_table, gathered_attention, gathered_weights
+
+IMPLEMENTATIONS = {"reference": attend, "gathered": gathered_attention}
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def allows(neighborhood, i, j):
+    "May query i consider key j? Said once more, by arithmetic on two numbers."
+    if isinstance(neighborhood, Full):
+        return True
+    if isinstance(neighborhood, CausalWindow):
+        return i - neighborhood.size < j <= i
+    if neighborhood.cls_token:
+        if i == 0 or j == 0:
+            return True
+        i, j = i - 1, j - 1
+    rows, columns = (abs(a - b) for a, b in zip(divmod(i, neighborhood.width), divmod(j, neighborhood.width), strict=True))
+    return (max(rows, columns) if neighborhood.metric == "chebyshev" else rows + columns) <= neighborhood.radius
+
+
+def oracle(query, key, neighborhood, top_k=None, *, score="krause", sigma=None, key_mask=None):
+    "Weights by loops over rows and keys: score, candidates, the k best with their ties, softmax over them."
+    batch, heads, length, dim = query.shape
+    weights = torch.zeros(batch, heads, length, length, dtype=torch.float64)
+    sigmas = torch.as_tensor(1.0 if sigma is None else sigma, dtype=torch.float64).expand(heads).tolist()
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(length):
+                logits = {}
+                for j in range(length):
+                    if not allows(neighborhood, i, j) or (key_mask is not None and not key_mask[b, j]):
+                        continue
+                    q, k = query[b, h, i].tolist(), key[b, h, j].tolist()
+                    if score == "krause":
+                        logits[j] = -math.dist(q, k) ** 2 / (2 * sigmas[h] ** 2)
+                    else:
+                        norm = sum(y * y for y in k) / 2 if score == "softmax_key_norm" else 0
+                        logits[j] = (sum(x * y for x, y in zip(q, k, strict=True)) - norm) / dim**0.5
+                best = sorted(logits.values(), reverse=True)
+                least = best[:top_k][-1] if best else 0
+                kept = {j: math.exp(logit - best[0]) for j, logit in logits.items() if logit >= least - 1e-12}
+                for j, weight in kept.items():
+                    weights[b, h, i, j] = weight / sum(kept.values())
+    return weights
+
+
+def tensors(seed, shape, count=3, dtype=torch.float64, ties=False):
+    "Generic inputs; with `ties`, small whole numbers, whose energies are exact and often equal."
+    generator = torch.Generator().manual_seed(seed)
+    if ties:
+        return [torch.randint(-1, 2, shape, generator=generator).to(dtype) for _ in range(count)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+
+grids = st.builds(
+    GridWindow, st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.sampled_from(["chebyshev", "manhattan"]), st.booleans()
+)
+windows = st.builds(CausalWindow, st.integers(1, 9))
+
+
+@st.composite
+def problems(draw, neighborhoods=None, scores=SCORES):
+    "A neighbourhood, its number of tokens, k, a score, the names of the implementations that apply, and a seed."
+    neighborhood = draw(neighborhoods or st.one_of(st.just(Full()), windows, grids))
+    grid = isinstance(neighborhood, GridWindow)
+    length = neighborhood.length if grid else draw(st.integers(1, 10))
+    return {
+        "neighborhood": neighborhood, "length": length, "top_k": draw(st.none() | st.integers(1, length + 2)),
+        "score": draw(st.sampled_from(scores)), "names": list(IMPLEMENTATIONS) if grid else ["reference"],
+        "shape": (draw(st.integers(1, 2)), draw(st.integers(1, 2)), length, draw(st.integers(1, 5))), "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+def sigma_of(problem):
+    "A bandwidth for each head, for the Krause score only."
+    heads = problem["shape"][1]
+    return torch.linspace(0.8, 1.5, heads, dtype=torch.float64) if problem["score"] == "krause" else None
+
+
+def weights_by(name, query, key, neighborhood, top_k=None, **score):
+    "The weights of one implementation: what it makes of the unit vectors."
+    units = torch.eye(key.shape[-2], dtype=key.dtype).expand(*key.shape[:3], -1)
+    return IMPLEMENTATIONS[name](query, key, units, neighborhood, top_k, **score)
+
+
+def weights_of(problem, query, key, name="reference"):
+    "The weights of a problem by one implementation."
+    return weights_by(name, query, key, problem["neighborhood"], problem["top_k"], score=problem["score"], sigma=sigma_of(problem))
+
+
+def support(neighborhood, length):
+    "Who may consider whom, as a mask."
+    return torch.tensor([[allows(neighborhood, i, j) for j in range(length)] for i in range(length)])
+
+
+# Properties
+
+
+@given(problems())
+def test_rows_sum_to_one_on_k_candidates(problem):
+    query, key = tensors(problem["seed"], problem["shape"], 2)
+    allowed = support(problem["neighborhood"], problem["length"])
+    expected = allowed.sum(-1).clamp_max(problem["top_k"] or problem["length"])
+    for name in problem["names"]:
+        weights = weights_of(problem, query, key, name)
+        assert_close(weights.sum(-1), torch.ones(problem["shape"][:3], dtype=torch.float64), **EXACT)
+        assert (weights >= 0).all() and not weights[..., ~allowed].any()
+        assert ((weights > 0).sum(-1) == expected).all()
+
+
+@given(problems())
+def test_neighbourhood_mask_is_its_definition(problem):
+    mask = problem["neighborhood"].mask(problem["length"])
+    assert mask.dtype == torch.bool and torch.equal(mask, support(problem["neighborhood"], problem["length"]))
+    assert mask.diagonal().all()
+
+
+@given(problems())
+def test_naive_oracle_agrees(problem):
+    query, key = tensors(problem["seed"], problem["shape"], 2)
+    expected = oracle(query, key, problem["neighborhood"], problem["top_k"], score=problem["score"], sigma=sigma_of(problem))
+    for name in problem["names"]:
+        assert_close(weights_of(problem, query, key, name), expected, **EXACT)
+
+
+@given(problems())
+def test_ties_are_all_kept(problem):
+    query, key = tensors(problem["seed"], problem["shape"], 2, ties=True)
+    expected = oracle(query, key, problem["neighborhood"], problem["top_k"], score=problem["score"], sigma=sigma_of(problem))
+    candidates = support(problem["neighborhood"], problem["length"]).sum(-1)
+    for name in problem["names"]:
+        weights = weights_of(problem, query, key, name)
+        assert_close(weights, expected, **EXACT)
+        assert ((weights > 0).sum(-1) >= candidates.clamp_max(problem["top_k"] or problem["length"])).all()
+
+
+@given(problems(scores=["krause"]), st.floats(-5, 5))
+def test_moving_queries_and_keys_together_changes_nothing(problem, step):
+    query, key = tensors(problem["seed"], problem["shape"], 2)
+    step = step * torch.linspace(-1, 2, problem["shape"][-1], dtype=torch.float64)
+    for name in problem["names"]:
+        assert_close(weights_of(problem, query + step, key + step, name), weights_of(problem, query, key, name), **EXACT)
+
+
+@given(problems(scores=["krause"]), st.floats(0.1, 10))
+def test_only_distance_over_sigma_counts(problem, scale):
+    query, key = tensors(problem["seed"], problem["shape"], 2)
+    sigma, rest = sigma_of(problem), (problem["neighborhood"], problem["top_k"])
+    for name in problem["names"]:
+        scaled = weights_by(name, scale * query, scale * key, *rest, sigma=scale * sigma)
+        assert_close(scaled, weights_by(name, query, key, *rest, sigma=sigma), **EXACT)
+
+
+@given(problems())
+def test_rotating_queries_and_keys_together_changes_nothing(problem):
+    query, key = tensors(problem["seed"], problem["shape"], 2)
+    dim = problem["shape"][-1]
+    rotation = torch.linalg.qr(tensors(problem["seed"], (dim, dim), 1)[0]).Q
+    for name in problem["names"]:
+        assert_close(weights_of(problem, query @ rotation, key @ rotation, name), weights_of(problem, query, key, name), **EXACT)
+
+
+@given(problems(neighborhoods=st.just(Full()), scores=["krause"]))
+def test_the_order_of_keys_does_not_matter(problem):
+    query, key, value = tensors(problem["seed"], problem["shape"])
+    order = torch.randperm(problem["length"], generator=torch.Generator().manual_seed(problem["seed"]))
+    rest = (sigma_of(problem), Full(), problem["top_k"])
+    assert_close(krause_attention(query, key[:, :, order], value[:, :, order], *rest), krause_attention(query, key, value, *rest), **EXACT)
+
+
+@given(problems(neighborhoods=windows), st.data())
+def test_the_future_cannot_leak(problem, data):
+    inputs = tensors(problem["seed"], problem["shape"])
+    now = data.draw(st.integers(0, problem["length"] - 1), label="now")
+    changed = [tensor.clone() for tensor in inputs]
+    for tensor in changed:
+        tensor[:, :, now + 1:] = 1e3 * (1 + tensor[:, :, now + 1:].abs())
+
+    def past(query, key, value):
+        rest = (problem["neighborhood"], problem["top_k"])
+        return attend(query, key, value, *rest, score=problem["score"], sigma=sigma_of(problem))[:, :, : now + 1]
+
+    assert torch.equal(past(*inputs), past(*changed))
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    for gradient in torch.autograd.grad(past(*leaves).sum(), leaves):
+        assert not gradient[:, :, now + 1:].any()
+
+
+@given(problems(neighborhoods=grids))
+def test_gathered_is_the_reference_with_its_gradients(problem):
+    leaves = [tensor.requires_grad_() for tensor in tensors(problem["seed"], problem["shape"])]
+    sigma = sigma_of(problem)
+    if sigma is not None:
+        leaves.append(sigma.requires_grad_())
+    rest, score = (problem["neighborhood"], problem["top_k"]), {"score": problem["score"], "sigma": sigma}
+    found = {}
+    for name, compute in IMPLEMENTATIONS.items():
+        output = compute(*leaves[:3], *rest, **score)
+        found[name] = [output, *torch.autograd.grad(output.square().sum(), leaves)]
+    assert_close(found["gathered"], found["reference"], **EXACT)
+    hub = int(problem["neighborhood"].cls_token)
+    patches = gathered_weights(leaves[0][:, :, hub:], leaves[1], *rest, **score)
+    assert_close(patches, attention_weights(*leaves[:2], *rest, **score)[:, :, hub:], **EXACT)
+
+
+@given(problems(scores=["krause"]))
+def test_each_image_and_head_stands_alone(problem):
+    query, key = tensors(problem["seed"], problem["shape"], 2)
+    for name in problem["names"]:
+        weights = weights_of(problem, query, key, name)
+        rest = (problem["neighborhood"], problem["top_k"])
+        alone = weights_by(name, query[-1:, -1:], key[-1:, -1:], *rest, sigma=sigma_of(problem)[-1].item())
+        assert_close(weights[-1:, -1:], alone, **EXACT)
+
+
+@given(problems(scores=["krause"]), st.data())
+def test_padding_is_never_attended(problem, data):
+    query, key, value = tensors(problem["seed"], problem["shape"])
+    batch, length = problem["shape"][0], problem["length"]
+    flags = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
+    key_mask = torch.tensor(data.draw(flags, label="key_mask")).reshape(batch, length)
+    rest = (sigma_of(problem), problem["neighborhood"], problem["top_k"])
+    weights = krause_attention_weights(query, key, *rest, key_mask)
+    expected = oracle(query, key, problem["neighborhood"], problem["top_k"], sigma=rest[0], key_mask=key_mask)
+    assert_close(weights, expected, **EXACT)
+    padded = ~key_mask[:, None, :, None].expand(key.shape)
+    other = [torch.where(padded, 7 - tensor, tensor) for tensor in (key, value)]
+    output = krause_attention(query, key, value, *rest, key_mask=key_mask)
+    assert torch.equal(krause_attention(query, *other, *rest, key_mask=key_mask), output)
+    assert_close(output, expected @ value, **EXACT)
+    assert not output[expected.sum(-1) == 0].any()
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize(
+    ("neighborhood", "implementation"),
+    [(Full(), "reference"), (CausalWindow(4), "reference"), (GridWindow(2, 3, 1), "reference"), (GridWindow(2, 3, 1), "gathered")],
+)
+def test_gradcheck(neighborhood, implementation, top_k):
+    leaves = [tensor.requires_grad_() for tensor in tensors(3, (1, 2, 7, 2))]
+    sigma = torch.tensor([0.9, 1.4], dtype=torch.float64, requires_grad=True)
+
+    def output(query, key, value, sigma):
+        return krause_attention(query, key, value, sigma, neighborhood, top_k, implementation=implementation)
+
+    assert torch.autograd.gradcheck(output, (*leaves, sigma))
+
+
+def test_gradients_with_empty_rows_are_finite():
+    leaves = [tensor.requires_grad_() for tensor in tensors(0, (3, 2, 6, 4), dtype=torch.float32)]
+    sigma = torch.ones(2, requires_grad=True)
+    key_mask = torch.ones(3, 6, dtype=torch.bool)
+    key_mask[0], key_mask[1, :2] = False, False
+    for neighborhood, top_k in ((Full(), None), (CausalWindow(2), None), (CausalWindow(3), 2), (GridWindow(2, 3, 1, cls_token=False), 2)):
+        output = krause_attention(*leaves, sigma, neighborhood, top_k, key_mask=key_mask)
+        assert not output[0].any() and output[2].any()
+        gradients = torch.autograd.grad(output.square().sum(), [*leaves, sigma])
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert not any(gradient[0].any() for gradient in gradients[:3])
+
+
+# Edges
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3, 4, 9])
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+def test_lengths_around_the_window(length, top_k):
+    query, key, value = tensors(length, (2, 2, length, 3))
+    expected = oracle(query, key, CausalWindow(4), top_k, sigma=1.2) @ value
+    assert_close(krause_attention(query, key, value, 1.2, CausalWindow(4), top_k), expected, **EXACT)
+    single = krause_attention(*(tensor.float() for tensor in (query, key, value)), 1.2, CausalWindow(4), top_k)
+    assert single.dtype == torch.float32
+    assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_with_fewer_candidates_than_k_keep_them_all(implementation):
+    query, key = tensors(0, (1, 1, 9, 4), 2)
+    weights = weights_by(implementation, query, key, GridWindow(3, 3, 1, "manhattan", cls_token=False), 4, sigma=2.0)
+    assert (weights > 0).sum(-1).flatten().tolist() == [3, 4, 3, 4, 4, 4, 3, 4, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize(
+    ("neighborhood", "implementation"),
+    [(Full(), "reference"), (CausalWindow(3), "reference"), (GridWindow(2, 3, 1), "reference"), (GridWindow(2, 3, 1), "gathered")],
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_sigma_tiny_and_huge(neighborhood, implementation, top_k, dtype, as_tensor):
+    leaves = [tensor.requires_grad_() for tensor in tensors(1, (2, 2, 7, 4), dtype=dtype)]
+    reference = oracle(*(leaf.double() for leaf in leaves[:2]), neighborhood, top_k, sigma=1.0)
+    nearest = F.one_hot(reference.argmax(-1), 7).double()
+    survivors = (reference > 0).double()
+    for sigma, expected in ((1e-30, nearest), (1e30, survivors / survivors.sum(-1, keepdim=True))):
+        given_sigma = torch.full((2,), sigma, dtype=dtype, requires_grad=True) if as_tensor else sigma
+        output = krause_attention(*leaves, given_sigma, neighborhood, top_k, implementation=implementation)
+        assert_close(output.double(), expected @ leaves[2].double(), rtol=1e-5, atol=1e-6)
+        gradients = torch.autograd.grad(output.square().sum(), [*leaves, *([given_sigma] if as_tensor else [])])
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize(
+    ("neighborhood", "implementation"),
+    [(Full(), "reference"), (CausalWindow(5), "reference"), (GridWindow(3, 4, 1), "reference"), (GridWindow(3, 4, 1), "gathered")],
+)
+def test_half_precision_loses_no_more_than_the_formula_does(neighborhood, implementation, top_k, dtype):
+    query, key, value = tensors(2, (2, 2, 13, 16), dtype=dtype)
+    exact = oracle(query, key, neighborhood, top_k, sigma=2.0) @ value.double()
+    distance = (query.unsqueeze(3) - key.unsqueeze(2)).square().sum(-1)
+    logits = (-distance / 8).masked_fill(~support(neighborhood, 13), -torch.inf)
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    eager = logits.softmax(-1) @ value
+    output = krause_attention(query, key, value, 2.0, neighborhood, top_k, implementation=implementation)
+    assert output.dtype == eager.dtype == dtype
+    assert (output.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), GridWindow(2, 3, 1)])
+def test_inputs_need_not_be_contiguous(neighborhood):
+    query, key = (tensor.transpose(1, 2) for tensor in tensors(0, (2, 7, 2, 4), 2))
+    value = tensors(1, (1, 1, 7, 10), 1)[0][..., ::2].expand(2, 2, 7, 5)
+    assert not any(tensor.is_contiguous() for tensor in (query, key, value))
+    output = krause_attention(query, key, value, 1.0, neighborhood, 3)
+    assert output.shape == (2, 2, 7, 5)
+    assert_close(output, krause_attention(query.contiguous(), key.contiguous(), value.contiguous(), 1.0, neighborhood, 3), **EXACT)
+    assert_close(output, oracle(query, key, neighborhood, 3, sigma=1.0) @ value, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("neighborhood", "implementation"),
+    [(Full(), "reference"), (CausalWindow(3), "reference"), (GridWindow(2, 3, 1), "reference"), (GridWindow(2, 3, 1), "gathered")],
+)
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_huge_and_zero_vectors(neighborhood, implementation, top_k):
+    query, key, value = tensors(0, (1, 2, 7, 4), dtype=torch.float32)
+    query, key = 1e4 * query, 1e4 * key
+    query[:, :, 2], key[:, :, 3:5] = 0, 0
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    output = krause_attention(*leaves, 1.0, neighborhood, top_k, implementation=implementation)
+    assert output.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.square().sum(), leaves))
+    weights = weights_by(implementation, query, key, neighborhood, top_k, sigma=1.0)
+    assert_close(weights.sum(-1), torch.ones(1, 2, 7))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_zeros_tie_and_have_no_sign(implementation):
+    zeros, (value,) = torch.zeros(1, 1, 7, 4), tensors(0, (1, 1, 7, 4), 1, dtype=torch.float32)
+    neighborhood = GridWindow(2, 3, 1)
+    allowed = support(neighborhood, 7).float()
+    for query, key in ((zeros, zeros), (-zeros, zeros), (zeros, -zeros)):
+        output = krause_attention(query, key, value, 1.0, neighborhood, 1, implementation=implementation)
+        assert_close(output[0, 0], allowed @ value[0, 0] / allowed.sum(-1, keepdim=True))
+
+
+def test_dropout():
+    query, key, value = tensors(0, (1, 1, 5, 3))
+    rest = (1.5, CausalWindow(4), 3)
+    exact = krause_attention(query, key, value, *rest)
+    assert torch.equal(krause_attention(query, key, value, *rest, dropout=0.0), exact)
+    torch.manual_seed(0)
+    many = krause_attention(*(tensor.expand(4000, -1, -1, -1) for tensor in (query, key, value)), *rest, dropout=0.3)
+    assert_close(many.mean(0, keepdim=True), exact, rtol=0, atol=0.06)
+    alone = many[:, 0, 0]  # the first token has one candidate: dropped, or scaled to keep the mean
+    dropped = (alone == 0).all(-1)
+    assert 0.25 < dropped.double().mean() < 0.35
+    assert_close(alone[~dropped], (value[0, 0, 0] / 0.7).expand(int((~dropped).sum()), -1), **EXACT)
+
+
+@pytest.mark.parametrize("neighborhood", [CausalWindow(61), GridWindow(5, 7, 2)])
+def test_a_mask_made_while_predicting_serves_training(neighborhood):
+    length = getattr(neighborhood, "length", 67)
+    with torch.inference_mode():
+        predicted = krause_attention(*tensors(0, (1, 1, length, 3)), 1.0, neighborhood, 4)
+    leaves = [tensor.requires_grad_() for tensor in tensors(0, (1, 1, length, 3))]
+    output = krause_attention(*leaves, 1.0, neighborhood, 4)
+    assert torch.equal(output, predicted)
+    assert all(gradient.any() for gradient in torch.autograd.grad(output.square().sum(), leaves))
+    assert not neighborhood.mask(length).is_inference()
+    if isinstance(neighborhood, GridWindow):
+        assert not any(table.is_inference() for table in candidate_table(neighborhood, torch.device("cpu")))
+
+
+def test_output_follows_the_value():
+    query, key, _ = tensors(0, (2, 3, 4, 5), dtype=torch.float32)
+    assert krause_attention(query, key, torch.randn(2, 3, 4, 7), 1.0, Full()).shape == (2, 3, 4, 7)
+    half = [tensor.bfloat16() for tensor in (query, key, key)]
+    assert krause_attention(*half, torch.ones(3), Full()).dtype == torch.bfloat16
+    assert krause_attention_weights(*half[:2], 1.0, Full()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sigma", [2, 2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0, 2.0])])
+def test_sigma_may_be_a_number_or_one_per_head(sigma):
+    query, key, value = tensors(0, (1, 2, 4, 3))
+    assert_close(krause_attention(query, key, value, sigma, Full()), oracle(query, key, Full(), sigma=2.0) @ value, **EXACT)
+
+
+def test_stages_lead_from_score_to_weights():
+    query, key = tensors(0, (10, 3), 2)
+    for neighborhood, top_k in ((GridWindow(3, 3, 1), 4), (GridWindow(3, 3, 1), None), (Full(), 2)):
+        stages = attention_stages(query, key, 1.3, neighborhood, top_k)
+        assert_close(stages["score"], (-torch.cdist(query, key).square() / (2 * 1.3**2)).exp(), **EXACT)
+        assert torch.equal(stages["window"], support(neighborhood, 10))
+        kept = stages["score"] * stages["selected"]
+        assert torch.equal(stages["selected"], stages["weights"] > 0) and not (stages["selected"] & ~stages["window"]).any()
+        assert_close(stages["weights"], kept / kept.sum(-1, keepdim=True), **EXACT)
+
+
+def test_mechanism_example_is_plain_and_repeatable():
+    example = mechanism_example(top_k=3)
+    assert example == mechanism_example(top_k=3) != mechanism_example(top_k=3, seed=1)
+    assert sum(example["window"]) == 9 and sum(example["selected"]) == 3
+    assert example["window"][12] and math.isclose(sum(example["weights"]), 1, abs_tol=1e-3)
+
+
+# Refusals
+
+BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.float32), strict=True)) | {
+    "sigma": 1.0, "neighborhood": GridWindow(2, 2, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.randn(2, 5, 3)}, r"query must have four dimensions.*\(2, 5, 3\)"),
+        ({"key": torch.randn(1, 2, 5)}, "key must have four dimensions"),
+        ({"value": torch.randn(5)}, "value must have four dimensions"),
+        ({"query": torch.ones(1, 2, 5, 3, dtype=torch.int64)}, "query must be a floating tensor.*int64"),
+        ({"key": torch.randn(1, 2, 5, 3).double()}, "key must be .*float32.*got torch.float64"),
+        ({"value": torch.randn(1, 2, 5, 3).half()}, "value must be .*float32.*got torch.float16"),
+        ({"key": torch.empty(1, 2, 5, 3, device="meta")}, "key must be .*device.*cpu.*meta"),
+        ({"value": torch.empty(1, 2, 5, 3, device="meta")}, "value must be .*device.*cpu.*meta"),
+        ({"key": torch.randn(1, 2, 5, 4)}, r"query and key must have one shape.*\(1, 2, 5, 4\)"),
+        ({"key": torch.randn(1, 1, 5, 3)}, "query and key must have one shape"),
+        ({"value": torch.randn(1, 2, 4, 3)}, "value the same"),
+        ({name: torch.empty(1, 2, 0, 3) for name in ("query", "key", "value")}, "without zeros"),
+        ({"sigma": math.nan}, "sigma must be.*nan"),
+        ({"sigma": 0}, "sigma must be.*0"),
+        ({"sigma": -1.0}, "sigma must be"),
+        ({"sigma": True}, "sigma must be.*True"),
+        ({"sigma": "2"}, "sigma must be"),
+        ({"sigma": None}, "sigma must be"),
+        ({"sigma": torch.ones(3)}, r"sigma must be a number or have shape \(2,\).*\(3,\)"),
+        ({"sigma": torch.ones(2, 1, 1)}, "sigma must be"),
+        ({"sigma": torch.tensor([1.0, math.nan])}, "sigma must be"),
+        ({"sigma": torch.tensor([1.0, 0.0])}, "sigma must be"),
+        ({"sigma": torch.tensor([-1.0, 1.0])}, "sigma must be"),
+        ({"sigma": torch.ones(2, device="meta")}, "sigma must be on query's device cpu, got meta"),
+        ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"top_k": True}, "top_k must be.*True"),
+        ({"top_k": 1.5}, "top_k must be.*1.5"),
+        ({"top_k": "2"}, "top_k must be"),
+        ({"key_mask": torch.ones(1, 5)}, "key_mask must be a bool tensor.*float32"),
+        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, r"key_mask must be .*\(1, 5\).*\(1, 4\)"),
+        ({"key_mask": torch.ones(1, 5, 5, dtype=torch.bool)}, "key_mask must be"),
+        ({"key_mask": torch.ones(1, 5, dtype=torch.bool, device="meta")}, "key_mask must be .*cpu.*meta"),
+        ({"neighborhood": GridWindow(2, 3, 1)}, "GridWindow of 2×3 patches needs 7 tokens, got 5"),
+        ({"neighborhood": GridWindow(2, 2, 1, cls_token=False)}, "GridWindow of 2×2 patches needs 4 tokens, got 5"),
+        ({"implementation": "flash"}, "implementation must be one of auto, reference, gathered, got 'flash'"),
+        ({"implementation": "gathered", "neighborhood": CausalWindow(2)}, "implementation 'gathered' needs a GridWindow"),
+        ({"implementation": "gathered", "key_mask": torch.ones(1, 5, dtype=torch.bool)}, "implementation 'gathered' needs .*no key_mask"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, "dropout must be"),
+        ({"dropout": math.nan}, "dropout must be"),
+    ],
+)
+def test_attention_names_the_bad_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        krause_attention(**BASE | change)
+
+
+@pytest.mark.parametrize("neighborhood", ["causal", None, Neighborhood()])
+def test_attention_wants_a_neighbourhood(neighborhood):
+    with pytest.raises(TypeError, match="neighborhood|neighbourhood"):
+        krause_attention(**BASE | {"neighborhood": neighborhood})
+
+
+def test_weights_check_their_arguments_too():
+    with pytest.raises(ValueError, match="sigma must be"):
+        krause_attention_weights(BASE["query"], BASE["key"], -1.0, Full())
+    with pytest.raises(ValueError, match="score must be one of krause, softmax, softmax_key_norm, got 'cosine'"):
+        attention_weights(BASE["query"], BASE["key"], Full(), score="cosine")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: CausalWindow(0), "size must be an integer ≥ 1, got 0"),
+        (lambda: CausalWindow(True), "size must be"),
+        (lambda: CausalWindow(2.5), "size must be"),
+        (lambda: GridWindow(0, 2, 1), "height must be an integer ≥ 1"),
+        (lambda: GridWindow(2, 0, 1), "width must be"),
+        (lambda: GridWindow(2, 2, -1), "radius must be an integer ≥ 0, got -1"),
+        (lambda: GridWindow(2, 2, 0.5), "radius must be"),
+        (lambda: GridWindow(2, 2, 1, "euclid"), "metric must be one of chebyshev, manhattan, got 'euclid'"),
+        (lambda: Full().mask(0), "length must be an integer ≥ 1"),
+        (lambda: KrauseAttention(7, 2, Full()), "heads must divide dim = 7, got 2"),
+        (lambda: KrauseAttention(8, 0, Full()), "heads must be"),
+        (lambda: KrauseAttention(0, 1, Full()), "dim must be"),
+        (lambda: KrauseAttention(8, 2, Full(), score="cosine"), "score must be one of .*'cosine'"),
+        (lambda: KrauseAttention(8, 2, Full(), sigma_per="token"), "sigma_per must be"),
+        (lambda: KrauseAttention(8, 2, Full(), 0), "top_k must be"),
+        (lambda: KrauseAttention(8, 2, Full(), sigma=0.0), "sigma must be"),
+        (lambda: KrauseAttention(8, 2, Full(), sigma=math.nan), "sigma must be"),
+        (lambda: KrauseAttention(8, 2, Full(), dropout=1.0), "dropout must be"),
+    ],
+)
+def test_parts_name_the_bad_argument(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_module_wants_a_neighbourhood():
+    with pytest.raises(TypeError, match="neighborhood must be"):
+        KrauseAttention(8, 2, "full")
+
+
+@pytest.mark.parametrize("length", [4, 6, 12])
+@pytest.mark.parametrize("score", SCORES)
+def test_module_refuses_tokens_that_do_not_fit_its_grid(length, score):
+    module = KrauseAttention(8, 2, GridWindow(2, 2, 1), 2, score=score)
+    with pytest.raises(ValueError, match=f"needs 5 tokens, got {length}"):
+        module(torch.randn(1, length, 8))
+
+
+# The module
+
+
+def project(layer, hidden, heads):
+    "A projection, split into heads."
+    return F.linear(hidden, layer.weight, layer.bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("sigma_per", ["head", "layer"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), GridWindow(2, 3, 1)])
+def test_module_is_projections_around_attention(neighborhood, score, sigma_per):
+    torch.manual_seed(0)
+    module = KrauseAttention(8, 2, neighborhood, 3, score=score, sigma=1.7, sigma_per=sigma_per).double()
+    if score == "krause":
+        torch.nn.init.normal_(module.log_sigma, std=0.3)
+    hidden = torch.randn(2, 7, 8, dtype=torch.float64)
+    query, key, value = (project(layer, hidden, 2) for layer in (module.q_proj, module.k_proj, module.v_proj))
+    sigma = module.log_sigma.exp().detach() if score == "krause" else None
+    expected = oracle(query, key, neighborhood, 3, score=score, sigma=sigma)
+    output, weights = module(hidden, output_weights=True)
+    assert_close(weights, expected, **EXACT)
+    attended = (expected @ value).transpose(1, 2).flatten(2)
+    assert_close(output, F.linear(attended, module.o_proj.weight, module.o_proj.bias), **EXACT)
+    plain, nothing = module(hidden)
+    assert nothing is None
+    assert_close(plain, output, **EXACT)
+
+
+@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), GridWindow(2, 3, 1)])
+def test_fused_softmax_is_the_dense_one(neighborhood):
+    torch.manual_seed(0)
+    module = KrauseAttention(8, 2, neighborhood, score="softmax").double()
+    hidden = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for output_weights in (False, True):
+        output, weights = module(hidden, output_weights=output_weights)
+        assert (weights is None) != output_weights
+        found.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()])])
+    assert_close(found[0], found[1], **EXACT)
+
+
+def test_module_keeps_one_sigma_per_head_or_layer():
+    for sigma_per, shape in (("head", (4,)), ("layer", (1,))):
+        module = KrauseAttention(8, 4, Full(), sigma=3.5, sigma_per=sigma_per)
+        assert module.log_sigma.shape == shape and module.log_sigma.requires_grad
+        assert_close(module.sigma, torch.full(shape, 3.5))
+        module.log_sigma.data += 1
+        module.reset_sigma()
+        assert_close(module.sigma, torch.full(shape, 3.5))
+    for score in ("softmax", "softmax_key_norm"):
+        module = KrauseAttention(8, 4, Full(), score=score)
+        assert module.sigma is None and "log_sigma" not in module.state_dict()
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_sigma_learns_or_stays(learn_sigma):
+    torch.manual_seed(0)
+    module = KrauseAttention(8, 2, CausalWindow(4), 3, learn_sigma=learn_sigma)
+    before = copy.deepcopy(module.state_dict())
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.1)
+    module(torch.randn(2, 5, 8))[0].square().sum().backward()
+    optimizer.step()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name == "log_sigma" and not learn_sigma), name
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_module_state_goes_round(score):
+    torch.manual_seed(0)
+    first, second = (KrauseAttention(8, 2, CausalWindow(3), 2, score=score, bias=False) for _ in range(2))
+    if score == "krause":
+        torch.nn.init.normal_(first.log_sigma)
+    second.load_state_dict(first.state_dict())
+    hidden = torch.randn(1, 5, 8)
+    assert torch.equal(first(hidden)[0], second(hidden)[0])
+    names = {f"{letter}_proj.weight" for letter in "qkvo"} | ({"log_sigma"} if score == "krause" else set())
+    assert set(first.state_dict()) == names
+
+
+@pytest.mark.parametrize(("score", "top_k"), [("krause", 3), ("softmax", None), ("softmax", 3)])
+def test_module_drops_only_while_training(score, top_k):
+    torch.manual_seed(0)
+    module = KrauseAttention(8, 2, Full(), top_k, score=score, dropout=0.5)
+    hidden = torch.randn(1, 6, 8)
+    assert not torch.equal(module(hidden)[0], module(hidden)[0])
+    module.eval()
+    assert torch.equal(module(hidden)[0], module(hidden)[0])
+
+
+def test_module_rotates_queries_and_keys_alone():
+    torch.manual_seed(0)
+    module = KrauseAttention(8, 2, CausalWindow(4), 2).double()
+    hidden = torch.randn(1, 6, 8, dtype=torch.float64)
+    rotation, seen = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q, []
+
+    def rotary(x):
+        seen.append(tuple(x.shape))
+        return x @ rotation
+
+    assert_close(module(hidden, rotary)[0], module(hidden)[0], **EXACT)
+    assert seen == [(1, 2, 6, 4)] * 2
+    assert not torch.allclose(module(hidden, lambda x: 3 * x)[0], module(hidden)[0])

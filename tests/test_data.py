@@ -1,0 +1,419 @@
+"""Real images, whole and unchanged; every damaged or missing file named; augmentation that does what it says."""
+
+import gzip
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from krause_repro import data
+from krause_repro.data import (
+    CIFAR_MEAN,
+    DATA,
+    FASHION_MNIST_FILES,
+    Collator,
+    ImageFolderSet,
+    ImageSet,
+    download_folder,
+    fetch,
+    find_source,
+    imagenet_transform,
+    load,
+    load_splits,
+    random_crop_flip,
+    read_idx,
+    split_held_out,
+)
+from krause_repro.recipes import get_recipe
+
+STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+
+
+def write_idx(path, array):
+    "A valid IDX file of bytes, packed if the name says so."
+    raw = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.numpy().tobytes()
+    path.write_bytes(gzip.compress(raw, 1) if path.suffix == ".gz" else raw)
+    return raw
+
+
+@pytest.fixture
+def small(source, tmp_path):
+    "A copy of Fashion-MNIST's test files, to be damaged."
+    for stem in STEMS["test"]:
+        shutil.copyfile(source / stem, tmp_path / stem)
+    return tmp_path
+
+
+# Fashion-MNIST
+
+
+def test_fashion_mnist_is_the_published_one(source):
+    for split, count in (("train", 60_000), ("test", 10_000)):
+        found = load("fashion_mnist", split, source)
+        assert found.images.shape == (count, 1, 28, 28) and found.images.dtype == torch.uint8
+        assert len(found) == count and found.labels.dtype == torch.int64
+        assert found.labels.bincount().tolist() == [count // 10] * 10
+        if split == "train":
+            pixels = found.images[:20_000].float() / 255
+            assert pixels.mean().item() == pytest.approx(DATA["fashion_mnist"].mean[0], abs=2e-3)
+            assert pixels.std().item() == pytest.approx(DATA["fashion_mnist"].std[0], abs=2e-3)
+
+
+def test_packed_files_serve_as_well(small):
+    plain = load("fashion_mnist", "test", small)
+    for stem in STEMS["test"]:
+        (small / f"{stem}.gz").write_bytes(gzip.compress((small / stem).read_bytes(), 1))
+        (small / stem).unlink()
+    packed = load("fashion_mnist", "test", small)
+    assert torch.equal(packed.images, plain.images) and torch.equal(packed.labels, plain.labels)
+
+
+def test_torchvisions_layout_is_found(small, source, no_downloads, monkeypatch):
+    monkeypatch.setitem(DATA, "fashion_mnist", replace(DATA["fashion_mnist"], package_folder=None))
+    raw = no_downloads / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem in FASHION_MNIST_FILES:
+        (raw / stem).symlink_to(source / stem)
+    assert find_source("fashion_mnist") == find_source("fashion_mnist", no_downloads) == fetch("fashion_mnist") == raw
+    assert len(load("fashion_mnist", "test")) == 10_000
+
+
+def test_a_missing_data_set_names_every_place(tmp_path, no_downloads, monkeypatch):
+    package = str(tmp_path / "package")
+    monkeypatch.setitem(DATA, "fashion_mnist", replace(DATA["fashion_mnist"], package_folder=package))
+    with pytest.raises(FileNotFoundError) as error:
+        load("fashion_mnist", "train")
+    for place in (package, no_downloads, no_downloads / "FashionMNIST" / "raw"):
+        assert str(place) in str(error.value)
+    assert "krause-repro data fashion_mnist" in str(error.value)
+
+
+def test_a_folder_that_is_given_is_the_only_place(tmp_path):
+    for name in DATA:
+        for missing in (tmp_path / "nowhere", tmp_path):
+            with pytest.raises(FileNotFoundError, match=f"no {name} in {missing}") as error:
+                fetch(name, missing)
+            assert "/usr/share" not in str(error.value) and ".cache" not in str(error.value)
+
+
+def test_cifar_and_imagenet_say_where_they_were_looked_for(no_downloads):
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(FileNotFoundError, match=f"{no_downloads}, {no_downloads / name}; get it with: krause-repro data {name}"):
+            load(name, "test")
+    with pytest.raises(FileNotFoundError, match="give the folder that holds train/ and val/ as source"):
+        fetch("imagenet")
+
+
+def test_download_folder(monkeypatch, tmp_path, no_downloads):
+    assert download_folder() == no_downloads
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KRAUSE_REPRO_DATA")
+    assert download_folder() == tmp_path / ".cache" / "krause_repro"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "empty", "one byte", "another file"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_damaged_files_are_named(small, which, damage, packed):
+    path = small / STEMS["test"][which]
+    raw = path.read_bytes()
+    if packed:
+        path.unlink()
+        path = path.with_name(f"{path.name}.gz")
+    content = gzip.compress(raw, 1) if packed else raw
+    middle = len(content) // 2
+    path.write_bytes({
+        "cut": content[:middle], "empty": b"", "one byte": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+        "another file": gzip.compress(b"hello") if packed else b"hello",
+    }[damage])
+    with pytest.raises(ValueError, match=f"{path} is (truncated|not)"):
+        load("fashion_mnist", "test", small)
+
+
+def test_a_byte_changed_before_packing_is_noticed(small):
+    path = small / STEMS["test"][0]
+    raw = bytearray(path.read_bytes())
+    raw[5000] ^= 1
+    path.unlink()
+    path = path.with_name(f"{path.name}.gz")
+    path.write_bytes(gzip.compress(raw, 1))
+    with pytest.raises(ValueError, match=f"{path} is not the file expected.*SHA-256"):
+        load("fashion_mnist", "test", small)
+
+
+def test_another_data_set_of_the_same_form_is_refused(small):
+    write_idx(small / STEMS["test"][0], torch.zeros(10_000, 28, 28, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="is not the file expected: another data set"):
+        load("fashion_mnist", "test", small)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_images_without_labels(small, which):
+    missing = STEMS["test"][which]
+    (small / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{small} lacks {missing}"):
+        load("fashion_mnist", "test", small)
+    with pytest.raises(FileNotFoundError, match=f"{small} lacks train-images"):
+        load("fashion_mnist", "train", small)
+
+
+@pytest.mark.parametrize(("name", "split", "message"), [
+    ("mnist", "train", "dataset must be one of fashion_mnist, cifar10, cifar100, imagenet, got 'mnist'"),
+    ("fashion_mnist", "validation", "split must be 'train' or 'test', got 'validation'"),
+])
+def test_wrong_name_and_split(source, name, split, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, split, source)
+
+
+def test_cifar_that_is_not_whole_is_refused(tmp_path):
+    for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(ValueError, match=f"{tmp_path} does not hold a whole {name}"):
+            load(name, "train", tmp_path)
+
+
+def test_read_idx(tmp_path):
+    array = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
+    for name in ("plain", "packed.gz"):
+        write_idx(tmp_path / name, array)
+        found = read_idx(tmp_path / name)
+        assert torch.equal(found, array)
+        found += 1  # may be written to
+    raw = write_idx(tmp_path / "longer", array)
+    (tmp_path / "longer").write_bytes(raw + b"\0")
+    with pytest.raises(ValueError, match="announces 24 values and holds 25"):
+        read_idx(tmp_path / "longer")
+    (tmp_path / "header").write_bytes(raw[:6])
+    with pytest.raises(ValueError, match="header is truncated"):
+        read_idx(tmp_path / "header")
+
+
+def test_image_set():
+    images, labels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8), torch.arange(5)
+    found = ImageSet(images, labels).subset(torch.tensor([3, 1]))
+    assert len(found) == 2 and torch.equal(found[0]["pixel_values"], images[3]) and found[1]["labels"] == 1
+    for wrong in ((images.float(), labels), (images[0], labels), (images, labels[:4]), (images, labels[:, None])):
+        with pytest.raises(ValueError, match="images must be uint8"):
+            ImageSet(*wrong)
+
+
+# Splits
+
+
+def test_held_out_images_are_fixed_and_apart():
+    kept, held_out = split_held_out(1000, 150)
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(1000)) and len(held_out) == 150
+    torch.manual_seed(1)
+    again = split_held_out(1000, 150)
+    assert torch.equal(again[0], kept) and torch.equal(again[1], held_out)
+    few, same = split_held_out(1000, 150, 20)
+    assert torch.equal(few, kept[:20]) and torch.equal(same, held_out)
+    assert held_out.tolist() != sorted(held_out.tolist())
+    assert split_held_out(10, 3)[1].tolist() == torch.randperm(10, generator=torch.Generator().manual_seed(3407))[:3].tolist()
+
+
+@pytest.mark.parametrize("held_out", [0, -1, 10, 11])
+def test_held_out_must_leave_something(held_out):
+    with pytest.raises(ValueError, match=f"held_out must be between 1 and 9, got {held_out}"):
+        split_held_out(10, held_out)
+
+
+def test_splits_of_a_recipe(source, recipe):
+    splits = load_splits(recipe, source)
+    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (128, 64, 64)
+    again = load_splits(recipe, source)
+    for part in ("train", "held_out", "test"):
+        one, two = getattr(splits, part), getattr(again, part)
+        assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels)
+    whole, test = load("fashion_mnist", "train", source), load("fashion_mnist", "test", source)
+    kept, held_out = split_held_out(60_000, 64, 128)
+    assert torch.equal(splits.train.images, whole.images[kept]) and torch.equal(splits.held_out.labels, whole.labels[held_out])
+    chosen, every = ([image.numpy().tobytes() for image in images] for images in (splits.test.images, test.images))
+    assert len(set(chosen)) == 64 and set(chosen) <= set(every)
+    assert torch.equal(load_splits(replace(recipe, test_images=None), source).test.images, test.images)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A tiny ImageNet: two classes, pictures of several sizes, one of them without colour."
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 5), ("val", 2)):
+        for label in ("ant", "bee"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                shape = (20 + 4 * i, 24) if i == 0 else (20 + 4 * i, 24, 3)
+                noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+                Image.fromarray(noise.numpy()).save(tmp_path / split / label / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("augmentation", ["imagenet", "imagenet_jitter"])
+def test_folder_of_images(folder, augmentation):
+    recipe = replace(
+        get_recipe("kvit_s16/imagenet").at("smoke"), image_size=16, patch_size=4, classes=2, train_images=None, held_out=3, test_images=3,
+        augmentation=augmentation,
+    )
+    splits = load_splits(recipe, folder)
+    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (7, 3, 3)
+    assert not set(splits.train.indices) & set(splits.held_out.indices)
+    whole = load_splits(replace(recipe, test_images=None), folder).test
+    assert [int(whole[i]["labels"]) for i in range(len(whole))] == [0, 0, 1, 1]
+    for part in (splits.train, splits.held_out, splits.test):
+        for i in range(len(part)):
+            assert part[i]["pixel_values"].shape == (3, 16, 16) and part[i]["pixel_values"].dtype == torch.uint8
+    torch.manual_seed(0)
+    assert any(not torch.equal(splits.train[0]["pixel_values"], splits.train[0]["pixel_values"]) for _ in range(5))
+    assert torch.equal(splits.held_out[0]["pixel_values"], splits.held_out[0]["pixel_values"])
+    batch = Collator(recipe, training=True)([splits.train[i] for i in range(4)])
+    assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["labels"].shape == (4, 2)
+
+
+def test_imagenet_evaluation_is_resize_and_centre_crop(folder):
+    wide = Image.fromarray(torch.arange(0, 240, dtype=torch.uint8).reshape(10, 24).repeat_interleave(2, 0).numpy()).convert("RGB")
+    out = imagenet_transform(False, 14)(wide)  # the short side, 20, becomes 16
+    expected = wide.resize((19, 16), Image.Resampling.BILINEAR)
+    left = round((19 - 14) / 2)
+    crop = torch.from_numpy(np.array(expected.crop((left, 1, left + 14, 15)))).int().permute(2, 0, 1)
+    assert (out.int() - crop).abs().max() <= 1
+    found = load("imagenet", "test", folder)
+    assert isinstance(found, ImageFolderSet) and found[0]["pixel_values"].shape == (3, 224, 224)
+
+
+# Augmentation
+
+
+def crops(image, padding):
+    "Every crop of the padded image, and its mirror image, as bytes."
+    channels, height, width = image.shape
+    padded = torch.zeros(channels, height + 2 * padding, width + 2 * padding, dtype=image.dtype)
+    padded[:, padding: padding + height, padding: padding + width] = image
+    found = set()
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            crop = padded[:, top: top + height, left: left + width]
+            found |= {tuple(crop.flatten().tolist()), tuple(crop.flip(2).flatten().tolist())}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_each_output_is_a_crop_or_its_mirror_image(dtype):
+    torch.manual_seed(0)
+    image = torch.arange(1, 25).reshape(2, 3, 4).to(dtype)
+    possible = crops(image, 1)
+    assert len(possible) == 18
+    batch = random_crop_flip(image.expand(400, -1, -1, -1), 1)
+    assert batch.shape == (400, 2, 3, 4) and batch.dtype == dtype
+    seen = [tuple(one.flatten().tolist()) for one in batch]
+    assert set(seen) == possible  # all of them, and nothing else
+    assert max(seen.count(one) for one in possible) < 3 * 400 / 18
+
+
+def test_each_image_is_cropped_by_itself():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (16, 1, 5, 5), dtype=torch.uint8)
+    for one, image in zip(random_crop_flip(images, 2), images, strict=True):
+        assert tuple(one.flatten().tolist()) in crops(image, 2)
+
+
+def test_without_padding_only_the_mirror_is_left():
+    torch.manual_seed(0)
+    image = torch.arange(12).reshape(1, 3, 4)
+    batch = random_crop_flip(image.expand(200, -1, -1, -1), 0)
+    same, mirrored = (batch == image).flatten(1).all(1), (batch == image.flip(2)).flatten(1).all(1)
+    assert (same ^ mirrored).all() and 70 < same.sum() < 130
+
+
+def examples(count, recipe, image=None):
+    "Examples of random bytes, or of one image each."
+    generator = torch.Generator().manual_seed(0)
+    shape = (recipe.channels, recipe.image_size, recipe.image_size)
+    return [
+        {"pixel_values": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) if image is None else image(i),
+         "labels": torch.tensor(i % recipe.classes)}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["kvit_t/fashion_mnist", "kvit_s/cifar10", "kvit_s16/imagenet"])
+def test_evaluation_is_normalised_and_nothing_else(name):
+    recipe = replace(get_recipe(name), image_size=12)
+    given = examples(6, recipe)
+    batch = Collator(recipe, training=False)(given)
+    spec = DATA[recipe.dataset]
+    for i, example in enumerate(given):
+        for channel in range(recipe.channels):
+            expected = (example["pixel_values"][channel].double() / 255 - spec.mean[channel]) / spec.std[channel]
+            torch.testing.assert_close(batch["pixel_values"][i, channel].double(), expected, rtol=0, atol=1e-5)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["labels"].tolist() == [example["labels"].item() for example in given]
+
+
+def test_training_without_mixing_smooths_the_labels_exactly():
+    recipe = replace(get_recipe("kvit_s/cifar10"), cutmix_probability=None, image_size=4, crop_padding=1)
+    given = examples(20, recipe)
+    torch.manual_seed(0)
+    batch = Collator(recipe, training=True)(given)
+    for row, example in zip(batch["labels"], given, strict=True):
+        expected = [0.01] * 10
+        expected[example["labels"]] = 0.91
+        assert row.tolist() == pytest.approx(expected, abs=1e-6)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CIFAR_MEAN, DATA["cifar10"].std))
+    for pixels, example in zip(batch["pixel_values"], given, strict=True):
+        back = ((pixels * std + mean) * 255).round().to(torch.uint8)
+        assert tuple(back.flatten().tolist()) in crops(example["pixel_values"], 1)
+
+
+def test_every_batch_is_mixed_by_cutmix_or_mixup_in_the_recipes_share():
+    recipe = replace(get_recipe("kvit_s/cifar10"), crop_padding=0)
+    given = examples(2, recipe, lambda i: torch.full((3, 32, 32), 250 * i, dtype=torch.uint8))
+    collate = Collator(recipe, training=True)
+    dark, bright = (((i * 250 / 255) - CIFAR_MEAN[0]) / DATA["cifar10"].std[0] for i in range(2))
+    torch.manual_seed(0)
+    kinds = {"cut": 0, "mixed": 0, "neither": 0}
+    for _ in range(300):
+        batch = collate(given)
+        shown = (batch["pixel_values"][:, 0].double() - dark) / (bright - dark)  # (2, 32, 32), 0 is dark and 1 is bright
+        share = shown.mean((1, 2))
+        pure = ((shown - shown.round()).abs() < 1e-4).all()
+        kinds["neither" if pure and (shown.std((1, 2)) < 1e-4).all() else "cut" if pure else "mixed"] += 1
+        assert batch["labels"].shape == (2, 10) and batch["labels"].dtype == torch.float32
+        torch.testing.assert_close(batch["labels"].sum(1), torch.ones(2))
+        torch.testing.assert_close(batch["labels"][:, 1].double(), 0.9 * share + 0.01, rtol=0, atol=1e-4)
+        torch.testing.assert_close(batch["labels"][:, 0].double(), 0.9 * (1 - share) + 0.01, rtol=0, atol=1e-4)
+        torch.testing.assert_close(batch["labels"][:, 2:], torch.full((2, 8), 0.01))
+    assert kinds["neither"] < 15
+    assert 0.73 < kinds["cut"] / (kinds["cut"] + kinds["mixed"]) < 0.87
+
+
+def test_imagenet_training_erases_a_quarter_of_the_images():
+    recipe = replace(get_recipe("kvit_s16/imagenet"), image_size=32, cutmix_probability=None)
+    given = examples(400, recipe, lambda i: torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    torch.manual_seed(0)
+    batch = Collator(recipe, training=True)(given)
+    erased = (batch["pixel_values"] == 0).flatten(1).any(1)
+    assert 0.15 < erased.double().mean() < 0.35
+    assert not (Collator(recipe, training=False)(given)["pixel_values"] == 0).any()
+
+
+def test_collator_names_an_unknown_data_set(recipe):
+    with pytest.raises(ValueError, match="dataset must be one of"):
+        Collator(replace(recipe, dataset="mnist"), training=True)
+
+
+def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads, tmp_path, monkeypatch):
+    "Without apt-get, and with a download that fails, the error tells all that was tried."
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(DATA, "fashion_mnist", replace(DATA["fashion_mnist"], package_folder=str(tmp_path / "package")))
+
+    def unreachable(name):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(data, "_download", unreachable)
+    with pytest.raises(FileNotFoundError) as error:
+        fetch("fashion_mnist")
+    for part in (str(tmp_path / "package"), "network is unreachable", "apt-get install dataset-fashion-mnist", str(no_downloads)):
+        assert part in str(error.value)

@@ -1,0 +1,206 @@
+"""Numbers from a finished run: recomputed here by independent loops, and by hand."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from krause_repro.data import Collator, load_splits
+from krause_repro.evaluation import (
+    STUDENT_975,
+    attention_maps,
+    curve,
+    describe_difference,
+    head_maps,
+    learned_sigma,
+    paired_difference,
+    summarise_runs,
+    test_accuracy,
+    training_curves,
+)
+from krause_repro.training import Run
+
+
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    "A copy of the finished run, for evaluation to write into."
+    path = tmp_path_factory.mktemp("evaluated") / "seed-0"
+    shutil.copytree(finished.path, path)
+    return Run(path, finished.recipe, finished.seed)
+
+
+@pytest.fixture(scope="module")
+def part(recipe, source):
+    "The test images of the recipe."
+    return load_splits(recipe, source).test
+
+
+def test_test_accuracy_is_the_share_of_right_answers(run, source, part):
+    before = {path.name for path in run.path.iterdir()}
+    found = test_accuracy(run, source)
+    model, right, loss = run.model(), 0, 0.0
+    collate = Collator(run.recipe, training=False)
+    with torch.no_grad():
+        for i in range(len(part)):
+            batch = collate([part[i]])
+            logits = model(batch["pixel_values"]).logits[0].double()
+            right += int(logits.argmax() == batch["labels"][0])
+            loss += (logits.logsumexp(0) - logits[batch["labels"][0]]).item() / len(part)
+    assert found["accuracy"] == pytest.approx(right / 64) and found["images"] == 64
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+    assert {path.name for path in run.path.iterdir()} == before | {"test.json"}
+
+
+def test_test_accuracy_is_computed_once(run, source, tmp_path):
+    first = test_accuracy(run, source)
+    kept = run.path / "test.json"
+    assert json.loads(kept.read_text(encoding="utf-8")) == first
+    stamp = kept.stat().st_mtime_ns
+    assert test_accuracy(run, tmp_path / "not looked for") == first and kept.stat().st_mtime_ns == stamp
+
+
+def test_an_unfinished_run_has_no_test_accuracy(finished, source, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    (tmp_path / "run" / "finished.json").unlink()
+    broken = Run(tmp_path / "run", finished.recipe, 0)
+    with pytest.raises(ValueError, match=f"{broken.path} is not finished.*krause-repro train kvit_t/fashion_mnist --seed 0"):
+        test_accuracy(broken, source)
+    assert not (broken.path / "test.json").exists()
+
+
+def test_missing_data_are_named(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no fashion_mnist in"):
+        test_accuracy(Run(tmp_path / "run", finished.recipe, 0), tmp_path)
+
+
+# Curves and summaries
+
+
+def test_curves_are_the_log(finished):
+    epochs, values = curve(finished, "eval_accuracy")
+    assert epochs == [1.0, 2.0] and values == [line["eval_accuracy"] for line in finished.metrics() if "eval_accuracy" in line]
+    epochs, values = curve(finished, "loss")
+    assert epochs == [i / 4 for i in range(1, 9)] and len(values) == 8
+    assert curve(finished, "nothing") == ([], [])
+
+
+def logged(path, accuracies, losses):
+    "A run of which only the log is there."
+    path.mkdir()
+    lines = [{"epoch": 0.5 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
+    lines += [{"epoch": i + 1, "eval_accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return Run(path, None, 0)
+
+
+def test_training_curves_are_mean_and_spread_over_seeds(tmp_path):
+    runs = [logged(tmp_path / "a", [0.25, 0.75], [4.0, 2.0]), logged(tmp_path / "b", [0.5, 0.75], [2.0, 2.0])]
+    found = training_curves(runs)
+    assert found["epochs"] == [1, 2]
+    assert found["validation_accuracy"]["mean"] == [0.375, 0.75]
+    assert found["validation_accuracy"]["sd"] == pytest.approx([0.25 / math.sqrt(2), 0])
+    assert found["train_loss"]["epochs"] == [0.5, 1.0] and found["train_loss"]["mean"] == [3.0, 2.0]
+    assert found["train_loss"]["sd"] == pytest.approx([math.sqrt(2), 0])
+
+
+def test_learned_sigma(finished):
+    found = learned_sigma(finished)
+    assert found == pytest.approx([math.exp(block.attention.log_sigma.item()) for block in finished.model().blocks])
+    assert len(found) == 2 and all(1e-4 < abs(sigma - 2.5) < 0.5 for sigma in found)
+
+
+def test_summary_of_runs(run, source):
+    found = summarise_runs([run], source)
+    test, end = test_accuracy(run, source), run.summary()
+    assert found["test_accuracy"] == {"values": [test["accuracy"]], "mean": test["accuracy"], "sd": None, "n": 1}
+    assert found["held_out_accuracy"]["mean"] == end["held_out_accuracy"] and found["chosen_epochs"] == [end["chosen_epoch"]]
+    assert (found["parameters"], found["test_images"], found["seeds"]) == (end["parameters"], 64, [0])
+    assert found["sigma"]["mean"] == learned_sigma(run) and found["seconds"]["values"] == [end["seconds"]]
+    assert found["paper"] == 94.65
+    json.dumps(found, allow_nan=False)
+
+
+# Attention maps
+
+
+def test_attention_maps_share_out_one(finished, source, part):
+    other = Run(finished.path, replace(finished.recipe), 0)
+    found = attention_maps({"KViT": ("krause", finished), "again": ("softmax", other)}, 3, source)
+    assert found["grid"] == [7, 7] and found["query"] == [3, 3]
+    assert [(row["label"], row["kind"], row["layer"]) for row in found["rows"]] == [
+        ("KViT", "krause", 1), ("KViT", "krause", 2), ("again", "softmax", 1), ("again", "softmax", 2),
+    ]
+    shown = torch.tensor(found["image"])
+    assert torch.allclose(shown, part[3]["pixel_values"][0] / 255, atol=6e-4)
+    for row in found["rows"]:
+        assert len(row["heads"]) == len(row["cls_weight"]) == 2 and all(len(head) == 49 for head in row["heads"])
+        for head, hub in zip(row["heads"], row["cls_weight"], strict=True):
+            assert sum(head) + hub == pytest.approx(1, abs=1e-3)
+            seen = {i for i, weight in enumerate(head) if weight}
+            assert seen <= {24, 17, 31, 23, 25}  # the centre patch and its four neighbours
+    json.dumps(found, allow_nan=False)
+
+
+def test_head_maps_are_the_models_attention(finished, part):
+    image = part[0]["pixel_values"]
+    batch = Collator(finished.recipe, training=False)([part[0]])
+    with torch.no_grad():
+        attentions = finished.model()(batch["pixel_values"], output_attentions=True).attentions
+    for query in (0, 1, 49):
+        for layer, weights in zip(head_maps(finished, image, query), attentions, strict=True):
+            found = torch.cat([torch.tensor(layer["cls_weight"])[:, None], torch.tensor(layer["heads"])], 1)
+            assert torch.allclose(found, weights[0, :, query], atol=1e-4)
+
+
+# Differences
+
+
+def test_paired_difference_by_hand():
+    found = paired_difference([0.5, 0.75, 1.0], [0.25, 0.25, 0.75])
+    assert found["values"] == [0.25, 0.5, 0.25] and found["n"] == 3
+    assert found["mean"] == pytest.approx(1 / 3) and found["sd"] == pytest.approx(1 / math.sqrt(48))
+    half = 4.303 / 12  # t × sd / √3
+    assert found["interval"] == pytest.approx([1 / 3 - half, 1 / 3 + half])
+    two = paired_difference([1.0, 2.0], [0.0, 0.0])
+    assert two["interval"] == pytest.approx([1.5 - 12.706 / 2, 1.5 + 12.706 / 2])
+
+
+def test_one_seed_has_no_interval():
+    assert paired_difference([0.5], [0.25]) == {"values": [0.25], "mean": 0.25, "sd": None, "n": 1, "interval": None}
+    assert paired_difference([1.0] * 11, [0.5] * 11)["interval"] is None
+    assert paired_difference([1.0] * 10, [0.5] * 10)["interval"] == [0.5, 0.5]
+
+
+def test_seeds_must_be_paired():
+    for first, second in (([1.0, 2.0], [1.0]), ([], [1.0])):
+        with pytest.raises(ValueError, match=f"same seeds, got {len(first)} and {len(second)}"):
+            paired_difference(first, second)
+    with pytest.raises(ValueError, match="values is empty"):
+        paired_difference([], [])
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), STUDENT_975.items())
+def test_student_quantiles(freedom, quantile):
+    "Integrate the density of Student's t: 97.5% lies below the quantile."
+    constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    steps = 4000
+    width = quantile / steps
+    density = [constant * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
+    below = 0.5 + width * (sum(density) - (density[0] + density[-1]) / 2)
+    assert below == pytest.approx(0.975, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; one seed tells nothing about chance)"),
+        ([0.5, 0.75, 1.0], [0.25, 0.25, 0.75], "+33.33 points of accuracy (mean of 3 seeds; 95% interval -2.53 to +69.19: zero lies in"),
+        ([0.25, 0.25], [0.5, 0.5], "-25.00 points of accuracy (mean of 2 seeds; 95% interval -25.00 to -25.00: zero lies outside)"),
+    ],
+)
+def test_a_difference_in_words(first, second, expected):
+    assert expected in describe_difference("A", "B", paired_difference(first, second))

@@ -1,0 +1,158 @@
+"""The authors' modules and ours give the same numbers, and a checkpoint that does not fit is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from krause_repro.attention import CausalWindow, attention_weights, krause_attention, krause_attention_weights
+from krause_repro.checkpoints import KINDS, load_author_checkpoint
+from krause_repro.vision_transformer import vision_neighborhood
+
+FOLDER = Path(__file__).parent / "parity"
+
+
+def parity(kind):
+    "Path, tensors and constructor arguments of a parity file."
+    path = FOLDER / f"{kind}.safetensors"
+    with safe_open(path, "pt") as file:
+        return path, load_file(path), json.loads(file.metadata()["config"])
+
+
+def author_state(tensors, prefix=""):
+    "The state dict inside a parity file."
+    return {prefix + name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_functional_causal_band(implementation):
+    _, tensors, config = parity("functional_causal_band")
+    query, key, value, sigma = (tensors[name] for name in ("query", "key", "value", "sigma"))
+    assert sigma.shape == (query.shape[1],)
+    window, k = CausalWindow(config["window_size"]), config["top_k"]
+    output = krause_attention(query, key, value, sigma, window, k, implementation=implementation)
+    assert_close(output, tensors["output"], rtol=0, atol=1e-10)
+    assert_close(krause_attention_weights(query, key, sigma, window, k), tensors["weights"], rtol=0, atol=1e-10)
+    assert_close(attention_weights(query, key, window, k, sigma=sigma), tensors["weights"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("given", ["path", "str", "dict", "module.", "file with module."])
+@pytest.mark.parametrize("kind", KINDS)
+def test_module_gives_the_authors_numbers(kind, given, tmp_path):
+    path, tensors, config = parity(kind)
+    if given == "file with module.":
+        path = tmp_path / "author.safetensors"
+        save_file(author_state(tensors, "module."), path)
+    sources = {"str": str(path), "dict": author_state(tensors), "module.": author_state(tensors, "module.")}
+    model = load_author_checkpoint(kind, sources.get(given, path), **config)
+    assert not model.training
+    with torch.no_grad():
+        plain, output = model(tensors["input"]), model(tensors["input"], output_attentions=True)
+    assert plain.attentions is None and len(output.attentions) == config["n_layers"]
+    for logits in (plain.logits, output.logits):
+        assert_close(logits, tensors["logits"], rtol=0, atol=1e-5)
+    for name, layer in (("attention_layer0", 0), ("attention_last", -1)):
+        if name in tensors:
+            assert_close(output.attentions[layer], tensors[name], rtol=0, atol=1e-5)
+    assert ("attention_last" in tensors) == kind.startswith("kvit")
+
+
+def test_every_vision_kind_has_a_parity_file():
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} >= {*KINDS, "functional_causal_band"}
+
+
+@pytest.mark.parametrize("kind", ["kvit_4neighbour", "kvit_5x5"])
+def test_authors_mask_is_our_neighbourhood(kind):
+    path, tensors, config = parity(kind)
+    model = load_author_checkpoint(kind, path, **config)
+    mask = vision_neighborhood(model.config).mask(tensors["attention_last"].shape[-1])
+    for layer in range(config["n_layers"]):
+        assert torch.equal(tensors[f"state.blocks.{layer}.attention.local_mask_buffer"], mask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_weights_are_saved_and_found_again(kind, tmp_path):
+    path, tensors, config = parity(kind)
+    model = load_author_checkpoint(kind, path, **config)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(tensors["input"]).logits, model(tensors["input"]).logits)
+
+
+def test_the_given_state_dict_is_not_changed():
+    _, tensors, config = parity("vit_baseline")
+    state = author_state(tensors, "module.")
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    model = load_author_checkpoint("vit_baseline", state, **config)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)
+
+
+def test_unknown_kind_lists_the_kinds():
+    with pytest.raises(ValueError, match="kind must be one of kvit_4neighbour, .*got 'karn'"):
+        load_author_checkpoint("karn", {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("kvit_4neighbour", {"window_size": 3}, "config does not fit kind 'kvit_4neighbour'.*window_size"),
+        ("vit_baseline", {"top_k": 2}, "config does not fit kind 'vit_baseline'.*top_k"),
+        ("kvit_4neighbour", {"n_layers": 4}, "missing blocks.3"),
+        ("kvit_4neighbour", {"n_layers": 2}, "not in this model: blocks.2"),
+        ("kvit_5x5", {"num_classes": 10}, r"head.weight is \(12, 32\), needed \(10, 32\)"),
+        ("kvit_5x5", {"img_size": 16}, r"position_embedding is \(1, 65, 32\), needed \(1, 17, 32\)"),
+        ("vit_baseline", {"d_model": 64}, r"patch_embedding.weight is .*and \d+ more"),
+        ("kvit_4neighbour", {"n_heads": 3}, "num_attention_heads must divide"),
+        ("kvit_4neighbour", {"patch_size": 5}, "image_size must be a multiple of patch_size"),
+        ("kvit_4neighbour", {"sigma": 0.0}, "sigma must be"),
+        ("kvit_4neighbour", {"top_k": 0}, "top_k must be"),
+    ],
+)
+def test_wrong_config_is_named(kind, change, message):
+    path, _, config = parity(kind)
+    with pytest.raises(ValueError, match=message):
+        load_author_checkpoint(kind, path, **config | change)
+
+
+def test_missing_and_extra_tensors_are_named():
+    _, tensors, config = parity("kvit_4neighbour")
+    state = author_state(tensors)
+    lacking = {name: tensor for name, tensor in state.items() if name != "blocks.1.attention.log_sigma"}
+    with pytest.raises(ValueError, match="missing blocks.1.attention.log_sigma"):
+        load_author_checkpoint("kvit_4neighbour", lacking, **config)
+    with pytest.raises(ValueError, match="not in this model: blocks.0.attention.gate"):
+        load_author_checkpoint("kvit_4neighbour", state | {"blocks.0.attention.gate": torch.zeros(1)}, **config)
+    with pytest.raises(ValueError, match="missing"):
+        load_author_checkpoint("kvit_4neighbour", {}, **config)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("kvit_4neighbour", "vit_baseline"), ("vit_baseline", "kvit_4neighbour")])
+def test_the_weights_of_another_family_are_refused(kind, other):
+    _, tensors, _ = parity(other)
+    config = {key: value for key, value in parity(kind)[2].items()}
+    with pytest.raises(ValueError, match=f"does not fit kind '{kind}'.*missing"):
+        load_author_checkpoint(kind, author_state(tensors), **config)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("kvit_4neighbour", "kvit_5x5"), ("kvit_5x5", "kvit_4neighbour")])
+def test_the_weights_of_another_neighbourhood_are_refused(kind, other):
+    "Both kinds have the same parameters; only the stored masks tell them apart."
+    path, _, config = parity(other)
+    with pytest.raises(ValueError, match="local_mask_buffer"):
+        load_author_checkpoint(kind, path, **config)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
+        load_author_checkpoint("vit_baseline", tmp_path / "nowhere.safetensors")
+    pickled = tmp_path / "author.pth"
+    torch.save({}, pickled)
+    with pytest.raises(ValueError, match="author.pth.*pickled"):
+        load_author_checkpoint("vit_baseline", pickled)

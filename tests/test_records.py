@@ -1,0 +1,260 @@
+"""Files are whole or absent, results know what they were made with, and nothing is made in silence."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from krause_repro.recipes import get_recipe
+from krause_repro.records import (
+    check_train,
+    environment,
+    git_state,
+    load_result,
+    obtain_result,
+    package_versions,
+    project_root,
+    read_json,
+    replacing,
+    result_path,
+    save_result,
+    stale_recipes,
+    summarise,
+    summarise_curves,
+    write_json,
+)
+
+SMOKE = [get_recipe(name).at("smoke") for name in ("kvit_t/fashion_mnist", "vit_t/fashion_mnist")]
+
+
+class Maker:
+    "Makes a new number each time it is called."
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return {"number": self.calls}
+
+
+def obtain(train, make, root, recipes=SMOKE):
+    "The result of an experiment named `example` under smoke."
+    return obtain_result("example", "smoke", train, recipes, make, root)
+
+
+def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+# Whole or absent
+
+
+def test_json_goes_round(tmp_path):
+    value = {"b": [1, 2.5, None, True], "a": {"text": "σ ≈ 2,5\n"}}
+    path = write_json(tmp_path / "new" / "folder" / "file.json", value)
+    assert path == tmp_path / "new" / "folder" / "file.json" and read_json(str(path)) == value
+    assert path.read_text(encoding="utf-8").endswith("}\n") and path.stat().st_mode & 0o777 == 0o644
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+    assert len(write_json(path, value, indent=None).read_text(encoding="utf-8").splitlines()) == 1
+
+
+@pytest.mark.parametrize("earlier", [None, {"number": 1}])
+@pytest.mark.parametrize("breaks", ["replace", "chmod", "write_text"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, earlier, breaks):
+    path = tmp_path / "file.json"
+    if earlier:
+        write_json(path, earlier)
+    monkeypatch.setattr(Path if breaks == "write_text" else os, breaks, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"number": 2})
+    assert [p.name for p in tmp_path.iterdir()] == (["file.json"] if earlier else [])
+    assert not earlier or read_json(path) == earlier
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {"a": [1, -math.inf]}, {"a": object()}, {"a": {1, 2}}])
+def test_what_json_cannot_say_is_refused(tmp_path, value):
+    path = write_json(tmp_path / "file.json", 1)
+    with pytest.raises((ValueError, TypeError), match="JSON"):
+        write_json(path, value)
+    assert read_json(path) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_replacing_cleans_up_whatever_happens(tmp_path):
+    path = tmp_path / "file.txt"
+    with pytest.raises(KeyboardInterrupt):
+        with replacing(path) as temporary:
+            temporary.write_text("half", encoding="utf-8")
+            assert temporary.parent == tmp_path and not path.exists()
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with replacing(path) as temporary:
+        temporary.write_text("whole", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "file.json").write_text('{"a": ', encoding="utf-8")
+    with pytest.raises(ValueError, match="file.json is not valid JSON"):
+        read_json(tmp_path / "file.json")
+
+
+# Where and with what
+
+
+def test_project_root_is_found_from_inside_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = krause_repro\n", encoding="utf-8")
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "settings.ini").write_text("[DEFAULT]\nlib_name = another\n", encoding="utf-8")
+    monkeypatch.chdir(deep)
+    assert project_root() == tmp_path
+    (tmp_path / "settings.ini").unlink()
+    assert project_root() == deep
+
+
+def git(folder, *arguments):
+    "Run git without the user's settings."
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_CONFIG_GLOBAL": os.devnull}
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.invalid", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", *who, *arguments], cwd=folder, env=clean, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_state(tmp_path, monkeypatch):
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}
+    git(tmp_path, "init", "-q")
+    file = tmp_path / "file"
+    file.write_text("1", encoding="utf-8")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert git_state(tmp_path) == {"commit": commit, "dirty": False}
+    (tmp_path / "untracked").write_text("1", encoding="utf-8")
+    assert git_state(tmp_path) == {"commit": commit, "dirty": False}
+    file.write_text("2", encoding="utf-8")
+    assert git_state(tmp_path) == {"commit": commit, "dirty": True}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("git") is None and git_state(tmp_path) == {"commit": None, "dirty": None}
+
+
+def test_environment_says_what_can_change_a_number():
+    found = environment()
+    assert set(found) == {"commit", "dirty", "device", "threads", "versions"}
+    assert found["versions"] == package_versions() and {"python", "torch", "transformers", "krause_repro"} <= set(found["versions"])
+    assert json.loads(json.dumps(found)) == found
+
+
+# Sums
+
+
+def test_summarise():
+    assert summarise([3]) == {"values": [3.0], "mean": 3.0, "sd": None, "n": 1}
+    summary = summarise([1, 2, 4])
+    assert summary["values"] == [1.0, 2.0, 4.0] and summary["n"] == 3
+    assert summary["mean"] == pytest.approx(7 / 3)
+    assert summary["sd"] == pytest.approx(math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2))
+    with pytest.raises(ValueError, match="values is empty"):
+        summarise([])
+
+
+def test_summarise_curves():
+    curves = summarise_curves([[1, 10], [3, 10], [5, 40]])
+    assert curves["mean"] == pytest.approx([3, 20]) and curves["sd"] == pytest.approx([2, math.sqrt(300)])
+    assert summarise_curves([[1, 2]]) == {"mean": [1, 2], "sd": [0, 0]}
+    for wrong in ([[1, 2], [1]], []):
+        with pytest.raises(ValueError, match="curves differ in length or are missing"):
+            summarise_curves(wrong)
+
+
+# Results
+
+
+def test_saved_results_carry_their_circumstances(tmp_path):
+    path = save_result("example", {"number": 1}, "smoke", tmp_path)
+    assert path == result_path("example", "smoke", tmp_path) == tmp_path / "results" / "smoke" / "example.json"
+    loaded = load_result("example", "smoke", tmp_path)
+    assert (loaded["name"], loaded["profile"], loaded["number"]) == ("example", "smoke", 1)
+    assert set(environment()) <= set(loaded)
+
+
+def test_missing_results_name_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no results of 'example'.*desk.*make figures PROFILE=desk .*TRAIN=missing"):
+        load_result("example", "desk", tmp_path)
+    make = Maker()
+    with pytest.raises(FileNotFoundError, match="make figures PROFILE=smoke"):
+        obtain("never", make, tmp_path)
+    assert make.calls == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_results_of_another_profile_are_refused(tmp_path):
+    write_json(result_path("example", "desk", tmp_path), {"profile": "smoke"})
+    with pytest.raises(ValueError, match="example.json holds results of profile 'smoke', not 'desk'"):
+        load_result("example", "desk", tmp_path)
+
+
+def test_a_result_is_made_once_and_then_loaded(tmp_path):
+    make = Maker()
+    first = obtain("missing", make, tmp_path)
+    assert first["number"] == 1 and set(first["recipes"]) == {recipe.name for recipe in SMOKE}
+    assert obtain("missing", make, tmp_path) == obtain("never", make, tmp_path) == first
+    assert make.calls == 1
+    assert obtain("always", make, tmp_path)["number"] == make.calls == 2
+    assert obtain("never", make, tmp_path)["number"] == 2
+
+
+STALE = {
+    "another setting": [replace(SMOKE[0], lr=0.5), SMOKE[1]],
+    "other seeds": [replace(SMOKE[0], seeds=(5,)), SMOKE[1]],
+    "a recipe more": [*SMOKE, get_recipe("vit_t_post/fashion_mnist").at("smoke")],
+    "a recipe less": SMOKE[:1],
+}
+
+
+@pytest.mark.parametrize("why", STALE)
+def test_stale_results_are_refused_or_made_again(tmp_path, why):
+    make = Maker()
+    obtain("missing", make, tmp_path)
+    with pytest.raises(ValueError, match=r"example.json is stale: .*fashion_mnist.*make figures PROFILE=smoke TRAIN=missing"):
+        obtain("never", make, tmp_path, STALE[why])
+    assert make.calls == 1
+    assert obtain("missing", make, tmp_path, STALE[why])["number"] == 2
+    assert obtain("never", make, tmp_path, STALE[why])["number"] == 2
+
+
+def test_stale_recipes_are_named_and_remarks_do_not_count():
+    result = {"recipes": {recipe.name: recipe.to_dict() for recipe in SMOKE}}
+    assert stale_recipes(result, SMOKE) == []
+    assert stale_recipes(result, [replace(recipe, published={}, ours=()) for recipe in SMOKE]) == []
+    assert stale_recipes(result, [replace(SMOKE[0], sigma=1.0), SMOKE[1]]) == ["kvit_t/fashion_mnist"]
+    assert stale_recipes({}, SMOKE) == ["kvit_t/fashion_mnist", "vit_t/fashion_mnist"]
+
+
+def test_a_failed_making_keeps_the_earlier_result(tmp_path):
+    obtain("missing", Maker(), tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        obtain("always", fail, tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        obtain("always", lambda: {"number": math.nan}, tmp_path)
+    assert obtain("never", fail, tmp_path)["number"] == 1
+
+
+@pytest.mark.parametrize("train", ["sometimes", "", None, True])
+def test_train_is_one_of_three(tmp_path, train):
+    message = re.escape(f"train must be one of never, missing, always, got {train!r}")
+    with pytest.raises(ValueError, match=message):
+        check_train(train)
+    with pytest.raises(ValueError, match=message):
+        obtain(train, Maker(), tmp_path)
+
+
+def test_recipes_must_be_of_the_profile(tmp_path):
+    make = Maker()
+    with pytest.raises(ValueError, match="recipes must be under profile 'smoke', got .*'paper'"):
+        obtain("always", make, tmp_path, [SMOKE[0], get_recipe("vit_t/fashion_mnist")])
+    assert make.calls == 0 and list(tmp_path.iterdir()) == []

@@ -1,0 +1,430 @@
+"""A run is chosen on held-out images, can be stopped anywhere and continued to the same bits, and is never overwritten in silence."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+
+from krause_repro import training
+from krause_repro.data import Collator, ImageSet, Splits, load_splits
+from krause_repro.recipes import get_recipe
+from krause_repro.training import Run, build_trainer, check_run, last_checkpoint, run_path, save_model, train, training_arguments
+from krause_repro.vision_transformer import VisionTransformer
+
+STEPS = 4  # in an epoch of the `recipe` fixture
+
+
+class Killed(Exception):
+    "Stands for the end of the process."
+
+
+class Stop(TrainerCallback):
+    "Raises at one event of one step."
+
+    def __init__(self, step, event="on_step_end", error=Killed):
+        self.step, self.error = step, error
+        setattr(self, event, self.stop)
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise self.error
+
+
+def lines(run):
+    "What was logged, without what depends on the clock or on where training was continued."
+    def timeless(line):
+        if "train_runtime" in line:  # Trainer's summary of one call of its own
+            return {key: line[key] for key in ("epoch", "step", "total_flos") if key in line}
+        return {key: value for key, value in line.items() if not key.endswith(("runtime", "_per_second")) and key != "seconds"}
+
+    return [timeless(line) for line in run.metrics()]
+
+
+def same(one, two):
+    "Do two runs hold the same weights, bit for bit, the same log and the same choice?"
+    weights = [load_file(run.path / "model.safetensors") for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert lines(one) == lines(two)
+    ends = [{key: value for key, value in run.summary().items() if key != "seconds"} for run in (one, two)]
+    assert ends[0] == ends[1]
+    return True
+
+
+def contents(folder):
+    "Every file below a folder: its bytes and its time."
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def start(recipe, source, tmp_path):
+    "Trains `recipe` under this test's folder."
+    def begin(seed=0, of=recipe, **options):
+        return train(of, seed, runs=tmp_path, progress=False, source=source, **options)
+
+    return begin
+
+
+# A finished run
+
+
+def test_a_finished_run_is_whole(finished, recipe):
+    assert finished.finished and finished.path.parts[-4:] == ("smoke", "kvit_t", "fashion_mnist", "seed-0")
+    names = {path.name for path in finished.path.iterdir()}
+    assert names == {"recipe.json", "environment.json", "metrics.jsonl", "config.json", "model.safetensors", "finished.json", "checkpoints"}
+    saved = json.loads((finished.path / "recipe.json").read_text(encoding="utf-8"))
+    assert saved == {"fingerprint": recipe.fingerprint, "seed": 0, "recipe": recipe.to_dict()}
+    assert {"commit", "dirty", "device", "threads", "versions"} <= set(finished.environment())
+    summary = finished.summary()
+    assert summary["steps"] == 2 * STEPS and summary["seconds"] > 0 and summary["threads"] == torch.get_num_threads()
+    assert summary["parameters"] == finished.model().num_parameters() == sum(p.numel() for p in finished.model().parameters())
+    assert sum("seconds" in line for line in finished.metrics()) == 2
+    assert not finished.model().training
+
+
+def test_the_choice_is_the_best_epoch_on_held_out_images(finished, recipe, source):
+    scores = {line["epoch"]: line["eval_accuracy"] for line in finished.metrics() if "eval_accuracy" in line}
+    assert list(scores) == [1.0, 2.0]
+    summary = finished.summary()
+    assert summary["held_out_accuracy"] == max(scores.values())
+    assert summary["chosen_epoch"] == min(epoch for epoch, score in scores.items() if score == max(scores.values()))
+    held_out = load_splits(recipe, source).held_out
+    batch = Collator(recipe, training=False)([held_out[i] for i in range(len(held_out))])
+    with torch.no_grad():
+        right = finished.model()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]
+    assert right.double().mean().item() == pytest.approx(summary["held_out_accuracy"])
+
+
+def test_the_model_is_the_best_checkpoint(finished):
+    step = round(finished.summary()["chosen_epoch"] * STEPS)
+    best = load_file(finished.path / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+    state = finished.model().state_dict()
+    assert state.keys() == best.keys() and all(torch.equal(state[name], best[name]) for name in best)
+
+
+def test_a_worse_last_epoch_is_not_chosen(start, recipe, source):
+    rarest = load_splits(recipe, source).held_out.labels.bincount(minlength=10).argmin()
+
+    class Spoil(TrainerCallback):
+        "After the last step the model names the rarest class whatever it sees."
+
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 2 * STEPS:
+                with torch.no_grad():
+                    model.head.weight.zero_()
+                    model.head.bias.copy_(torch.arange(10) == rarest)
+
+    run = start(callbacks=(Spoil(),))
+    first, second = (line["eval_accuracy"] for line in run.metrics() if "eval_accuracy" in line)
+    assert first > second
+    assert (run.summary()["chosen_epoch"], run.summary()["held_out_accuracy"]) == (1.0, first)
+    best = load_file(run.path / "checkpoints" / f"checkpoint-{STEPS}" / "model.safetensors")
+    state = run.model().state_dict()
+    assert all(torch.equal(state[name], best[name]) for name in best) and state["head.weight"].any()
+
+
+def test_training_never_looks_at_a_test_image(start, finished, monkeypatch):
+    reads = {"train": 0, "held_out": 0, "test": 0}
+
+    class Counting(ImageSet):
+        def __init__(self, part, data):
+            super().__init__(data.images, data.labels)
+            self.part = part
+
+        def __getitem__(self, index):
+            reads[self.part] += 1
+            return super().__getitem__(index)
+
+    def counted(*arguments):
+        splits = load_splits(*arguments)
+        return Splits(*(Counting(part, getattr(splits, part)) for part in reads))
+
+    monkeypatch.setattr(training, "load_splits", counted)
+    assert same(start(), finished)
+    assert reads == {"train": 2 * 128, "held_out": 2 * 64, "test": 0}
+
+
+def test_a_finished_run_is_returned_untouched(finished, recipe, tmp_path):
+    before = contents(finished.path)
+    runs = finished.path.parents[3]
+    again = train(recipe, 0, runs=runs, progress=False, source=tmp_path / "not looked for")
+    assert again == finished and contents(finished.path) == before
+    remarked = replace(recipe, seeds=(5,), ours=(), published={})
+    assert train(remarked, 0, runs=runs, progress=False).path == finished.path and contents(finished.path) == before
+
+
+def test_seeds(start, finished):
+    again, other = start(0), start(1)
+    assert same(again, finished)
+    one, two = (load_file(run.path / "model.safetensors") for run in (again, other))
+    assert all(not torch.equal(one[name], two[name]) for name in one if "norm" not in name and "bias" not in name)
+    assert lines(again) != lines(other) and again.path.parent == other.path.parent
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(finished, recipe):
+    warm, total = recipe.warmup_epochs * STEPS, 2 * STEPS
+    logged = [line for line in finished.metrics() if "learning_rate" in line]
+    assert [line["step"] for line in logged] == list(range(1, total + 1))
+    for line in logged:
+        done = line["step"] - 1  # the rate that this step was taken with
+        share = done / warm if done < warm else (1 + math.cos(math.pi * (done - warm) / (total - warm))) / 2
+        assert line["learning_rate"] == pytest.approx(recipe.lr * share, abs=1e-12), line
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged)
+
+
+# The trainer
+
+
+def splits_of(count=8):
+    "A few random images."
+    generator = torch.Generator().manual_seed(0)
+    images = ImageSet(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator), torch.arange(count) % 10)
+    return Splits(images, images, images)
+
+
+def test_weight_decay_is_for_matrices(recipe, tmp_path):
+    model = VisionTransformer(recipe.config)
+    trainer = build_trainer(recipe, model, splits_of(), tmp_path, progress=False)
+    trainer.create_optimizer()
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, recipe.weight_decay}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        if "log_sigma" in name or "norm" in name or name.endswith("bias"):
+            assert id(parameter) not in decayed, name
+        elif parameter.ndim == 2:
+            assert id(parameter) in decayed, name
+
+
+def test_recipe_in_the_trainers_words(tmp_path):
+    recipe = get_recipe("kvit_s/cifar10")
+    arguments = training_arguments(recipe, tmp_path, 7, 176, progress=False)
+    assert (arguments.num_train_epochs, arguments.learning_rate, arguments.weight_decay) == (300, 3e-4, 0.05)
+    assert (arguments.max_grad_norm, arguments.warmup_steps, arguments.lr_scheduler_type) == (1.0, 1760, "cosine")
+    assert (arguments.seed, arguments.data_seed, arguments.bf16) == (7, 7, False)
+    assert arguments.per_device_train_batch_size == 256 and arguments.metric_for_best_model == "accuracy"
+
+
+def test_batch_is_divided_over_the_processes(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch_size = 32 must be a multiple of the number of processes, 3"):
+        training_arguments(recipe, tmp_path, 0, 4)
+
+
+def test_evaluation_is_not_augmented(recipe, tmp_path):
+    splits = splits_of()
+    trainer = build_trainer(recipe, VisionTransformer(recipe.config), splits, tmp_path, progress=False)
+    plain = Collator(recipe, training=False)([splits.test[i] for i in range(8)])
+    (batch,) = trainer.get_eval_dataloader()
+    assert torch.equal(batch["pixel_values"], plain["pixel_values"]) and torch.equal(batch["labels"], plain["labels"])
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["labels"].shape == (8, 10)
+    assert torch.equal(next(iter(trainer.get_eval_dataloader()))["labels"], plain["labels"])
+
+
+# Stopped and continued
+
+
+@pytest.mark.parametrize(
+    ("step", "event"),
+    [
+        (2, "on_step_end"),  # in the first epoch: there is no checkpoint yet
+        (STEPS, "on_epoch_end"),  # at the end of an epoch, before it is evaluated
+        (STEPS, "on_save"),  # right after a checkpoint
+        (STEPS + 2, "on_step_end"),  # in the second epoch
+        (2 * STEPS, "on_save"),  # after the last checkpoint
+        (2 * STEPS, "on_train_end"),
+    ],
+)
+def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(start, finished, step, event):
+    with pytest.raises(Killed):
+        start(callbacks=(Stop(step, event),))
+    run = start()
+    assert same(run, finished)
+    assert sum("seconds" in line for line in run.metrics()) == 2
+
+
+def test_killed_again_and_again(start, finished):
+    for step in (1, 3, STEPS + 1, STEPS + 3):
+        with pytest.raises(Killed):
+            start(callbacks=(Stop(step),))
+    assert same(start(), finished)
+
+
+def test_control_c_leaves_a_directory_that_can_be_continued(start, finished, tmp_path, recipe):
+    with pytest.raises(KeyboardInterrupt):
+        start(callbacks=(Stop(STEPS + 1, error=KeyboardInterrupt),))
+    run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
+    assert not run.finished and not (run.path / "model.safetensors").exists()
+    assert [line["eval_accuracy"] for line in run.metrics() if "eval_accuracy" in line]
+    assert same(start(), finished)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "trainer_state"])
+def test_a_full_disk_costs_one_epoch(start, finished, monkeypatch, part, recipe, tmp_path):
+    method = {"model": "_save", "optimizer": "_save_optimizer_and_scheduler", "trainer_state": "_save_rng_state"}[part]
+    works = getattr(Trainer, method)
+
+    def full(self, folder=None, *arguments, **keywords):
+        if self.state.global_step == 2 * STEPS:
+            (tmp_path / "filled").write_text("here", encoding="utf-8")
+            raise OSError(28, "No space left on device")
+        return works(self, folder, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, method, full)
+        with pytest.raises(OSError, match="No space left on device"):
+            start()
+    assert (tmp_path / "filled").exists()
+    folder = run_path(recipe, 0, tmp_path) / "checkpoints"
+    assert last_checkpoint(folder) == folder / f"checkpoint-{STEPS}"
+    assert same(start(), finished)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_half_written_checkpoint_is_passed_over(start, finished, recipe, tmp_path, damage):
+    with pytest.raises(Killed):
+        start(callbacks=(Stop(2 * STEPS, "on_train_end"),))
+    folder = run_path(recipe, 0, tmp_path) / "checkpoints"
+    state = folder / f"checkpoint-{2 * STEPS}" / "trainer_state.json"
+    assert last_checkpoint(folder) == state.parent
+    if damage == "gone":
+        state.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[:100] if damage == "cut" else b"")
+    assert last_checkpoint(folder) == folder / f"checkpoint-{STEPS}"
+    assert same(start(), finished)
+
+
+def test_last_checkpoint_counts_as_numbers(tmp_path):
+    assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}', encoding="utf-8")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
+    works, calls = training.os.replace, []
+
+    def full(source, target):
+        if str(target).endswith("metrics.jsonl"):
+            calls.append(target)
+            if len(calls) == 3:
+                raise OSError(28, "No space left on device")
+        return works(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            start()
+    run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+    assert not [path.name for path in run.path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_model_is_saved_whole_or_not_at_all(recipe, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    first, second = VisionTransformer(recipe.config), VisionTransformer(recipe.config)
+    save_model(first, tmp_path)
+    before = contents(tmp_path)
+    assert {path.name for path in before} == {"config.json", "model.safetensors"}
+
+    def half(self, folder, **_):
+        (training.Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VisionTransformer, "save_pretrained", half)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(second, tmp_path)
+    assert contents(tmp_path) == before
+
+
+# Another recipe, and beginning anew
+
+
+def test_the_run_of_another_recipe_is_refused(start, finished, recipe, source):
+    before, runs = contents(finished.path), finished.path.parents[3]
+    for change, message in (({"lr": 0.5}, "lr is 0.001 there and 0.5 here"), ({"top_k": None}, "top_k is .*None here"),
+                            ({"epochs": 3, "sigma": 1.0}, "sigma is 2.5 there and 1.0 here, epochs is 2 there and 3 here")):
+        with pytest.raises(ValueError, match=f"seed-0 holds a run of another recipe .*{message}.*restart=True"):
+            train(replace(recipe, **change), 0, runs=runs, progress=False, source=source)
+    assert contents(finished.path) == before
+    check_run(finished)
+
+
+def test_an_unfinished_run_of_another_recipe_is_refused_or_begun_anew(start, finished, recipe):
+    other = replace(recipe, lr=0.5)
+    with pytest.raises(Killed):
+        start(of=other, callbacks=(Stop(STEPS + 1),))
+    with pytest.raises(ValueError, match="another recipe .lr is 0.5 there"):
+        start()
+    assert same(start(restart=True), finished)
+
+
+def test_restart_keeps_the_finished_run_until_the_new_one_is_finished(start, finished, recipe, tmp_path):
+    other = replace(recipe, lr=0.5)
+    first = start(of=other)
+    before = {path: data for path, (data, _) in contents(first.path).items()}
+    aside = first.path.with_name(".seed-0.old")
+    for step in (1, STEPS + 1):
+        with pytest.raises(Killed):
+            start(restart=True, callbacks=(Stop(step),))
+        assert {path: data for path, (data, _) in contents(aside).items()} == before
+        assert not first.finished
+    assert same(start(), finished)
+    assert not aside.exists() and [path.name for path in first.path.parent.iterdir()] == ["seed-0"]
+
+
+def test_restart_of_a_finished_run_gives_the_same_bits_again(start, finished):
+    first = start()
+    changed = (first.path / "finished.json").stat().st_mtime_ns
+    assert same(start(restart=True), finished) and (first.path / "finished.json").stat().st_mtime_ns > changed
+
+
+# Before any work
+
+
+@pytest.mark.parametrize("seed", [-1, True, 1.5, "0", None])
+def test_a_bad_seed_is_refused_before_any_work(start, tmp_path, seed):
+    with pytest.raises(ValueError, match=f"seed must be an integer ≥ 0, got {seed!r}"):
+        start(seed)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["kvit_t/fashion_mnist", get_recipe("particles/circle"), None])
+def test_a_bad_recipe_is_refused_before_any_work(start, tmp_path, wrong):
+    with pytest.raises(ValueError, match="recipe .* has nothing to train"):
+        start(of=wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_are_told_before_any_work(recipe, tmp_path, finished):
+    for restart in (False, True):
+        with pytest.raises(FileNotFoundError, match="no fashion_mnist in"):
+            train(recipe, 0, runs=tmp_path / "runs", progress=False, source=tmp_path, restart=restart)
+    assert list(tmp_path.iterdir()) == []
+    before = contents(finished.path)
+    with pytest.raises(FileNotFoundError, match="no fashion_mnist in"):
+        train(recipe, 0, runs=finished.path.parents[3], progress=False, source=tmp_path, restart=True)
+    assert contents(finished.path) == before
+
+
+@pytest.mark.parametrize("change", [{"held_out": 0}, {"held_out": 60_000}, {"heads": 3}, {"top_k": (0, 4)}, {"sigma": -1.0}])
+def test_settings_that_cannot_be_are_told_before_any_work(start, recipe, tmp_path, change):
+    with pytest.raises(ValueError, match="held_out|num_attention_heads|attention_top_k|sigma"):
+        start(of=replace(recipe, **change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_path(recipe, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("lib_name = krause_repro", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run_path(recipe, 3) == tmp_path / "runs" / "smoke" / "kvit_t" / "fashion_mnist" / "seed-3"
+    assert run_path(recipe, 3, tmp_path / "elsewhere") == tmp_path / "elsewhere" / "smoke" / "kvit_t" / "fashion_mnist" / "seed-3"

@@ -1,0 +1,341 @@
+"""One model for ViT, KViT and the controls: counts, saving, torchvision, hand-computed blocks, schedules and refusals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from torchvision.models import VisionTransformer as TorchvisionViT
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from krause_repro.attention import SCORES, Full, GridWindow
+from krause_repro.checkpoints import convert_vit, load_into, vit_config
+from krause_repro.recipes import RECIPES
+from krause_repro.vision_transformer import (
+    SIZES,
+    VisionTransformer,
+    VisionTransformerConfig,
+    rotary_table,
+    rotate,
+    top_k_schedule,
+    vision_neighborhood,
+)
+
+PUBLISHED = [name for name, recipe in RECIPES.items() if "parameters" in recipe.published]
+
+
+def tiny(**changes):
+    "Settings of a model of 1 + 4×4 tokens."
+    settings = {
+        "image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,
+        "num_labels": 5, "drop_path": 0.0,
+    }
+    return VisionTransformerConfig(**settings | changes)
+
+
+def build(seed=0, **changes):
+    "A tiny model in eval mode, with every parameter away from its initial value."
+    torch.manual_seed(seed)
+    model = VisionTransformer(tiny(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def images(batch=2, seed=1, size=8):
+    "Random images."
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_row_of_tables_1_to_3_states_its_parameters():
+    assert len(PUBLISHED) == 8 + 8 + 10
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    with torch.device("meta"):
+        model = VisionTransformer(RECIPES[name].config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == RECIPES[name].published["parameters"]
+
+
+def test_defaults_are_the_small_model_and_sizes_are_the_papers():
+    config = VisionTransformerConfig()
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == tuple(SIZES["S"].values()) == (384, 6, 1536)
+    for size in SIZES.values():
+        assert size["hidden_size"] == 64 * size["num_attention_heads"] and size["intermediate_size"] == 4 * size["hidden_size"]
+
+
+# Saving
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "norm": "pre", "attention_metric": "chebyshev", "attention_radius": 2},
+                                     {"attention_score": "softmax", "attention_radius": None, "attention_top_k": None}])
+def test_saved_model_is_found_again_by_the_auto_class(tmp_path, changes):
+    model = build(**changes)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(again) is VisionTransformer and not again.training
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
+    assert vision_neighborhood(again.config) == vision_neighborhood(model.config)
+    assert [block.attention.top_k for block in again.blocks] == [block.attention.top_k for block in model.blocks]
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys() and all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    if "attention_score" not in changes:
+        sigma = [block.attention.sigma.item() for block in again.blocks]
+        assert len(set(sigma)) == 3 and 2.5 not in sigma
+    with torch.no_grad():
+        assert torch.equal(again(images()).logits, model(images()).logits)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = VisionTransformer(tiny(hidden_size=128, intermediate_size=256, sigma=3.5, num_labels=40))
+    for weight in (model.cls_token, model.position_embedding, model.head.weight):
+        assert 0.015 < weight.std() < 0.025
+    for block in model.blocks:
+        assert_close(block.attention.sigma, torch.tensor([3.5]))
+        for layer in (block.attention.q_proj, block.attention.o_proj, block.mlp[0]):
+            limit = math.sqrt(6 / sum(layer.weight.shape))
+            assert layer.weight.abs().max() <= limit and layer.weight.std() == pytest.approx(limit / 3**0.5, rel=0.05)
+            assert not layer.bias.any()
+
+
+# Other implementations
+
+
+def test_softmax_vit_is_torchvisions():
+    torch.manual_seed(0)
+    other = TorchvisionViT(image_size=12, patch_size=4, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=40, num_classes=7).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model = VisionTransformer(vit_config(img_size=12, patch_size=4, num_classes=7, d_model=16, n_heads=2, n_layers=3, d_ff=40)).eval()
+    load_into(model, convert_vit(other.state_dict()), "vit_baseline")
+    pixels = images(3, size=12)
+    with torch.no_grad():
+        expected = other(pixels)
+        assert_close(model(pixels).logits, expected, rtol=0, atol=1e-5)
+        assert_close(model(pixels, output_attentions=True).logits, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+def layer_norm(x, layer):
+    "Layer norm, spelled out."
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    return (x - mean) / (variance + layer.eps).sqrt() * layer.weight + layer.bias
+
+
+def attend(x, attention, mask, krause):
+    "Attention of one block from its definition, one head after the other."
+    dim, heads = x.shape[-1] // attention.heads, []
+    query, key, value = (x @ layer.weight.T + layer.bias for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+    for h in range(attention.heads):
+        q, k, v = (t[..., h * dim: (h + 1) * dim] for t in (query, key, value))
+        logits = -torch.cdist(q, k).square() / (2 * attention.log_sigma.exp() ** 2) if krause else q @ k.mT / dim**0.5
+        logits = logits.masked_fill(~mask, -torch.inf)
+        if attention.top_k is not None:
+            logits = logits.masked_fill(logits < logits.sort(-1, descending=True).values[..., attention.top_k - 1, None], -torch.inf)
+        heads.append((logits.exp() / logits.exp().sum(-1, keepdim=True)) @ v)
+    return torch.cat(heads, -1) @ attention.o_proj.weight.T + attention.o_proj.bias
+
+
+def mlp(x, layers):
+    "Two linear maps around the exact GELU."
+    hidden = x @ layers[0].weight.T + layers[0].bias
+    return hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)) @ layers[3].weight.T + layers[3].bias
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("score", ["krause", "softmax"])
+def test_block_by_hand(norm, score):
+    block = build(norm=norm, attention_score=score).double().blocks[1]
+    x = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask, krause = GridWindow(4, 4, 1, "manhattan").mask(17), score == "krause"
+    if norm == "post":
+        middle = layer_norm(x + attend(x, block.attention, mask, krause), block.norm1)
+        expected = layer_norm(middle + mlp(middle, block.mlp), block.norm2)
+    else:
+        middle = x + attend(layer_norm(x, block.norm1), block.attention, mask, krause)
+        expected = middle + mlp(layer_norm(middle, block.norm2), block.mlp)
+    assert_close(block(x)[0], expected, rtol=0, atol=1e-10)
+    assert block.attention.top_k == 3
+
+
+def test_model_is_embedding_blocks_norm_and_head():
+    model, pixels = build(), images()
+    with torch.no_grad():
+        output = model(pixels, output_hidden_states=True)
+        tiles = pixels.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, 16, 12), row-major
+        patches = tiles @ model.patch_embedding.weight.flatten(1).T + model.patch_embedding.bias
+        x = torch.cat([model.cls_token.expand(2, 1, 16), patches], 1) + model.position_embedding
+        assert_close(output.hidden_states[0], x, rtol=0, atol=1e-5)
+        for block in model.blocks:
+            x = block(x)[0]
+        assert_close(output.logits, model.head(model.norm(x)[:, 0]), rtol=0, atol=1e-5)
+
+
+# Schedules and supports
+
+
+def test_top_k_schedule():
+    assert top_k_schedule(2, 4, 12) == [2, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4]
+    assert top_k_schedule(8, 16, 12) == [8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15, 16]
+    assert top_k_schedule(4, 2, 3) == [4, 3, 2]
+    assert top_k_schedule(5, 5, 4) == [5] * 4
+    assert top_k_schedule(2, 4, 1) == [2]
+
+
+def test_each_layer_keeps_its_own_k_inside_the_window():
+    model = build(attention_top_k=(2, 6), attention_radius=1, attention_metric="manhattan")
+    with torch.no_grad():
+        attentions = model(images(), output_attentions=True).attentions
+    mask = GridWindow(4, 4, 1, "manhattan").mask(17)
+    for k, block, weights in zip((2, 4, 6), model.blocks, attentions, strict=True):
+        assert block.attention.top_k == k
+        assert torch.equal((weights > 0).sum(-1), mask.sum(-1).clamp_max(k).expand(2, 2, 17))
+        assert not weights[..., ~mask].any()
+    assert [block.attention.top_k for block in build(attention_top_k=None).blocks] == [None] * 3
+
+
+def test_neighbourhood_of_a_config():
+    assert vision_neighborhood(tiny()) == GridWindow(4, 4, 1, "manhattan")
+    assert vision_neighborhood(tiny(attention_radius=2, attention_metric="chebyshev", patch_size=1)) == GridWindow(8, 8, 2)
+    assert vision_neighborhood(tiny(attention_radius=None)) == Full()
+
+
+def test_rotary_scores_depend_on_the_offset_alone():
+    side, dim = 5, 8
+    query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turned = [rotate(x.expand(1, 1, 1 + side**2, dim), side)[0, 0] for x in (query, key)]
+    for one, x in zip(turned, (query, key), strict=True):
+        assert_close(one.norm(dim=-1), x.norm().expand(1 + side**2), rtol=1e-6, atol=0)
+        assert torch.equal(one[0], x)  # the CLS token is not turned
+        assert torch.equal(one[1], x)  # nor is the first patch
+    scores = (turned[0][1:] @ turned[1][1:].T).reshape(side, side, side, side)
+    found = {}
+    for r in range(side):
+        for c in range(side):
+            for other_r in range(side):
+                for other_c in range(side):
+                    found.setdefault((other_r - r, other_c - c), []).append(scores[r, c, other_r, other_c].item())
+    for values in found.values():
+        assert values == pytest.approx([values[0]] * len(values), abs=1e-5)
+    assert max(abs(found[offset][0] - found[0, 0][0]) for offset in ((0, 1), (1, 0), (1, 2))) > 1e-3
+    assert abs(found[1, 0][0] - found[0, 1][0]) > 1e-3
+
+
+def test_rotary_model_trains_after_predicting():
+    model = build(positions="rotary", hidden_size=24)
+    with torch.inference_mode():
+        predicted = model(images()).logits
+    assert not rotary_table(4, 12, torch.device("cpu")).is_inference()
+    logits = model(images()).logits
+    assert_close(logits, predicted, rtol=0, atol=1e-6)
+    logits.sum().backward()
+    plain = VisionTransformer(tiny(hidden_size=24)).eval()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(plain(images()).logits, logits, atol=1e-4)
+
+
+# Forward
+
+
+def test_labels_as_indices_and_as_probabilities():
+    model, labels = build(), torch.tensor([3, 0])
+    with torch.no_grad():
+        logits = model(images()).logits
+        indices, one_hot = model(images(), labels=labels), model(images(), labels=F.one_hot(labels, 5).float())
+        soft = torch.tensor([[0.7, 0.1, 0.1, 0.1, 0.0], [0.2] * 5])
+        mixed = model(images(), labels=soft)
+    log_probability = logits - logits.exp().sum(-1, keepdim=True).log()
+    assert_close(indices.loss, -log_probability[[0, 1], labels].mean())
+    assert_close(one_hot.loss, indices.loss)
+    assert_close(mixed.loss, -(soft * log_probability).sum(-1).mean())
+    assert model(images()).loss is None
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_shapes_of_what_is_asked_for(score):
+    model = build(attention_score=score, attention_radius=None, attention_top_k=None)
+    with torch.no_grad():
+        plain, full = model(images()), model(images(), output_attentions=True, output_hidden_states=True)
+        listed = model(images(), labels=torch.tensor([0, 1]), return_dict=False)
+    assert plain.hidden_states is None and plain.attentions is None
+    assert_close(plain.logits, full.logits)
+    assert [tuple(state.shape) for state in full.hidden_states] == [(2, 17, 16)] * 4
+    assert [tuple(weights.shape) for weights in full.attentions] == [(2, 2, 17, 17)] * 3
+    for weights in full.attentions:
+        assert_close(weights.sum(-1), torch.ones(2, 2, 17))
+    assert isinstance(listed, tuple) and [tuple(part.shape) for part in listed] == [(), (2, 5)]
+
+
+def test_drop_path_is_for_training_alone():
+    model, never = build(drop_path=0.5), build(drop_path=0.0)
+    assert [block.drop_path.p for block in model.blocks] == [0, 0.25, 0.5]
+    with torch.no_grad():
+        assert torch.equal(model(images()).logits, never(images()).logits)
+        model.train(), never.train()
+        assert torch.equal(never(images()).logits, never(images()).logits)
+        torch.manual_seed(0)
+        drawn = torch.stack([model(images()).logits for _ in range(8)])
+    assert len({tuple(logits.flatten().tolist()) for logits in drawn}) > 1
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("score", SCORES)
+def test_gradients_reach_every_parameter(score, norm):
+    model = build(attention_score=score, norm=norm)
+    model(images(4), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    parameters = dict(model.named_parameters())
+    assert ("blocks.2.attention.log_sigma" in parameters) == (score == "krause")
+    for name, parameter in parameters.items():
+        assert parameter.grad.isfinite().all(), name
+        if score != "softmax" or not name.endswith("k_proj.bias"):  # a constant added to all dot products of a row is no change
+            assert parameter.grad.any(), name
+
+
+def test_a_fixed_sigma_gets_no_gradient():
+    model = build(learn_sigma=False)
+    model(images(), labels=torch.tensor([0, 1])).loss.backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {f"blocks.{i}.attention.log_sigma" for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_score": "cosine"}, "attention_score must be one of krause, softmax, softmax_key_norm, got 'cosine'"),
+        ({"attention_metric": "euclid"}, "attention_metric must be one of"),
+        ({"norm": "sandwich"}, "norm must be one of post, pre"),
+        ({"positions": "alibi"}, "positions must be one of learned, rotary"),
+        ({"attention_radius": -1}, "attention_radius must be an integer ≥ 0"),
+        ({"attention_radius": 1.5}, "attention_radius must be"),
+        ({"attention_top_k": (2,)}, "attention_top_k must be None or"),
+        ({"attention_top_k": (0, 4)}, "attention_top_k must be an integer ≥ 1"),
+        ({"image_size": 9}, "image_size must be a multiple of patch_size = 2, got 9"),
+        ({"image_size": 0}, "image_size must be"),
+        ({"patch_size": 0}, "patch_size must be"),
+        ({"hidden_size": 15}, "num_attention_heads must divide hidden_size = 15, got 2"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be"),
+        ({"num_attention_heads": True}, "num_attention_heads must be"),
+        ({"num_labels": 0}, "num_labels must be"),
+        ({"positions": "rotary", "hidden_size": 12}, "rotary positions need a head dimension divisible by 4"),
+        ({"sigma": 0}, "sigma must be"),
+        ({"sigma": math.nan}, "sigma must be"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
+        ({"dropout": -0.5}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 10), (2, 3, 16, 16), (2, 8, 8, 3)])
+def test_wrong_images_are_refused(shape):
+    with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 3, 8, 8\), got"):
+        build()(torch.zeros(shape))
