@@ -348,6 +348,18 @@ def test_half_precision_loses_no_more_than_the_formula_does(neighborhood, implem
     assert (output.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
 
 
+@pytest.mark.parametrize("compute", [attention_weights, gathered_weights])
+@pytest.mark.parametrize("score", SCORES)
+def test_autocast_leaves_the_scores_in_single_precision(compute, score):
+    query, key = tensors(0, (2, 2, 12, 16), 2, dtype=torch.bfloat16)
+    rest = {"score": score, "sigma": 2.0 if score == "krause" else None}
+    exact = compute(query, key, GridWindow(3, 4, 1, cls_token=False), 4, **rest)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = compute(query, key, GridWindow(3, 4, 1, cls_token=False), 4, **rest)
+    assert weights.dtype == torch.float32
+    assert_close(weights, exact, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), GridWindow(2, 3, 1)])
 def test_inputs_need_not_be_contiguous(neighborhood):
     query, key = (tensor.transpose(1, 2) for tensor in tensors(0, (2, 7, 2, 4), 2))

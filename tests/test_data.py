@@ -222,19 +222,22 @@ def test_held_out_must_leave_something(held_out):
         split_held_out(10, held_out)
 
 
+@pytest.mark.parametrize("limit", [0, -1, 8])
+def test_a_limit_must_be_possible(limit):
+    with pytest.raises(ValueError, match=f"limit must be .*7.*got {limit}"):
+        split_held_out(10, 3, limit)
+
+
 def test_splits_of_a_recipe(source, recipe):
     splits = load_splits(recipe, source)
     assert (len(splits.train), len(splits.held_out), len(splits.test)) == (128, 64, 64)
-    again = load_splits(recipe, source)
-    for part in ("train", "held_out", "test"):
-        one, two = getattr(splits, part), getattr(again, part)
-        assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels)
     whole, test = load("fashion_mnist", "train", source), load("fashion_mnist", "test", source)
     kept, held_out = split_held_out(60_000, 64, 128)
     assert torch.equal(splits.train.images, whole.images[kept]) and torch.equal(splits.held_out.labels, whole.labels[held_out])
     chosen, every = ([image.numpy().tobytes() for image in images] for images in (splits.test.images, test.images))
     assert len(set(chosen)) == 64 and set(chosen) <= set(every)
-    assert torch.equal(load_splits(replace(recipe, test_images=None), source).test.images, test.images)
+    again = load_splits(replace(recipe, test_images=None), source)
+    assert torch.equal(again.test.images, test.images) and torch.equal(again.train.images, splits.train.images)
 
 
 @pytest.fixture
@@ -270,6 +273,17 @@ def test_folder_of_images(folder, augmentation):
     assert torch.equal(splits.held_out[0]["pixel_values"], splits.held_out[0]["pixel_values"])
     batch = Collator(recipe, training=True)([splits.train[i] for i in range(4)])
     assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["labels"].shape == (4, 2)
+
+
+def test_folders_must_have_the_same_classes(folder):
+    "A class that is missing on one side would shift the numbers of all that follow it."
+    recipe = replace(get_recipe("kvit_s16/imagenet").at("smoke"), image_size=16, classes=2, train_images=None, held_out=3, test_images=None)
+    shutil.rmtree(folder / "val" / "ant")
+    with pytest.raises(ValueError, match="val.*classes"):
+        load_splits(recipe, folder)
+    shutil.rmtree(folder / "val")
+    with pytest.raises(FileNotFoundError, match="val"):
+        load_splits(recipe, folder)
 
 
 def test_imagenet_evaluation_is_resize_and_centre_crop(folder):

@@ -8,19 +8,27 @@ from dataclasses import replace
 import pytest
 import torch
 
+from krause_repro import evaluation
 from krause_repro.data import Collator, load_splits
 from krause_repro.evaluation import (
+    IMAGE_COMPARISONS,
     STUDENT_975,
+    accuracy_differences,
+    accuracy_table,
     attention_maps,
     curve,
     describe_difference,
     head_maps,
     learned_sigma,
     paired_difference,
+    percent,
     summarise_runs,
     test_accuracy,
+    train_seeds,
     training_curves,
 )
+from krause_repro.recipes import RECIPES
+from krause_repro.records import summarise
 from krause_repro.training import Run
 
 
@@ -198,9 +206,39 @@ def test_student_quantiles(freedom, quantile):
     ("first", "second", "expected"),
     [
         ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; one seed tells nothing about chance)"),
-        ([0.5, 0.75, 1.0], [0.25, 0.25, 0.75], "+33.33 points of accuracy (mean of 3 seeds; 95% interval -2.53 to +69.19: zero lies in"),
+        ([0.5, 0.75, 1.0], [0.25, 0.25, 0.75], "+33.33 points of accuracy (mean of 3 seeds; 95% interval -2.52 to +69.19: zero lies in"),
         ([0.25, 0.25], [0.5, 0.5], "-25.00 points of accuracy (mean of 2 seeds; 95% interval -25.00 to -25.00: zero lies outside)"),
     ],
 )
 def test_a_difference_in_words(first, second, expected):
     assert expected in describe_difference("A", "B", paired_difference(first, second))
+
+
+def model(label, values, paper):
+    "What is kept of a model's runs, as far as the tables need it."
+    return {"label": label, "parameters": 12345, "test_accuracy": summarise(values), "held_out_accuracy": summarise([0.5]), "paper": paper}
+
+
+def test_accuracy_table_and_differences():
+    models = {"a": model("KViT", [0.5, 0.75, 1.0], 94.65), "b": model("ViT", [0.25, 0.25, 0.75], None)}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in accuracy_table(models).splitlines()]
+    assert {len(row) for row in rows} == {6} and rows[0][0] == "model" and set(rows[1]) == {"---"}
+    assert rows[2] == ["KViT", "12,345", "75.00 ± 25.00", "3", "50.00", "94.65"]
+    assert rows[3] == ["ViT", "12,345", "41.67 ± 28.87", "3", "50.00", "—"]
+    lines = accuracy_differences(models, (("a", "b"), ("b", "a"))).splitlines()
+    assert lines[0].startswith("- KViT minus ViT: +33.33 points") and lines[1].startswith("- ViT minus KViT: -33.33 points")
+    assert percent(summarise([0.125])) == "12.50"
+
+
+def test_comparisons_are_of_recipes_trained_alike():
+    names = {name for pair in IMAGE_COMPARISONS for name in pair}
+    assert names <= set(RECIPES) and ("kvit_t/fashion_mnist", "vit_t/fashion_mnist") in IMAGE_COMPARISONS
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_train_seeds_trains_each_seed_of_the_profile(monkeypatch, tmp_path, restart):
+    calls = []
+    monkeypatch.setattr(evaluation, "train", lambda *arguments: calls.append(arguments) or len(calls))
+    assert train_seeds("vit_t/fashion_mnist", "desk", restart, tmp_path, progress=False) == [1, 2, 3]
+    recipe = RECIPES["vit_t/fashion_mnist"].at("desk")
+    assert calls == [(recipe, seed, tmp_path, restart, False) for seed in (0, 1, 2)]

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -60,13 +61,32 @@ def contents(folder):
     return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def start(recipe, source, tmp_path):
-    "Trains `recipe` under this test's folder."
-    def begin(seed=0, of=recipe, **options):
-        return train(of, seed, runs=tmp_path, progress=False, source=source, **options)
+read_once = cache(load_splits)  # the session's finished run is trained on what was read anew
 
+
+@pytest.fixture
+def start(recipe, source, tmp_path, monkeypatch):
+    "Trains `recipe` under this test's folder."
+    def begin(seed=0, of=recipe, runs=tmp_path, **options):
+        return train(of, seed, runs=runs, progress=False, source=source, **options)
+
+    monkeypatch.setattr(training, "load_splits", read_once)
     return begin
+
+
+@pytest.fixture
+def spoil(recipe, source):
+    "After the last step the model names the rarest held-out class whatever it sees: the first epoch is the best."
+    rarest = read_once(recipe, source).held_out.labels.bincount(minlength=10).argmin()
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 2 * STEPS:
+                with torch.no_grad():
+                    model.head.weight.zero_()
+                    model.head.bias.copy_(torch.arange(10) == rarest)
+
+    return Spoil()
 
 
 # A finished run
@@ -106,25 +126,18 @@ def test_the_model_is_the_best_checkpoint(finished):
     assert state.keys() == best.keys() and all(torch.equal(state[name], best[name]) for name in best)
 
 
-def test_a_worse_last_epoch_is_not_chosen(start, recipe, source):
-    rarest = load_splits(recipe, source).held_out.labels.bincount(minlength=10).argmin()
-
-    class Spoil(TrainerCallback):
-        "After the last step the model names the rarest class whatever it sees."
-
-        def on_step_end(self, args, state, control, model, **_):
-            if state.global_step == 2 * STEPS:
-                with torch.no_grad():
-                    model.head.weight.zero_()
-                    model.head.bias.copy_(torch.arange(10) == rarest)
-
-    run = start(callbacks=(Spoil(),))
+def chose_the_first(run):
+    "Is the first epoch's checkpoint the chosen model?"
     first, second = (line["eval_accuracy"] for line in run.metrics() if "eval_accuracy" in line)
     assert first > second
     assert (run.summary()["chosen_epoch"], run.summary()["held_out_accuracy"]) == (1.0, first)
     best = load_file(run.path / "checkpoints" / f"checkpoint-{STEPS}" / "model.safetensors")
     state = run.model().state_dict()
-    assert all(torch.equal(state[name], best[name]) for name in best) and state["head.weight"].any()
+    return all(torch.equal(state[name], best[name]) for name in best) and bool(state["head.weight"].any())
+
+
+def test_a_worse_last_epoch_is_not_chosen(start, spoil):
+    assert chose_the_first(start(callbacks=(spoil,)))
 
 
 def test_training_never_looks_at_a_test_image(start, finished, monkeypatch):
@@ -262,6 +275,15 @@ def test_control_c_leaves_a_directory_that_can_be_continued(start, finished, tmp
     assert not run.finished and not (run.path / "model.safetensors").exists()
     assert [line["eval_accuracy"] for line in run.metrics() if "eval_accuracy" in line]
     assert same(start(), finished)
+
+
+@pytest.mark.parametrize(("step", "event"), [(STEPS + 1, "on_step_end"), (2 * STEPS, "on_train_end")])
+def test_a_run_may_be_moved_before_it_is_continued(start, spoil, tmp_path, step, event):
+    with pytest.raises(Killed):
+        start(runs=tmp_path / "here", callbacks=(spoil, Stop(step, event)))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert chose_the_first(start(runs=tmp_path / "there", callbacks=(spoil,)))
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "trainer_state"])

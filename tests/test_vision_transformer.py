@@ -99,7 +99,7 @@ def test_initial_values():
         assert_close(block.attention.sigma, torch.tensor([3.5]))
         for layer in (block.attention.q_proj, block.attention.o_proj, block.mlp[0]):
             limit = math.sqrt(6 / sum(layer.weight.shape))
-            assert layer.weight.abs().max() <= limit and layer.weight.std() == pytest.approx(limit / 3**0.5, rel=0.05)
+            assert layer.weight.abs().max() <= limit and layer.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
             assert not layer.bias.any()
 
 
