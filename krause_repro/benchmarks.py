@@ -118,17 +118,16 @@ def format_rows(
 # %% ../nbs/28_benchmarks.ipynb #4523fe6d
 def report_benchmark(
     make: Callable[[], dict],  # measures
-) -> dict:
+) -> None:
     "Measure, print with threads and versions, and save under runs/bench."
     result = {**environment(), **make()}
     print(format_rows(result["rows"]))
     print(f"medians of interleaved rounds; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
     path = write_json(project_root() / "runs" / "bench" / f"{result['benchmark']}.json", result)
     print(f"saved to {path}")
-    return result
 
 # %% ../nbs/28_benchmarks.ipynb #da7fab00
-BENCHMARKS: dict[str, Callable[[], dict]] = {
+BENCHMARKS: dict[str, Callable[[], None]] = {
     "training-step": lambda: report_benchmark(bench_training_step),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }

@@ -219,7 +219,7 @@ def _colour(kind: str, where: str) -> str:
 # %% ../nbs/25_figures.ipynb #ecf03382
 def _line_styles(series: list[dict], where: str) -> list[dict]:
     "Colour by kind, dashes by how many series of that kind came before, label: the keywords of `Axes.plot`."
-    seen, styles = Counter(), []
+    seen, styles = Counter(krause_full=2), []  # dotted: on the sphere its line lies exactly on that of softmax
     for i, (label, kind) in enumerate(_take_each(series, where, "label", "kind")):
         dashes = ("-", "--", ":", "-.")[seen[kind] % 4]
         styles.append({"color": _colour(kind, f"{where}[{i}]"), "linestyle": dashes, "label": label})

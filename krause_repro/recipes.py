@@ -76,16 +76,16 @@ class ParticleRecipe(Recipe):
 
     dimension: int = 2  # of the space: 2 is the circle, 3 the sphere
     particles: int = 200
-    sigma: float = 0.5  # bandwidth of the RBF; softmax has β = 1/σ²
-    radius: float | None = None  # truncation radius, in units of the space; None is no truncation by distance
-    top_k: int | None = None  # neighbours kept; None keeps all
-    step: float = 0.05  # of the integrator, in units of time
-    duration: float = 20.0  # in units of time
+    sigma: float = 1.0  # bandwidth of the RBF; softmax has β = 1/σ²
+    radius: float = 0.7  # of the truncation by distance
+    top_k: int = 30  # neighbours kept in the truncation by top-k
+    step: float = 0.2  # of the integrator, in units of time
+    duration: float = 60.0  # in units of time
     integrator: str = "rk4"
     starts: int = 20  # random starts for the statistics
 
     def changes(self, profile):
-        return {"particles": 60, "starts": 4, "duration": self.duration / 4} if profile == "smoke" else {}
+        return {"particles": 60, "top_k": 10, "starts": 4, "duration": self.duration / 4} if profile == "smoke" else {}
 
 # %% ../nbs/20_recipes.ipynb #67f81b97
 @dataclass(frozen=True)

@@ -702,7 +702,7 @@ def run_benchmark(
 
     if name not in BENCHMARKS:
         raise ValueError(f"name={name!r} is not a benchmark; allowed: {', '.join(BENCHMARKS)}")
-    print(json.dumps(BENCHMARKS[name](), indent=1, default=str))
+    BENCHMARKS[name]()
 
 # %% ../nbs/26_runner.ipynb #c012737d
 COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "data": fetch_data, "report": make_report,
