@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR_MEAN', 'CIFAR_STD', 'DATA', 'FASHION_MNIST_CLASSES', 'FASHION_MNIST_FILES',
            'SPLIT_SEED', 'DataSpec', 'check_dataset', 'download_folder', 'find_source', 'fetch', 'read_idx', 'ImageSet',
            'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip', 'Collator', 'Splits',
-           'load_splits']
+           'load_splits', 'check_classes']
 
 # %% ../nbs/21_data.ipynb #9c983e75
 import gzip
@@ -274,6 +274,8 @@ def split_held_out(
     "Indices of the images to train on and of those held back, disjoint, by a fixed seed."
     if not 0 < held_out < total:
         raise ValueError(f"held_out must be between 1 and {total - 1}, got {held_out}")
+    if limit is not None and not 0 < limit <= total - held_out:
+        raise ValueError(f"limit must be between 1 and {total - held_out}, or None for all that are not held out, got {limit}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
     kept = order[held_out:]
     return (kept if limit is None else kept[:limit]), order[:held_out]
@@ -351,12 +353,26 @@ def load_splits(
         train = load("imagenet", "train", source, imagenet_transform(True, recipe.image_size, jitter))
         plain = load("imagenet", "train", source, imagenet_transform(False, recipe.image_size, jitter))
         test = load("imagenet", "test", source, imagenet_transform(False, recipe.image_size, jitter))
+        check_classes(train, test)
     else:
         train = plain = load(recipe.dataset, "train", source)
         test = load(recipe.dataset, "test", source)
     kept, held_out = split_held_out(len(train), recipe.held_out, recipe.train_images)
     tested = split_held_out(len(test), len(test) - 1)[1][: recipe.test_images] if recipe.test_images else torch.arange(len(test))
     return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))))
+
+# %% ../nbs/21_data.ipynb #760ec2d2
+def check_classes(
+    train: ImageFolderSet,
+    test: ImageFolderSet,
+) -> None:
+    "Raise a `ValueError` that names the classes found in only one of the two folders."
+    differing = sorted(set(train.data.classes) ^ set(test.data.classes))
+    if differing:
+        raise ValueError(
+            f"{train.data.root} and {test.data.root} must have the same classes (folders), "
+            f"but {len(differing)} are in only one of them: {', '.join(differing[:5])}"
+        )
 
 # %% ../nbs/21_data.ipynb #fa6dbd7c
 def _subset(data: Dataset, indices: Tensor) -> Dataset:

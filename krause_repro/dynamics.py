@@ -230,12 +230,20 @@ def _pull(x: Tensor, sigma: float | None, beta: float | None, heard: Tensor | No
     return total[..., :-1] / total[..., -1:]
 
 # %% ../nbs/00_dynamics.ipynb #51f104bf
-def euler_step(field: Callable[[Tensor], Tensor], x: Tensor, step: float) -> Tensor:
+def euler_step(
+    field: Callable[[Tensor], Tensor],  # velocity at given positions
+    x: Tensor,  # positions (..., N, d)
+    step: float,  # time step h
+) -> Tensor:
     "x + h f(x): first order."
     return x + step * field(x)
 
 
-def rk4_step(field: Callable[[Tensor], Tensor], x: Tensor, step: float) -> Tensor:
+def rk4_step(
+    field: Callable[[Tensor], Tensor],  # velocity at given positions
+    x: Tensor,  # positions (..., N, d)
+    step: float,  # time step h
+) -> Tensor:
     "The classical Runge–Kutta step: fourth order where the field is smooth."
     a = field(x)
     b = field(x + step / 2 * a)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attention import GridWindow, normalise, score_temperature, weighted_sum
+from .attention import GridWindow, normalise, score_temperature, single_precision, weighted_sum
 
 # %% ../nbs/02_fast_attention.ipynb #4649a901
 @lru_cache(maxsize=64)
@@ -33,15 +33,13 @@ def relative_energy(
     score: str,  # one of `attention.SCORES`
 ) -> Tensor:  # (B, H, T, T), float32 or float64
     "`attention.pairwise_energy` up to a constant in each row, in one fused matrix product."
-    if query.dtype in (torch.float16, torch.bfloat16):
-        query, key = query.float(), key.float()
-    flat_query, flat_key = query.flatten(0, 1), key.flatten(0, 1)  # (B·H, T, D)
+    flat_query, flat_key = (single_precision(x).flatten(0, 1) for x in (query, key))  # (B·H, T, D)
     if score == "softmax":
-        bias = torch.zeros((), dtype=query.dtype, device=query.device)
-        product = torch.baddbmm(bias, flat_query, flat_key.mT, beta=0, alpha=-1)
+        bias, weight = flat_query.new_zeros(()), 0
     else:
-        bias = flat_key.square().sum(-1).mul(0.5).unsqueeze(1)  # (B·H, 1, T)
-        product = torch.baddbmm(bias, flat_query, flat_key.mT, alpha=-1)
+        bias, weight = flat_key.square().sum(-1).mul(0.5).unsqueeze(1), 1  # (B·H, 1, T)
+    with torch.autocast(query.device.type, enabled=False):
+        product = torch.baddbmm(bias, flat_query, flat_key.mT, beta=weight, alpha=-1)
     return product.unflatten(0, query.shape[:2])
 
 # %% ../nbs/02_fast_attention.ipynb #e5f42423

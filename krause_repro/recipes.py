@@ -85,7 +85,7 @@ class ParticleRecipe(Recipe):
     starts: int = 20  # random starts for the statistics
 
     def changes(self, profile):
-        return {"particles": 60, "top_k": 10, "starts": 4, "duration": self.duration / 4} if profile == "smoke" else {}
+        return {"particles": 100, "starts": 4, "duration": self.duration / 4} if profile == "smoke" else {}
 
 # %% ../nbs/20_recipes.ipynb #67f81b97
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'run_path', 'check_run', 'ClassificationTrainer', 'training_arguments', 'accuracy', 'build_trainer',
-           'RunWriter', 'last_checkpoint', 'save_model', 'train']
+           'RunWriter', 'last_checkpoint', 'relocate', 'save_model', 'train']
 
 # %% ../nbs/22_training.ipynb #c94e9b86
 import json
@@ -181,6 +181,16 @@ def last_checkpoint(
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     return next((path for path in found if whole(path)), None)
 
+# %% ../nbs/22_training.ipynb #351920ed
+def relocate(
+    checkpoint: Path,  # a whole checkpoint
+) -> None:
+    "Let a checkpoint name its best sibling by the folder that both are in now."
+    path = checkpoint / "trainer_state.json"
+    state = read_json(path)
+    if state["best_model_checkpoint"]:
+        write_json(path, {**state, "best_model_checkpoint": str(checkpoint.parent / Path(state["best_model_checkpoint"]).name)}, indent=2)
+
 # %% ../nbs/22_training.ipynb #351cf2b5
 def save_model(
     model: PreTrainedModel,
@@ -256,6 +266,8 @@ def train(
     for callback in (RunWriter(run.path), *callbacks):
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(run.path / "checkpoints")
+    if checkpoint and processes.is_main_process:
+        relocate(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(run, trainer)
     return run

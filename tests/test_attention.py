@@ -87,7 +87,7 @@ windows = st.builds(CausalWindow, st.integers(1, 9))
 @st.composite
 def problems(draw, neighborhoods=None, scores=SCORES):
     "A neighbourhood, its number of tokens, k, a score, the names of the implementations that apply, and a seed."
-    neighborhood = draw(neighborhoods or st.one_of(st.just(Full()), windows, grids))
+    neighborhood = draw(st.one_of(st.just(Full()), windows, grids) if neighborhoods is None else neighborhoods)
     grid = isinstance(neighborhood, GridWindow)
     length = neighborhood.length if grid else draw(st.integers(1, 10))
     return {

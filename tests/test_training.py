@@ -286,6 +286,19 @@ def test_a_run_may_be_moved_before_it_is_continued(start, spoil, tmp_path, step,
     assert not (tmp_path / "here").exists()
 
 
+def test_a_run_that_logged_what_is_no_number_is_continued(start, finished):
+    class Overflow(TrainerCallback):
+        def on_log(self, args, state, control, **_):
+            state.log_history[0]["grad_norm"] = math.inf
+
+    with pytest.raises(Killed):
+        start(callbacks=(Overflow(), Stop(STEPS + 1)))
+    run = start()
+    weights = [load_file(one.path / "model.safetensors") for one in (run, finished)]
+    assert run.finished and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert run.metrics()[0]["grad_norm"] == math.inf
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer", "trainer_state"])
 def test_a_full_disk_costs_one_epoch(start, finished, monkeypatch, part, recipe, tmp_path):
     method = {"model": "_save", "optimizer": "_save_optimizer_and_scheduler", "trainer_state": "_save_rng_state"}[part]
