@@ -10,6 +10,15 @@ COMMAND := $(BIN)/krause-repro
 ONLY_OPTION := $(if $(ONLY),--only '$(ONLY)')
 TRAIN_OPTION := $(if $(TRAIN),--train '$(TRAIN)')
 
+ifeq ($(filter $(PROFILE),smoke desk paper),)
+$(error PROFILE must be smoke, desk or paper, got '$(PROFILE)')
+endif
+ifneq ($(TRAIN),)
+ifeq ($(filter $(TRAIN),never missing always),)
+$(error TRAIN must be never, missing or always, got '$(TRAIN)')
+endif
+endif
+
 .DEFAULT_GOAL := figures
 .DELETE_ON_ERROR:
 .NOTPARALLEL:

@@ -10,6 +10,7 @@ __all__ = ['KVIT_NAMES', 'KVIT_BUFFERS', 'VIT_NAMES', 'KINDS', 'read_state_dict'
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,17 +20,22 @@ from .vision_transformer import VisionTransformer, VisionTransformerConfig
 def read_state_dict(
     source: dict[str, Tensor] | str | Path,  # a state dict, or the path of a .safetensors file
 ) -> dict[str, Tensor]:
-    "The tensors of a checkpoint, without the `module.` and `state.` prefixes that its saving may have added."
+    "The tensors of a checkpoint, without the `state.`, `module.` and `_orig_mod.` prefixes that its saving may have added."
+    if not isinstance(source, (dict, str, Path)):
+        raise ValueError(f"state_dict_or_path must be a dict or a .safetensors file, got {source!r}")
     if not isinstance(source, dict):
         path = Path(source)
         if path.suffix != ".safetensors":
             raise ValueError(f"state_dict_or_path must be a dict or a .safetensors file, got {path}; pickled checkpoints are not read")
         if not path.is_file():
             raise FileNotFoundError(f"state_dict_or_path: there is no file {path}")
-        source = load_file(path)
-        if any(name.startswith("state.") for name in source):  # a parity file holds inputs and outputs as well
-            source = {name.removeprefix("state."): t for name, t in source.items() if name.startswith("state.")}
-    return {name.removeprefix("module."): tensor for name, tensor in source.items()}
+        try:
+            source = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"state_dict_or_path: {path} is not a whole safetensors file ({error})") from error
+    if any(name.startswith("state.") for name in source):  # a parity file holds inputs and outputs as well
+        source = {name.removeprefix("state."): tensor for name, tensor in source.items() if name.startswith("state.")}
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in source.items()}
 
 # %% ../nbs/15_checkpoints.ipynb #cac56230
 def kvit_config(

@@ -88,7 +88,7 @@ def _holds(name: str, folder: Path) -> bool:
     if name == "fashion_mnist":
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if name == "imagenet":
-        return (folder / "train").is_dir() or (folder / "val").is_dir()
+        return (folder / "train").is_dir() and (folder / "val").is_dir()
     return (folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]).is_dir()
 
 # %% ../nbs/21_data.ipynb #347a0a67
@@ -107,7 +107,9 @@ def find_source(
     for place in places:
         if _holds(name, place):
             return place
-    how = "give the folder that holds train/ and val/ as source" if name == "imagenet" else f"get it with: krause-repro data {name}"
+    how = f"get it with: krause-repro data {name}"
+    if name == "imagenet":
+        how = "name the folder that holds train/ and val/ by --source or KRAUSE_REPRO_DATA"
     raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}; {how}")
 
 # %% ../nbs/21_data.ipynb #08d99670
@@ -353,26 +355,34 @@ def load_splits(
         train = load("imagenet", "train", source, imagenet_transform(True, recipe.image_size, jitter))
         plain = load("imagenet", "train", source, imagenet_transform(False, recipe.image_size, jitter))
         test = load("imagenet", "test", source, imagenet_transform(False, recipe.image_size, jitter))
-        check_classes(train, test)
+        check_classes(train, test, recipe.classes)
     else:
         train = plain = load(recipe.dataset, "train", source)
         test = load(recipe.dataset, "test", source)
     kept, held_out = split_held_out(len(train), recipe.held_out, recipe.train_images)
-    tested = split_held_out(len(test), len(test) - 1)[1][: recipe.test_images] if recipe.test_images else torch.arange(len(test))
+    if recipe.test_images is None:
+        tested = torch.arange(len(test))
+    elif 0 < recipe.test_images < len(test):
+        tested = split_held_out(len(test), recipe.test_images)[1]
+    else:
+        raise ValueError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
     return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))))
 
 # %% ../nbs/21_data.ipynb #760ec2d2
 def check_classes(
     train: ImageFolderSet,
     test: ImageFolderSet,
+    classes: int,  # number of classes expected
 ) -> None:
-    "Raise a `ValueError` that names the classes found in only one of the two folders."
+    "Raise a `ValueError` for folders of different classes, naming them, or of another number of classes."
     differing = sorted(set(train.data.classes) ^ set(test.data.classes))
     if differing:
         raise ValueError(
             f"{train.data.root} and {test.data.root} must have the same classes (folders), "
             f"but {len(differing)} are in only one of them: {', '.join(differing[:5])}"
         )
+    if len(train.data.classes) != classes:
+        raise ValueError(f"{train.data.root} must have {classes} classes (folders), got {len(train.data.classes)}")
 
 # %% ../nbs/21_data.ipynb #fa6dbd7c
 def _subset(data: Dataset, indices: Tensor) -> Dataset:

@@ -116,7 +116,7 @@ class ImageClassificationRecipe(Recipe):
     warmup_epochs: float = 10  # linear from 0, then cosine to 0
     batch_size: int = 256  # over all devices
     lr: float = 3e-4
-    weight_decay: float = 0.05  # matrices only; not σ, biases, norms (ours)
+    weight_decay: float = 0.05  # not of σ, biases and norms (that choice is ours)
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.1
     cutmix_probability: float | None = 0.8  # per batch, else MixUp; None: no mixing at all
@@ -180,7 +180,10 @@ def parse_row(
     return family.lower(), size, int(patch) if patch else None, rotary
 
 # %% ../nbs/20_recipes.ipynb #f7ae303e
-UNPUBLISHED = ("radius", "metric", "top_k", "sigma", "lr", "batch_size", "drop_path")
+UNPUBLISHED = (
+    "radius", "metric", "top_k", "sigma", "drop_path", "epochs", "warmup_epochs", "batch_size", "lr", "weight_decay", "max_grad_norm",
+    "label_smoothing", "cutmix_probability", "cutmix_alpha", "mixup_alpha", "augmentation", "crop_padding",
+)
 
 
 def image_settings(

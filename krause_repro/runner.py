@@ -649,6 +649,7 @@ def train_recipe(
     profile: str = "smoke",  # smoke, desk or paper
     seed: int = 0,  # seed of the run
     restart: bool = False,  # train anew although there is a run
+    source: str = None,  # the folder that holds the data, where it is not found by itself
 ) -> None:
     "Train one recipe with one seed, or resume it. Starts under accelerate launch and torchrun, too."
     from krause_repro.recipes import get_recipe
@@ -656,7 +657,7 @@ def train_recipe(
     chosen = get_recipe(recipe).at(profile)
     from krause_repro.training import train
 
-    print(f"The run: {train(chosen, seed=seed, restart=restart).path}")
+    print(f"The run: {train(chosen, seed=seed, restart=restart, source=source).path}")
 
 # %% ../nbs/26_runner.ipynb #1319dfa7
 def fetch_data(

@@ -189,7 +189,9 @@ def relocate(
     path = checkpoint / "trainer_state.json"
     state = read_json(path)
     if state["best_model_checkpoint"]:
-        write_json(path, {**state, "best_model_checkpoint": str(checkpoint.parent / Path(state["best_model_checkpoint"]).name)}, indent=2)
+        state["best_model_checkpoint"] = str(checkpoint.parent / Path(state["best_model_checkpoint"]).name)
+        with replacing(path) as temporary:  # not `write_json`: Trainer's log may hold an infinite gradient norm
+            temporary.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 # %% ../nbs/22_training.ipynb #351cf2b5
 def save_model(

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .attention import METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_integer
+from .attention import METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer
 
 # %% ../nbs/10_vision_transformer.ipynb #732f6dfe
 NORMS = ("post", "pre")
@@ -55,7 +55,7 @@ class VisionTransformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.attention_top_k is not None:
+        if isinstance(self.attention_top_k, tuple):
             self.attention_top_k = list(self.attention_top_k)
         check_vision_config(self)
 
@@ -84,15 +84,14 @@ def check_vision_config(
     if config.attention_radius is not None:
         check_integer("attention_radius", config.attention_radius, 0)
     if config.attention_top_k is not None:
-        if len(config.attention_top_k) != 2:
+        if not isinstance(config.attention_top_k, (list, tuple)) or len(config.attention_top_k) != 2:
             raise ValueError(f"attention_top_k must be None or (first layer, last layer), got {config.attention_top_k!r}")
         for k in config.attention_top_k:
             check_integer("attention_top_k", k, 1)
-    if not config.sigma > 0:
+    if isinstance(config.sigma, bool) or not isinstance(config.sigma, (int, float)) or not config.sigma > 0:
         raise ValueError(f"sigma must be a number > 0, got {config.sigma!r}")
     for name in ("drop_path", "dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+        check_fraction(name, getattr(config, name))
 
 # %% ../nbs/10_vision_transformer.ipynb #0aab65c0
 SIZES = {

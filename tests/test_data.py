@@ -103,7 +103,7 @@ def test_cifar_and_imagenet_say_where_they_were_looked_for(no_downloads):
     for name in ("cifar10", "cifar100"):
         with pytest.raises(FileNotFoundError, match=f"{no_downloads}, {no_downloads / name}; get it with: krause-repro data {name}"):
             load(name, "test")
-    with pytest.raises(FileNotFoundError, match="give the folder that holds train/ and val/ as source"):
+    with pytest.raises(FileNotFoundError, match="name the folder that holds train/ and val/ by --source or KRAUSE_REPRO_DATA"):
         fetch("imagenet")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from krause_repro.recipes import published_tables
+from krause_repro.recipes import get_recipe, published_tables
 from krause_repro.records import project_root, save_result, summarise
 from krause_repro.report import README_END, README_START, coverage, format_published, our_results, readme_results, report, update_readme
 
@@ -16,11 +16,21 @@ def test_every_published_number_is_in_the_report():
                 assert format_published(value) in text
 
 
-def test_a_profile_without_results_leaves_every_cell_of_ours_empty(tmp_path):
+def test_without_results_only_the_parameters_of_our_models_are_ours(tmp_path):
     assert our_results("paper", tmp_path) == {}
-    assert coverage("paper", tmp_path)["ours"] == 0
+    assert coverage("paper", tmp_path)["ours"] == 26
     rows = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KViT-T |")]
-    assert rows and all(line.count("| — ") >= 1 and "seed" not in line for line in rows)
+    assert rows[0] == "| KViT-T | 93.81 | — | 5,362,774 | 5,362,774 | 0.25 | — |" and rows[-1] == "| KViT-T | 94.65 | — |"
+
+
+def test_unknown_profiles_and_stale_results_are_refused(root_with_results):
+    with pytest.raises(ValueError, match="profile must be one of smoke, desk, paper"):
+        report("tset", root_with_results)
+    recipe = get_recipe("kvit_t/fashion_mnist").at("desk")
+    changed = {recipe.name: recipe.to_dict() | {"lr": 0.5}}
+    save_result("image_classification", {"recipes": changed, "models": {}}, "desk", root_with_results)
+    with pytest.raises(ValueError, match="stale.*kvit_t/fashion_mnist"):
+        report("desk", root_with_results)
 
 
 def one_model(label, values):

@@ -61,7 +61,7 @@ def contents(folder):
     return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-read_once = cache(load_splits)  # the session's finished run is trained on what was read anew
+read_once = cache(load_splits)  # the shared finished run is trained on what was read anew
 
 
 @pytest.fixture
