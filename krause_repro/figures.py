@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'STATISTICS',
-           'STAGES', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
+           'STAGES', 'MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
            'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves',
-           'plot_accuracy', 'plot_sigma', 'plot_attention_maps']
+           'plot_accuracy', 'plot_sigma', 'plot_attention_maps', 'plot_scaling', 'plot_ratios']
 
-# %% ../nbs/25_figures.ipynb #071dba7e
+# %% ../nbs/25_figures.ipynb #0e04a430
 import io
 import re
 from collections import Counter
@@ -21,8 +21,9 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
@@ -542,4 +543,87 @@ def plot_attention_maps(
     for j, ax in enumerate(axes[0]):
         name = f"head {j}" if columns < 11 or j == 1 else str(j)
         ax.set_title(name if j else "CLS query" if query == "cls" else "query")
+    return fig
+
+# %% ../nbs/25_figures.ipynb #822e5cf6
+def _size_label(size: float) -> str:
+    "1024 as '1k'; other numbers as they are."
+    return f"{size // 1024:g}k" if size >= 1024 and size % 1024 == 0 else f"{size:g}"
+
+# %% ../nbs/25_figures.ipynb #7bce932e
+def _scaling_panel(ax: Axes, panel: dict, where: str, symbol: str) -> None:
+    "Lines of cost over size on logarithmic axes, with a tick at every size measured."
+    title, series = _take(panel, where, "title", "series")
+    sizes = set()
+    for i, style in enumerate(_line_styles(series, f"{where}['series']")):
+        x, y, exponent = _take(series[i], f"{where}['series'][{i}]", "x", "y", "exponent")
+        _same_length(f"{where}['series'][{i}]", x=x, y=y)
+        if exponent is not None:
+            style["label"] += rf", $\propto {symbol}^{{{round(exponent, 2) + 0.0:.2f}}}$"  # + 0.0: no "-0.00"
+        ax.plot(x, y, marker="o", markersize=4, **style)
+        sizes |= set(x)
+    ax.set(title=title, xscale="log", yscale="log", xticks=sorted(sizes), xticklabels=map(_size_label, sorted(sizes)))
+    ax.set_xticks([], minor=True)
+    ax.margins(y=0.12)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24))
+
+# %% ../nbs/25_figures.ipynb #e9156013
+@house_style()
+def plot_scaling(
+    data: dict,  # {"panels": [{"title", "series": [{"label", "kind", "x", "y", "exponent" or None}]}], "xlabel", "ylabel", "symbol"}
+) -> Figure:
+    "Cost over size on logarithmic axes, a panel beside the other, exponents of `symbol` in the legends. Source: paper, Section 4."
+    panels, xlabel, ylabel, symbol = _take(data, "data", "panels", "xlabel", "ylabel", "symbol")
+    fig, axes = new_figure(4.2, 1, len(panels), sharey=True)
+    for i, ax in enumerate(axes[0]):
+        _scaling_panel(ax, panels[i], f"data['panels'][{i}]", symbol)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.label_outer()
+    return fig
+
+# %% ../nbs/25_figures.ipynb #7b7e712b
+MARKS = ("o", "s", "^")  # the first filled, the others with a white middle
+
+
+def _ratio_row(ax: Axes, place: float, row: dict, where: str, marks: list[str]) -> None:
+    "Draw the marks of one row, one below the other, each with its quartiles and its number."
+    kind, points = _take(row, where, "kind", "points")
+    _same_length(where, points=points, marks=marks)
+    colour = _colour(kind, where)
+    for i, (point, shape) in enumerate(zip(points, MARKS, strict=False)):
+        if point is None:
+            continue
+        ratio, low, high = _take(point, f"{where}['points'][{i}]", "ratio", "low", "high")
+        height = place + 0.3 * (i - (len(points) - 1) / 2)
+        ax.plot([low, high], [height, height], color=colour, linewidth=1.2)
+        ax.plot(ratio, height, shape, color=colour, markerfacecolor="white" if i else colour, markersize=5)
+        ax.text(1.02, height, f"{ratio:.2f}", transform=ax.get_yaxis_transform(), va="center", size=8, color=colour)
+
+# %% ../nbs/25_figures.ipynb #1f313d95
+@house_style()
+def plot_ratios(
+    data: dict,  # {"panels": [{"title", "rows": [{"label", "kind", "points"}]}], "marks": [names of the points], "baseline"}
+) -> Figure:
+    "Ratios to a baseline on a logarithmic axis with the quartiles of the rounds, a panel for each case, two panels to a line."
+    panels, marks, baseline = _take(data, "data", "panels", "marks", "baseline")
+    if len(marks) > len(MARKS):
+        raise ValueError(f"data has {len(marks)} marks; give at most {len(MARKS)}")
+    entries = _take_each(panels, "data['panels']", "title", "rows")
+    labels = list(dict.fromkeys(_take(row, "a row", "label")[0] for _, rows in entries for row in rows))
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    fig, axes = new_figure(0.5 + lines * (0.8 + 0.15 * (1 + len(marks)) * len(labels)), lines, columns, sharex=True)
+    for i, (ax, (title, rows)) in enumerate(zip(axes.flat, entries, strict=False)):
+        for j, row in enumerate(rows):
+            _ratio_row(ax, labels.index(row["label"]), row, f"data['panels'][{i}]['rows'][{j}]", marks)
+        ax.axvline(1, color=COLOURS["neutral"], linewidth=1)
+        first = i % columns == 0
+        ax.set(title=title, xscale="log", ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels if first else [],
+               xlabel=f"time relative to {baseline}" if i >= len(panels) - columns else "", ylabel="contender" if first else "")
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=lambda x, _: f"{x:g}", minor_formatter=NullFormatter())
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    shapes = [Line2D([], [], color=COLOURS["neutral"], linestyle="", marker=shape, markerfacecolor="white" if i else COLOURS["neutral"],
+                     label=mark) for i, (shape, mark) in enumerate(zip(MARKS, marks, strict=False))]
+    fig.legend(handles=shapes, loc="outside lower center", ncols=len(shapes), title="median over rounds; bar: quartiles")
     return fig

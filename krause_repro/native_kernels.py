@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
 
-# %% ../nbs/03_native_kernels.ipynb #24891541
+# %% ../nbs/03_native_kernels.ipynb #f274a5a3
 VECTORS = r"""
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -68,15 +68,27 @@ KRAUSE_INLINE vec spread(float x) { return x - vec{}; }
 KRAUSE_INLINE vec smaller(vec a, vec b) { return a < b ? a : b; }
 KRAUSE_INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// The lanes folded in half until one is left.
+// Each lane's partner at the given distance.
+template <int W, typename V>
+KRAUSE_INLINE V partner(V v) {
+#if defined(__clang__)
+  V other{};
+  for (int i = 0; i < kLanes; ++i) other[i] = v[i ^ W];
+  return other;
+#else
+  ivec order{};
+  for (int i = 0; i < kLanes; ++i) order[i] = i ^ W;
+  return __builtin_shuffle(v, order);
+#endif
+}
+
+// All lanes combined, by halves.
 template <typename V, typename F>
 KRAUSE_INLINE auto fold(V v, F combine) {
-  for (int width = kLanes / 2; width; width /= 2) {
-    V other{};
-    std::memcpy(&other, reinterpret_cast<const char*>(&v) + width * 4, width * 4);
-    v = combine(v, other);
-  }
-  return v[0];
+  if (kLanes > 8) v = combine(v, partner<8>(v));
+  if (kLanes > 4) v = combine(v, partner<4>(v));
+  v = combine(v, partner<2>(v));
+  return combine(v, partner<1>(v))[0];
 }
 KRAUSE_INLINE float sum(vec v) {
   return fold(v, [](vec a, vec b) { return a + b; });
@@ -354,7 +366,7 @@ KRAUSE_INLINE vec keep(uint32_t seed, int64_t column, float dropout) {  // 1 / (
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #28cca5fd
+# %% ../nbs/03_native_kernels.ipynb #ac98d37e
 LAYOUT = r"""
 struct View {
   float* data;
@@ -386,6 +398,14 @@ struct Problem {
     rows[2 * n + row] = r.inverse;
   }
 };
+
+// Zeros in the gradients of keys first ... last - 1, just before they are added to.
+static void clear(const Problem& p, int64_t b, int64_t g, int64_t first, int64_t last) {
+  for (int64_t j = first; j < last; ++j) {
+    std::memset(p.dk.at(b, g, j), 0, p.dim * 4);
+    std::memset(p.dv.at(b, g, j), 0, p.value_dim * 4);
+  }
+}
 
 struct Buffer {
   float* data;
@@ -586,7 +606,7 @@ static void band_backward(const Problem& p, int64_t b, int64_t g, int64_t begin,
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #f321e82a
+# %% ../nbs/03_native_kernels.ipynb #15f43354
 LISTS = r"""
 struct Lists {
   const int32_t *begin, *token;
@@ -637,6 +657,7 @@ static void lists_backward(const Problem& p, const Lists& lists, int64_t b, int6
   const Buffer e(up(p.keys, kLanes)), s(up(p.keys, kLanes));
   const float rate = 1 / p.temperature[h], scale = 1.4426950408889634f * rate;
   double along = 0;
+  clear(p, b, h, 0, p.keys);
   for (int64_t i = 0; i < p.queries; ++i) {
     const int32_t* token = lists.token + lists.begin[i];
     const int64_t n = lists.begin[i + 1] - lists.begin[i], row = p.row(b, h, i);
@@ -666,7 +687,7 @@ static void lists_backward(const Problem& p, const Lists& lists, int64_t b, int6
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #60e90641
+# %% ../nbs/03_native_kernels.ipynb #59f89cf9
 OPERATORS = r"""
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -678,11 +699,22 @@ static Tensor prepare(const Tensor& x, bool transposed_too = false) {
   return y.stride(3) == 1 || (transposed_too && y.stride(2) == 1) ? y : y.contiguous();
 }
 static View view(const Tensor& x) { return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
-static Tensor heads_inside(int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                           const Tensor& like) {  // (B, H, T, D), laid out as (B, T, H, D)
-  return at::empty({batch, length, heads, dim}, like.options().dtype(at::kFloat)).transpose(1, 2);
+// (B, H, T, D), laid out as (B, T, H, D), which is what the next projection wants
+static Tensor heads_inside(int64_t batch, int64_t heads, int64_t length, int64_t dim, const at::TensorOptions& options) {
+  return at::empty({batch, length, heads, dim}, options).transpose(1, 2);
 }
-static Tensor finish(const Tensor& x, int64_t dim, at::ScalarType dtype) { return x.narrow(3, 0, dim).to(dtype); }
+// a gradient for x, laid out as x is: a copy later is spared
+static Tensor like(const Tensor& x, int64_t dim, const at::TensorOptions& options) {
+  if (x.stride(1) < x.stride(2)) return heads_inside(x.size(0), x.size(1), x.size(2), dim, options);
+  return at::empty({x.size(0), x.size(1), x.size(2), dim}, options);
+}
+// x without its padding, in the type and layout that `empty` makes
+template <typename F>
+static Tensor finish(const Tensor& x, int64_t dim, at::ScalarType dtype, F empty) {
+  if (x.size(3) == dim && x.scalar_type() == dtype) return x;
+  Tensor result = empty(x.options().dtype(dtype));
+  return result.copy_(x.narrow(3, 0, dim));
+}
 
 struct Call {
   Tensor q, k, v, temperature, mask;
@@ -716,6 +748,12 @@ struct Call {
   }
 };
 
+static Tensor output_of(const Call& call, const Tensor& out, const Tensor& query, const Tensor& value) {
+  return finish(out, value.size(3), query.scalar_type(), [&](const at::TensorOptions& options) {
+    return heads_inside(call.p.batch, call.p.heads, call.p.queries, value.size(3), options);
+  });
+}
+
 template <typename F>
 static void by_score(int score, F f) {
   if (score == kKrause) return f(std::integral_constant<int, kKrause>());
@@ -736,8 +774,9 @@ struct Segments {
     const int64_t mine = (count - first + stride - 1) / stride;
     at::parallel_for(0, mine * lists, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        const int64_t list = n / mine, segment = first + stride * (n % mine);
-        f(list / p.kv_heads, list % p.kv_heads, segment * length, std::min(p.queries, (segment + 1) * length), segment);
+        // heads innermost: tokens of all heads often lie side by side in memory
+        const int64_t head = n % p.kv_heads, segment = first + stride * (n / p.kv_heads % mine);
+        f(n / (p.kv_heads * mine), head, segment * length, std::min(p.queries, (segment + 1) * length), segment);
       }
     });
   }
@@ -749,25 +788,27 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
   Call call(query, key, value, tau, key_mask, top_k, score, dropout, seed, false);
   Problem& p = call.p;
   p.window = std::min(window, p.keys);
-  Tensor out = heads_inside(p.batch, p.heads, p.queries, p.value_dim, query),
+  Tensor out = heads_inside(p.batch, p.heads, p.queries, p.value_dim, call.q.options()),
          rows = at::empty({3, p.batch, p.heads, p.queries}, out.options());
   p.out = view(out);
   p.rows = rows.mutable_data_ptr<float>();
   by_score(p.score, [&](auto S) {
     Segments(p).each(p, 0, 1, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t) { band_forward<S()>(p, b, g, begin, end); });
   });
-  return {finish(out, value.size(3), query.scalar_type()), rows};
+  return {output_of(call, out, query, value), rows};
 }
 
 // What both backward operators share: gradients of the padded problem, `run` fills them, the caller's shapes and dtypes come back.
+// What both backward operators share: gradients of the padded problem, `run` fills them, the caller's shapes and dtypes come back.
 template <typename F>
-static std::tuple<Tensor, Tensor, Tensor, Tensor> differentiate(Call& call, const Tensor& grad, const Tensor& out, const Tensor& rows,
-                                                                int64_t partials, int64_t dim, F run) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor> differentiate(Call& call, const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                                const Tensor& value, const Tensor& out, const Tensor& rows,
+                                                                int64_t partials, F run) {
   Problem& p = call.p;
-  const at::ScalarType dtype = grad.scalar_type();
+  const auto options = call.q.options();
   const Tensor dout = prepare(grad), result = prepare(out), saved = rows.contiguous();
-  Tensor dq = heads_inside(p.batch, p.heads, p.queries, p.dim, grad), dk = heads_inside(p.batch, p.kv_heads, p.keys, p.dim, grad).zero_(),
-         dv = heads_inside(p.batch, p.kv_heads, p.keys, p.value_dim, grad).zero_(), dtau = at::zeros({partials, p.heads}, dq.options());
+  Tensor dq = like(query, p.dim, options), dk = like(key, p.dim, options), dv = like(value, p.value_dim, options),
+         dtau = at::zeros({partials, p.heads}, options);
   p.out = view(result);
   p.grad = view(dout);
   p.dq = view(dq);
@@ -776,7 +817,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> differentiate(Call& call, cons
   p.rows = static_cast<float*>(saved.data_ptr());
   p.dtemperature = dtau.mutable_data_ptr<float>();
   run(p);
-  return {finish(dq, dim, dtype), finish(dk, dim, dtype), finish(dv, out.size(3), dtype), dtau.sum(0)};
+  const auto done = [&](const Tensor& gradient, const Tensor& x) {
+    return finish(gradient, x.size(3), x.scalar_type(), [&](const at::TensorOptions& o) { return like(x, x.size(3), o); });
+  };
+  return {done(dq, query), done(dk, key), done(dv, value), dtau.sum(0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> band_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key,
@@ -786,10 +830,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> band_backward_op(const Tensor& grad, 
   Call call(query, key, value, tau, key_mask, top_k, score, dropout, seed, true);
   call.p.window = std::min(window, call.p.keys);
   const Segments segments(call.p);
-  return differentiate(call, grad, out, rows, call.p.batch * segments.count, query.size(3), [&](const Problem& p) {
+  return differentiate(call, grad, query, key, value, out, rows, call.p.batch * segments.count, [&](const Problem& p) {
     by_score(p.score, [&](auto S) {
       for (int64_t parity = 0; parity < 2; ++parity)
         segments.each(p, parity, 2, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t segment) {
+          const int64_t offset = p.keys - p.queries, halo = p.window - 1;
+          const int64_t first = segment == 0 ? 0 : begin + offset - (parity == 0 ? halo : 0);
+          clear(p, b, g, first, end + offset - (parity == 1 && segment + 1 < segments.count ? halo : 0));
           band_backward<S()>(p, b, g, begin, end, p.dtemperature + (b * segments.count + segment) * p.heads);
         });
     });
@@ -809,12 +856,12 @@ std::tuple<Tensor, Tensor> lists_forward_op(const Tensor& query, const Tensor& k
   Call call(query, key, value, tau, std::nullopt, top_k, score, dropout, seed, true);
   Problem& p = call.p;
   const Lists lists{begin.const_data_ptr<int32_t>(), token.const_data_ptr<int32_t>()};
-  Tensor out = heads_inside(p.batch, p.heads, p.queries, p.value_dim, query),
+  Tensor out = heads_inside(p.batch, p.heads, p.queries, p.value_dim, call.q.options()),
          rows = at::empty({3, p.batch, p.heads, p.queries}, out.options());
   p.out = view(out);
   p.rows = rows.mutable_data_ptr<float>();
   by_score(p.score, [&](auto S) { each_head(p, [&](int64_t b, int64_t h) { lists_forward<S()>(p, lists, b, h); }); });
-  return {finish(out, value.size(3), query.scalar_type()), rows};
+  return {output_of(call, out, query, value), rows};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lists_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key,
@@ -823,7 +870,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lists_backward_op(const Tensor& grad,
                                                              int64_t score, double dropout, int64_t seed) {
   Call call(query, key, value, tau, std::nullopt, top_k, score, dropout, seed, true);
   const Lists lists{begin.const_data_ptr<int32_t>(), token.const_data_ptr<int32_t>()};
-  return differentiate(call, grad, out, rows, call.p.batch, query.size(3), [&](const Problem& p) {
+  return differentiate(call, grad, query, key, value, out, rows, call.p.batch, [&](const Problem& p) {
     by_score(p.score, [&](auto S) {
       each_head(p, [&](int64_t b, int64_t h) { lists_backward<S()>(p, lists, b, h, p.dtemperature + b * p.heads); });
     });
@@ -875,7 +922,7 @@ def library_path() -> Path:
     name = f"krause_repro_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     return Path(root) / "krause_repro" / f"{name}.so"
 
-# %% ../nbs/03_native_kernels.ipynb #b4e6f64d
+# %% ../nbs/03_native_kernels.ipynb #46011f6b
 _BUILD = """
 import json, sys
 from torch.utils import cpp_extension
@@ -897,15 +944,14 @@ def build_kernels() -> Path:  # the compiled library
         result = subprocess.run(command, env={**os.environ, "PATH": search}, capture_output=True, text=True)
         built = next(Path(folder).glob(f"{path.stem}*.so"), None)
         if result.returncode or built is None:
-            lines = [line for line in (result.stdout + result.stderr).splitlines() if "rror" in line]
-            raise RuntimeError(lines[0].strip() if lines else f"the build ended with code {result.returncode}")
+            lines = (result.stdout + result.stderr).strip().splitlines() or [f"the build ended with code {result.returncode}"]
+            raise RuntimeError(next((line for line in lines if " error: " in line), lines[-1]).strip())
         os.replace(built, path)
     return path
 
-# %% ../nbs/03_native_kernels.ipynb #9cfd1351
+# %% ../nbs/03_native_kernels.ipynb #f5037ff4
 @lru_cache(maxsize=1)
-def kernels_available() -> bool:
-    "Can the C++ kernels be used? Builds and loads them at the first call; a failure is warned about once."
+def _load_kernels():
     if hasattr(torch.ops.krause_repro, "band"):
         return True
     try:
@@ -915,21 +961,32 @@ def kernels_available() -> bool:
     except (OSError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         message = f"krause_repro's C++ kernels are not used ({reason}); PyTorch operations are, and are slower"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
         return False
     _register()
     return True
 
-# %% ../nbs/03_native_kernels.ipynb #20dae04d
+
+@torch.compiler.assume_constant_result  # whoever compiles a model that asks gets the answer, not the building traced
+def kernels_available() -> bool:
+    "Can the C++ kernels be used? Builds and loads them at the first call; a failure is warned about once."
+    return _load_kernels()
+
+# %% ../nbs/03_native_kernels.ipynb #afab09b6
 def _empty_result(query, key, value, *rest):
     batch, heads, length = query.shape[:3]
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
     return out, query.new_empty(3, batch, heads, length, dtype=torch.float32)
 
 
+def _empty_like(x):
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
 def _empty_gradients(grad, query, key, value, *rest):
-    empty = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)]
-    return *empty, query.new_empty(query.shape[1], dtype=torch.float32)
+    return _empty_like(query), _empty_like(key), _empty_like(value), query.new_empty(query.shape[1], dtype=torch.float32)
 
 
 def _register():
@@ -991,12 +1048,22 @@ def native_band(
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
     return torch.ops.krause_repro.band(query, key, value, tau, key_mask, neighborhood.size, *numbers)[0]
 
-# %% ../nbs/03_native_kernels.ipynb #dcd92162
-@lru_cache(maxsize=64)
+# %% ../nbs/03_native_kernels.ipynb #3643b6f2
 def candidate_lists(
     neighborhood: GridWindow,
 ) -> tuple[Tensor, Tensor]:  # (T + 1,) and (C,) int32: row i's candidates are token[begin[i]:begin[i + 1]]
-    "The candidates of every row of a grid, one list after the other."
+    "The candidates of every row of a grid, one list after the other; made once, do not write into them."
+    n = neighborhood
+    return _constant_lists(n.height, n.width, n.radius, n.metric, n.cls_token)
+
+
+@torch.compiler.assume_constant_result  # numbers, not the neighbourhood, because it may be made inside what is compiled
+def _constant_lists(*grid):
+    return _candidate_lists(GridWindow(*grid))
+
+
+@lru_cache(maxsize=64)
+def _candidate_lists(neighborhood):
     with torch.inference_mode(False):
         mask = neighborhood.mask(neighborhood.length)
         begin = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(-1).cumsum(0)])

@@ -1,4 +1,4 @@
-"""Krause Attention against its definition: properties, a naive oracle, both implementations, every edge and every refusal."""
+"""Krause Attention against its definition: properties, a naive oracle, every implementation, every edge and every refusal."""
 
 import copy
 import math
@@ -20,13 +20,24 @@ from krause_repro.attention import (
     attend,
     attention_stages,
     attention_weights,
+    choose_implementation,
+    half_square_norm,
     krause_attention,
     krause_attention_weights,
+    match_heads,
     mechanism_example,
+    pairwise_energy,
 )
-from krause_repro.fast_attention import candidate_table, gathered_attention, gathered_weights
+from krause_repro.fast_attention import (
+    banded_attention,
+    candidate_table,
+    flex_attention,
+    gathered_attention,
+    gathered_weights,
+    sdpa_attention,
+)
 
-IMPLEMENTATIONS = {"reference": attend, "gathered": gathered_attention}
+IMPLEMENTATIONS = {"reference": attend, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention}
 EXACT = {"rtol": 0, "atol": 1e-10}
 
 
@@ -46,17 +57,18 @@ def allows(neighborhood, i, j):
 
 def oracle(query, key, neighborhood, top_k=None, *, score="krause", sigma=None, key_mask=None):
     "Weights by loops over rows and keys: score, candidates, the k best with their ties, softmax over them."
-    batch, heads, length, dim = query.shape
-    weights = torch.zeros(batch, heads, length, length, dtype=torch.float64)
+    batch, heads, queries, dim = query.shape
+    keys, shared = key.shape[2], heads // key.shape[1]
+    weights = torch.zeros(batch, heads, queries, keys, dtype=torch.float64)
     sigmas = torch.as_tensor(1.0 if sigma is None else sigma, dtype=torch.float64).expand(heads).tolist()
     for b in range(batch):
         for h in range(heads):
-            for i in range(length):
+            for i in range(queries):
                 logits = {}
-                for j in range(length):
-                    if not allows(neighborhood, i, j) or (key_mask is not None and not key_mask[b, j]):
+                for j in range(keys):
+                    if not allows(neighborhood, keys - queries + i, j) or (key_mask is not None and not key_mask[b, j]):
                         continue
-                    q, k = query[b, h, i].tolist(), key[b, h, j].tolist()
+                    q, k = query[b, h, i].tolist(), key[b, h // shared, j].tolist()
                     if score == "krause":
                         logits[j] = -math.dist(q, k) ** 2 / (2 * sigmas[h] ** 2)
                     else:
@@ -86,20 +98,30 @@ windows = st.builds(CausalWindow, st.integers(1, 9))
 
 @st.composite
 def problems(draw, neighborhoods=None, scores=SCORES):
-    "A neighbourhood, its number of tokens, k, a score, the names of the implementations that apply, and a seed."
+    "A neighbourhood, shapes of queries and keys, k, a score, the names of the implementations that apply, and a seed."
     neighborhood = draw(st.one_of(st.just(Full()), windows, grids) if neighborhoods is None else neighborhoods)
-    grid = isinstance(neighborhood, GridWindow)
-    length = neighborhood.length if grid else draw(st.integers(1, 10))
+    grid, causal = isinstance(neighborhood, GridWindow), isinstance(neighborhood, CausalWindow)
+    keys = neighborhood.length if grid else draw(st.integers(1, 10))
+    queries = draw(st.integers(1, keys)) if causal and draw(st.booleans()) else keys  # the past may be cached
+    batch, heads, dim = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    top_k = draw(st.none() | st.integers(1, keys + 2))
+    applies = {"reference": True, "banded": causal, "gathered": grid, "sdpa": top_k is None}
     return {
-        "neighborhood": neighborhood, "length": length, "top_k": draw(st.none() | st.integers(1, length + 2)),
-        "score": draw(st.sampled_from(scores)), "names": list(IMPLEMENTATIONS) if grid else ["reference"],
-        "shape": (draw(st.integers(1, 2)), draw(st.integers(1, 2)), length, draw(st.integers(1, 5))), "seed": draw(st.integers(0, 10**6)),
+        "neighborhood": neighborhood, "queries": queries, "keys": keys, "top_k": top_k, "score": draw(st.sampled_from(scores)),
+        "names": [name for name, it_does in applies.items() if it_does], "seed": draw(st.integers(0, 10**6)),
+        "query": (batch, heads * draw(st.integers(1, 2)), queries, dim), "key": (batch, heads, keys, dim),
     }
+
+
+def inputs_of(problem, count=3, ties=False):
+    "Query, key and, if there are to be three, value."
+    keys = tensors(problem["seed"] + 1, problem["key"], count - 1, ties=ties)
+    return [*tensors(problem["seed"], problem["query"], 1, ties=ties), *keys]
 
 
 def sigma_of(problem):
     "A bandwidth for each head, for the Krause score only."
-    heads = problem["shape"][1]
+    heads = problem["query"][1]
     return torch.linspace(0.8, 1.5, heads, dtype=torch.float64) if problem["score"] == "krause" else None
 
 
@@ -119,31 +141,36 @@ def support(neighborhood, length):
     return torch.tensor([[allows(neighborhood, i, j) for j in range(length)] for i in range(length)])
 
 
+def support_of(problem):
+    "The rows of a problem's queries in that mask."
+    return support(problem["neighborhood"], problem["keys"])[-problem["queries"]:]
+
+
 # Properties
 
 
 @given(problems())
 def test_rows_sum_to_one_on_k_candidates(problem):
-    query, key = tensors(problem["seed"], problem["shape"], 2)
-    allowed = support(problem["neighborhood"], problem["length"])
-    expected = allowed.sum(-1).clamp_max(problem["top_k"] or problem["length"])
+    query, key = inputs_of(problem, 2)
+    allowed = support_of(problem)
+    expected = allowed.sum(-1).clamp_max(problem["top_k"] or problem["keys"])
     for name in problem["names"]:
         weights = weights_of(problem, query, key, name)
-        assert_close(weights.sum(-1), torch.ones(problem["shape"][:3], dtype=torch.float64), **EXACT)
+        assert_close(weights.sum(-1), torch.ones(problem["query"][:3], dtype=torch.float64), **EXACT)
         assert (weights >= 0).all() and not weights[..., ~allowed].any()
         assert ((weights > 0).sum(-1) == expected).all()
 
 
 @given(problems())
 def test_neighbourhood_mask_is_its_definition(problem):
-    mask = problem["neighborhood"].mask(problem["length"])
-    assert mask.dtype == torch.bool and torch.equal(mask, support(problem["neighborhood"], problem["length"]))
+    mask = problem["neighborhood"].mask(problem["keys"])
+    assert mask.dtype == torch.bool and torch.equal(mask, support(problem["neighborhood"], problem["keys"]))
     assert mask.diagonal().all()
 
 
 @given(problems())
 def test_naive_oracle_agrees(problem):
-    query, key = tensors(problem["seed"], problem["shape"], 2)
+    query, key = inputs_of(problem, 2)
     expected = oracle(query, key, problem["neighborhood"], problem["top_k"], score=problem["score"], sigma=sigma_of(problem))
     for name in problem["names"]:
         assert_close(weights_of(problem, query, key, name), expected, **EXACT)
@@ -151,26 +178,26 @@ def test_naive_oracle_agrees(problem):
 
 @given(problems())
 def test_ties_are_all_kept(problem):
-    query, key = tensors(problem["seed"], problem["shape"], 2, ties=True)
+    query, key = inputs_of(problem, 2, ties=True)
     expected = oracle(query, key, problem["neighborhood"], problem["top_k"], score=problem["score"], sigma=sigma_of(problem))
-    candidates = support(problem["neighborhood"], problem["length"]).sum(-1)
+    candidates = support_of(problem).sum(-1)
     for name in problem["names"]:
         weights = weights_of(problem, query, key, name)
         assert_close(weights, expected, **EXACT)
-        assert ((weights > 0).sum(-1) >= candidates.clamp_max(problem["top_k"] or problem["length"])).all()
+        assert ((weights > 0).sum(-1) >= candidates.clamp_max(problem["top_k"] or problem["keys"])).all()
 
 
 @given(problems(scores=["krause"]), st.floats(-5, 5))
 def test_moving_queries_and_keys_together_changes_nothing(problem, step):
-    query, key = tensors(problem["seed"], problem["shape"], 2)
-    step = step * torch.linspace(-1, 2, problem["shape"][-1], dtype=torch.float64)
+    query, key = inputs_of(problem, 2)
+    step = step * torch.linspace(-1, 2, key.shape[-1], dtype=torch.float64)
     for name in problem["names"]:
         assert_close(weights_of(problem, query + step, key + step, name), weights_of(problem, query, key, name), **EXACT)
 
 
 @given(problems(scores=["krause"]), st.floats(0.1, 10))
 def test_only_distance_over_sigma_counts(problem, scale):
-    query, key = tensors(problem["seed"], problem["shape"], 2)
+    query, key = inputs_of(problem, 2)
     sigma, rest = sigma_of(problem), (problem["neighborhood"], problem["top_k"])
     for name in problem["names"]:
         scaled = weights_by(name, scale * query, scale * key, *rest, sigma=scale * sigma)
@@ -179,8 +206,8 @@ def test_only_distance_over_sigma_counts(problem, scale):
 
 @given(problems())
 def test_rotating_queries_and_keys_together_changes_nothing(problem):
-    query, key = tensors(problem["seed"], problem["shape"], 2)
-    dim = problem["shape"][-1]
+    query, key = inputs_of(problem, 2)
+    dim = key.shape[-1]
     rotation = torch.linalg.qr(tensors(problem["seed"], (dim, dim), 1)[0]).Q
     for name in problem["names"]:
         assert_close(weights_of(problem, query @ rotation, key @ rotation, name), weights_of(problem, query, key, name), **EXACT)
@@ -188,50 +215,53 @@ def test_rotating_queries_and_keys_together_changes_nothing(problem):
 
 @given(problems(neighborhoods=st.just(Full()), scores=["krause"]))
 def test_the_order_of_keys_does_not_matter(problem):
-    query, key, value = tensors(problem["seed"], problem["shape"])
-    order = torch.randperm(problem["length"], generator=torch.Generator().manual_seed(problem["seed"]))
+    query, key, value = inputs_of(problem)
+    order = torch.randperm(problem["keys"], generator=torch.Generator().manual_seed(problem["seed"]))
     rest = (sigma_of(problem), Full(), problem["top_k"])
     assert_close(krause_attention(query, key[:, :, order], value[:, :, order], *rest), krause_attention(query, key, value, *rest), **EXACT)
 
 
 @given(problems(neighborhoods=windows), st.data())
 def test_the_future_cannot_leak(problem, data):
-    inputs = tensors(problem["seed"], problem["shape"])
-    now = data.draw(st.integers(0, problem["length"] - 1), label="now")
+    inputs = inputs_of(problem)
+    past = problem["keys"] - problem["queries"]
+    now = data.draw(st.integers(past, problem["keys"] - 1), label="now")
+    future = [slice(now + 1 - past, None), slice(now + 1, None), slice(now + 1, None)]  # of the queries, the keys and the values
     changed = [tensor.clone() for tensor in inputs]
-    for tensor in changed:
-        tensor[:, :, now + 1:] = 1e3 * (1 + tensor[:, :, now + 1:].abs())
+    for tensor, later in zip(changed, future, strict=True):
+        tensor[:, :, later] = 1e3 * (1 + tensor[:, :, later].abs())
 
-    def past(query, key, value):
+    def until_now(query, key, value):
         rest = (problem["neighborhood"], problem["top_k"])
-        return attend(query, key, value, *rest, score=problem["score"], sigma=sigma_of(problem))[:, :, : now + 1]
+        return attend(query, key, value, *rest, score=problem["score"], sigma=sigma_of(problem))[:, :, : now + 1 - past]
 
-    assert torch.equal(past(*inputs), past(*changed))
+    assert torch.equal(until_now(*inputs), until_now(*changed))
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    for gradient in torch.autograd.grad(past(*leaves).sum(), leaves):
-        assert not gradient[:, :, now + 1:].any()
+    gradients = torch.autograd.grad(until_now(*leaves).sum(), leaves)
+    assert not any(gradient[:, :, later].any() for gradient, later in zip(gradients, future, strict=True))
 
 
 @given(problems(neighborhoods=grids))
 def test_gathered_is_the_reference_with_its_gradients(problem):
-    leaves = [tensor.requires_grad_() for tensor in tensors(problem["seed"], problem["shape"])]
+    leaves = [tensor.requires_grad_() for tensor in inputs_of(problem)]
     sigma = sigma_of(problem)
     if sigma is not None:
         leaves.append(sigma.requires_grad_())
     rest, score = (problem["neighborhood"], problem["top_k"]), {"score": problem["score"], "sigma": sigma}
     found = {}
-    for name, compute in IMPLEMENTATIONS.items():
-        output = compute(*leaves[:3], *rest, **score)
+    for name in ("reference", "gathered"):
+        output = IMPLEMENTATIONS[name](*leaves[:3], *rest, **score)
         found[name] = [output, *torch.autograd.grad(output.square().sum(), leaves)]
     assert_close(found["gathered"], found["reference"], **EXACT)
     hub = int(problem["neighborhood"].cls_token)
-    patches = gathered_weights(leaves[0][:, :, hub:], leaves[1], *rest, **score)
-    assert_close(patches, attention_weights(*leaves[:2], *rest, **score)[:, :, hub:], **EXACT)
+    query, key = leaves[0], match_heads(leaves[1], leaves[0].shape[1])
+    patches = gathered_weights(query[:, :, hub:], key, *rest, **score)
+    assert_close(patches, attention_weights(query, key, *rest, **score)[:, :, hub:], **EXACT)
 
 
 @given(problems(scores=["krause"]))
 def test_each_image_and_head_stands_alone(problem):
-    query, key = tensors(problem["seed"], problem["shape"], 2)
+    query, key = inputs_of(problem, 2)
     for name in problem["names"]:
         weights = weights_of(problem, query, key, name)
         rest = (problem["neighborhood"], problem["top_k"])
@@ -241,8 +271,8 @@ def test_each_image_and_head_stands_alone(problem):
 
 @given(problems(scores=["krause"]), st.data())
 def test_padding_is_never_attended(problem, data):
-    query, key, value = tensors(problem["seed"], problem["shape"])
-    batch, length = problem["shape"][0], problem["length"]
+    query, key, value = inputs_of(problem)
+    batch, length = key.shape[0], problem["keys"]
     flags = st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)
     key_mask = torch.tensor(data.draw(flags, label="key_mask")).reshape(batch, length)
     rest = (sigma_of(problem), problem["neighborhood"], problem["top_k"])
@@ -251,20 +281,45 @@ def test_padding_is_never_attended(problem, data):
     assert_close(weights, expected, **EXACT)
     padded = ~key_mask[:, None, :, None].expand(key.shape)
     other = [torch.where(padded, 7 - tensor, tensor) for tensor in (key, value)]
-    output = krause_attention(query, key, value, *rest, key_mask=key_mask)
-    assert torch.equal(krause_attention(query, *other, *rest, key_mask=key_mask), output)
-    assert_close(output, expected @ value, **EXACT)
-    assert not output[expected.sum(-1) == 0].any()
+    exact = expected @ match_heads(value, query.shape[1])
+    for name in set(problem["names"]) - {"gathered"} | {"auto"}:
+        output = krause_attention(query, key, value, *rest, key_mask=key_mask, implementation=name)
+        assert torch.equal(krause_attention(query, *other, *rest, key_mask=key_mask, implementation=name), output)
+        assert_close(output, exact, **EXACT)
+        assert not output[expected.sum(-1) == 0].any()
+
+
+@given(problems(scores=["krause"]))
+def test_a_shared_head_is_a_repeated_head(problem):
+    query, key, value = inputs_of(problem)
+    heads = query.shape[1]
+    rest = (sigma_of(problem), problem["neighborhood"], problem["top_k"])
+    repeated = (torch.stack([x[:, h * key.shape[1] // heads] for h in range(heads)], 1) for x in (key, value))
+    assert_close(krause_attention(query, key, value, *rest), krause_attention(query, *repeated, *rest), **EXACT)
+
+
+@given(problems(neighborhoods=windows, scores=["krause"]))
+def test_a_past_gives_the_last_rows_of_the_whole(problem):
+    query, (key, value) = tensors(problem["seed"], (*problem["query"][:2], *problem["key"][2:]), 1)[0], inputs_of(problem)[1:]
+    rest = (sigma_of(problem), problem["neighborhood"], problem["top_k"])
+    recent = slice(-problem["queries"], None)
+    for name in problem["names"]:
+        whole = krause_attention(query, key, value, *rest, implementation=name)
+        assert_close(krause_attention(query[:, :, recent], key, value, *rest, implementation=name), whole[:, :, recent], **EXACT)
+
+
+# Every implementation that selects, on every neighbourhood it is for, with seven tokens.
+EACH_WAY = [
+    (Full(), "reference"), (CausalWindow(3), "reference"), (CausalWindow(3), "banded"), (GridWindow(2, 3, 1), "reference"),
+    (GridWindow(2, 3, 1), "gathered"),
+]
 
 
 # Gradients
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize(
-    ("neighborhood", "implementation"),
-    [(Full(), "reference"), (CausalWindow(4), "reference"), (GridWindow(2, 3, 1), "reference"), (GridWindow(2, 3, 1), "gathered")],
-)
+@pytest.mark.parametrize(("neighborhood", "implementation"), EACH_WAY)
 def test_gradcheck(neighborhood, implementation, top_k):
     leaves = [tensor.requires_grad_() for tensor in tensors(3, (1, 2, 7, 2))]
     sigma = torch.tensor([0.9, 1.4], dtype=torch.float64, requires_grad=True)
@@ -302,7 +357,7 @@ def test_lengths_around_the_window(length, top_k):
     assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "gathered"])
 def test_rows_with_fewer_candidates_than_k_keep_them_all(implementation):
     query, key = tensors(0, (1, 1, 9, 4), 2)
     weights = weights_by(implementation, query, key, GridWindow(3, 3, 1, "manhattan", cls_token=False), 4, sigma=2.0)
@@ -311,10 +366,7 @@ def test_rows_with_fewer_candidates_than_k_keep_them_all(implementation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize(
-    ("neighborhood", "implementation"),
-    [(Full(), "reference"), (CausalWindow(3), "reference"), (GridWindow(2, 3, 1), "reference"), (GridWindow(2, 3, 1), "gathered")],
-)
+@pytest.mark.parametrize(("neighborhood", "implementation"), EACH_WAY)
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_sigma_tiny_and_huge(neighborhood, implementation, top_k, dtype, as_tensor):
     leaves = [tensor.requires_grad_() for tensor in tensors(1, (2, 2, 7, 4), dtype=dtype)]
@@ -333,7 +385,8 @@ def test_sigma_tiny_and_huge(neighborhood, implementation, top_k, dtype, as_tens
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize(
     ("neighborhood", "implementation"),
-    [(Full(), "reference"), (CausalWindow(5), "reference"), (GridWindow(3, 4, 1), "reference"), (GridWindow(3, 4, 1), "gathered")],
+    [(Full(), "reference"), (CausalWindow(5), "reference"), (CausalWindow(5), "banded"), (GridWindow(3, 4, 1), "reference"),
+     (GridWindow(3, 4, 1), "gathered")],
 )
 def test_half_precision_loses_no_more_than_the_formula_does(neighborhood, implementation, top_k, dtype):
     query, key, value = tensors(2, (2, 2, 13, 16), dtype=dtype)
@@ -371,10 +424,7 @@ def test_inputs_need_not_be_contiguous(neighborhood):
     assert_close(output, oracle(query, key, neighborhood, 3, sigma=1.0) @ value, **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("neighborhood", "implementation"),
-    [(Full(), "reference"), (CausalWindow(3), "reference"), (GridWindow(2, 3, 1), "reference"), (GridWindow(2, 3, 1), "gathered")],
-)
+@pytest.mark.parametrize(("neighborhood", "implementation"), EACH_WAY)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_huge_and_zero_vectors(neighborhood, implementation, top_k):
     query, key, value = tensors(0, (1, 2, 7, 4), dtype=torch.float32)
@@ -388,10 +438,9 @@ def test_huge_and_zero_vectors(neighborhood, implementation, top_k):
     assert_close(weights.sum(-1), torch.ones(1, 2, 7))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_zeros_tie_and_have_no_sign(implementation):
+@pytest.mark.parametrize(("neighborhood", "implementation"), EACH_WAY)
+def test_zeros_tie_and_have_no_sign(neighborhood, implementation):
     zeros, (value,) = torch.zeros(1, 1, 7, 4), tensors(0, (1, 1, 7, 4), 1, dtype=torch.float32)
-    neighborhood = GridWindow(2, 3, 1)
     allowed = support(neighborhood, 7).float()
     for query, key in ((zeros, zeros), (-zeros, zeros), (zeros, -zeros)):
         output = krause_attention(query, key, value, 1.0, neighborhood, 1, implementation=implementation)
@@ -424,6 +473,26 @@ def test_a_mask_made_while_predicting_serves_training(neighborhood):
     assert not neighborhood.mask(length).is_inference()
     if isinstance(neighborhood, GridWindow):
         assert not any(table.is_inference() for table in candidate_table(neighborhood, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_square_norm_is_a_number_or_nan(dtype):
+    rows = [[3.0, 4.0], [0.0, -0.0], [math.inf, 1.0], [-math.inf, 1.0], [math.nan, 1.0], [1e200, 1.0]]
+    x = torch.tensor(rows, dtype=torch.float64).to(dtype)
+    norm = half_square_norm(x)
+    assert norm.dtype == dtype and norm[:2].tolist() == [12.5, 0]
+    assert norm[2:].isnan().all()  # 10^200 is infinite in single precision, and its square in double
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_energy_is_its_formula(score):
+    query, key = tensors(0, (2, 3, 4, 5), 2)
+    formula = {
+        "krause": torch.cdist(query, key).square() / 2, "softmax": -query @ key.mT,
+        "softmax_key_norm": key.norm(dim=-1).square().unsqueeze(-2) / 2 - query @ key.mT,
+    }[score]
+    assert_close(pairwise_energy(query, key, score), formula, **EXACT)
+    assert pairwise_energy(query.half(), key.half(), score).dtype == torch.float32
 
 
 def test_output_follows_the_value():
@@ -476,10 +545,16 @@ BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.
         ({"value": torch.randn(1, 2, 5, 3).half()}, "value must be .*float32.*got torch.float16"),
         ({"key": torch.empty(1, 2, 5, 3, device="meta")}, "key must be .*device.*cpu.*meta"),
         ({"value": torch.empty(1, 2, 5, 3, device="meta")}, "value must be .*device.*cpu.*meta"),
-        ({"key": torch.randn(1, 2, 5, 4)}, r"query and key must have one shape.*\(1, 2, 5, 4\)"),
-        ({"key": torch.randn(1, 1, 5, 3)}, "query and key must have one shape"),
-        ({"value": torch.randn(1, 2, 4, 3)}, "value the same"),
-        ({name: torch.empty(1, 2, 0, 3) for name in ("query", "key", "value")}, "without zeros"),
+        ({"key": torch.randn(1, 2, 5, 4)}, r"query .*, key .* must agree and have no zeros, .*\(1, 2, 5, 4\)"),
+        ({"key": torch.randn(1, 1, 5, 3)}, r"key .* and value .* must agree .*\(1, 1, 5, 3\)"),
+        ({"value": torch.randn(1, 2, 4, 3)}, r"value .* must agree .*\(1, 2, 4, 3\)"),
+        ({"query": torch.randn(2, 2, 5, 3)}, r"must agree .*got \(2, 2, 5, 3\)"),
+        ({name: torch.empty(1, 2, 0, 3) for name in ("query", "key", "value")}, "have no zeros"),
+        ({name: torch.randn(1, 3, 5, 3) for name in ("key", "value")}, "heads of key and value must divide the 2 heads of query"),
+        ({name: torch.randn(1, 4, 5, 3) for name in ("key", "value")}, "heads of key and value must divide the 2 heads of query"),
+        ({"query": torch.randn(1, 2, 4, 3)}, r"query and key must have one length T \(a CausalWindow also takes the last queries"),
+        ({"query": torch.randn(1, 2, 4, 3), "neighborhood": Full()}, "query and key must have one length T"),
+        ({"query": torch.randn(1, 2, 6, 3), "neighborhood": CausalWindow(2)}, "query and key must have one length T"),
         ({"sigma": math.nan}, "sigma must be.*nan"),
         ({"sigma": 0}, "sigma must be.*0"),
         ({"sigma": -1.0}, "sigma must be"),
@@ -503,7 +578,12 @@ BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.
         ({"key_mask": torch.ones(1, 5, dtype=torch.bool, device="meta")}, "key_mask must be .*cpu.*meta"),
         ({"neighborhood": GridWindow(2, 3, 1)}, "GridWindow of 2×3 patches needs 7 tokens, got 5"),
         ({"neighborhood": GridWindow(2, 2, 1, cls_token=False)}, "GridWindow of 2×2 patches needs 4 tokens, got 5"),
-        ({"implementation": "flash"}, "implementation must be one of auto, reference, gathered, got 'flash'"),
+        ({"implementation": "flash"}, "implementation must be one of auto, reference, banded, gathered, sdpa, flex, got 'flash'"),
+        ({"implementation": None}, "implementation must be one of .*got None"),
+        ({"implementation": "banded"}, "implementation 'banded' needs a CausalWindow, got GridWindow"),
+        ({"implementation": "banded", "neighborhood": Full()}, "implementation 'banded' needs a CausalWindow, got Full"),
+        ({"implementation": "sdpa", "top_k": 2}, "implementation 'sdpa' cannot select; top_k must be None, .*top_k=2"),
+        ({"implementation": "flex"}, "implementation 'flex' .*needs CUDA tensors, .*device cpu"),
         ({"implementation": "gathered", "neighborhood": CausalWindow(2)}, "implementation 'gathered' needs a GridWindow"),
         ({"implementation": "gathered", "key_mask": torch.ones(1, 5, dtype=torch.bool)}, "implementation 'gathered' needs .*no key_mask"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
@@ -520,6 +600,17 @@ def test_attention_names_the_bad_argument(change, message):
 def test_attention_wants_a_neighbourhood(neighborhood):
     with pytest.raises(TypeError, match="neighborhood|neighbourhood"):
         krause_attention(**BASE | {"neighborhood": neighborhood})
+
+
+def test_auto_is_the_fastest_that_can():
+    grid, key_mask = GridWindow(2, 2, 1), torch.ones(1, 5, dtype=torch.bool)
+    for expected, request in (
+        (banded_attention, (CausalWindow(3),)), (banded_attention, (CausalWindow(3), 2, key_mask)), (gathered_attention, (grid,)),
+        (gathered_attention, (grid, 2)), (sdpa_attention, (grid, None, key_mask)), (attend, (grid, 2, key_mask)),
+        (sdpa_attention, (Full(),)), (sdpa_attention, (Full(), None, key_mask)), (attend, (Full(), 2)),
+    ):
+        assert choose_implementation("auto", *request) is expected, request
+    assert choose_implementation("flex", grid, 2, device="cuda") is flex_attention
 
 
 def test_weights_check_their_arguments_too():
@@ -541,6 +632,8 @@ def test_weights_check_their_arguments_too():
         (lambda: GridWindow(2, 2, 0.5), "radius must be"),
         (lambda: GridWindow(2, 2, 1, "euclid"), "metric must be one of chebyshev, manhattan, got 'euclid'"),
         (lambda: Full().mask(0), "length must be an integer ≥ 1"),
+        (lambda: GridWindow(2, 3, 1).check(6), "GridWindow of 2×3 patches needs 7 tokens, got 6"),
+        (lambda: GridWindow(2, 3, 1).mask(8), "GridWindow of 2×3 patches needs 7 tokens, got 8"),
         (lambda: KrauseAttention(7, 2, Full()), "heads must divide dim = 7, got 2"),
         (lambda: KrauseAttention(8, 0, Full()), "heads must be"),
         (lambda: KrauseAttention(0, 1, Full()), "dim must be"),

@@ -35,6 +35,14 @@ EXAMPLES = {
     "plot_attention_maps": {"image": [[0.0, 1.0], [0.5, 0.2]], "grid": [2, 2], "query": [0, 1], "rows": [
         {**NAMED, "layer": 1, "heads": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
         {**NAMED, "layer": 2, "heads": [[0.1, 0.2, 0.3, 0.4]]}]},
+    "plot_scaling": {"xlabel": "tokens", "ylabel": "seconds", "symbol": "T", "panels": [
+        {"title": "forward", "series": [{**NAMED, "x": [1024, 1536], "y": [0.1, 0.2], "exponent": -0.001}]},
+        {"title": "both", "series": [{**NAMED, "x": [1024], "y": [0.1], "exponent": None}]}]},
+    "plot_ratios": {"marks": ["forward", "both"], "baseline": "full attention", "panels": [
+        {"title": "short", "rows": [{**NAMED, "points": [{"ratio": 0.5, "low": 0.4, "high": 0.6}, {"ratio": 2, "low": 2, "high": 2}]},
+                                    {"label": "ViT", "kind": "softmax", "points": [None, {"ratio": 9, "low": 8, "high": 10}]}]},
+        {"title": "long", "rows": [{"label": "ViT", "kind": "softmax", "points": [{"ratio": 1, "low": 1, "high": 1}, None]}]},
+        {"title": "longer", "rows": [{**NAMED, "points": [{"ratio": 1, "low": 1, "high": 1}, None]}]}]},
 }
 SAVE = {"caption": "Opinions ‖x‖ · an example.", "notebook": "25_figures", "seeds": 3}
 
@@ -102,6 +110,11 @@ def test_plot_names_each_missing_key(name):
         ("plot_attention_maps", ["query"], [2, 0], r"query is \[2, 0\]; give 'cls'"),
         ("plot_attention_maps", ["rows", 0, "heads", 0], [1.0], r"rows'\]\[0\] has heads of \[1, 4\] weights"),
         ("plot_attention_maps", ["rows", 0, "cls_weight"], [0.1], r"rows'\]\[0\] has lists of different lengths"),
+        ("plot_scaling", ["panels", 0, "series", 0, "y"], [0.1], r"panels'\]\[0\]\['series'\]\[0\] has lists of different lengths"),
+        ("plot_scaling", ["panels", 1, "series"], [], r"panels'\]\[1\] has nothing in series"),
+        ("plot_ratios", ["marks"], ["forward"], r"rows'\]\[0\] has lists of different lengths.*'points': 2, 'marks': 1"),
+        ("plot_ratios", ["marks"], list("abcd"), r"data has 4 marks; give at most 3"),
+        ("plot_ratios", ["panels", 0, "rows", 0, "points", 1], {"ratio": 1}, r"\['points'\]\[1\] has no low, high"),
     ],
 )
 def test_plot_refuses_wrong_values(name, path, value, message):
@@ -120,6 +133,21 @@ def test_one_seed_has_no_spread_and_a_gap_stays_a_gap():
     assert accuracy.get_xlabel() == "test accuracy (%), shown from 68 to 84; chance is 10"
     _, gap = (line.get_ydata() for line in draw("plot_training_curves").axes[0].lines)
     np.testing.assert_array_equal(np.isnan(gap), [False, True, False])
+
+
+def test_growth_is_drawn_at_the_sizes_measured():
+    ax = draw("plot_scaling").axes[0]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1k", "1536"] and ax.get_xscale() == ax.get_yscale() == "log"
+    assert ax.get_legend().get_texts()[0].get_text() == r"KViT, $\propto T^{0.00}$"
+    assert draw("plot_scaling").axes[1].get_legend().get_texts()[0].get_text() == "KViT"
+
+
+def test_ratios_share_rows_and_leave_gaps():
+    short, long, longer, empty = draw("plot_ratios").axes
+    assert [tick.get_text() for tick in short.get_yticklabels()] == ["KViT", "ViT"]
+    assert [text.get_text() for text in short.texts] == ["0.50", "2.00", "9.00"] and [t.get_text() for t in long.texts] == ["1.00"]
+    assert [round(text.get_position()[1]) for text in (*short.texts, *long.texts)] == [0, 0, 1, 1]
+    assert longer.axison and not empty.axison
 
 
 def test_a_dot_stands_for_its_share():
