@@ -48,4 +48,5 @@ help:  ## this list
 $(INSTALLED): settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -e '.[dev]'
+	$(COMMAND) kernels
 	touch $@

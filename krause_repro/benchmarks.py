@@ -6,10 +6,10 @@
 __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'COST', 'BASELINE', 'KINDS', 'DENSE_LENGTH',
            'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'BENCHMARKS', 'interleave', 'summarise_times',
            'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'ImageCase', 'CostRecipe',
-           'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'with_peak_memory',
+           'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
            'bench_attention', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling', 'fitted_exponent',
            'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'bench_dynamics', 'bench_cost',
-           'format_rows', 'report_benchmark', 'bench_attention_and_models']
+           'format_rows', 'report_benchmark']
 
 # %% ../nbs/28_benchmarks.ipynb #b9483c6a
 import json
@@ -309,27 +309,27 @@ def peak_memory(
         raise RuntimeError(f"peak memory could not be measured: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/28_benchmarks.ipynb #77be4e88
-def with_peak_memory(
-    rows: list[dict],  # with the keys of `AttentionCase.shape`, "name" and "pass"
-) -> list[dict]:
-    "The rows, those of forward + backward with `peak_bytes`."
-    wanted = [row for row in rows if row["pass"] == PASSES[1]]
-    jobs = [(row["name"], AttentionCase(row["case"], **{key: row[key] for key in COST.scaling.shape})) for row in wanted]
-    found = {id(row): peak for row, peak in zip(wanted, peak_memory(jobs), strict=True)}
-    return [row | ({"peak_bytes": found[id(row)]} if id(row) in found else {}) for row in rows]
+# %% ../nbs/28_benchmarks.ipynb #9658a61f
+def add_peak_memory(
+    *results: dict,  # of `bench_attention` and `bench_scaling`
+) -> None:
+    "Give the rows of forward + backward their `peak_bytes`, all measured from one fresh interpreter."
+    rows = [row for result in results for row in result["rows"] if row["pass"] == PASSES[1]]
+    jobs = [(row["name"], AttentionCase(row["case"], **{key: row[key] for key in CIFAR_CASE.shape})) for row in rows]
+    for row, peak in zip(rows, peak_memory(jobs), strict=True):
+        row["peak_bytes"] = peak
 
-# %% ../nbs/28_benchmarks.ipynb #bbd60078
+# %% ../nbs/28_benchmarks.ipynb #4a4718c1
 def bench_attention(
     recipe: CostRecipe = COST,
 ) -> dict:
-    "Seconds, ratio to fused full attention, and peak memory of every contender on every case of a recipe."
+    "Seconds of every contender on every case of a recipe, and ratios to fused full attention."
     rows = []
     for case in recipe.cases:
         for step in PASSES:
             compared = compare_in_pairs(attention_calls(case, step), BASELINE, recipe.budget)
             rows += [{"case": case.title, **case.shape, "pass": step, **row} for row in compared]
-    return {"benchmark": "attention", "rows": with_peak_memory(rows)}
+    return {"benchmark": "attention", "rows": rows}
 
 # %% ../nbs/28_benchmarks.ipynb #10fa6e37
 def kth_largest(
@@ -354,17 +354,20 @@ SELECTORS: dict[str, Callable[[Tensor, int], Tensor]] = {  # functions of scores
     "bisection, PyTorch": kth_largest,
 }
 
-# %% ../nbs/28_benchmarks.ipynb #4b9e50cb
-def compiled_selector() -> tuple[Callable[[Tensor, int], Tensor] | None, str | None]:  # the function, or why there is none
+# %% ../nbs/28_benchmarks.ipynb #3e6dd5a1
+def compiled_selector(
+    scores: Tensor,  # (N, C) float32: compiled for this shape
+    k: int,  # and for this k
+) -> tuple[Callable[[Tensor, int], Tensor] | None, str | None]:  # the function, or why there is none
     "`kth_largest` through `torch.compile`, which needs a compiler."
     compiled = torch.compile(kth_largest, dynamic=False)
     try:
-        compiled(torch.zeros(2, 4), 1)
-    except Exception as error:  # whatever the compiler's failure is called in this version, it is reported and not hidden
+        compiled(scores, k)
+    except Exception as error:  # whatever the failure is called in this version of PyTorch, it is reported
         return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return compiled, None
 
-# %% ../nbs/28_benchmarks.ipynb #25f8a980
+# %% ../nbs/28_benchmarks.ipynb #d8187d47
 OPERATOR_SHARE = "inside banded, C++"
 
 
@@ -372,10 +375,11 @@ def bench_selection(
     recipe: CostRecipe = COST,
 ) -> dict:  # with "missing": what could not be measured, and why
     "Seconds to find the k-th largest score of each row, alone and as a part of the C++ operator, with ratios to torch.topk."
-    case, missing, selectors = recipe.selection, {}, dict(SELECTORS)
-    selectors["bisection, compiled"], reason = compiled_selector() if recipe.compiled else (None, f"not tried, profile {recipe.profile}")
+    case, missing = recipe.selection, {}
     scores = torch.randn(case.batch * case.heads * case.length, case.window, generator=torch.Generator().manual_seed(0))
-    calls = {name: lambda s=select: s(scores, case.top_k) for name, select in selectors.items() if select}
+    compiled, reason = compiled_selector(scores, case.top_k) if recipe.compiled else (None, f"not tried, profile {recipe.profile}")
+    selectors = SELECTORS | ({"bisection, compiled": compiled} if compiled else {})
+    calls = {name: lambda s=select: s(scores, case.top_k) for name, select in selectors.items()}
     if reason:
         missing["bisection, compiled"] = reason
     if kernels_available():
@@ -390,7 +394,7 @@ def bench_selection(
     rows = [{"case": title, "rows": len(scores), **case.shape, "pass": "selection", **row} for row in compare(seconds, "torch.topk")]
     return {"benchmark": "selection", "rows": rows, "missing": missing}
 
-# %% ../nbs/28_benchmarks.ipynb #2ed404dd
+# %% ../nbs/28_benchmarks.ipynb #af3730bf
 def _sweep(cases, names, sweep, recipe):
     "Rows of both passes over cases that grow; a contender drops out when four times its last time is beyond the limit."
     rows = []
@@ -398,6 +402,8 @@ def _sweep(cases, names, sweep, recipe):
         last = dict.fromkeys(names, 0.0)
         for case in cases:
             able = tuple(name for name in names if 4 * last[name] <= recipe.limit)
+            if not able:
+                break
             seconds = in_turns(attention_calls(case, step, able), recipe.budget)
             for name, times in seconds.items():
                 rows.append({"case": case.title, **case.shape, "sweep": sweep, "pass": step, "name": name, **summarise_times(times)})
@@ -408,12 +414,12 @@ def _sweep(cases, names, sweep, recipe):
 def bench_scaling(
     recipe: CostRecipe = COST,
 ) -> dict:
-    "Seconds over T and over W, and peak memory, for the band, fused full attention and the dense reference."
+    "Seconds over T and over W for the band and fused full attention, and over T for the dense reference."
     band = "banded, C++" if kernels_available() else "banded, PyTorch"
     long = [replace(recipe.scaling, title=f"T = {length}", length=length) for length in recipe.lengths]
     wide = [replace(recipe.scaling, title=f"W = {w}", length=recipe.window_length, window=w, top_k=3 * w // 4) for w in recipe.windows]
     rows = _sweep(long, (BASELINE, band, "dense reference"), "length", recipe) + _sweep(wide, (BASELINE, band), "window", recipe)
-    return {"benchmark": "scaling", "rows": with_peak_memory(rows)}
+    return {"benchmark": "scaling", "rows": rows}
 
 # %% ../nbs/28_benchmarks.ipynb #d06af6ee
 def fitted_exponent(
@@ -515,13 +521,15 @@ def bench_dynamics(
     rows = [{"case": f"200 particles, {steps} steps", **row} for row in compare(interleave(contenders, rounds, 1), "softmax")]
     return {"benchmark": "dynamics", "rows": rows}
 
-# %% ../nbs/28_benchmarks.ipynb #ea733e7d
+# %% ../nbs/28_benchmarks.ipynb #de7bff4c
 def bench_cost(
     recipe: CostRecipe = COST,
 ) -> dict[str, dict]:
-    "The benchmarks of notebook 36, one after the other."
+    "The benchmarks of notebook 36, one after the other, and then the memory."
     parts = (bench_attention, bench_selection, bench_scaling, bench_images)
-    return {result["benchmark"]: result for result in (bench(recipe) for bench in parts)}
+    results = {result["benchmark"]: result for result in (bench(recipe) for bench in parts)}
+    add_peak_memory(results["attention"], results["scaling"])
+    return results
 
 # %% ../nbs/28_benchmarks.ipynb #be7770e3
 def format_rows(
@@ -552,16 +560,24 @@ def report_benchmark(
     path = write_json(project_root() / "runs" / "bench" / f"{result['benchmark']}.json", result)
     print(f"saved to {path}")
 
-# %% ../nbs/28_benchmarks.ipynb #40e6db15
-def bench_attention_and_models() -> dict:
-    "The attention benchmark, and KViT against ViT as whole models."
-    return {"benchmark": "attention", "rows": bench_attention()["rows"] + bench_images()["rows"]}
+# %% ../nbs/28_benchmarks.ipynb #5641d93d
+def _attention_and_models():
+    "Attention with its memory, and KViT against ViT as whole models."
+    attention = bench_attention()
+    add_peak_memory(attention)
+    return {"benchmark": "attention", "rows": attention["rows"] + bench_images()["rows"]}
+
+
+def _scaling_with_memory():
+    scaling = bench_scaling()
+    add_peak_memory(scaling)
+    return scaling
 
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
-    "attention": lambda: report_benchmark(bench_attention_and_models),
+    "attention": lambda: report_benchmark(_attention_and_models),
     "selection": lambda: report_benchmark(bench_selection),
-    "scaling": lambda: report_benchmark(bench_scaling),
+    "scaling": lambda: report_benchmark(_scaling_with_memory),
     "training-step": lambda: report_benchmark(lambda: bench_images(passes=("training step",)) | {"benchmark": "training-step"}),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }

@@ -8,7 +8,7 @@ __all__ = ['MATHJAX', 'NOTEBOOK_TEMPLATE', 'PARTS', 'MEANING', 'INDEX_TEMPLATE',
            'run_page', 'ticking', 'run_pages', 'site_folder', 'run', 'copy_mathjax', 'notebook_html', 'copy_figures',
            'paired_figures', 'with_code', 'site_rows', 'duration', 'site_facts', 'site', 'clean', 'book',
            'list_recipes', 'run_notebooks', 'train_recipe', 'fetch_data', 'make_report', 'build_site', 'execute_book',
-           'run_benchmark', 'usage', 'options', 'deliberate', 'main']
+           'run_benchmark', 'prepare_kernels', 'usage', 'options', 'deliberate', 'main']
 
 # %% ../nbs/26_runner.ipynb #6435aad2
 import importlib.util
@@ -694,20 +694,35 @@ def execute_book(
         print(line, file=sys.stderr)
     return 1 if failed else 0
 
-# %% ../nbs/26_runner.ipynb #c8d49da9
+# %% ../nbs/26_runner.ipynb #cb112bfb
 def run_benchmark(
     name: str,  # a benchmark; an unknown name lists them
+    threads: int | None = None,  # that PyTorch may use; its own choice if not given
 ) -> None:
-    "Run a benchmark of the attention implementations and print what it measures."
+    "Run a benchmark of the attention implementations, print what it measures, save it under runs/bench."
+    import torch
+    from krause_repro.attention import check_integer
     from krause_repro.benchmarks import BENCHMARKS
 
     if name not in BENCHMARKS:
         raise ValueError(f"name={name!r} is not a benchmark; allowed: {', '.join(BENCHMARKS)}")
+    if threads is not None:
+        torch.set_num_threads(check_integer("threads", threads, 1))
     BENCHMARKS[name]()
 
-# %% ../nbs/26_runner.ipynb #c012737d
+# %% ../nbs/26_runner.ipynb #3406f501
+def prepare_kernels() -> None:
+    "Compile the C++ kernels of the attention now, instead of at their first use."
+    from krause_repro.native_kernels import build_kernels
+
+    try:
+        print(f"The kernels: {build_kernels()}")
+    except (OSError, RuntimeError) as error:  # nothing is lost: PyTorch's operations do the same, more slowly
+        print(f"krause-repro: the C++ kernels cannot be built ({error}); PyTorch operations will be used", file=sys.stderr)
+
+# %% ../nbs/26_runner.ipynb #103f0c6c
 COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "data": fetch_data, "report": make_report,
-            "site": build_site, "book": execute_book, "bench": run_benchmark}
+            "site": build_site, "book": execute_book, "bench": run_benchmark, "kernels": prepare_kernels}
 
 
 def usage() -> str:

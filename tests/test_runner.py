@@ -259,7 +259,7 @@ def command(*arguments):
 def test_help_and_version_of_the_command():
     helped, bare, version = command("--help"), command(), command("--version")
     assert helped == bare and helped[0] == 0 and helped[2] == ""
-    assert re.findall(r"^  (\w+) ", helped[1], re.MULTILINE) == ["list", "run", "train", "data", "report", "site", "book", "bench"]
+    assert re.findall(r"^  (\w+) ", helped[1], re.MULTILINE) == ["list", "run", "train", "data", "report", "site", "book", "bench", "kernels"]
     assert re.fullmatch(r"krause-repro \d+\.\d+\.\d+\n", version[1])
     code, text, _ = command("run", "--help")
     assert code == 0 and all(option in text for option in ("--profile", "--only", "--train", "smoke, desk or paper"))
@@ -292,6 +292,7 @@ def test_an_unknown_command_is_one_line():
     (["site", "--profile", "tiny"], "smoke, desk, paper"),
     (["book", "--only", "99"], "only='99' is not a notebook"),
     (["bench", "nothing"], "name='nothing' is not a benchmark; allowed: "),
+    (["bench", "dynamics", "--threads", "0"], "threads must be an integer ≥ 1, got 0"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
