@@ -129,7 +129,7 @@ class CausalWindow(Neighborhood):
         distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
         return (distance >= 0) & (distance < self.size)
 
-# %% ../nbs/01_attention.ipynb #716bcf49
+# %% ../nbs/01_attention.ipynb #6c9ecab1
 METRICS = ("chebyshev", "manhattan")
 
 
@@ -142,10 +142,13 @@ class GridWindow(Neighborhood):
     radius: int  # in patches, ≥ 0
     metric: str = "chebyshev"  # "chebyshev" (a square) or "manhattan" (a diamond)
     cls_token: bool = True  # is token 0 a CLS token that sees all and is seen by all?
+    random_seed: int | None = None  # a control: as many patches as in the window, itself included, but at random places
 
     def __post_init__(self):
         for name, least in (("height", 1), ("width", 1), ("radius", 0)):
             check_integer(f"GridWindow {name}", getattr(self, name), least)
+        if self.random_seed is not None:
+            check_integer("GridWindow random_seed", self.random_seed, 0)
         if self.metric not in METRICS:
             raise ValueError(f"GridWindow metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
 
@@ -162,6 +165,9 @@ class GridWindow(Neighborhood):
         row, column = torch.arange(self.height * self.width) // self.width, torch.arange(self.height * self.width) % self.width
         offsets = torch.stack([row.unsqueeze(1) - row, column.unsqueeze(1) - column]).abs()  # (2, N, N)
         near = (offsets.amax(0) if self.metric == "chebyshev" else offsets.sum(0)) <= self.radius
+        if self.random_seed is not None:
+            lots = torch.rand(near.shape, generator=torch.Generator().manual_seed(self.random_seed)).fill_diagonal_(-1)
+            near = lots.argsort(-1).argsort(-1) < near.sum(-1, keepdim=True)
         return F.pad(near, (1, 0, 1, 0), value=True) if self.cls_token else near
 
 # %% ../nbs/01_attention.ipynb #1da3081b

@@ -1048,13 +1048,13 @@ def native_band(
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
     return torch.ops.krause_repro.band(query, key, value, tau, key_mask, neighborhood.size, *numbers)[0]
 
-# %% ../nbs/03_native_kernels.ipynb #3643b6f2
+# %% ../nbs/03_native_kernels.ipynb #c3e3d14f
 def candidate_lists(
     neighborhood: GridWindow,
 ) -> tuple[Tensor, Tensor]:  # (T + 1,) and (C,) int32: row i's candidates are token[begin[i]:begin[i + 1]]
     "The candidates of every row of a grid, one list after the other; made once, do not write into them."
     n = neighborhood
-    return _constant_lists(n.height, n.width, n.radius, n.metric, n.cls_token)
+    return _constant_lists(n.height, n.width, n.radius, n.metric, n.cls_token, n.random_seed)
 
 
 @torch.compiler.assume_constant_result  # numbers, not the neighbourhood, because it may be made inside what is compiled

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .attention import METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer
 
-# %% ../nbs/10_vision_transformer.ipynb #732f6dfe
+# %% ../nbs/10_vision_transformer.ipynb #3ffad8f3
 NORMS = ("post", "pre")
 POSITIONS = ("learned", "rotary")
 
@@ -43,6 +43,7 @@ class VisionTransformerConfig(PreTrainedConfig):
     attention_score: str = "krause"  # "krause", "softmax" or "softmax_key_norm"
     attention_radius: int | None = 1  # of the window around a patch; None: every token sees every token
     attention_metric: str = "manhattan"  # "manhattan" (radius 1: 4 neighbours) or "chebyshev" (radius 2: 5×5)
+    attention_random_seed: int | None = None  # a control: the window's candidates at random places, drawn with this seed
     attention_top_k: list[int] | tuple[int, ...] | None = (2, 4)  # keys kept in the first and the last layer; None keeps all
     sigma: float = 2.5  # initial bandwidth of the Krause score, one per layer
     learn_sigma: bool = True
@@ -71,7 +72,7 @@ def _check_sizes(config) -> None:
     if config.positions == "rotary" and config.hidden_size // config.num_attention_heads % 4:
         raise ValueError(f"rotary positions need a head dimension divisible by 4, got {config.hidden_size}/{config.num_attention_heads}")
 
-# %% ../nbs/10_vision_transformer.ipynb #9a19e751
+# %% ../nbs/10_vision_transformer.ipynb #b753791c
 def check_vision_config(
     config: VisionTransformerConfig,
 ) -> None:
@@ -83,6 +84,10 @@ def check_vision_config(
     _check_sizes(config)
     if config.attention_radius is not None:
         check_integer("attention_radius", config.attention_radius, 0)
+    if config.attention_random_seed is not None:
+        check_integer("attention_random_seed", config.attention_random_seed, 0)
+        if config.attention_radius is None:
+            raise ValueError("attention_random_seed must be None without an attention_radius: it needs a number of candidates to draw")
     if config.attention_top_k is not None:
         if not isinstance(config.attention_top_k, (list, tuple)) or len(config.attention_top_k) != 2:
             raise ValueError(f"attention_top_k must be None or (first layer, last layer), got {config.attention_top_k!r}")
@@ -109,7 +114,7 @@ def top_k_schedule(
     "Keys kept in each layer, linear from `first` to `last` and rounded (paper's vision models)."
     return [round(first + (last - first) * i / max(layers - 1, 1)) for i in range(layers)]
 
-# %% ../nbs/10_vision_transformer.ipynb #8248bbeb
+# %% ../nbs/10_vision_transformer.ipynb #9ccd96a4
 def vision_neighborhood(
     config: VisionTransformerConfig,
 ) -> Neighborhood:
@@ -117,7 +122,7 @@ def vision_neighborhood(
     if config.attention_radius is None:
         return Full()
     side = config.image_size // config.patch_size
-    return GridWindow(side, side, config.attention_radius, config.attention_metric)
+    return GridWindow(side, side, config.attention_radius, config.attention_metric, random_seed=config.attention_random_seed)
 
 # %% ../nbs/10_vision_transformer.ipynb #f0058e84
 @lru_cache(maxsize=32)

@@ -1,9 +1,58 @@
-"""Timing itself is no test; how times become ratios is."""
+"""Timing itself is no test; how times become ratios is, that the contenders compute what they say, and what memory is counted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from krause_repro.benchmarks import BENCHMARKS, compare, format_rows, interleave, training_step
+from krause_repro import benchmarks
+from krause_repro.attention import CausalWindow, attend
+from krause_repro.benchmarks import (
+    BASELINE,
+    BENCHMARKS,
+    COST,
+    DENSE_LENGTH,
+    KINDS,
+    LONG_ROUNDS,
+    PASSES,
+    ROUNDS,
+    SELECTORS,
+    AttentionCase,
+    ImageCase,
+    attention_calls,
+    attention_contenders,
+    bench_attention,
+    bench_cost,
+    bench_images,
+    bench_scaling,
+    bench_selection,
+    compare,
+    compare_in_pairs,
+    compiled_selector,
+    fitted_exponent,
+    format_rows,
+    forward_pass,
+    in_turns,
+    interleave,
+    kth_largest,
+    peak_beyond,
+    peak_memory,
+    report_benchmark,
+    scaling_series,
+    summarise_times,
+    training_step,
+)
+from krause_repro.figures import COLOURS
 from krause_repro.recipes import get_recipe
+from krause_repro.records import read_json, stale_recipes
+
+SMOKE = COST.at("smoke")
+TINY = AttentionCase("tiny", 2, 3, 40, 8, 7, 4)
+on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can be measured on Linux only")
 
 
 def test_every_contender_runs_once_a_round_and_the_order_rotates():
@@ -19,9 +68,192 @@ def test_ratios_are_taken_within_a_round():
     assert rows[0]["seconds"] == pytest.approx(4.0) and rows[1]["ratio"] == 1.0
 
 
-def test_a_training_step_trains():
-    import torch
+def test_times_are_summarised_by_median_and_quartiles():
+    assert summarise_times([5.0, 1.0, 2.0, 3.0, 4.0]) == {"seconds": 3.0, "seconds_quartiles": [2.0, 4.0], "rounds": 5}
+    assert summarise_times([2.0]) == {"seconds": 2.0, "seconds_quartiles": [2.0, 2.0], "rounds": 1}
 
+
+@pytest.mark.parametrize(
+    ("seconds", "budget", "rounds"), [(5.0, 9.0, LONG_ROUNDS), (1.0, 9.0, ROUNDS[0]), (0.1, 2.0, 10), (1e-6, 9.0, ROUNDS[1])]
+)
+def test_slow_contenders_get_fewer_rounds(monkeypatch, seconds, budget, rounds):
+    monkeypatch.setattr(benchmarks, "interleave", lambda names, rounds, warmup: {name: [seconds] * (rounds + warmup) for name in names})
+    assert {name: len(times) for name, times in in_turns({"a": None, "b": None}, budget).items()} == {"a": rounds, "b": rounds}
+
+
+def test_every_contender_takes_turns_with_the_baseline_alone(monkeypatch):
+    times = {"base": [1.0, 2.0], "a": [3.0, 2.0], "b": [0.5, 1.0]}
+    asked = []
+    monkeypatch.setattr(benchmarks, "in_turns", lambda pair, budget: asked.append((*pair, budget)) or {name: times[name] for name in pair})
+    rows = compare_in_pairs({"a": None, "base": None, "b": None}, "base", 7.0)
+    assert asked == [("base", "a", 7.0), ("base", "b", 7.0)]
+    assert [(row["name"], row["ratio"], row["rounds"]) for row in rows] == [("base", 1.0, 4), ("a", 2.0, 2), ("b", 0.5, 2)]
+    assert [row["name"] for row in compare_in_pairs({"base": None}, "base")] == ["base"]
+
+
+def test_profiles_of_the_cost_recipe():
+    assert COST.at("desk").to_dict() | {"profile": "paper"} == COST.to_dict()
+    saved = {"recipes": json.loads(json.dumps({"cost": SMOKE.to_dict()}))}
+    assert stale_recipes(saved, [SMOKE]) == [] and stale_recipes(saved, [replace(SMOKE, lengths=(64,))]) == ["cost"]
+    assert max(SMOKE.lengths) <= 512 and not SMOKE.compiled
+    for recipe in (COST, SMOKE):
+        assert list(recipe.lengths) == sorted(recipe.lengths) and list(recipe.windows) == sorted(recipe.windows)
+        assert sum(length >= recipe.fit_from for length in recipe.lengths) > 1
+        assert recipe.selection.top_k and recipe.scaling.top_k
+        assert all(case.top_k is None or case.top_k < case.window < case.length for case in recipe.cases)
+        for case in recipe.images:
+            krause, softmax = case.recipes()["KViT"], case.recipes()["ViT"]
+            assert (krause.score, softmax.score) == ("krause", "softmax") and krause.drop_path == softmax.drop_path
+            assert all(getattr(krause, f) == getattr(softmax, f) for f in ("width", "depth", "heads", "image_size", "patch_size"))
+
+
+def test_tensors_have_the_layout_of_projections():
+    *tensors, sigma = TINY.tensors()
+    assert {x.shape for x in tensors} == {(2, 3, 40, 8)} and all(x.transpose(1, 2).is_contiguous() for x in tensors)
+    assert sigma.tolist() == [2.5] * 3 and all(torch.equal(a, b) for a, b in zip(tensors, TINY.tensors(), strict=False))
+    assert len({x.sum().item() for x in tensors}) == 4
+
+
+def oracle(name, case, leaves):
+    "What a contender says it computes, by the reference in float64."
+    full = name == BASELINE
+    soft = full or "softmax" in name or name == "fused, window mask"
+    top_k = None if full or name in ("fused, window mask", "sdpa") else case.top_k
+    window = CausalWindow(case.length if full else case.window)
+    return attend(*leaves[:3], window, top_k, score="softmax" if soft else "krause", sigma=leaves[3])
+
+
+@pytest.mark.parametrize("top_k", [4, None])
+def test_contenders_compute_what_they_say_forward_and_backward(top_k):
+    case = replace(TINY, top_k=top_k)
+    *tensors, gradient, sigma = case.tensors()
+    leaves = [x.double().requires_grad_() for x in (*tensors, sigma)]
+    assert ("sdpa" in attention_contenders(case)) == (top_k is None)
+    forward, both = (attention_calls(case, step) for step in PASSES)
+    assert set(forward) == set(both) == set(attention_contenders(case)) and set(both) <= set(KINDS)
+    for name in both:
+        output = oracle(name, case, leaves)
+        exact = [output, *torch.autograd.grad(output, leaves, gradient.double(), allow_unused=True)]
+        exact = [x for x in exact if x is not None]
+        found = both[name]()
+        assert len(found) == len(exact) == (4 if exact[-1].shape != sigma.shape else 5)
+        for fast, reference in zip(found, exact, strict=True):
+            torch.testing.assert_close(fast.double(), reference, rtol=1e-4, atol=1e-4, msg=name)
+        (only,) = forward[name]()
+        assert not only.requires_grad and torch.allclose(only, found[0], atol=1e-6)
+
+
+def test_long_sequences_have_no_dense_reference():
+    assert "dense reference" in attention_contenders(replace(TINY, length=DENSE_LENGTH))
+    assert "dense reference" not in attention_contenders(replace(TINY, length=DENSE_LENGTH + 1))
+
+
+def test_without_kernels_there_is_no_operator_to_time(monkeypatch):
+    monkeypatch.setattr(benchmarks, "kernels_available", lambda: False)
+    assert not [name for name in attention_contenders(TINY) if "C++" in name]
+    result = bench_selection(SMOKE)
+    assert benchmarks.OPERATOR_SHARE in result["missing"] and len(result["rows"]) == len(SELECTORS)
+    assert {row["name"] for row in bench_scaling(SMOKE)["rows"]} == {BASELINE, "banded, PyTorch", "dense reference"}
+
+
+def test_roles_have_colours():
+    assert set(KINDS.values()) <= set(COLOURS)
+
+
+@on_linux
+def test_peak_memory_leaves_out_what_is_returned():
+    def call():
+        working = torch.ones(16_000_000)  # 64 MB, of which half is returned
+        return [working[:8_000_000].clone(), working[:1].clone()]
+
+    assert peak_beyond(call) == pytest.approx(64_000_000, abs=3_000_000)
+
+
+@on_linux
+def test_a_view_counts_as_all_that_it_keeps():
+    assert peak_beyond(lambda: [torch.ones(16_000_000)[:10], torch.ones(10)]) < 3_000_000
+
+
+@on_linux
+def test_peak_memory_in_a_fresh_process():
+    case = AttentionCase("one dense matrix is 4 MiB", 1, 1, 1024, 8, 32, 24)
+    dense, band = peak_memory([("dense reference", case), ("banded, PyTorch", case)])
+    assert dense > 3 * 2**22 > band
+    with pytest.raises(RuntimeError, match="no such contender"):
+        peak_memory([("no such contender", case)])
+
+
+def test_peak_memory_is_unknown_elsewhere(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    monkeypatch.setattr(Path, "write_text", lambda self, text: (_ for _ in ()).throw(FileNotFoundError(self)))
+    assert peak_beyond(lambda: [torch.ones(3)]) is None and peak_memory([("sdpa", TINY)]) == [None] and peak_memory([]) == []
+
+
+NUMBERS = st.floats(width=32, allow_nan=False)
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
+@example([[0.0, -0.0, 0.0, -1e-45, 1e-45]], 3)
+@example([[float("inf"), float("-inf"), 3.0, 3.0, 3.0], [-3.4e38, 3.4e38, 0.0, 1.0, 1.0]], 2)
+def test_selectors_find_the_kth_largest(rows, k):
+    scores = torch.tensor(rows, dtype=torch.float32)
+    expected = torch.tensor([sorted(row, reverse=True)[k - 1] for row in rows], dtype=torch.float32)
+    for name, selector in SELECTORS.items():
+        assert torch.equal(selector(scores, k), expected), name
+
+
+def test_bisection_equals_topk_on_many_rows():
+    scores = torch.randn(500, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(-30, 30, 500).unsqueeze(1)
+    assert torch.equal(kth_largest(scores, 192), scores.topk(192).values[:, -1])
+
+
+def test_a_missing_compiler_is_reported(monkeypatch):
+    def broken(function, **options):
+        def call(*arguments):
+            raise RuntimeError("no compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compiled_selector(torch.zeros(1, 2), 1) == (None, "RuntimeError: no compiler found")
+    result = bench_selection(replace(SMOKE, compiled=True))
+    assert result["missing"]["bisection, compiled"] == "RuntimeError: no compiler found"
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 10))
+def test_exponents_of_power_laws_are_found(power, scale):
+    sizes = [1, 2, 4, 8, 16]
+    costs = [1e3, *(scale * x**power for x in sizes[1:])]
+    exponent, points = fitted_exponent(sizes, costs, least=2)
+    assert exponent == pytest.approx(power, abs=1e-9) and points == 4
+    assert fitted_exponent(sizes, costs, least=16) == (None, 1) and fitted_exponent(sizes, costs, least=17) == (None, 0)
+
+
+def test_series_keep_to_one_sweep_and_pass_and_leave_out_what_is_missing():
+    shared = {"name": BASELINE, "sweep": "length", "pass": "forward"}
+    rows = [shared | {"length": 1, "seconds": 2.0, "peak_bytes": 3e6}, shared | {"length": 2, "seconds": 4.0, "peak_bytes": None},
+            shared | {"sweep": "window", "length": 9, "window": 3, "seconds": 9.0}, shared | {"pass": PASSES[1], "length": 9, "seconds": 9.0}]
+    assert scaling_series(rows, "length", "forward") == [
+        {"label": BASELINE, "kind": "softmax", "x": [1, 2], "y": [2.0, 4.0], "exponent": pytest.approx(1.0), "points": 2}]
+    (memory,) = scaling_series(rows, "length", "forward", "peak_bytes", 1e6)
+    assert (memory["x"], memory["y"], memory["exponent"]) == ([1], [3.0], None)
+    assert scaling_series(rows, "window", PASSES[1]) == []
+
+
+def test_a_contender_drops_out_of_longer_sequences_when_it_would_take_too_long(monkeypatch):
+    speed = {BASELINE: lambda case: case.length**2, "dense reference": lambda case: 9 * case.length**2}
+    monkeypatch.setattr(benchmarks, "attention_calls", lambda case, step, names: {name: (name, case) for name in names})
+    monkeypatch.setattr(benchmarks, "in_turns", lambda calls, budget: {
+        name: [float(speed.get(name, lambda case: case.length)(case))] for name, case in calls.values()})
+    rows = bench_scaling(replace(COST, lengths=(1, 2, 4, 8), windows=(4, 8), window_length=1, limit=70.0))["rows"]
+    reached = {name: [row["length"] for row in rows if (row["name"], row["sweep"], row["pass"]) == (name, "length", "forward")]
+               for name in dict.fromkeys(row["name"] for row in rows)}
+    assert [*reached.values()] == [[1, 2, 4, 8], [1, 2, 4, 8], [1, 2]]
+    assert {(row["window"], row["top_k"]) for row in rows if row["sweep"] == "window"} == {(4, 3), (8, 6)}
+    assert len(bench_scaling(replace(COST, lengths=(8, 16), windows=(4,), limit=0.0))["rows"]) == 2 * (3 + 2)
+
+
+def test_a_training_step_trains():
     recipe = get_recipe("kvit_t/fashion_mnist").at("smoke")
     step = training_step(recipe, 2)
     parameters = {id(p): p.detach().clone() for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
@@ -32,10 +264,55 @@ def test_a_training_step_trains():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_table_names_case_contender_and_ratio():
+def test_a_forward_pass_predicts():
+    forward = forward_pass(get_recipe("kvit_t/fashion_mnist").at("smoke"), 2)
+    model = next(c.cell_contents for c in forward.__closure__ if isinstance(c.cell_contents, torch.nn.Module))
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.logits.requires_grad)))
+    forward()
+    assert seen == [(False, False)]
+
+
+def test_image_rows_give_images_per_second():
+    case = ImageCase("tiny", "kvit_t/fashion_mnist", "vit_t/fashion_mnist", "smoke", 3)
+    rows = bench_images(replace(SMOKE, images=(case,)), passes=("forward",))["rows"]
+    assert [(row["name"], row["pass"], row["images"]) for row in rows] == [("ViT", "forward", 3), ("KViT", "forward", 3)]
+    assert all(row["images_per_second"] == pytest.approx(3 / row["seconds"]) for row in rows)
+
+
+def test_attention_rows_hold_shapes_and_ratios():
+    rows = bench_attention(replace(SMOKE, cases=SMOKE.cases[:1]))["rows"]
+    baselines = [row for row in rows if row["name"] == BASELINE]
+    assert [(row["pass"], row["ratio"]) for row in baselines] == [(step, 1.0) for step in PASSES]
+    assert all(row.items() >= SMOKE.cases[0].shape.items() and row["case"] == SMOKE.cases[0].title for row in rows)
+
+
+def test_all_of_the_cost_page_is_json_and_has_memory():
+    result = json.loads(json.dumps(bench_cost(replace(SMOKE, lengths=(64, 128), windows=(8,))), allow_nan=False))
+    assert list(result) == ["attention", "selection", "scaling", "images"]
+    for row in result["attention"]["rows"] + result["scaling"]["rows"]:
+        assert ("peak_bytes" in row) == (row["pass"] == PASSES[1])
+        assert not row.get("peak_bytes") or row["peak_bytes"] > 0
+
+
+def test_the_table_names_case_contender_ratio_and_memory():
     rows = [{"case": "c", **row} for row in compare({"a": [2.0], "b": [1.0]}, "b")]
     assert "c" in format_rows(rows) and "2.00" in format_rows(rows).splitlines()[1]
+    plain = {"case": "c", "pass": "forward", "name": "a", **summarise_times([0.5])}
+    lines = format_rows([plain, plain | {"peak_bytes": 1_500_000}, plain | {"peak_bytes": None}]).splitlines()
+    assert lines[1].split() == lines[3].split() == ["c", "forward", "a", "500.0"] and lines[2].split()[-2:] == ["500.0", "1.5"]
+
+
+def test_a_report_is_printed_and_saved_with_its_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = {"case": "c", "name": "a", **summarise_times([0.5])}
+    report_benchmark(lambda: {"benchmark": "example", "rows": [row], "missing": {"b": "no compiler"}})
+    printed = capsys.readouterr().out
+    assert "500.0" in printed and "not measured: b (no compiler)" in printed and f"{torch.get_num_threads()} threads" in printed
+    saved = read_json(tmp_path / "runs" / "bench" / "example.json")
+    assert saved["rows"] == [row] and {"commit", "threads", "versions", "device"} <= set(saved)
 
 
 def test_benchmarks_are_callables_by_name():
-    assert set(BENCHMARKS) >= {"training-step", "dynamics"} and all(callable(make) for make in BENCHMARKS.values())
+    assert set(BENCHMARKS) >= {"attention", "selection", "scaling", "training-step", "dynamics"}
+    assert all(callable(make) for make in BENCHMARKS.values())

@@ -4,14 +4,18 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 
+from krause_repro.attention import SCORES
 from krause_repro.recipes import (
     IMAGE_DATA,
     PARTICLE_FIELDS,
     PROFILES,
     RECIPES,
+    SUPPORTS,
     UNPUBLISHED,
     ImageClassificationRecipe,
     ParticleRecipe,
+    ablation_name,
+    ablation_recipes,
     get_recipe,
     parse_row,
     published_tables,
@@ -22,6 +26,7 @@ IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]
 KNOWN = {
     "kvit_s/cifar10", "vit_s/cifar10", "kvit_s16/imagenet", "vit_s16/imagenet", "kvit_b16/imagenet", "vit_b16/imagenet",
+    "kvit_s_local/cifar10", "kvit_s_full/cifar10",
 }
 TRAINING = {  # of every released script
     "epochs": 300, "warmup_epochs": 10, "weight_decay": 0.05, "max_grad_norm": 1.0, "label_smoothing": 0.1, "cutmix_probability": 0.8,
@@ -72,9 +77,31 @@ def test_every_row_has_a_recipe_with_its_numbers(dataset, row):
 def test_rows_are_all_and_have_names_of_their_own():
     assert len(ROWS) == 8 + 8 + 10 + 2 == len({row_name(dataset, row[0]) for dataset, row in ROWS})
     assert all(name == recipe.name for name, recipe in RECIPES.items())
-    assert set(RECIPES) - {row_name(dataset, row[0]) for dataset, row in ROWS} == {
-        "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist",
+    assert set(RECIPES) - {row_name(dataset, row[0]) for dataset, row in ROWS} - set(ablation_recipes()) == {
+        "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "kvit_s_local/cifar10", "kvit_s_full/cifar10",
     }
+
+
+def test_ablation_varies_one_thing_at_a_time():
+    grid = {(score, support, norm): RECIPES[ablation_name(score, support, norm)]
+            for score in SCORES for support in SUPPORTS for norm in ("post", "pre")}
+    assert len({recipe.name for recipe in grid.values()}) == 18 and len(ablation_recipes()) == 16 + 3
+    common = {"score", "radius", "top_k", "norm", "name", "ours", "published"}
+    for (score, support, norm), recipe in grid.items():
+        assert (recipe.score, recipe.norm) == (score, norm)
+        assert (recipe.radius is None, recipe.top_k is None) == (support == "full", support != "local_top_k")
+        desk, kvit = recipe.at("desk"), RECIPES["kvit_t/fashion_mnist"].at("desk")
+        changed = {f.name for f in fields(desk) if getattr(desk, f.name) != getattr(kvit, f.name)}
+        assert changed <= common
+    for name, field in {"random_local_top_k": "random_support", "fixed_sigma": "learn_sigma"}.items():
+        recipe = RECIPES[f"ablation_{name}/fashion_mnist"]
+        assert {f.name for f in fields(recipe) if getattr(recipe, f.name) != getattr(RECIPES["kvit_t/fashion_mnist"], f.name)} == {
+            field, "name", "ours", "published"}
+
+
+def test_published_ablation_has_its_rows():
+    assert [RECIPES[name].published["accuracy"] for name in ("kvit_s_local/cifar10", "kvit_s_full/cifar10")] == [95.59, 94.06]
+    assert RECIPES["kvit_s_full/cifar10"].radius is None and RECIPES["kvit_s_local/cifar10"].radius == 1
 
 
 def test_parse_row():

@@ -1,0 +1,608 @@
+"""`attn_implementation="krause"`: no leak, equal to a dense pass, with every cache, padding, generation, and what is refused."""
+
+import copy
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    StaticCache,
+)
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from krause_repro.attention import Neighborhood, attend, attention_weights
+from krause_repro.ring_cache import RingCache, cache_bytes, ring_positions
+from krause_repro.transformers_attention import (
+    UNSUPPORTED,
+    KrauseSettings,
+    configure_krause,
+    krause_attention_forward,
+    krause_mask,
+    krause_settings,
+    load_krause,
+)
+
+NAMES = ("llama", "qwen2", "gpt2")
+WINDOW, TOP_K, SIGMA, VOCABULARY = 5, 3, 3.0, 60
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+each_model = pytest.mark.parametrize("name", NAMES)
+
+
+def tiny_config(name, **options):
+    "Two layers, four heads of eight dimensions; Llama and Qwen2 with two key heads."
+    size = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32,
+            "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2}
+    if name == "gpt2":
+        return GPT2Config(**size, **options)
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[name](**size, num_key_value_heads=2, intermediate_size=48, **options)
+
+
+def make(config, **options):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: make(configure_krause(tiny_config(name), SIGMA, WINDOW, TOP_K)) for name in NAMES}
+
+
+@dataclass(frozen=True)
+class Band(Neighborhood):
+    "The causal window once more, as a mask written by two loops."
+
+    size: int
+
+    def build(self, length):
+        return torch.tensor([[j <= i < j + self.size for j in range(length)] for i in range(length)])
+
+
+def explicit(module, query, key, value, attention_mask, **options):
+    "The dense reference under an explicit mask, on all tokens at once."
+    assert query.shape[2] == key.shape[2]
+    return attend(query, key, value, Band(WINDOW), TOP_K, sigma=SIGMA, key_mask=attention_mask).transpose(1, 2), None
+
+
+AttentionInterface.register("explicit", explicit)
+AttentionMaskInterface.register("explicit", lambda attention_mask=None, **options: attention_mask)
+
+
+def text(length=26, batch=2, seed=0):
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def dense_logits(model, tokens, **options):
+    "Logits of the same model with the attention written out."
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("explicit")
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **options).logits
+
+
+def padded_left(tokens, lengths):
+    "The first tokens of each row, moved to the right, with the arguments that say so."
+    width = max(lengths)
+    mask = torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(1)
+    moved = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        moved[row, width - length:] = tokens[row, :length]
+    return moved, {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+
+
+# --- what the attention sees ---
+
+@each_model
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}])
+def test_no_earlier_output_moves_when_a_token_is_exchanged(models, name, masked, options):
+    tokens = text()
+    if masked:
+        options = {**options, "attention_mask": torch.arange(26).ge(torch.tensor([[0], [7]])).long()}
+    with torch.no_grad():
+        before = models[name](tokens, **options).logits
+        for position in (25, 24, 11):
+            other = tokens.clone()
+            other[:, position] = other[:, position] % (VOCABULARY - 1) + 1
+            after = models[name](other, **options).logits
+            assert torch.equal(before[:, :position], after[:, :position])
+            assert not torch.equal(before[:, position], after[:, position])
+
+
+@each_model
+def test_what_has_left_the_window_is_not_seen(models, name):
+    "Two layers of a window of 5 reach 8 tokens back, and no further."
+    tokens = text(length=26, batch=1)
+    with torch.no_grad():
+        before = models[name](tokens).logits
+        tokens[:, 10] = tokens[:, 10] % (VOCABULARY - 1) + 1
+        after = models[name](tokens).logits
+    moved = (before - after).abs().amax(-1)[0] > 0
+    assert moved[10] and not moved[10 + 2 * (WINDOW - 1) + 1:].any()
+
+
+@each_model
+def test_the_model_equals_one_with_the_attention_written_out(models, name):
+    with torch.no_grad():
+        assert_close(models[name](text()).logits, dense_logits(models[name], text()), **CLOSE)
+        tokens, options = padded_left(text(batch=3), [26, 3, 15])
+        assert_close(models[name](tokens, **options).logits, dense_logits(models[name], tokens, **options), **CLOSE)
+
+
+@each_model
+def test_padding_on_the_right_changes_nothing_before_it(models, name):
+    mask = (torch.arange(26) < torch.tensor([[26], [9]])).long()
+    with torch.no_grad():
+        logits = models[name](text(), attention_mask=mask).logits
+        assert_close(logits[1, :9], models[name](text()[1:, :9]).logits[0], **CLOSE)
+        assert_close(logits, dense_logits(models[name], text(), attention_mask=mask), **CLOSE)
+
+
+@each_model
+def test_padding_on_the_left_changes_nothing_after_it(models, name):
+    lengths = [26, 3, 15]
+    tokens, options = padded_left(text(batch=3), lengths)
+    with torch.no_grad():
+        logits = models[name](tokens, **options).logits
+        for row, length in enumerate(lengths):
+            alone = models[name](text(batch=3)[row:row + 1, :length]).logits
+            assert_close(logits[row, 26 - length:], alone[0], **CLOSE)
+    assert logits.isfinite().all()
+
+
+# --- caches ---
+
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "ring": RingCache,
+    "static": lambda config: StaticCache(config=config, max_cache_len=40),
+}
+each_cache = pytest.mark.parametrize("kind", CACHES)
+STEPS = {"token by token": [1] * 26, "prompt, then tokens": [14] + [1] * 12, "pieces": [3, 1, 7, 2, 1, 1, 11], "short prompt": [2] + [1] * 24,
+         "one piece": [26], "exactly the window": [5, 1, 5, 5, 1, 1, 8]}
+
+
+@each_model
+@each_cache
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_a_cache_changes_nothing(models, name, kind, steps):
+    model, tokens = models[name], text()
+    cache, outputs, start = CACHES[kind](model.config), [], 0
+    with torch.no_grad():
+        for length in steps:
+            outputs.append(model(tokens[:, start:start + length], past_key_values=cache).logits)
+            start += length
+        assert_close(torch.cat(outputs, 1), model(tokens, use_cache=False).logits, **CLOSE)
+
+
+@each_model
+@each_cache
+@pytest.mark.parametrize("steps", [[9] + [1] * 17, [3, 1, 7, 2, 1, 1, 11], [1] * 26], ids=str)
+def test_a_cache_changes_nothing_under_padding(models, name, kind, steps):
+    model = models[name]
+    tokens, options = padded_left(text(batch=3), [26, 13, 20])
+    cache, outputs, start = CACHES[kind](model.config), [], 0
+    with torch.no_grad():
+        for length in steps:
+            new = slice(start, start + length)
+            positions, mask = options["position_ids"][:, new], options["attention_mask"][:, :new.stop]
+            outputs.append(model(tokens[:, new], attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+            start += length
+        assert_close(torch.cat(outputs, 1), model(tokens, **options, use_cache=False).logits, **CLOSE)
+
+
+@each_model
+def test_the_ring_stays_as_large_as_it_was_made(models, name):
+    model = models[name]
+    cache, sizes = RingCache(model.config), set()
+    with torch.no_grad():
+        for length in (11, 1, 1, 40, *[1] * 30):
+            model(text(length), past_key_values=cache)
+            sizes.add(cache_bytes(cache))
+    heads = 4 if name == "gpt2" else 2
+    assert sizes == {2 * 2 * 2 * heads * WINDOW * 8 * 4}  # layers, keys and values, batch, heads, slots, dimension, bytes
+
+
+@pytest.mark.parametrize("other", [3, 9])
+def test_a_ring_of_another_window_is_exact_or_refused(models, other):
+    model, tokens = models["llama"], text(30)
+    config = configure_krause(tiny_config("llama"), SIGMA, other)
+    expected = model(tokens).logits
+    for steps in ([1] * 30, [12] + [1] * 18, [4, 6, 5, 5, 5, 5]):
+        cache, start, refused = RingCache(config), 0, False
+        with torch.no_grad():
+            for length in steps:
+                new = slice(start, start + length)
+                if start + length > other and (length == 1 or other < WINDOW <= start):
+                    with pytest.raises(ValueError, match=f"config.krause_window = {WINDOW}"):
+                        model(tokens[:, new], past_key_values=cache)
+                    refused = True
+                    break
+                assert_close(model(tokens[:, new], past_key_values=cache).logits, expected[:, new], **CLOSE)
+                start += length
+        assert refused or other > WINDOW
+
+
+def test_a_ring_of_another_model_is_refused(models):
+    model, tokens = models["llama"], text(4)
+    for config in (tiny_config("llama", head_dim=16), tiny_config("gpt2")):
+        cache = RingCache(configure_krause(config, SIGMA, WINDOW))
+        make(cache_owner := configure_krause(config, SIGMA, WINDOW))(tokens, past_key_values=cache)
+        assert cache_owner.num_hidden_layers == 2
+        with pytest.raises(ValueError, match="a cache serves one batch of one model"):
+            model(tokens[:, :1], past_key_values=cache)
+    cache = RingCache(model.config)
+    model(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match="must be of 2 sequences"):
+        model(tokens[:1, :1], past_key_values=cache)
+    small = tiny_config("llama")
+    small.num_hidden_layers = 1
+    with pytest.raises(ValueError, match="this RingCache is of another model: it has 1 layers"):
+        model(tokens, past_key_values=RingCache(configure_krause(small, SIGMA, WINDOW)))
+
+
+# --- generate ---
+
+def continued(model, prompt, new=5 * WINDOW, **options):
+    return model.generate(prompt, max_new_tokens=new, pad_token_id=0, **{"do_sample": False, **options})
+
+
+@each_model
+def test_greedy_generation_far_beyond_the_window_is_the_same_with_every_cache(models, name):
+    model, prompt = models[name], text(9)
+    expected = continued(model, prompt, use_cache=False)
+    assert expected.shape[1] == 9 + 5 * WINDOW and len(expected[:, 9:].unique()) > 4
+    assert torch.equal(continued(model, prompt), expected)
+    assert torch.equal(continued(model, prompt, cache_implementation="static"), expected)
+    for options in ({}, {"prefill_chunk_size": 4}, {"prefill_chunk_size": 1}):
+        assert torch.equal(continued(model, prompt, past_key_values=RingCache(model.config), **options), expected)
+
+
+@each_model
+@pytest.mark.parametrize("kind", ["none", "dynamic", "ring", "static"])
+def test_a_padded_batch_generates_as_each_prompt_alone(models, name, kind):
+    model, lengths = models[name], [12, 2, 7]
+    tokens, options = padded_left(text(batch=3), lengths)
+    caching = {"none": {"use_cache": False}, "dynamic": {}, "static": {"cache_implementation": "static"}}.get(kind)
+    together = continued(model, tokens, attention_mask=options["attention_mask"], output_logits=True, return_dict_in_generate=True,
+                         **(caching or ({"past_key_values": RingCache(model.config)} if kind == "ring" else {})))
+    for row, length in enumerate(lengths):
+        alone = continued(model, text(batch=3)[row:row + 1, :length], use_cache=False, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(together.sequences[row, 12:], alone.sequences[0, length:])
+        assert_close(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0], **CLOSE)
+
+
+@each_model
+def test_beam_search_with_a_ring_is_beam_search(models, name):
+    model, prompt = models[name], padded_left(text(), [9, 4])
+    options = {"attention_mask": prompt[1]["attention_mask"], "num_beams": 4, "num_return_sequences": 2,
+               "return_dict_in_generate": True, "output_scores": True}
+    expected = continued(model, prompt[0], use_cache=False, **options)
+    for caching in ({}, {"past_key_values": RingCache(model.config)}):
+        got = continued(model, prompt[0], **options, **caching)
+        assert torch.equal(got.sequences, expected.sequences)
+        assert_close(got.sequences_scores, expected.sequences_scores, **CLOSE)
+
+
+@each_model
+def test_sampling_with_a_ring_is_sampling(models, name):
+    def sampled(**options):
+        torch.manual_seed(3)
+        return continued(models[name], text(9), do_sample=True, top_k=20, **options)
+
+    assert torch.equal(sampled(past_key_values=RingCache(models[name].config)), sampled())
+
+
+@each_model
+def test_a_conversation_goes_on_from_the_ring(models, name):
+    model, cache = models[name], RingCache(models[name].config)
+    first = continued(model, text(9), new=8, past_key_values=cache)
+    both = torch.cat([first, text(6, seed=5)], 1)
+    assert torch.equal(continued(model, both, past_key_values=cache), continued(model, both, use_cache=False))
+    cache.reset()
+    assert torch.equal(continued(model, text(9)[:1], past_key_values=cache), continued(model, text(9)[:1]))
+
+
+# --- training and precision ---
+
+@each_model
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_has_the_gradients_of_the_dense_model(name, checkpointing):
+    def gradients(attention):
+        model = make(configure_krause(tiny_config(name, **drop), SIGMA, WINDOW, TOP_K), attn_implementation=attention).train()
+        if checkpointing and attention == "krause":
+            model.gradient_checkpointing_enable()
+        model(text(), labels=text(), use_cache=False).loss.backward()
+        return {key: parameter.grad for key, parameter in model.named_parameters()}
+
+    drop = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if name == "gpt2" else {}
+    got, expected = gradients("krause"), gradients("explicit")
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in got.values())
+    for key, gradient in expected.items():
+        assert_close(got[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_dropout_is_that_of_the_configuration():
+    model = make(configure_krause(tiny_config("llama", attention_dropout=0.5), SIGMA, WINDOW, TOP_K))
+    with torch.no_grad():
+        still, again = model(text()).logits, model(text()).logits
+        model.train()
+        moved = model(text()).logits
+    assert torch.equal(still, again) and not torch.allclose(still, moved)
+
+
+@each_model
+def test_half_precision_is_close(models, name):
+    expected = models[name](text()).logits
+    half = copy.deepcopy(models[name]).to(torch.bfloat16)
+    with torch.no_grad():
+        logits = half(text()).logits
+        ring = half(text(), past_key_values=RingCache(half.config)).logits
+    assert logits.dtype == torch.bfloat16 and torch.equal(ring, logits)
+    assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@each_model
+def test_autocast_with_a_ring(models, name):
+    model, cache = models[name], RingCache(models[name].config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(text(), use_cache=False).logits
+        outputs = [model(text()[:, new], past_key_values=cache).logits for new in (slice(0, 9), *(slice(i, i + 1) for i in range(9, 26)))]
+    assert (torch.cat(outputs, 1) - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+# --- settings ---
+
+@each_model
+def test_settings_are_saved_and_loaded_with_the_model(models, name, tmp_path):
+    models[name].save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert [saved[f"krause_{key}"] for key in KrauseSettings._fields] == [SIGMA, WINDOW, TOP_K]
+    with torch.no_grad():
+        expected = models[name](text()).logits
+        for model in (AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="krause"), load_krause(tmp_path),
+                      AutoModelForCausalLM.from_pretrained(tmp_path)):
+            assert krause_settings(model.config) == (SIGMA, WINDOW, TOP_K)
+            assert torch.equal(model(text()).logits, expected)
+        other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+        assert not torch.allclose(other(text()).logits, expected)
+
+
+def test_a_model_that_was_loaded_and_ran_is_saved_as_a_krause_model(models, tmp_path):
+    for generation in range(3):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(generation - 1)) if generation else models["llama"]
+        assert model.config._attn_implementation == "krause"
+        model(text())
+        model.save_pretrained(tmp_path / str(generation))
+
+
+def test_without_this_package_a_saved_model_is_an_error_and_not_softmax(models, tmp_path, monkeypatch):
+    models["llama"].save_pretrained(tmp_path)
+    monkeypatch.delitem(AttentionInterface._global_mapping, "krause")
+    with pytest.raises(ValueError, match="krause"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_load_krause_wants_krause_settings(tmp_path):
+    make(tiny_config("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no krause_sigma and no krause_window"):
+        load_krause(tmp_path)
+    configure_krause(tiny_config("llama"), SIGMA, WINDOW).save_pretrained(tmp_path)
+    assert load_krause(tmp_path).config._attn_implementation == "krause"
+
+
+@each_model
+def test_a_softmax_model_can_be_switched(name):
+    model = make(tiny_config(name))
+    model.set_attn_implementation("krause")
+    with pytest.raises(ValueError, match=r"no krause_sigma and no krause_window; set .*configure_krause\(config, sigma, window, top_k\)"):
+        model(text())
+    assert configure_krause(model.config, SIGMA, WINDOW, TOP_K) is model.config
+    with torch.no_grad():
+        krause = model(text()).logits
+        assert_close(krause, dense_logits(model, text()), **CLOSE)
+        model.set_attn_implementation("sdpa")
+        assert not torch.allclose(model(text()).logits, krause)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("sigma", 0, "sigma must be a number > 0"), ("sigma", float("nan"), "sigma must be a number > 0"), ("sigma", True, "sigma"),
+    ("sigma", float("inf"), "sigma must be"), ("sigma", "2.5", "sigma must be"), ("sigma", -1.0, "sigma must be"),
+    ("window", 0, "window must be an integer ≥ 1"), ("window", 2.0, "window must be"), ("window", True, "window must be"),
+    ("top_k", 0, "top_k must be an integer ≥ 1"), ("top_k", 1.5, "top_k must be"),
+])
+def test_wrong_settings_are_named(name, value, message):
+    settings = {"sigma": SIGMA, "window": WINDOW, "top_k": TOP_K, name: value}
+    config = tiny_config("llama")
+    with pytest.raises(ValueError, match=message):
+        configure_krause(config, **settings)
+    assert not hasattr(config, "krause_sigma")
+    model = make(configure_krause(config, SIGMA, WINDOW, TOP_K))
+    setattr(model.config, f"krause_{name}", value)
+    with pytest.raises(ValueError, match=f"config.krause_{message}"):
+        model(text())
+
+
+def test_top_k_may_be_absent():
+    model = make(configure_krause(tiny_config("llama"), SIGMA, WINDOW))
+    expected = model(text()).logits
+    del model.config.krause_top_k
+    assert krause_settings(model.config).top_k is None and torch.equal(model(text()).logits, expected)
+
+
+# --- attentions, on request ---
+
+@each_model
+def test_attention_weights_are_those_of_the_reference(models, name):
+    tokens, options = padded_left(text(batch=3), [26, 3, 15])
+    with torch.no_grad():
+        output = models[name](tokens, **options, output_attentions=True)
+        assert len(output.attentions) == 2 and output.attentions[0].shape == (3, 4, 26, 26)
+        assert torch.equal(output.logits, models[name](tokens, **options).logits)
+    real = options["attention_mask"].bool()
+    for weights in output.attentions:
+        assert_close(weights.sum(-1), real[:, None].expand(-1, 4, -1).float(), **CLOSE)
+        assert not weights[:, :, ~Band(WINDOW).build(26)].any()
+        assert ((weights > 0).sum(-1) <= TOP_K).all()
+    cache = DynamicCache()
+    models[name](tokens[:, :20], past_key_values=cache)
+    with pytest.raises(ValueError, match="output_attentions needs all tokens in one step"):
+        models[name](tokens[:, 20:], past_key_values=cache, output_attentions=True)
+
+
+def test_weights_agree_with_the_tensors_that_were_attended():
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    module = SimpleNamespace(config=configure_krause(tiny_config("llama"), SIGMA, WINDOW, TOP_K), is_causal=True, layer_idx=0)
+    output, weights = krause_attention_forward(module, query, key, value, None, scaling=123.0)
+    assert weights is None and output.shape == (1, 9, 2, 8)
+    wanted = attention_weights(query, key, Band(WINDOW), TOP_K, sigma=SIGMA) @ value
+    assert_close(output, wanted.transpose(1, 2), **CLOSE)
+
+
+# --- the mask function ---
+
+def mask_of(config=None, **options):
+    config = config or configure_krause(tiny_config("llama"), SIGMA, WINDOW)
+    options = {"batch_size": 2, "q_offset": 0, "kv_offset": 0, "mask_function": causal_mask_function, "config": config, **options}
+    return krause_mask(**options)
+
+
+def test_there_is_no_mask_without_padding_in_reach():
+    ones = torch.ones(2, 12, dtype=torch.bool)
+    assert mask_of(q_length=12, kv_length=12) is None
+    assert mask_of(q_length=12, kv_length=12, attention_mask=ones) is None
+    far = torch.arange(12).ge(torch.tensor([[0], [3]]))
+    assert mask_of(q_length=1, kv_length=12, q_offset=11, attention_mask=far) is None
+    near = torch.arange(12).ge(torch.tensor([[0], [8]]))
+    assert torch.equal(mask_of(q_length=1, kv_length=12, q_offset=11, attention_mask=near), near)
+
+
+def test_a_static_cache_is_cut_to_what_is_filled():
+    mask = mask_of(q_length=3, kv_length=40, q_offset=torch.tensor(4))
+    assert mask.shape == (2, 7) and mask.all()
+    assert torch.equal(mask_of(q_length=3, kv_length=40, q_offset=4, attention_mask=mask), mask)
+    assert mask_of(q_length=3, kv_length=7, q_offset=torch.tensor(4)) is None
+
+
+def test_a_full_ring_is_masked_slot_by_slot():
+    padding = torch.arange(9).ge(torch.tensor([[0], [6]]))
+    mask = mask_of(q_length=1, kv_length=WINDOW, q_offset=8, attention_mask=padding)
+    assert torch.equal(mask, padding[:, ring_positions(9, WINDOW)])
+    assert mask[1].tolist() == [False, True, True, True, False]  # slots 0–3 hold 5–8, slot 4 holds 4
+
+
+@pytest.mark.parametrize("shape", [(2, 11), (2, 13), (1, 12), (2, 1)])
+def test_a_mask_has_one_column_for_each_token(models, shape):
+    with pytest.raises(ValueError, match=r"attention_mask must be of shape \(2, 12\)"):
+        models["llama"](text(12), attention_mask=torch.ones(shape))
+
+
+@each_model
+def test_a_mask_for_the_new_tokens_only_is_refused(models, name):
+    for cache in (DynamicCache(), RingCache(models[name].config)):
+        models[name](text(12), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask must be of shape \(2, 13\)"):
+            models[name](text(1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+# --- refusals ---
+
+@each_model
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"attention_mask": torch.ones(2, 26)}], ids=["mask function", "cache", "mask"])
+def test_packed_sequences_are_refused(models, name, options):
+    packed = torch.cat([torch.arange(16), torch.arange(10)]).expand(2, -1)
+    for positions in (packed, packed[:1]):
+        with pytest.raises(ValueError, match="packed sequences"):
+            models[name](text(), position_ids=positions, **options)
+    models[name].train()
+    try:
+        with pytest.raises(ValueError, match="packed sequences"):
+            models[name](text(), position_ids=packed, labels=text(), **options)
+    finally:
+        models[name].eval()
+
+
+@each_model
+@pytest.mark.parametrize("cache", [None, DynamicCache, StaticCache])
+def test_masks_of_four_dimensions_are_refused(models, name, cache):
+    options = {} if cache is None else {"past_key_values": cache(config=models[name].config, **({"max_cache_len": 30} if cache is StaticCache else {}))}
+    for mask in (torch.ones(2, 1, 26, 26), torch.zeros(2, 1, 26, 26), torch.ones(26, 26).tril().bool().expand(2, 1, -1, -1)):
+        with pytest.raises(ValueError, match="no masks of 4 dimensions"):
+            models[name](text(), attention_mask=mask, **options)
+
+
+def test_cross_attention_is_refused():
+    model = make(configure_krause(tiny_config("gpt2", add_cross_attention=True), SIGMA, WINDOW))
+    with pytest.raises(ValueError, match="no cross-attention"):
+        model(text(), encoder_hidden_states=torch.zeros(2, 7, 32))
+    assert model(text()).logits.shape == (2, 26, VOCABULARY)
+
+
+@each_model
+def test_attention_in_both_directions_is_refused(name):
+    config = configure_krause(tiny_config(name), SIGMA, WINDOW)
+    config.is_causal = False
+    with pytest.raises(ValueError, match="no packed sequences .* bidirectional"):
+        make(config)(text())
+
+
+def test_sliding_window_layers_are_refused():
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    assert "sliding_attention" in config.layer_types
+    model = make(configure_krause(config, SIGMA, WINDOW))
+    for options in ({}, {"use_cache": False}):
+        with pytest.raises(ValueError, match="no packed sequences .* sliding_window"):
+            model(text(), **options)
+    with pytest.raises(ValueError, match="takes no other pattern"):
+        mask_of(q_length=12, kv_length=12, mask_function=sliding_window_causal_mask_function(16))
+
+
+def test_a_cache_that_slides_by_itself_must_keep_enough():
+    "Llama has no sliding layers, but `DynamicCache` believes the entry in its configuration."
+    for sliding, fine in ((4, False), (5, True), (9, True)):
+        model = make(configure_krause(tiny_config("llama", sliding_window=sliding), SIGMA, WINDOW))
+        cache, outputs = DynamicCache(config=model.config), []
+        with torch.no_grad():
+            if not fine:
+                model(text()[:, :7], past_key_values=cache)
+                with pytest.raises(ValueError, match="the cache keeps other tokens"):
+                    model(text()[:, 7:8], past_key_values=cache)
+                continue
+            for new in (slice(0, 7), *(slice(i, i + 1) for i in range(7, 20)), slice(20, 26)):
+                outputs.append(model(text()[:, new], past_key_values=cache).logits)
+            assert_close(torch.cat(outputs, 1), model(text(), use_cache=False).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_arguments_that_would_change_the_attention_are_refused(name):
+    module = SimpleNamespace(config=configure_krause(tiny_config("llama"), SIGMA, WINDOW), is_causal=True, layer_idx=1)
+    tensors = torch.randn(3, 1, 2, 9, 8)
+    krause_attention_forward(module, *tensors, None, **{name: None})
+    with pytest.raises(ValueError, match=f"cannot take {name}"):
+        krause_attention_forward(module, *tensors, None, **{name: 1})
+
+
+def test_modules_that_are_not_causal_are_refused():
+    config, tensors = configure_krause(tiny_config("llama"), SIGMA, WINDOW), torch.randn(3, 1, 2, 9, 8)
+    for module, options in ((SimpleNamespace(config=config, is_causal=False), {}), (SimpleNamespace(config=config), {"is_causal": False})):
+        with pytest.raises(ValueError, match="is causal self-attention"):
+            krause_attention_forward(module, *tensors, None, **options)
+
+
+def test_options_for_the_scale_of_softmax_do_nothing():
+    config = configure_krause(tiny_config("gpt2"), SIGMA, WINDOW, TOP_K)
+    expected = make(config)(text()).logits
+    for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+        other = copy.deepcopy(config)
+        setattr(other, option, True)
+        assert torch.equal(make(other)(text()).logits, expected)
