@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['KVIT_NAMES', 'KVIT_BUFFERS', 'VIT_NAMES', 'KINDS', 'read_state_dict', 'kvit_config', 'rename', 'convert_kvit',
-           'check_masks', 'convert_vit', 'vit_config', 'load_into', 'load_author_checkpoint']
+           'check_masks', 'convert_vit', 'vit_config', 'convert_swin', 'square_side', 'window_attention', 'swin_config',
+           'load_into', 'load_author_checkpoint']
 
-# %% ../nbs/15_checkpoints.ipynb #7d71ad37
+# %% ../nbs/15_checkpoints.ipynb #65f3dc92
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .swin import SwinClassifier, SwinClassifierConfig, WindowAttention
 from .vision_transformer import VisionTransformer, VisionTransformerConfig
 
-# %% ../nbs/15_checkpoints.ipynb #ba158d83
+# %% ../nbs/15_checkpoints.ipynb #ebaa9bea
 def read_state_dict(
     source: dict[str, Tensor] | str | Path,  # a state dict, or the path of a .safetensors file
 ) -> dict[str, Tensor]:
@@ -35,7 +38,7 @@ def read_state_dict(
             raise ValueError(f"state_dict_or_path: {path} is not a whole safetensors file ({error})") from error
     if any(name.startswith("state.") for name in source):  # a parity file holds inputs and outputs as well
         source = {name.removeprefix("state."): tensor for name, tensor in source.items() if name.startswith("state.")}
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in source.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in source.items()}
 
 # %% ../nbs/15_checkpoints.ipynb #cac56230
 def kvit_config(
@@ -145,33 +148,95 @@ def vit_config(
         attention_score="softmax", attention_radius=None, attention_top_k=None, drop_path=0.0, layer_norm_eps=1e-6,
     )
 
-# %% ../nbs/15_checkpoints.ipynb #f26d93eb
+# %% ../nbs/15_checkpoints.ipynb #557d21bd
+def convert_swin(
+    state: dict[str, Tensor],  # the authors' or torchvision's tensors
+) -> dict[str, Tensor]:
+    "Our names for the tensors of a Swin transformer or of one of its attentions; they differ in the form of one index alone."
+    return {name: tensor.flatten() if name.endswith("relative_position_index") else tensor for name, tensor in state.items()}
+
+# %% ../nbs/15_checkpoints.ipynb #0d3921b3
+def square_side(
+    name: str,  # the argument's name, for the message
+    value: int | list[int] | tuple[int, int],  # one number, or the same number twice
+) -> int:
+    "The side of a square that torchvision describes by two numbers."
+    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sides) != 1:
+        raise ValueError(f"{name} must be one number, or twice the same, got {value!r}")
+    return sides.pop()
+
+
+def window_attention(
+    *,
+    dim: int,  # width of the tokens
+    window_size: int | list[int] = 4,  # tokens a side
+    num_heads: int,  # must divide dim
+    shift_size: int | list[int] = 0,  # tokens
+    sigma: float = 4.0,  # initial bandwidth
+) -> WindowAttention:
+    "Our module for the constructor arguments of the authors' Krause window attention."
+    window, shift = square_side("window_size", window_size), square_side("shift_size", shift_size)
+    return WindowAttention(dim, [window, window], [shift, shift], num_heads, sigma=sigma)
+
+# %% ../nbs/15_checkpoints.ipynb #69b1aba4
+def swin_config(
+    score: str,  # "krause" or "softmax"
+    *,
+    img_size: int = 32,  # pixels
+    patch_size: int | list[int] = 4,  # pixels
+    embed_dim: int = 96,  # width of the first stage
+    depths: list[int] = (2, 2, 6, 2),  # blocks of each stage
+    num_heads: list[int] = (3, 6, 12, 24),  # of each stage
+    window_size: int | list[int] = 4,  # tokens a side
+    mlp_ratio: float = 4.0,  # width of the MLP, in widths of its stage
+    dropout: float = 0.0,  # of attention weights, after projections and in the MLP
+    stochastic_depth_prob: float = 0.1,  # drop-path of the last block
+    num_classes: int = 10,  # of the head
+    sigma: float = 4.0,  # initial bandwidth
+) -> SwinClassifierConfig:
+    "Our settings for the arguments of torchvision's `SwinTransformer`, and σ."
+    return SwinClassifierConfig(
+        image_size=img_size, patch_size=square_side("patch_size", patch_size), window_size=square_side("window_size", window_size),
+        embed_dim=embed_dim, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout, num_labels=num_classes,
+        drop_path=stochastic_depth_prob, sigma=sigma, attention_score=score,
+    )
+
+# %% ../nbs/15_checkpoints.ipynb #b1cbd11e
 KINDS: dict[str, tuple[Callable, Callable]] = {  # kind: (constructor arguments → module, their tensors → our tensors)
     "kvit_4neighbour": (lambda **c: VisionTransformer(kvit_config("manhattan", 1, **c)), convert_kvit),
     "kvit_5x5": (lambda **c: VisionTransformer(kvit_config("chebyshev", 2, **c)), convert_kvit),
     "vit_baseline": (lambda **c: VisionTransformer(vit_config(**c)), convert_vit),
+    "kswin": (lambda **c: SwinClassifier(swin_config("krause", **c)), convert_swin),
+    "swin_baseline": (lambda **c: SwinClassifier(swin_config("softmax", **c)), convert_swin),
+    "kswin_attention_plain": (window_attention, convert_swin),
+    "kswin_attention_shifted": (window_attention, convert_swin),
+    "kswin_attention_small": (window_attention, convert_swin),
 }
 
-# %% ../nbs/15_checkpoints.ipynb #066b3317
+# %% ../nbs/15_checkpoints.ipynb #a3d0ee2e
 def load_into(
     module: nn.Module,  # takes the tensors
     state: dict[str, Tensor],  # tensors under the module's own names
     kind: str,  # for the message
 ) -> None:
-    "Load every tensor, or raise a `ValueError` that lists what is missing, left over or of another shape."
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"not in this model: {name}" for name in state if name not in own]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, needed {tuple(own[name].shape)}"
-        for name in own if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the checkpoint does not fit kind {kind!r} with this configuration: {'; '.join(problems[:5])}{more}")
+    "Load every tensor, or raise a `ValueError` that lists what is missing, left over, of another shape or another constant."
+    own, constants = module.state_dict(), {name for name, _ in module.named_buffers()}
+    both = [name for name in own if name in state]
+    other_shape = [name for name in both if state[name].shape != own[name].shape]
+    problems = (
+        [f"missing {name}" for name in own if name not in state],
+        [f"not in this model: {name}" for name in state if name not in own],
+        [f"{name} is {tuple(state[name].shape)}, needed {tuple(own[name].shape)}" for name in other_shape],
+        [f"{name} is not this model's" for name in both
+         if name in constants and name not in other_shape and not bool((state[name].cpu() == own[name].cpu()).all())],
+    )
+    if any(problems):
+        listed = (line for group in problems for line in (*group[:3], *([f"and {len(group) - 3} more"] if len(group) > 3 else [])))
+        raise ValueError(f"the checkpoint does not fit kind {kind!r} with this configuration: {'; '.join(listed)}")
     module.load_state_dict(state)
 
-# %% ../nbs/15_checkpoints.ipynb #d7d223d4
+# %% ../nbs/15_checkpoints.ipynb #1917dd65
 def load_author_checkpoint(
     kind: str,  # one of `KINDS`
     state_dict_or_path: dict[str, Tensor] | str | Path,  # the authors' tensors, or a .safetensors file of them
@@ -191,5 +256,6 @@ def load_author_checkpoint(
     except TypeError as error:
         raise ValueError(f"config does not fit kind {kind!r}: {error}") from error
     load_into(module, convert(state), kind)
-    check_masks(state, module, kind)
+    if isinstance(module, VisionTransformer):
+        check_masks(state, module, kind)
     return module.eval()

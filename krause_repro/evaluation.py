@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma',
            'summarise_runs', 'head_maps', 'attention_maps', 'paired_difference', 'describe_difference', 'percent',
-           'accuracy_table', 'accuracy_differences']
+           'accuracy_table', 'accuracy_differences', 'obtain_cells', 'factor_effect']
 
-# %% ../nbs/23_evaluation.ipynb #a2de60fb
+# %% ../nbs/23_evaluation.ipynb #d385f329
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data import Collator, load_splits
 from .recipes import get_recipe
-from .records import read_json, summarise, summarise_curves, write_json
+from .records import check_train, obtain_result, read_json, result_path, summarise, summarise_curves, write_json
 from .training import Run, build_trainer, train
 
 # %% ../nbs/23_evaluation.ipynb #84838560
@@ -196,3 +196,48 @@ def accuracy_differences(
         return describe_difference(models[first]["label"], models[second]["label"], paired_difference(*values))
 
     return "\n".join(f"- {sentence(*pair)}." for pair in pairs)
+
+# %% ../nbs/23_evaluation.ipynb #47f992ae
+def obtain_cells(
+    experiment: str,  # folder of the results
+    names: list[str],  # keys of `RECIPES`
+    profile: str,  # "smoke", "desk" or "paper"
+    train: str,  # one of `records.TRAIN_CHOICES`
+    runs: str | Path = "runs",  # folder of run directories, relative to the project
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict | None]:  # by recipe: what `summarise_runs` gives; None where there is no result
+    "The results of all cells of an ablation, each loaded or made as `train` says. Raises `FileNotFoundError` if there is none at all."
+    cells = {}
+    for name in names:
+        recipe, file = get_recipe(name).at(profile), f"{experiment}/{name.partition('/')[0]}"
+        if check_train(train) == "never" and not result_path(file, profile, root).is_file():
+            cells[name] = None
+            continue
+
+        def make(name=name):
+            return summarise_runs(train_seeds(name, profile, restart=train == "always", runs=runs, progress=False))
+
+        cells[name] = obtain_result(file, profile, train, [recipe], make, root)
+    if not any(cells.values()):
+        raise FileNotFoundError(
+            f"no results of {experiment!r} under profile {profile!r}; make them with: make figures PROFILE={profile} TRAIN=missing"
+        )
+    return cells
+
+# %% ../nbs/23_evaluation.ipynb #07b26bf0
+def factor_effect(
+    accuracies: dict[tuple, list[float]],  # by cell, a tuple of levels: one accuracy per seed
+    factor: int,  # place in the tuple
+    first: str,  # level
+    second: str,  # level it is compared with
+) -> dict | None:  # `paired_difference`, with the number of "settings" averaged over; None if there is none
+    "Accuracy at the first level minus accuracy at the second, averaged over the other factors."
+    def other(cell):
+        return (*cell[:factor], second, *cell[factor + 1:])
+
+    cells = [cell for cell in accuracies if cell[factor] == first and other(cell) in accuracies]
+    pairs = [(accuracies[cell], accuracies[other(cell)]) for cell in cells]
+    if not pairs:
+        return None
+    means = [[sum(values) / len(pairs) for values in zip(*side, strict=True)] for side in zip(*pairs, strict=True)]
+    return {**paired_difference(*means), "settings": len(pairs)}

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'STATISTICS',
            'STAGES', 'MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
            'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves',
-           'plot_accuracy', 'plot_sigma', 'plot_attention_maps', 'plot_scaling', 'plot_ratios']
+           'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps', 'plot_scaling', 'plot_ratios']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -473,6 +473,28 @@ def plot_accuracy(
     ax.set_title("circle: one seed; dot and bar: mean ± standard deviation", loc="left", size=9, color=COLOURS["neutral"])
     return fig
 
+# %% ../nbs/25_figures.ipynb #4272d657
+def plot_differences(
+    data: dict,  # {"rows": [{"label", "values": [seeds], "mean", "interval": [low, high] or None}], "counts"}; in 0..1
+) -> Figure:
+    "Differences in percentage points: every seed as a circle, their mean as a dot, a bar over the 95% interval."
+    rows, counts = _take(data, "data", "rows", "counts")
+    entries = _take_each(rows, "data['rows']", "label", "values", "mean", "interval")
+    fig, axes = new_figure(1.1 + 0.36 * len(rows))
+    ax = axes[0, 0]
+    ax.axvspan(-100 * counts, 100 * counts, color=COLOURS["neutral"], alpha=0.15, linewidth=0)
+    ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
+    for place, (_, values, mean, interval) in enumerate(entries):
+        if interval is not None:
+            ax.plot([100 * bound for bound in interval], [place, place], color=COLOURS["krause"], linewidth=2)
+        ax.plot([100 * x for x in values], [place] * len(values), "o", markersize=5, markerfacecolor="white", color=COLOURS["krause"])
+        ax.plot(100 * mean, place, "o", markersize=7, color=COLOURS["krause"])
+    ax.set(ylim=(len(rows) - 0.5, -0.6), xlabel="difference of test accuracy (percentage points)", ylabel="difference",
+           yticks=range(len(rows)), yticklabels=[label for label, *_ in entries])
+    note = "circle: one seed; dot and bar: mean and 95% interval; grey: too small to count"
+    ax.set_title(note, loc="left", size=9, color=COLOURS["neutral"])
+    return fig
+
 # %% ../nbs/25_figures.ipynb #23aff15b
 @house_style()
 def plot_sigma(
@@ -599,7 +621,7 @@ def _ratio_row(ax: Axes, place: float, row: dict, where: str, marks: list[str]) 
         ax.plot(ratio, height, shape, color=colour, markerfacecolor="white" if i else colour, markersize=5)
         ax.text(1.02, height, f"{ratio:.2f}", transform=ax.get_yaxis_transform(), va="center", size=8, color=colour)
 
-# %% ../nbs/25_figures.ipynb #1f313d95
+# %% ../nbs/25_figures.ipynb #a9df3cf3
 @house_style()
 def plot_ratios(
     data: dict,  # {"panels": [{"title", "rows": [{"label", "kind", "points"}]}], "marks": [names of the points], "baseline"}
@@ -620,7 +642,9 @@ def plot_ratios(
         first = i % columns == 0
         ax.set(title=title, xscale="log", ylim=(len(labels) - 0.5, -0.5), yticks=range(len(labels)), yticklabels=labels if first else [],
                xlabel=f"time relative to {baseline}" if i >= len(panels) - columns else "", ylabel="contender" if first else "")
-        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=lambda x, _: f"{x:g}", minor_formatter=NullFormatter())
+    low, high = axes[0, 0].get_xlim()  # shared by all panels
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    axes[0, 0].xaxis.set(major_locator=LogLocator(subs=steps), major_formatter=lambda x, _: f"{x:g}", minor_formatter=NullFormatter())
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
     shapes = [Line2D([], [], color=COLOURS["neutral"], linestyle="", marker=shape, markerfacecolor="white" if i else COLOURS["neutral"],

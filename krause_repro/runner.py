@@ -694,10 +694,10 @@ def execute_book(
         print(line, file=sys.stderr)
     return 1 if failed else 0
 
-# %% ../nbs/26_runner.ipynb #cb112bfb
+# %% ../nbs/26_runner.ipynb #77d9a934
 def run_benchmark(
     name: str,  # a benchmark; an unknown name lists them
-    threads: int | None = None,  # that PyTorch may use; its own choice if not given
+    threads: int = 2,  # that PyTorch may use
 ) -> None:
     "Run a benchmark of the attention implementations, print what it measures, save it under runs/bench."
     import torch
@@ -706,8 +706,7 @@ def run_benchmark(
 
     if name not in BENCHMARKS:
         raise ValueError(f"name={name!r} is not a benchmark; allowed: {', '.join(BENCHMARKS)}")
-    if threads is not None:
-        torch.set_num_threads(check_integer("threads", threads, 1))
+    torch.set_num_threads(check_integer("threads", threads, 1))
     BENCHMARKS[name]()
 
 # %% ../nbs/26_runner.ipynb #3406f501

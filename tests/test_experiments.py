@@ -4,14 +4,16 @@ import shutil
 
 import pytest
 
+from krause_repro.benchmarks import COST
 from krause_repro.figures import figure_index
 from krause_repro.recipes import get_recipe
 from krause_repro.records import load_result, project_root, stale_recipes
 from krause_repro.runner import run
 
-EXPERIMENTS = {
-    "30_particles": ("particles/circle", "particles/sphere"),
-    "31_image_classification": ("kvit_t/fashion_mnist", "vit_t/fashion_mnist", "vit_t_post/fashion_mnist"),
+EXPERIMENTS = {  # page: the recipes it is made from
+    "30_particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")],
+    "31_image_classification": [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")],
+    "36_cost": [COST],
 }
 
 
@@ -22,8 +24,8 @@ def test_every_experiment_page_is_listed_here():
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_committed_results_are_of_todays_recipes(page):
     result = load_result(page[3:], "desk")
-    recipes = [get_recipe(name).at("desk") for name in EXPERIMENTS[page]]
-    assert set(result["recipes"]) == set(EXPERIMENTS[page]) and stale_recipes(result, recipes) == []
+    recipes = [recipe.at("desk") for recipe in EXPERIMENTS[page]]
+    assert set(result["recipes"]) == {recipe.name for recipe in recipes} and stale_recipes(result, recipes) == []
 
 
 @pytest.mark.parametrize("page", EXPERIMENTS)
@@ -35,7 +37,7 @@ def test_a_page_saves_the_recipe_it_was_passed(page, tmp_path):
     assert [record["status"] for record in records] == ["ok"], records
     saved = load_result(page[3:], "smoke", tmp_path)
     assert saved["profile"] == "smoke"
-    assert saved["recipes"] == {name: get_recipe(name).at("smoke").to_dict() for name in EXPERIMENTS[page]}
+    assert saved["recipes"] == {recipe.name: recipe.at("smoke").to_dict() for recipe in EXPERIMENTS[page]}
     drawn = figure_index("smoke", tmp_path)
     assert drawn and {figure["notebook"] for figure in drawn} == {page} and {figure["profile"] for figure in drawn} == {"smoke"}
     assert not (tmp_path / "figures").exists()

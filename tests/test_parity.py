@@ -8,12 +8,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from torchvision.models import SwinTransformer as TorchvisionSwin
 
 from krause_repro.attention import CausalWindow, attention_weights, krause_attention, krause_attention_weights
 from krause_repro.checkpoints import KINDS, load_author_checkpoint
+from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import vision_neighborhood
 
 FOLDER = Path(__file__).parent / "parity"
+VISION = [kind for kind in KINDS if "vit" in kind]
+WINDOWS = [kind for kind in KINDS if kind.startswith("kswin_attention")]
+SWIN = {"img_size": 16, "patch_size": [2, 2], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "num_classes": 5,
+        "window_size": [4, 4]}
 
 
 def parity(kind):
@@ -41,7 +47,7 @@ def test_functional_causal_band(implementation):
 
 
 @pytest.mark.parametrize("given", ["path", "str", "dict", "module.", "file with module."])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VISION)
 def test_module_gives_the_authors_numbers(kind, given, tmp_path):
     path, tensors, config = parity(kind)
     if given == "file with module.":
@@ -61,8 +67,88 @@ def test_module_gives_the_authors_numbers(kind, given, tmp_path):
     assert ("attention_last" in tensors) == kind.startswith("kvit")
 
 
-def test_every_vision_kind_has_a_parity_file():
-    assert {path.stem for path in FOLDER.glob("*.safetensors")} >= {*KINDS, "functional_causal_band"}
+def test_every_kind_of_one_module_has_a_parity_file():
+    files = {path.stem for path in FOLDER.glob("*.safetensors")}
+    assert files >= {*VISION, *WINDOWS, "functional_causal_band"} and len(VISION) == len(WINDOWS) == 3
+
+
+@pytest.mark.parametrize("prefix", [None, "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_window_attention_gives_the_authors_numbers(kind, prefix):
+    path, tensors, config = parity(kind)
+    attention = load_author_checkpoint(kind, path if prefix is None else author_state(tensors, prefix), **config)
+    assert not attention.training and attention.sigma.shape == (config["num_heads"],)
+    with torch.no_grad():
+        assert_close(attention(tensors["input"]), tensors["output"], rtol=0, atol=1e-5)
+        # the settings are what the numbers need: without the shift, or with padding, they are others
+        attention.shift_size, attention.pad_small_maps = [2 - config["shift_size"]] * 2, True
+        assert not torch.allclose(attention(tensors["input"]), tensors["output"], atol=1e-3)
+
+
+def author_swin(score="krause"):
+    "The state dict of a small Swin as the authors write it: torchvision's names, the index of positions as a matrix."
+    torch.manual_seed(0)
+    settings = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "num_labels": 5}
+    model = SwinClassifier(SwinClassifierConfig(attention_score=score, **settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model, {name: t.view(16, 16) if name.endswith("position_index") else t for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "state.", "module.", "state._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(("kind", "score"), [("kswin", "krause"), ("swin_baseline", "softmax")])
+def test_whole_swin_loads_by_torchvisions_names(kind, score, prefix):
+    model, state = author_swin(score)
+    pixels = torch.randn(2, 3, 16, 16)
+    loaded = load_author_checkpoint(kind, {prefix + name: tensor for name, tensor in state.items()}, **SWIN)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, model(pixels).logits)
+
+
+def test_a_torchvision_swin_is_the_baseline():
+    torch.manual_seed(0)
+    other = TorchvisionSwin([2, 2], 8, [2, 2], [2, 4], [4, 4], num_classes=5).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert_close(load_author_checkpoint("swin_baseline", other.state_dict(), **SWIN)(pixels).logits, other(pixels), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("swin_baseline", {}, "not in this model: features.1.0.attn.log_sigma.*and 1 more"),
+        ("kswin", {"depths": [2, 4]}, "missing features.3.2.norm1.weight.*more$"),
+        ("kswin", {"depths": [2, 1]}, "not in this model: features.3.1"),
+        ("kswin", {"window_size": 2}, r"relative_position_bias_table is \(49, 2\), needed \(9, 2\)"),
+        ("kswin", {"num_heads": [4, 4]}, r"features.1.0.attn.log_sigma is \(2,\), needed \(4,\)"),
+        ("kswin", {"num_classes": 7}, r"head.weight is \(5, 16\), needed \(7, 16\)"),
+        ("kswin", {"num_heads": [3, 4]}, "num_heads must divide the width 8, got 3"),
+        ("kswin", {"window_size": [4, 2]}, r"window_size must be one number, or twice the same, got \[4, 2\]"),
+        ("kswin", {"img_size": 15}, "image_size must be a multiple of patch_size"),
+        ("kswin", {"top_k": 4}, "config does not fit kind 'kswin'.*top_k"),
+    ],
+)
+def test_another_swin_is_refused_by_name(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_author_checkpoint(kind, author_swin()[1], **SWIN | change)
+
+
+def test_missing_left_over_and_misshapen_tensors_are_all_named():
+    state = author_swin()[1]
+    del state["norm.bias"]
+    state |= {"gate": torch.zeros(1), "head.weight": torch.zeros(2, 16)}
+    with pytest.raises(ValueError, match=r"missing norm.bias; not in this model: gate; head.weight is \(2, 16\), needed \(5, 16\)$"):
+        load_author_checkpoint("kswin", state, **SWIN)
+    with pytest.raises(ValueError, match="does not fit kind 'kswin'.*missing features.*not in this model: blocks.*needed.*more$"):
+        load_author_checkpoint("kswin", parity("kvit_5x5")[0], **SWIN)
+
+
+def test_an_index_of_other_positions_is_refused():
+    state = author_swin()[1]
+    state["features.1.0.attn.relative_position_index"] = state["features.1.0.attn.relative_position_index"].T
+    with pytest.raises(ValueError, match="features.1.0.attn.relative_position_index is not this model's$"):
+        load_author_checkpoint("kswin", state, **SWIN)
 
 
 @pytest.mark.parametrize("kind", ["kvit_4neighbour", "kvit_5x5"])
@@ -74,7 +160,7 @@ def test_authors_mask_is_our_neighbourhood(kind):
         assert torch.equal(tensors[f"state.blocks.{layer}.attention.local_mask_buffer"], mask)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VISION)
 def test_loaded_weights_are_saved_and_found_again(kind, tmp_path):
     path, tensors, config = parity(kind)
     model = load_author_checkpoint(kind, path, **config)

@@ -168,8 +168,8 @@ CACHES = {
     "static": lambda config: StaticCache(config=config, max_cache_len=40),
 }
 each_cache = pytest.mark.parametrize("kind", CACHES)
-STEPS = {"token by token": [1] * 26, "prompt, then tokens": [14] + [1] * 12, "pieces": [3, 1, 7, 2, 1, 1, 11], "short prompt": [2] + [1] * 24,
-         "one piece": [26], "exactly the window": [5, 1, 5, 5, 1, 1, 8]}
+STEPS = {"token by token": [1] * 26, "prompt, then tokens": [14] + [1] * 12, "pieces": [3, 1, 7, 2, 1, 1, 11],
+         "short prompt": [2] + [1] * 24, "one piece": [26], "exactly the window": [5, 1, 5, 5, 1, 1, 8]}
 
 
 @each_model
@@ -187,10 +187,15 @@ def test_a_cache_changes_nothing(models, name, kind, steps):
 
 @each_model
 @each_cache
-@pytest.mark.parametrize("steps", [[9] + [1] * 17, [3, 1, 7, 2, 1, 1, 11], [1] * 26], ids=str)
-def test_a_cache_changes_nothing_under_padding(models, name, kind, steps):
+@pytest.mark.parametrize("padding", ["left", "anywhere"])
+@pytest.mark.parametrize("steps", [[9] + [1] * 17, [3, 1, 7, 2, 1, 1, 11], [1] * 26], ids=["prompt", "pieces", "token by token"])
+def test_a_cache_changes_nothing_under_padding(models, name, kind, steps, padding):
     model = models[name]
     tokens, options = padded_left(text(batch=3), [26, 13, 20])
+    if padding == "anywhere":  # between the turns of a conversation, and after it
+        mask = torch.ones(3, 26, dtype=torch.long)
+        mask[0, 8:10] = mask[1, 3:12] = mask[1, 24:] = mask[2, :4] = mask[2, 17] = 0
+        options = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     cache, outputs, start = CACHES[kind](model.config), [], 0
     with torch.no_grad():
         for length in steps:
@@ -223,7 +228,7 @@ def test_a_ring_of_another_window_is_exact_or_refused(models, other):
         with torch.no_grad():
             for length in steps:
                 new = slice(start, start + length)
-                if start + length > other and (length == 1 or other < WINDOW <= start):
+                if start >= other and (length == 1 or other < WINDOW):
                     with pytest.raises(ValueError, match=f"config.krause_window = {WINDOW}"):
                         model(tokens[:, new], past_key_values=cache)
                     refused = True
@@ -321,7 +326,7 @@ def test_a_training_step_has_the_gradients_of_the_dense_model(name, checkpointin
     def gradients(attention):
         model = make(configure_krause(tiny_config(name, **drop), SIGMA, WINDOW, TOP_K), attn_implementation=attention).train()
         if checkpointing and attention == "krause":
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(text(), labels=text(), use_cache=False).loss.backward()
         return {key: parameter.grad for key, parameter in model.named_parameters()}
 
@@ -518,7 +523,7 @@ def test_a_mask_for_the_new_tokens_only_is_refused(models, name):
 # --- refusals ---
 
 @each_model
-@pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"attention_mask": torch.ones(2, 26)}], ids=["mask function", "cache", "mask"])
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"attention_mask": torch.ones(2, 26)}], ids=["alone", "cache", "mask"])
 def test_packed_sequences_are_refused(models, name, options):
     packed = torch.cat([torch.arange(16), torch.arange(10)]).expand(2, -1)
     for positions in (packed, packed[:1]):
@@ -533,10 +538,11 @@ def test_packed_sequences_are_refused(models, name, options):
 
 
 @each_model
-@pytest.mark.parametrize("cache", [None, DynamicCache, StaticCache])
-def test_masks_of_four_dimensions_are_refused(models, name, cache):
-    options = {} if cache is None else {"past_key_values": cache(config=models[name].config, **({"max_cache_len": 30} if cache is StaticCache else {}))}
-    for mask in (torch.ones(2, 1, 26, 26), torch.zeros(2, 1, 26, 26), torch.ones(26, 26).tril().bool().expand(2, 1, -1, -1)):
+@pytest.mark.parametrize("kind", [None, *CACHES])
+def test_masks_of_four_dimensions_are_refused(models, name, kind):
+    triangle = torch.ones(26, 26).tril().expand(2, 1, -1, -1)
+    for mask in (torch.ones(2, 1, 26, 26), triangle, triangle.bool()):
+        options = {"past_key_values": CACHES[kind](models[name].config)} if kind else {"use_cache": False}
         with pytest.raises(ValueError, match="no masks of 4 dimensions"):
             models[name](text(), attention_mask=mask, **options)
 
