@@ -447,7 +447,7 @@ def merge_heads(
     "Join the heads of each token."
     return x.transpose(1, 2).flatten(2)
 
-# %% ../nbs/01_attention.ipynb #3454833d
+# %% ../nbs/01_attention.ipynb #e72f4489
 class KrauseAttention(nn.Module):
     "Multi-head attention with a Krause, softmax or softmax-with-key-norm score on a chosen support (paper, Section 4)."
 
@@ -486,7 +486,8 @@ class KrauseAttention(nn.Module):
         self.score, self.initial_sigma, self.dropout = score, sigma, dropout
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
         if score == "krause":
-            self.log_sigma = nn.Parameter(torch.empty(heads if sigma_per == "head" else 1), requires_grad=learn_sigma)
+            start = torch.empty(heads if sigma_per == "head" else 1)
+            self.log_sigma = nn.Parameter(start) if learn_sigma else nn.Buffer(start)  # a frozen parameter would thaw on loading
             self.reset_sigma()
 
     def reset_sigma(self) -> None:

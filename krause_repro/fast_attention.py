@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from .attention import CausalWindow, Full, GridWindow, Neighborhood
 from .attention import match_heads, normalise, pairwise_energy, score_temperature, single_precision, weighted_sum
 
-# %% ../nbs/02_fast_attention.ipynb #7cb55bac
+# %% ../nbs/02_fast_attention.ipynb #dadfa5bf
 def band_mask(
     window: int,  # W, in tokens
     queries: int,  # in the tile
     keys: int,  # in the tile, the last of which is the last query's own
-    device: torch.device,
+    device: torch.device,  # where the mask is made
 ) -> Tensor:  # (queries, keys) bool
     "Who may consider whom in one tile of a causal band."
     age = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)

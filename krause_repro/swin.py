@@ -54,17 +54,17 @@ def join_windows(
     tiles = windows.view(-1, size[0] // window[0], size[1] // window[1], *window, windows.shape[-1])
     return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-# %% ../nbs/11_swin.ipynb #4375d423
+# %% ../nbs/11_swin.ipynb #339cedd2
 def shift_mask(
     size: tuple[int, int],  # H and W of the map
     window: tuple[int, int],  # rows and columns of a window
     shift: tuple[int, int],  # rows and columns the map was rolled by
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where the mask is made
 ) -> Tensor:  # (windows, N, N): 0 inside a region of the image, −100 between two
     "What Swin adds to the logits of a shifted map."
     rows, columns = (torch.arange(n, device=device) >= n - s for n, s in zip(size, shift, strict=True))
     region = split_windows((2 * rows.unsqueeze(1) + columns).unsqueeze(0), window)  # (windows, N)
-    return -100.0 * (region.unsqueeze(2) != region.unsqueeze(1))
+    return torch.where(region.unsqueeze(2) != region.unsqueeze(1), -100.0, 0.0)
 
 # %% ../nbs/11_swin.ipynb #5a84334a
 def window_layout(

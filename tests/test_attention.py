@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -166,6 +167,18 @@ def test_neighbourhood_mask_is_its_definition(problem):
     mask = problem["neighborhood"].mask(problem["keys"])
     assert mask.dtype == torch.bool and torch.equal(mask, support(problem["neighborhood"], problem["keys"]))
     assert mask.diagonal().all()
+
+
+@given(grids, st.integers(0, 99))
+def test_random_places_are_as_many_as_in_the_window(grid, seed):
+    scattered = replace(grid, random_seed=seed)
+    mask, window, hub = scattered.mask(grid.length), grid.mask(grid.length), int(grid.cls_token)
+    assert torch.equal(mask.sum(-1), window.sum(-1)) and mask.diagonal().all()
+    assert mask[:hub].all() and mask[:, :hub].all()
+    assert torch.equal(replace(grid, random_seed=seed).build(grid.length), mask)
+    patches = window[hub:, hub:].sum(-1)
+    if ((patches > 1) & (patches < len(patches))).any():  # there is a choice
+        assert any(not torch.equal(replace(grid, random_seed=other).mask(grid.length), mask) for other in range(seed + 1, seed + 40))
 
 
 @given(problems())
@@ -630,6 +643,8 @@ def test_weights_check_their_arguments_too():
         (lambda: GridWindow(2, 0, 1), "width must be"),
         (lambda: GridWindow(2, 2, -1), "radius must be an integer ≥ 0, got -1"),
         (lambda: GridWindow(2, 2, 0.5), "radius must be"),
+        (lambda: GridWindow(2, 2, 1, random_seed=-1), "random_seed must be an integer ≥ 0, got -1"),
+        (lambda: GridWindow(2, 2, 1, random_seed=True), "random_seed must be"),
         (lambda: GridWindow(2, 2, 1, "euclid"), "metric must be one of chebyshev, manhattan, got 'euclid'"),
         (lambda: Full().mask(0), "length must be an integer ≥ 1"),
         (lambda: GridWindow(2, 3, 1).check(6), "GridWindow of 2×3 patches needs 7 tokens, got 6"),

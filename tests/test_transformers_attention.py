@@ -403,7 +403,8 @@ def test_load_krause_wants_krause_settings(tmp_path):
     with pytest.raises(ValueError, match="no krause_sigma and no krause_window"):
         load_krause(tmp_path)
     configure_krause(tiny_config("llama"), SIGMA, WINDOW).save_pretrained(tmp_path)
-    assert load_krause(tmp_path).config._attn_implementation == "krause"
+    load_krause(tmp_path).save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config._attn_implementation == "krause"
 
 
 @each_model
@@ -472,6 +473,14 @@ def test_weights_agree_with_the_tensors_that_were_attended():
     assert weights is None and output.shape == (1, 9, 2, 8)
     wanted = attention_weights(query, key, Band(WINDOW), TOP_K, sigma=SIGMA) @ value
     assert_close(output, wanted.transpose(1, 2), **CLOSE)
+
+
+def test_values_of_lower_precision_do_not_lower_that_of_the_scores():
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    value = value.bfloat16()
+    module = SimpleNamespace(config=configure_krause(tiny_config("llama"), SIGMA, WINDOW, TOP_K), is_causal=True, layer_idx=0)
+    got, expected = (krause_attention_forward(module, query, key, x, None)[0] for x in (value, value.float()))
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
 # --- the mask function ---

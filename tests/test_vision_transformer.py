@@ -301,8 +301,17 @@ def test_gradients_reach_every_parameter(score, norm):
 def test_a_fixed_sigma_gets_no_gradient():
     model = build(learn_sigma=False)
     model(images(), labels=torch.tensor([0, 1])).loss.backward()
-    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without == {f"blocks.{i}.attention.log_sigma" for i in range(3)}
+    assert not any("log_sigma" in name for name, _ in model.named_parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert {f"blocks.{i}.attention.log_sigma" for i in range(3)} <= set(model.state_dict())
+
+
+def test_a_fixed_sigma_stays_fixed_when_loaded(tmp_path):
+    model = build(learn_sigma=False, sigma=3.0)
+    model.save_pretrained(tmp_path)
+    loaded = VisionTransformer.from_pretrained(tmp_path)
+    assert not any("log_sigma" in name for name, _ in loaded.named_parameters())
+    assert_close(loaded.blocks[0].attention.sigma, torch.tensor([3.0]))
 
 
 @pytest.mark.parametrize(
