@@ -13,17 +13,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .attention import check_integer
 
-# %% ../nbs/04_ring_cache.ipynb #e482cff7
+# %% ../nbs/04_ring_cache.ipynb #4f42f7d2
 def ring_positions(
     length: int,  # tokens seen so far, n ≥ 0
     window: int,  # slots of the ring, W ≥ 1
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # of the result
 ) -> Tensor:  # (min(n, W),) the position held by each slot in use
     "Which position of the sequence each slot of a ring holds: the largest p < n with p mod W = slot."
     slot = torch.arange(min(length, window), device=device)
     return length - 1 - (length - 1 - slot) % window
 
-# %% ../nbs/04_ring_cache.ipynb #649bf46d
+# %% ../nbs/04_ring_cache.ipynb #eb9421b1
 class RingLayer(CacheLayerMixin):
     "Cache of one layer that holds the last `window` tokens, position p in slot p mod `window`: O(W) memory and work per token."
 
@@ -149,7 +149,7 @@ class RingLayer(CacheLayerMixin):
     ) -> None:
         "Keep these sequences of the batch, in this order."
         if self.is_initialized:
-            self.keys, self.values = self.keys.mT[indices.to(self.keys.device)].mT, self.values[indices.to(self.values.device)]
+            self.keys, self.values = self.keys[indices.to(self.keys.device)], self.values[indices.to(self.values.device)]
             self._lent = False
 
     def reorder_cache(

@@ -6,9 +6,10 @@
 __all__ = ['UNSUPPORTED', 'KrauseSettings', 'krause_settings', 'configure_krause', 'krause_mask', 'krause_attention_forward',
            'load_krause']
 
-# %% ../nbs/05_transformers_attention.ipynb #53162c9c
+# %% ../nbs/05_transformers_attention.ipynb #d8e424bd
 import math
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def krause_settings(
         )
     return _checked(sigma, window, top_k, "config.krause_")
 
-# %% ../nbs/05_transformers_attention.ipynb #3c18a26d
+# %% ../nbs/05_transformers_attention.ipynb #210d2374
 def configure_krause(
     config: PreTrainedConfig,  # of a Llama, Qwen2 or GPT-2; changed in place
     sigma: float,  # bandwidth σ of the RBF, > 0
@@ -63,20 +64,20 @@ def configure_krause(
     Models made from it, or already using it, attend by `krause` unless they are told otherwise by an explicit `attn_implementation`.
     """
     settings = _checked(sigma, window, top_k)
-    config = config.get_text_config(decoder=True)
+    decoder = config.get_text_config(decoder=True)
     for name, value in settings._asdict().items():
-        setattr(config, f"krause_{name}", value)
-    config._attn_implementation = config.attn_implementation = "krause"
+        setattr(decoder, f"krause_{name}", value)
+    decoder._attn_implementation = decoder.attn_implementation = "krause"
     return config
 
-# %% ../nbs/05_transformers_attention.ipynb #ddbc39da
+# %% ../nbs/05_transformers_attention.ipynb #e8534fa5
 def krause_mask(
     batch_size: int,  # B
     q_length: int,  # queries in this step
     kv_length: int,  # keys that the attention will get
     q_offset: int | Tensor = 0,  # tokens before the queries
     kv_offset: int = 0,  # position of the first key; see `RingLayer.get_mask_sizes` for a full ring
-    mask_function=causal_mask_function,  # the pattern that the model asks for: it must be this one
+    mask_function: Callable = causal_mask_function,  # the pattern that the model asks for: it must be this one
     attention_mask: Tensor | None = None,  # (B, q_offset + q_length) bool, False = padding
     config: PreTrainedConfig | None = None,  # of the model
     device: torch.device | str = "cpu",  # of the mask
@@ -104,7 +105,7 @@ def krause_mask(
         )
     free = kv_offset + kv_length - total  # slots of a static cache that wait for later tokens
     if attention_mask is None:
-        return torch.ones(batch_size, total, dtype=torch.bool, device=device) if free > 0 else None
+        return torch.ones(batch_size, total - kv_offset, dtype=torch.bool, device=device) if free > 0 else None
     padding = attention_mask[:, ring_positions(total, window, device) if in_ring else slice(kv_offset, None)]
     within_reach = padding[:, -(q_length + window - 1):]
     return None if free <= 0 and within_reach.all() else padding

@@ -200,7 +200,8 @@ def problems(draw, kinds=("window",) * 3 + ("grid", "full"), dtypes=(32, 32, "bf
         queries = draw(st.one_of(*[st.integers(1, 30)] * 8, *[st.integers(30, 70)] * 4, st.integers(70, most)))
         past = draw(st.sampled_from([0, 0, 1, 5, 20, 100])) if kind == "window" else 0
         keys = queries + past
-        neighborhood = CausalWindow(draw(st.integers(1, keys + 3) | st.integers(1, 8))) if kind == "window" else Full()
+        sizes = st.one_of(st.integers(1, keys + 3), st.integers(1, 8), st.integers(max(1, keys - 1), keys + 1))
+        neighborhood = CausalWindow(draw(sizes)) if kind == "window" else Full()
     small = keys > 70  # few heads then
     batch, heads, shared = (1, draw(st.integers(1, 2)), 1) if small else draw(st.tuples(*[st.integers(1, 2)] * 2, st.integers(1, 3)))
     top_k = draw(st.one_of(st.none(), st.integers(1, 4), st.integers(1, keys + 2)))

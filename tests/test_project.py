@@ -130,7 +130,7 @@ def test_continuous_integration_tests_and_walks_the_path():
 
 def make(*arguments):
     "The commands that make would run."
-    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "-n", "-o", ".venv/.installed", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if "krause-repro" in line or "pytest" in line]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from krause_repro.recipes import get_recipe, published_tables
 from krause_repro.records import project_root, save_result, summarise
-from krause_repro.report import README_END, README_START, coverage, format_published, our_results, readme_results, report, update_readme
+from krause_repro.report import README_BLOCKS, block_marks, coverage, format_published, our_results, report, update_readme
 
 
 def test_every_published_number_is_in_the_report():
@@ -46,7 +46,16 @@ def root_with_results(tmp_path):
     names = ("kvit_t/fashion_mnist", "vit_t/fashion_mnist", "vit_t_post/fashion_mnist")
     models = {name: one_model(name, [0.5 + i / 10, 0.6 + i / 10]) for i, name in enumerate(names)}
     save_result("image_classification", {"recipes": {}, "models": models}, "desk", tmp_path)
+    band = {"case": "a case", "batch": 1, "heads": 2, "dim": 8, "length": 3072, "window": 256, "top_k": None}
+    ratios = {"forward": 0.123, "forward + backward": 0.456}
+    rows = [{**band, "name": "banded, C++", "pass": step, "ratio": ratio} for step, ratio in ratios.items()]
+    images = [{"case": "S", "pass": "forward", "name": "KViT", "ratio": 0.8}]
+    save_result("cost", {"recipes": {}, "attention": {"rows": rows}, "images": {"rows": images}}, "desk", tmp_path)
     return tmp_path
+
+
+def empty_readme():
+    return "before\n" + "\n".join("\n".join([block_marks(name)[0], "old", block_marks(name)[1], "between"]) for name in README_BLOCKS)
 
 
 def test_our_numbers_stand_in_the_row_of_their_recipe(root_with_results):
@@ -60,11 +69,12 @@ def test_our_numbers_stand_in_the_row_of_their_recipe(root_with_results):
 
 def test_update_readme_replaces_the_block_and_nothing_else(root_with_results):
     readme = root_with_results / "README.md"
-    readme.write_text(f"before\n{README_START}\nold\n{README_END}\nafter\n", encoding="utf-8")
+    readme.write_text(empty_readme(), encoding="utf-8")
     update_readme(root_with_results)
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{README_START}\n") and text.endswith(f"{README_END}\nafter\n")
-    assert "old" not in text and "55.00 ± 7.07" in text
+    assert text.startswith(f"before\n{block_marks('results')[0]}\n") and text.endswith(f"{block_marks('performance')[1]}\nbetween")
+    assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == 2
+    assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT does 1.25 times the images per second" in text
     update_readme(root_with_results)
     assert readme.read_text(encoding="utf-8") == text
 
@@ -79,8 +89,9 @@ def test_update_readme_needs_its_marks(root_with_results):
 
 def test_readme_shows_the_committed_desk_results():
     text = (project_root() / "README.md").read_text(encoding="utf-8")
-    block = text.split(README_START)[1].split(README_END)[0].strip()
-    assert block == readme_results().strip()
+    for name, make in README_BLOCKS.items():
+        start, end = block_marks(name)
+        assert text.split(start)[1].split(end)[0].strip() == make().strip()
 
 
 def test_readme_links_and_pictures_exist():

@@ -582,11 +582,12 @@ def test_sliding_window_layers_are_refused():
         mask_of(q_length=12, kv_length=12, mask_function=sliding_window_causal_mask_function(16))
 
 
-def test_a_cache_that_slides_by_itself_must_keep_enough():
-    "Llama has no sliding layers, but `DynamicCache` believes the entry in its configuration."
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_slides_by_itself_must_keep_enough(kind):
+    "Llama has no sliding layers, but the caches of transformers believe the entry in its configuration."
     for sliding, fine in ((4, False), (5, True), (9, True)):
         model = make(configure_krause(tiny_config("llama", sliding_window=sliding), SIGMA, WINDOW))
-        cache, outputs = DynamicCache(config=model.config), []
+        cache, outputs = CACHES[kind](model.config), []
         with torch.no_grad():
             if not fine:
                 model(text()[:, :7], past_key_values=cache)
