@@ -24,11 +24,15 @@ from torch import Tensor
 
 from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
 
-# %% ../nbs/03_native_kernels.ipynb #f274a5a3
+# %% ../nbs/03_native_kernels.ipynb #963e1b70
 VECTORS = r"""
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -687,7 +691,7 @@ static void lists_backward(const Problem& p, const Lists& lists, int64_t b, int6
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #59f89cf9
+# %% ../nbs/03_native_kernels.ipynb #116e67b5
 OPERATORS = r"""
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -699,14 +703,25 @@ static Tensor prepare(const Tensor& x, bool transposed_too = false) {
   return y.stride(3) == 1 || (transposed_too && y.stride(2) == 1) ? y : y.contiguous();
 }
 static View view(const Tensor& x) { return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+// New memory of the size of a long sequence comes as thousands of small pages, each cleared when first touched; large pages are cheaper.
+static Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor x = at::empty(sizes, options);
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.nbytes()) & ~(page - 1);
+  if (end > begin && x.nbytes() >= 16 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return x;
+}
 // (B, H, T, D), laid out as (B, T, H, D), which is what the next projection wants
 static Tensor heads_inside(int64_t batch, int64_t heads, int64_t length, int64_t dim, const at::TensorOptions& options) {
-  return at::empty({batch, length, heads, dim}, options).transpose(1, 2);
+  return fresh({batch, length, heads, dim}, options).transpose(1, 2);
 }
 // a gradient for x, laid out as x is: a copy later is spared
 static Tensor like(const Tensor& x, int64_t dim, const at::TensorOptions& options) {
   if (x.stride(1) < x.stride(2)) return heads_inside(x.size(0), x.size(1), x.size(2), dim, options);
-  return at::empty({x.size(0), x.size(1), x.size(2), dim}, options);
+  return fresh({x.size(0), x.size(1), x.size(2), dim}, options);
 }
 // x without its padding, in the type and layout that `empty` makes
 template <typename F>
