@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'COST', 'BASELINE', 'KINDS', 'DENSE_LENGTH',
            'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'BENCHMARKS', 'interleave', 'summarise_times',
-           'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'ImageCase', 'CostRecipe',
+           'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'GridCase', 'ImageCase', 'CostRecipe',
            'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
-           'bench_attention', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling', 'fitted_exponent',
-           'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'bench_dynamics', 'bench_cost',
-           'format_rows', 'report_benchmark']
+           'bench_attention', 'bench_grids', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling',
+           'fitted_exponent', 'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'bench_dynamics',
+           'bench_cost', 'format_rows', 'report_benchmark']
 
-# %% ../nbs/28_benchmarks.ipynb #b9483c6a
+# %% ../nbs/28_benchmarks.ipynb #3ee82928
 import json
 import math
 import multiprocessing
@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import CausalWindow, attend
+from .attention import CausalWindow, GridWindow, attend
 from .dynamics import flow, uniform_sphere
-from .fast_attention import banded_tiles, sdpa_attention
-from .native_kernels import kernels_available, native_band
+from .fast_attention import banded_tiles, gathered_rows, sdpa_attention
+from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import ImageClassificationRecipe, Recipe, get_recipe
 from .records import environment, project_root, write_json
 from .vision_transformer import VisionTransformer
@@ -112,7 +112,7 @@ def compare_in_pairs(
     others = [row for pair in pairs for row in compare(pair, baseline) if row["name"] != baseline]
     return compare({baseline: pooled}, baseline) + others
 
-# %% ../nbs/28_benchmarks.ipynb #28c94921
+# %% ../nbs/28_benchmarks.ipynb #76698658
 @dataclass(frozen=True)
 class AttentionCase:
     "The shape of one causal attention."
@@ -137,6 +137,15 @@ class AttentionCase:
         made = [torch.randn(size, generator=generator).transpose(1, 2) for _ in range(4)]
         return *made, torch.full((self.heads,), 2.5)
 
+
+@dataclass(frozen=True)
+class GridCase(AttentionCase):
+    "The shape of one attention on an image grid with a CLS token; `window` is the largest number of candidates."
+
+    side: int = 0  # patches in a row of the square grid
+    radius: int = 1  # of the window, in patches
+    metric: str = "manhattan"  # as in `attention.GridWindow`
+
 # %% ../nbs/28_benchmarks.ipynb #74f431aa
 @dataclass(frozen=True)
 class ImageCase:
@@ -153,7 +162,7 @@ class ImageCase:
         krause, softmax = (get_recipe(name).at(self.profile) for name in (self.krause, self.softmax))
         return {"ViT": replace(softmax, drop_path=krause.drop_path), "KViT": krause}
 
-# %% ../nbs/28_benchmarks.ipynb #e5aaeea9
+# %% ../nbs/28_benchmarks.ipynb #5e5b48aa
 CIFAR_CASE = AttentionCase("CIFAR-10 shape of the paper", 1, 8, 3072, 64, 256, 192)
 SMOKE_CASE = AttentionCase("smoke, top-k", 1, 2, 96, 16, 16, 12)
 
@@ -167,6 +176,11 @@ class CostRecipe(Recipe):
         replace(CIFAR_CASE, title="the same without top-k", top_k=None),
         replace(CIFAR_CASE, title="a longer sequence", length=8192),
         AttentionCase("MNIST shape of the paper", 2, 8, 784, 32, 128, 96),
+    )
+    grids: tuple[GridCase, ...] = (
+        GridCase("Fashion-MNIST, desk: 4 neighbours of 7×7", 128, 4, 50, 16, 6, 3, 7),
+        GridCase("CIFAR-10, S: 4 neighbours of 8×8", 16, 6, 65, 64, 6, 3, 8),
+        GridCase("ImageNet, S/16: 5×5 of 14×14", 4, 6, 197, 64, 26, 12, 14, 2, "chebyshev"),
     )
     selection: AttentionCase = CIFAR_CASE  # its B·H·T rows of W scores each
     scaling: AttentionCase = CIFAR_CASE  # its length is replaced by each of `lengths`
@@ -186,27 +200,31 @@ class CostRecipe(Recipe):
     def changes(self, profile):
         return SMOKE_COST if profile == "smoke" else {}
 
-# %% ../nbs/28_benchmarks.ipynb #114324c0
+# %% ../nbs/28_benchmarks.ipynb #961a4a2f
 SMOKE_COST = {
     "cases": (SMOKE_CASE, replace(SMOKE_CASE, title="smoke, no top-k", top_k=None)), "selection": SMOKE_CASE, "scaling": SMOKE_CASE,
     "lengths": (128, 256, 512), "windows": (8, 16), "window_length": 64, "fit_from": 128, "budget": 0.02, "compiled": False,
     "images": (ImageCase("smoke", "kvit_t/fashion_mnist", "vit_t/fashion_mnist", "smoke", 2),),
+    "grids": (GridCase("smoke, 3×3 grid", 1, 2, 10, 8, 6, 3, 3),),
 }
-COST = CostRecipe("cost", seeds=(0,), ours=("selection", "scaling", "lengths", "windows", "images"))
+COST = CostRecipe("cost", seeds=(0,), ours=("selection", "scaling", "lengths", "windows", "images", "grids"))
 
-# %% ../nbs/28_benchmarks.ipynb #604f040b
+# %% ../nbs/28_benchmarks.ipynb #8e5014fc
 BASELINE = "fused full"
 KINDS = {  # contender: its role, for the colours of figures
     BASELINE: "softmax", "banded, C++": "krause", "banded, C++, softmax": "softmax_local", "banded, PyTorch": "krause",
     "sdpa": "krause", "fused, window mask": "softmax_local", "dense reference": "krause",
+    "gathered, C++": "krause", "gathered, PyTorch": "krause",
 }
 DENSE_LENGTH = 4096  # tokens; the scores of longer sequences take gigabytes
 
-# %% ../nbs/28_benchmarks.ipynb #97e34b00
+# %% ../nbs/28_benchmarks.ipynb #c9d617e8
 def attention_contenders(
     case: AttentionCase,
 ) -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:  # functions of query, key, value, σ
     "The functions that can be asked for a case; those in C++ only where the kernels can be built."
+    if isinstance(case, GridCase):
+        return _grid_contenders(case)
     window, top_k, fused = CausalWindow(case.window), case.top_k, F.scaled_dot_product_attention
     contenders = {BASELINE: lambda q, k, v, s: fused(q, k, v, is_causal=True)}
     if kernels_available():
@@ -220,7 +238,17 @@ def attention_contenders(
         contenders["dense reference"] = lambda q, k, v, s: attend(q, k, v, window, top_k, sigma=s)
     return contenders
 
-# %% ../nbs/28_benchmarks.ipynb #0f1b6784
+# %% ../nbs/28_benchmarks.ipynb #73630c1e
+def _grid_contenders(case):
+    window, top_k = GridWindow(case.side, case.side, case.radius, case.metric), case.top_k
+    contenders = {BASELINE: lambda q, k, v, s: F.scaled_dot_product_attention(q, k, v)}
+    if kernels_available():
+        contenders["gathered, C++"] = lambda q, k, v, s: native_lists(q, k, v, window, top_k, sigma=s)
+    contenders["gathered, PyTorch"] = lambda q, k, v, s: gathered_rows(q, k, v, window, top_k, sigma=s)
+    contenders["dense reference"] = lambda q, k, v, s: attend(q, k, v, window, top_k, sigma=s)
+    return contenders
+
+# %% ../nbs/28_benchmarks.ipynb #ac73104f
 PASSES = ("forward", "forward + backward")
 
 
@@ -242,7 +270,7 @@ def attention_calls(
             return [output, *(x for x in gradients if x is not None)]
 
     contenders = {name: contender for name, contender in attention_contenders(case).items() if names is None or name in names}
-    if contenders.keys() & {"fused, window mask", "sdpa", "dense reference"}:
+    if not isinstance(case, GridCase) and contenders.keys() & {"fused, window mask", "sdpa", "dense reference"}:
         CausalWindow(case.window).mask(case.length)  # T×T; made once for all layers of a model, so neither timed nor counted
     return {name: lambda c=contender: call(c) for name, contender in contenders.items()}
 
@@ -319,17 +347,28 @@ def add_peak_memory(
     for row, peak in zip(rows, peak_memory(jobs), strict=True):
         row["peak_bytes"] = peak
 
-# %% ../nbs/28_benchmarks.ipynb #4a4718c1
+# %% ../nbs/28_benchmarks.ipynb #040772b1
 def bench_attention(
     recipe: CostRecipe = COST,
 ) -> dict:
-    "Seconds of every contender on every case of a recipe, and ratios to fused full attention."
+    "Seconds of every contender on every causal case of a recipe, and ratios to fused full attention."
+    return {"benchmark": "attention", "rows": _bench_cases(recipe.cases, recipe.budget)}
+
+
+def bench_grids(
+    recipe: CostRecipe = COST,
+) -> dict:
+    "The same on image grids."
+    return {"benchmark": "grids", "rows": _bench_cases(recipe.grids, recipe.budget)}
+
+
+def _bench_cases(cases, budget):
     rows = []
-    for case in recipe.cases:
+    for case in cases:
         for step in PASSES:
-            compared = compare_in_pairs(attention_calls(case, step), BASELINE, recipe.budget)
+            compared = compare_in_pairs(attention_calls(case, step), BASELINE, budget)
             rows += [{"case": case.title, **case.shape, "pass": step, **row} for row in compared]
-    return {"benchmark": "attention", "rows": rows}
+    return rows
 
 # %% ../nbs/28_benchmarks.ipynb #10fa6e37
 def kth_largest(
@@ -521,12 +560,12 @@ def bench_dynamics(
     rows = [{"case": f"200 particles, {steps} steps", **row} for row in compare(interleave(contenders, rounds, 1), "softmax")]
     return {"benchmark": "dynamics", "rows": rows}
 
-# %% ../nbs/28_benchmarks.ipynb #de7bff4c
+# %% ../nbs/28_benchmarks.ipynb #304a8ca4
 def bench_cost(
     recipe: CostRecipe = COST,
 ) -> dict[str, dict]:
     "The benchmarks of notebook 36, one after the other, and then the memory."
-    parts = (bench_attention, bench_selection, bench_scaling, bench_images)
+    parts = (bench_attention, bench_grids, bench_selection, bench_scaling, bench_images)
     results = {result["benchmark"]: result for result in (bench(recipe) for bench in parts)}
     add_peak_memory(results["attention"], results["scaling"])
     return results
@@ -560,7 +599,7 @@ def report_benchmark(
     path = write_json(project_root() / "runs" / "bench" / f"{result['benchmark']}.json", result)
     print(f"saved to {path}")
 
-# %% ../nbs/28_benchmarks.ipynb #5641d93d
+# %% ../nbs/28_benchmarks.ipynb #9db91f41
 def _attention_and_models():
     "Attention with its memory, and KViT against ViT as whole models."
     attention = bench_attention()
@@ -576,6 +615,7 @@ def _scaling_with_memory():
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "attention": lambda: report_benchmark(_attention_and_models),
+    "grids": lambda: report_benchmark(bench_grids),
     "selection": lambda: report_benchmark(bench_selection),
     "scaling": lambda: report_benchmark(_scaling_with_memory),
     "training-step": lambda: report_benchmark(lambda: bench_images(passes=("training step",)) | {"benchmark": "training-step"}),

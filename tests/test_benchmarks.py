@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from krause_repro import benchmarks
-from krause_repro.attention import CausalWindow, attend
+from krause_repro.attention import CausalWindow, GridWindow, attend
 from krause_repro.benchmarks import (
     BASELINE,
     BENCHMARKS,
@@ -27,6 +27,7 @@ from krause_repro.benchmarks import (
     attention_contenders,
     bench_attention,
     bench_cost,
+    bench_grids,
     bench_images,
     bench_scaling,
     bench_selection,
@@ -295,9 +296,18 @@ def test_attention_rows_hold_shapes_and_ratios():
     assert all(row.items() >= SMOKE.cases[0].shape.items() and row["case"] == SMOKE.cases[0].title for row in rows)
 
 
+def test_grid_rows_hold_every_contender_and_its_ratio():
+    rows = bench_grids(SMOKE)["rows"]
+    names = [row["name"] for row in rows if row["pass"] == PASSES[0]]
+    assert names[0] == BASELINE and names[-2:] == ["gathered, PyTorch", "dense reference"] and rows[0]["ratio"] == 1
+    for case in COST.grids:
+        grid = GridWindow(case.side, case.side, case.radius, case.metric)
+        assert (grid.length, grid.mask(grid.length)[1:].sum(-1).max()) == (case.length, case.window)
+
+
 def test_all_of_the_cost_page_is_json_and_has_memory():
     result = json.loads(json.dumps(bench_cost(replace(SMOKE, lengths=(64, 128), windows=(8,))), allow_nan=False))
-    assert list(result) == ["attention", "selection", "scaling", "images"]
+    assert list(result) == ["attention", "grids", "selection", "scaling", "images"]
     for row in result["attention"]["rows"] + result["scaling"]["rows"]:
         assert ("peak_bytes" in row) == (row["pass"] == PASSES[1])
         assert row.get("peak_bytes") is None or row["peak_bytes"] >= 0
