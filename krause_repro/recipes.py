@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'DESK', 'SMOKE', 'IMAGE_DATA', 'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13',
            'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile', 'Recipe', 'ParticleRecipe',
            'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name', 'image_classification_recipes',
-           'ablation_name', 'ablation_recipes', 'published_ablation_recipes', 'get_recipe']
+           'RandomSupportRecipe', 'ablation_name', 'ablation_recipes', 'published_ablation_recipes', 'get_recipe']
 
 # %% ../nbs/20_recipes.ipynb #22ebc99b
 import difflib
@@ -89,7 +89,7 @@ class ParticleRecipe(Recipe):
     def changes(self, profile):
         return {"particles": 100, "starts": 4, "duration": self.duration / 4} if profile == "smoke" else {}
 
-# %% ../nbs/20_recipes.ipynb #d8e86dfa
+# %% ../nbs/20_recipes.ipynb #97190a10
 @dataclass(frozen=True)
 class ImageClassificationRecipe(Recipe):
     "One row of the paper's Tables 1–3 or 12; defaults: KViT-S on CIFAR-10 (paper, Table 1 and appendix)."
@@ -106,7 +106,6 @@ class ImageClassificationRecipe(Recipe):
     score: str = "krause"  # "krause", "softmax" or "softmax_key_norm"
     radius: int | None = 1  # of the grid window, in patches; None: full support
     metric: str = "manhattan"  # radius 1: self and 4 neighbours
-    random_support: int | None = None  # seed of the control whose candidates are at random places
     top_k: tuple[int, int] | None = (2, 4)  # first and last layer
     sigma: float = 2.5  # initial bandwidth, one per layer
     learn_sigma: bool = True
@@ -141,8 +140,7 @@ class ImageClassificationRecipe(Recipe):
         return VisionTransformerConfig(
             image_size=self.image_size, patch_size=self.patch_size, num_channels=self.channels, num_labels=self.classes,
             hidden_size=self.width, num_hidden_layers=self.depth, num_attention_heads=self.heads, intermediate_size=self.mlp_width,
-            attention_score=self.score, attention_radius=self.radius, attention_metric=self.metric,
-            attention_random_seed=self.random_support, attention_top_k=self.top_k,
+            attention_score=self.score, attention_radius=self.radius, attention_metric=self.metric, attention_top_k=self.top_k,
             sigma=self.sigma, learn_sigma=self.learn_sigma, norm=self.norm, positions=self.positions,
             layer_norm_eps=self.layer_norm_eps, drop_path=self.drop_path, dropout=self.dropout,
         )
@@ -235,7 +233,19 @@ POST_NORM_VIT = replace(
     published={}, ours=(*UNPUBLISHED, "held_out", "norm"),
 )
 
-# %% ../nbs/20_recipes.ipynb #84b33db8
+# %% ../nbs/20_recipes.ipynb #99107220
+@dataclass(frozen=True)
+class RandomSupportRecipe(ImageClassificationRecipe):
+    "A control: as many candidates as in the window, but at random places."
+
+    random_support: int = 0  # seed of the places, the same in all layers and all runs
+
+    @property
+    def config(self) -> VisionTransformerConfig:
+        "The model's settings."
+        return VisionTransformerConfig(**{**super().config.to_dict(), "attention_random_seed": self.random_support})
+
+# %% ../nbs/20_recipes.ipynb #03018091
 SUPPORTS = {"full": {"radius": None, "top_k": None}, "local": {"top_k": None}, "local_top_k": {}}  # what changes in KViT
 
 
@@ -256,15 +266,17 @@ def ablation_recipes() -> dict[str, ImageClassificationRecipe]:
         ablation_name(score, support, norm): {"score": score, "norm": norm, **change}
         for score in SCORES for support, change in SUPPORTS.items() for norm in ("post", "pre")
     }
-    cells |= {
-        "ablation_random_local/fashion_mnist": {"random_support": 0, "top_k": None},
-        "ablation_random_local_top_k/fashion_mnist": {"random_support": 0},
-        "ablation_fixed_sigma/fashion_mnist": {"learn_sigma": False},
-    }
-    return {
-        name: replace(kvit, name=name, published={}, ours=tuple(dict.fromkeys((*kvit.ours, *change))), **change)
-        for name, change in cells.items() if name not in (kvit.name, POST_NORM_VIT.name)
-    }
+    cells["ablation_fixed_sigma/fashion_mnist"] = {"learn_sigma": False}
+
+    def changed(name, change, kind=ImageClassificationRecipe):
+        common = {f.name: getattr(kvit, f.name) for f in fields(kvit)}
+        return kind(**{**common, "name": name, "published": {}, "ours": tuple(dict.fromkeys((*kvit.ours, *change))), **change})
+
+    recipes = {name: changed(name, change) for name, change in cells.items() if name not in (kvit.name, POST_NORM_VIT.name)}
+    for support in ("local", "local_top_k"):
+        name = f"ablation_random_{support}/fashion_mnist"
+        recipes[name] = changed(name, {"random_support": 0, **SUPPORTS[support]}, RandomSupportRecipe)
+    return recipes
 
 # %% ../nbs/20_recipes.ipynb #102d5bcd
 TABLE_13 = {

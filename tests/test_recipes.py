@@ -95,8 +95,10 @@ def test_ablation_varies_one_thing_at_a_time():
         assert changed <= common
     for name, field in {"random_local_top_k": "random_support", "fixed_sigma": "learn_sigma"}.items():
         recipe = RECIPES[f"ablation_{name}/fashion_mnist"]
-        assert {f.name for f in fields(recipe) if getattr(recipe, f.name) != getattr(RECIPES["kvit_t/fashion_mnist"], f.name)} == {
+        assert {f.name for f in fields(recipe) if getattr(recipe, f.name) != getattr(RECIPES["kvit_t/fashion_mnist"], f.name, None)} == {
             field, "name", "ours", "published"}
+    random, kvit = (RECIPES[name].config.to_dict() for name in ("ablation_random_local_top_k/fashion_mnist", "kvit_t/fashion_mnist"))
+    assert {key for key in random if random[key] != kvit[key]} == {"attention_random_seed"}
 
 
 def test_published_ablation_has_its_rows():
