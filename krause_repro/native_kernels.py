@@ -370,7 +370,7 @@ KRAUSE_INLINE vec keep(uint32_t seed, int64_t column, float dropout) {  // 1 / (
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #ac98d37e
+# %% ../nbs/03_native_kernels.ipynb #ab2b0ea7
 LAYOUT = r"""
 struct View {
   float* data;
@@ -384,6 +384,7 @@ struct Problem {
   int score;
   float dropout;
   int64_t seed;
+  bool rounded;  // is the output known in half precision only?
   View q, k, v, out, grad, dq, dk, dv;
   const float* temperature;  // (H,)
   const bool* mask;          // (B, Tk), or null
@@ -514,21 +515,31 @@ static void band_forward(const Problem& p, int64_t b, int64_t g, int64_t begin, 
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #626a108e
+# %% ../nbs/03_native_kernels.ipynb #a071f1d3
 BAND_BACKWARD = r"""
+// Weight of a row's candidates (zero for all others), before dropout; `above` becomes lowest - E.
+KRAUSE_INLINE vec reweigh(const Row& row, float scale, const float* closed, const float* e, int64_t j, vec& above) {
+  const vec energy = closed == nullptr ? load(e + j) : load(closed + j) > 0.f ? spread(kInf) : load(e + j);
+  const ivec kept = energy <= row.threshold;
+  above = kept ? row.lowest - energy : vec{};
+  return kept ? exp2(above * scale) * row.inverse : vec{};
+}
+
 // One row: energies e and negative products -do·v in s become weights (after dropout) and dS. Returns sum of dS · (lowest - E).
 KRAUSE_INLINE float slopes(const Problem& p, const Row& row, float delta, float scale, uint32_t seed, const float* closed, int64_t column,
                            int64_t n, float* e, float* s, float* columns) {
-  vec along{};
+  const auto mask = [&](int64_t j) { return p.dropout > 0 ? keep(seed, column + j, p.dropout) : spread(1); };
+  vec above{}, along{};
+  if (p.rounded) {  // the output was rounded to half precision: take do·o from the weights
+    vec total{};
+    for (int64_t j = 0; j < n; j += kLanes) total -= reweigh(row, scale, closed, e, j, above) * load(s + j) * mask(j);
+    delta = sum(total);
+  }
   for (int64_t j = 0; j < n; j += kLanes) {
-    const vec energy = closed == nullptr ? load(e + j) : load(closed + j) > 0.f ? spread(kInf) : load(e + j);
-    const ivec kept = energy <= row.threshold;
-    const vec above = kept ? row.lowest - energy : vec{};
-    const vec weight = kept ? exp2(above * scale) * row.inverse : vec{};
-    const vec mask = p.dropout > 0 ? keep(seed, column + j, p.dropout) : spread(1);
-    const vec slope = kept ? weight * (-load(s + j) * mask - delta) : vec{};
+    const vec weight = reweigh(row, scale, closed, e, j, above), kept = mask(j);
+    const vec slope = weight * (-load(s + j) * kept - delta);
     along += slope * above;
-    store(e + j, weight * mask);
+    store(e + j, weight * kept);
     store(s + j, slope);
     if (columns) store(columns + j, load(columns + j) + slope);
   }
@@ -691,7 +702,7 @@ static void lists_backward(const Problem& p, const Lists& lists, int64_t b, int6
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #116e67b5
+# %% ../nbs/03_native_kernels.ipynb #e6ac29f9
 OPERATORS = r"""
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -699,7 +710,7 @@ using OptionalTensor = std::optional<Tensor>;
 // float32, rows contiguous (or, for keys of a forward pass, columns), whole vectors
 static Tensor prepare(const Tensor& x, bool transposed_too = false) {
   Tensor y = x.to(at::kFloat);
-  if (y.size(3) % kLanes) return at::constant_pad_nd(y, {0, kLanes - y.size(3) % kLanes});
+  if (y.size(3) % kLanes) y = at::constant_pad_nd(y, {0, kLanes - y.size(3) % kLanes});
   return y.stride(3) == 1 || (transposed_too && y.stride(2) == 1) ? y : y.contiguous();
 }
 static View view(const Tensor& x) { return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
@@ -829,6 +840,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> differentiate(Call& call, cons
   p.dq = view(dq);
   p.dk = view(dk);
   p.dv = view(dv);
+  p.rounded = out.scalar_type() != at::kFloat;
   p.rows = static_cast<float*>(saved.data_ptr());
   p.dtemperature = dtau.mutable_data_ptr<float>();
   run(p);
@@ -937,7 +949,7 @@ def library_path() -> Path:
     name = f"krause_repro_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     return Path(root) / "krause_repro" / f"{name}.so"
 
-# %% ../nbs/03_native_kernels.ipynb #46011f6b
+# %% ../nbs/03_native_kernels.ipynb #abc25d71
 _BUILD = """
 import json, sys
 from torch.utils import cpp_extension
@@ -960,7 +972,7 @@ def build_kernels() -> Path:  # the compiled library
         built = next(Path(folder).glob(f"{path.stem}*.so"), None)
         if result.returncode or built is None:
             lines = (result.stdout + result.stderr).strip().splitlines() or [f"the build ended with code {result.returncode}"]
-            raise RuntimeError(next((line for line in lines if " error: " in line), lines[-1]).strip())
+            raise RuntimeError(next((line for line in lines if " error: " in line or "not found" in line), lines[-1]).strip())
         os.replace(built, path)
     return path
 
@@ -987,7 +999,7 @@ def kernels_available() -> bool:
     "Can the C++ kernels be used? Builds and loads them at the first call; a failure is warned about once."
     return _load_kernels()
 
-# %% ../nbs/03_native_kernels.ipynb #afab09b6
+# %% ../nbs/03_native_kernels.ipynb #d8a56c92
 def _empty_result(query, key, value, *rest):
     batch, heads, length = query.shape[:3]
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
@@ -1021,6 +1033,10 @@ def _register():
             gradients = getattr(torch.ops.krause_repro, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.numbers)
             return *gradients, *missing
 
+        def refuse(ctx, *gradients):
+            raise RuntimeError("the C++ kernels have no second derivatives; use implementation='reference' or KRAUSE_KERNELS=off")
+
+        torch.library.register_autograd(f"krause_repro::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None)
         torch.library.register_fake(f"krause_repro::{name}", _empty_result)
         torch.library.register_fake(f"krause_repro::{name}_backward", _empty_gradients)
         torch.library.register_autograd(f"krause_repro::{name}", backward, setup_context=save)

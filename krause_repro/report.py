@@ -130,7 +130,7 @@ def readme_results(
         "parameter counts included.",
     ])
 
-# %% ../nbs/40_report.ipynb #e8229add
+# %% ../nbs/40_report.ipynb #d30ed06c
 def _attention_lines(rows):
     "A table row for each case: ratios of the C++ operator and of the PyTorch tiles, forward and forward + backward."
     ratios = {(row["case"], row["name"], row["pass"]): f"{row['ratio']:.2f}" for row in rows}
@@ -150,6 +150,25 @@ def _model_lines(rows):
             yield f"- {row['case']}, {row['pass']}: KViT does {1 / row['ratio']:.2f} times the images per second of the ViT"
 
 
+def _growth_lines(result):
+    "List entries: the dense reference beside the band, growth from 4,096 to 32,768 tokens, and peak memory."
+    seconds = {(row["case"], row["name"], row["pass"]): row["seconds"] for row in result["attention"]["rows"]}
+    times = [(case, dense / seconds[case, "banded, C++", step]) for (case, name, step), dense in seconds.items()
+             if (name, step) == ("dense reference", PASSES[1]) and (case, "banded, C++", step) in seconds]
+    for case, ratio in times[:1]:
+        yield f"- the dense reference takes {ratio:.0f} times as long as the C++ operator, forward + backward ({case})"
+    band = [row for row in result["scaling"]["rows"] if (row["sweep"], row["name"]) == ("length", "banded, C++")]
+    rows = {(row["length"], row["pass"]): row for row in band}
+    short, long = 4096, 32768
+    if {(length, step) for length in (short, long) for step in PASSES} <= rows.keys():
+        growth = [rows[long, step]["seconds"] / rows[short, step]["seconds"] for step in PASSES]
+        many = f"{long:,} tokens instead of {short:,}, {long // short} times as many"
+        yield f"- {many}: {growth[0]:.1f} times the time forward, {growth[1]:.1f} forward + backward"
+        peak = rows[long, PASSES[1]].get("peak_bytes")
+        if peak is not None:
+            yield f"- peak memory at {long:,} tokens, forward + backward, beyond inputs, output and gradients: {peak / 1e6:.1f} MB"
+
+
 def readme_performance(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
@@ -158,7 +177,8 @@ def readme_performance(
     made = f"{result['threads']} threads, {result['device']}, torch {result['versions']['torch']}, float32"
     return "\n\n".join([
         f"Time relative to fused full attention of the same tensors, less than 1 is faster; medians of rounds in turns ({made}):",
-        "\n".join(_attention_lines(result["attention"]["rows"])), "\n".join(_model_lines(result["images"]["rows"])),
+        "\n".join(_attention_lines(result["attention"]["rows"])),
+        "\n".join([*_growth_lines(result), *_model_lines(result["images"]["rows"])]),
     ])
 
 # %% ../nbs/40_report.ipynb #2c3f2750

@@ -9,7 +9,7 @@ whose gap at the k-th place is wider than all rounding (`clear_rows`; the gradie
 tested on small whole numbers, whose energies are exact in every precision: there the survivors must be the same.
 
 Memory that an operator leaves uninitialised is NaN in these tests (`uninitialised_memory_is_nan`).
-`KRAUSE_TEST_EXAMPLES=10 pytest tests/test_fast_attention.py` tries ten times as many examples.
+`KRAUSE_TEST_EXAMPLES=10 pytest --timeout 0 tests/test_fast_attention.py` tries ten times as many examples.
 """
 
 import itertools

@@ -50,7 +50,12 @@ def root_with_results(tmp_path):
     ratios = {"forward": 0.123, "forward + backward": 0.456}
     rows = [{**band, "name": "banded, C++", "pass": step, "ratio": ratio} for step, ratio in ratios.items()]
     images = [{"case": "S", "pass": "forward", "name": "KViT", "ratio": 0.8}]
-    save_result("cost", {"recipes": {}, "attention": {"rows": rows}, "images": {"rows": images}}, "desk", tmp_path)
+    dense = {**band, "name": "dense reference", "pass": "forward + backward", "ratio": 9, "seconds": 20}
+    rows = [*({**row, "seconds": 0.5} for row in rows), dense]
+    lengths = [{"sweep": "length", "name": "banded, C++", "length": length, "pass": step, "seconds": seconds, "peak_bytes": 2.5e6}
+               for length, seconds in ((4096, 0.1), (32768, 0.82)) for step in ratios]
+    result = {"recipes": {}, "attention": {"rows": rows}, "images": {"rows": images}, "scaling": {"rows": lengths}}
+    save_result("cost", result, "desk", tmp_path)
     return tmp_path
 
 
@@ -75,6 +80,7 @@ def test_update_readme_replaces_the_block_and_nothing_else(root_with_results):
     assert text.startswith(f"before\n{block_marks('results')[0]}\n") and text.endswith(f"{block_marks('performance')[1]}\nbetween")
     assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == 2
     assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT does 1.25 times the images per second" in text
+    assert "takes 40 times as long" in text and "8.2 times the time forward, 8.2 forward + backward" in text and "gradients: 2.5 MB" in text
     update_readme(root_with_results)
     assert readme.read_text(encoding="utf-8") == text
 
