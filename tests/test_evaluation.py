@@ -18,8 +18,10 @@ from krause_repro.evaluation import (
     attention_maps,
     curve,
     describe_difference,
+    factor_effect,
     head_maps,
     learned_sigma,
+    obtain_cells,
     paired_difference,
     percent,
     summarise_runs,
@@ -27,8 +29,8 @@ from krause_repro.evaluation import (
     train_seeds,
     training_curves,
 )
-from krause_repro.recipes import RECIPES
-from krause_repro.records import summarise
+from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.records import save_result, summarise
 from krause_repro.training import Run
 
 
@@ -242,3 +244,24 @@ def test_train_seeds_trains_each_seed_of_the_profile(monkeypatch, tmp_path, rest
     assert train_seeds("vit_t/fashion_mnist", "desk", restart, tmp_path, progress=False) == [1, 2, 3]
     recipe = RECIPES["vit_t/fashion_mnist"].at("desk")
     assert calls == [(recipe, seed, tmp_path, restart, False) for seed in (0, 1, 2)]
+
+
+def test_factor_effect_averages_over_the_other_factors_and_skips_what_is_missing():
+    cells = {("A", "x"): [0.80, 0.82], ("B", "x"): [0.81, 0.84], ("A", "y"): [0.70, 0.72], ("B", "y"): [0.73, 0.74], ("B", "z"): [0.1, 0.1]}
+    effect = factor_effect(cells, 0, "B", "A")
+    assert effect["values"] == pytest.approx([0.02, 0.02]) and effect["settings"] == 2
+    assert factor_effect(cells, 1, "x", "y")["values"] == pytest.approx([0.09, 0.10])
+    assert factor_effect(cells, 0, "B", "C") is None and factor_effect(cells, 1, "z", "x")["settings"] == 1
+
+
+def test_cells_without_a_file_are_missing_and_none_at_all_is_an_error(tmp_path):
+    first, second = "ablation_fixed_sigma/fashion_mnist", "ablation_krause_full_post/fashion_mnist"
+    with pytest.raises(FileNotFoundError, match="no results of 'ablations' under profile 'desk'.*TRAIN=missing"):
+        obtain_cells("ablations", [first, second], "desk", "never", root=tmp_path)
+    recipe = get_recipe(first).at("desk")
+    save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict()}, "answer": 42}, "desk", tmp_path)
+    cells = obtain_cells("ablations", [first, second], "desk", "never", root=tmp_path)
+    assert cells[first]["answer"] == 42 and cells[second] is None
+    save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict() | {"lr": 1}}}, "desk", tmp_path)
+    with pytest.raises(ValueError, match="stale"):
+        obtain_cells("ablations", [first], "desk", "never", root=tmp_path)

@@ -31,6 +31,9 @@ EXAMPLES = {
          "train_loss": {"epochs": [0.5, 1, 2], **CURVE}}]},
     "plot_accuracy": {"metric": "test accuracy", "chance": 0.1, "rows": [
         {**NAMED, "values": [0.8, 0.82], "mean": 0.81, "sd": 0.014}, {**NAMED, "values": [0.7], "mean": 0.7, "sd": None}]},
+    "plot_differences": {"counts": 0.01, "rows": [
+        {"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
+        {"label": "C − D", "values": [0.01], "mean": 0.01, "interval": None}]},
     "plot_sigma": {"layers": [1, 2, 3], "seeds": 2, "series": [{**NAMED, "initial": 2.5, **CURVE}]},
     "plot_attention_maps": {"image": [[0.0, 1.0], [0.5, 0.2]], "grid": [2, 2], "query": [0, 1], "rows": [
         {**NAMED, "layer": 1, "heads": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
