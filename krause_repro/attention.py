@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'METRICS', 'IMPLEMENTATIONS', 'single_precision', 'half_square_norm', 'pairwise_energy', 'check_integer',
-           'check_fraction', 'Neighborhood', 'Full', 'CausalWindow', 'GridWindow', 'select', 'normalise',
-           'score_temperature', 'match_heads', 'attention_weights', 'check_attention_arguments', 'weighted_sum',
-           'attend', 'choose_implementation', 'krause_attention', 'krause_attention_weights', 'attention_stages',
-           'mechanism_example', 'merge_heads', 'KrauseAttention']
+           'check_fraction', 'check_positive', 'Neighborhood', 'Full', 'band_mask', 'CausalWindow', 'GridWindow',
+           'select', 'normalise', 'score_temperature', 'match_heads', 'allowed_keys', 'attention_weights',
+           'check_attention_arguments', 'weighted_sum', 'attend', 'choose_implementation', 'krause_attention',
+           'krause_attention_weights', 'attention_stages', 'mechanism_example', 'merge_heads', 'KrauseAttention']
 
 # %% ../nbs/01_attention.ipynb #2c3fbc5a
 import math
@@ -75,6 +75,16 @@ def check_fraction(
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
     return value
 
+# %% ../nbs/01_attention.ipynb #f0aa491d
+def check_positive(
+    name: str,  # the argument's name, for the message
+    value: float,  # the value given
+) -> float:
+    "Return a finite `value` > 0, or raise a `ValueError` that names the argument."
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    return value
+
 # %% ../nbs/01_attention.ipynb #3a342e0f
 class Neighborhood:
     "Which keys a query may consider. Subclasses are frozen dataclasses and implement `build`."
@@ -115,7 +125,18 @@ class Full(Neighborhood):
     def build(self, length):
         return torch.ones(length, length, dtype=torch.bool)
 
-# %% ../nbs/01_attention.ipynb #88d73a5f
+# %% ../nbs/01_attention.ipynb #9cea2f5d
+def band_mask(
+    window: int,  # W, in tokens
+    queries: int,  # the last tokens of the sequence
+    keys: int,  # all tokens of the sequence, or of a stretch that ends with the last query
+    device: torch.device | str = "cpu",  # where the mask is made
+) -> Tensor:  # (queries, keys) bool
+    "Who may consider whom in a causal band: the last `window` tokens, the token itself included."
+    age = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    return (age >= 0) & (age < window)
+
+# %% ../nbs/01_attention.ipynb #afc44b4c
 @dataclass(frozen=True)
 class CausalWindow(Neighborhood):
     "The last `size` tokens, the token itself included (the paper's autoregressive models)."
@@ -126,8 +147,7 @@ class CausalWindow(Neighborhood):
         check_integer("CausalWindow size", self.size, 1)
 
     def build(self, length):
-        distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
-        return (distance >= 0) & (distance < self.size)
+        return band_mask(self.size, length, length)
 
 # %% ../nbs/01_attention.ipynb #6c9ecab1
 METRICS = ("chebyshev", "manhattan")
@@ -227,7 +247,22 @@ def match_heads(
     "Keys or values with one head for each query head; each is shared by H/Hk consecutive query heads."
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
-# %% ../nbs/01_attention.ipynb #eccd860b
+# %% ../nbs/01_attention.ipynb #dcc95cc3
+def allowed_keys(
+    neighborhood: Neighborhood,
+    queries: int,  # Tq, the last tokens of the sequence
+    keys: int,  # Tk ≥ Tq
+    device: torch.device | str,  # of the tensors
+    key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+) -> Tensor | None:  # bool, broadcastable to (B, H, Tq, Tk); None allows all
+    "Who may consider whom: the neighbourhood, without padding."
+    allowed = None if isinstance(neighborhood, Full) else neighborhood.mask(keys, device)[-queries:]
+    if key_mask is None:
+        return allowed
+    padding = key_mask[:, None, None, :]
+    return padding if allowed is None else allowed & padding
+
+# %% ../nbs/01_attention.ipynb #a943df93
 def attention_weights(
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens of the sequence
     key: Tensor,  # (B, Hk, Tk, D); H is a multiple of Hk, and Tk ≥ Tq
@@ -240,10 +275,7 @@ def attention_weights(
 ) -> Tensor:  # (B, H, Tq, Tk), float32 or float64
     "Attention weights of a score on a support: the dense reference of every model in this book."
     energy = pairwise_energy(query, match_heads(key, query.shape[1]), score)
-    allowed = None if isinstance(neighborhood, Full) else neighborhood.mask(key.shape[-2], key.device)[-query.shape[-2]:]
-    if key_mask is not None:
-        padding = key_mask[:, None, None, :]
-        allowed = padding if allowed is None else allowed & padding
+    allowed = allowed_keys(neighborhood, query.shape[-2], key.shape[-2], key.device, key_mask)
     temperature = score_temperature(energy, score, sigma, query.shape[-1])
     return normalise(energy, temperature, allowed, top_k, empty_rows=key_mask is not None)
 

@@ -621,7 +621,7 @@ static void band_backward(const Problem& p, int64_t b, int64_t g, int64_t begin,
 }
 """
 
-# %% ../nbs/03_native_kernels.ipynb #15f43354
+# %% ../nbs/03_native_kernels.ipynb #9504a99d
 LISTS = r"""
 struct Lists {
   const int32_t *begin, *token;
@@ -641,7 +641,7 @@ KRAUSE_INLINE float energy(const float* q, const float* k, int64_t dim) {
 
 template <int S>
 static void lists_forward(const Problem& p, const Lists& lists, int64_t b, int64_t h) {
-  const Buffer e(up(p.keys, kLanes)), unit(1);
+  const Buffer e(up(p.keys, kLanes));
   const float scale = 1.4426950408889634f / p.temperature[h];
   float place = 0;
   for (int64_t i = 0; i < p.queries; ++i) {

@@ -6,7 +6,7 @@
 __all__ = ['SWIN_SIZES', 'window_weights', 'split_windows', 'join_windows', 'shift_mask', 'window_layout', 'check_window',
            'WindowAttention', 'SwinClassifierConfig', 'check_swin_config', 'SwinBlock', 'SwinClassifier']
 
-# %% ../nbs/11_swin.ipynb #791b562a
+# %% ../nbs/11_swin.ipynb #f7074b60
 import math
 from functools import partial
 
@@ -17,7 +17,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTran
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .attention import SCORES, check_fraction, check_integer, merge_heads, pairwise_energy, score_temperature, weighted_sum
+from .attention import SCORES, check_fraction, check_integer, check_positive, merge_heads, pairwise_energy, score_temperature, weighted_sum
+from .vision_transformer import check_pixels
 
 # %% ../nbs/11_swin.ipynb #233e7ed8
 def window_weights(
@@ -79,7 +80,7 @@ def window_layout(
     padded = tuple(n + -n % w for n, w in zip(size, window, strict=True))
     return window, padded, tuple(s if w < n else 0 for n, w, s in zip(padded, window, shift, strict=True))
 
-# %% ../nbs/11_swin.ipynb #66ab0109
+# %% ../nbs/11_swin.ipynb #62519cdf
 def check_window(
     dim: int,  # width of the tokens
     window: tuple[int, int],  # must be ≥ 1
@@ -97,8 +98,7 @@ def check_window(
             raise ValueError(f"shift_size must be smaller than window_size = {w}, got {s}")
     if score not in SCORES:
         raise ValueError(f"attention_score must be one of {', '.join(SCORES)}, got {score!r}")
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be a number > 0, got {sigma!r}")
+    check_positive("sigma", sigma)
 
 # %% ../nbs/11_swin.ipynb #c810e21a
 class WindowAttention(ShiftedWindowAttention):
@@ -226,7 +226,7 @@ class SwinBlock(SwinTransformerBlock):
             maps.append(weights)
         return x + self.stochastic_depth(self.mlp(self.norm2(x)))
 
-# %% ../nbs/11_swin.ipynb #1c8a0495
+# %% ../nbs/11_swin.ipynb #c3b625b2
 class SwinClassifier(PreTrainedModel):
     "torchvision's Swin transformer with a Krause or softmax score in its windows."
 
@@ -276,9 +276,7 @@ class SwinClassifier(PreTrainedModel):
         return_dict: bool = True,
     ) -> ImageClassifierOutput:
         "Class logits, the cross-entropy when labels are given, and what else is asked for."
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
+        check_pixels(pixel_values, self.config)
         x, maps = pixel_values, [] if output_attentions else None
         for part in self.features:
             for layer in part if isinstance(part, nn.Sequential) else [part]:

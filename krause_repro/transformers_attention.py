@@ -6,8 +6,7 @@
 __all__ = ['UNSUPPORTED', 'KrauseSettings', 'krause_settings', 'configure_krause', 'krause_mask', 'krause_attention_forward',
            'load_krause']
 
-# %% ../nbs/05_transformers_attention.ipynb #d8e424bd
-import math
+# %% ../nbs/05_transformers_attention.ipynb #f32d829a
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,10 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
-from .attention import CausalWindow, check_integer, krause_attention, krause_attention_weights
+from .attention import CausalWindow, check_integer, check_positive, krause_attention, krause_attention_weights
 from .ring_cache import ring_positions
 
-# %% ../nbs/05_transformers_attention.ipynb #27c15adf
+# %% ../nbs/05_transformers_attention.ipynb #bf99dd85
 class KrauseSettings(NamedTuple):
     "What `attn_implementation='krause'` reads from a model's configuration, as `krause_sigma`, `krause_window` and `krause_top_k`."
 
@@ -32,8 +31,7 @@ class KrauseSettings(NamedTuple):
 
 def _checked(sigma, window, top_k, prefix=""):
     "The settings, or a `ValueError` that names the one that is wrong."
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
-        raise ValueError(f"{prefix}sigma must be a number > 0, got {sigma!r}")
+    check_positive(f"{prefix}sigma", sigma)
     check_integer(f"{prefix}window", window, 1)
     if top_k is not None:
         check_integer(f"{prefix}top_k", top_k, 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'POSITIONS', 'SIZES', 'VisionTransformerConfig', 'check_vision_config', 'top_k_schedule',
-           'vision_neighborhood', 'rotary_table', 'rotate', 'Block', 'VisionTransformer']
+           'vision_neighborhood', 'rotary_table', 'rotate', 'Block', 'check_pixels', 'VisionTransformer']
 
 # %% ../nbs/10_vision_transformer.ipynb #0509b530
 import math
@@ -182,7 +182,17 @@ class Block(nn.Module):
         x = x + self.drop_path(self.mlp(x if self.post else self.norm2(x)))
         return (self.norm2(x) if self.post else x), weights
 
-# %% ../nbs/10_vision_transformer.ipynb #5fa636a2
+# %% ../nbs/10_vision_transformer.ipynb #8f40f382
+def check_pixels(
+    pixel_values: Tensor,  # must be (B, C, image_size, image_size)
+    config: PreTrainedConfig,  # of the model, with `num_channels` and `image_size`
+) -> None:
+    "Raise a `ValueError` that names the shape which a model's images must have."
+    expected = (config.num_channels, config.image_size, config.image_size)
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise ValueError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
+
+# %% ../nbs/10_vision_transformer.ipynb #c1310639
 class VisionTransformer(PreTrainedModel):
     "Patches, CLS token and learned positions, blocks, final norm, and a linear head on the CLS token."
 
@@ -231,9 +241,7 @@ class VisionTransformer(PreTrainedModel):
         pixel_values: Tensor,  # (B, C, image_size, image_size)
     ) -> Tensor:  # (B, 1 + patches, d)
         "CLS token and patches in row-major order, with their positions."
-        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
+        check_pixels(pixel_values, self.config)
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.position_embedding
 
