@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma',
            'summarise_runs', 'head_maps', 'attention_maps', 'paired_difference', 'describe_difference', 'percent',
-           'accuracy_table', 'accuracy_differences', 'obtain_cells', 'factor_effect']
+           'accuracy_table', 'accuracy_differences', 'provenance_table', 'obtain_cells', 'factor_effect']
 
 # %% ../nbs/23_evaluation.ipynb #d385f329
 from pathlib import Path
@@ -197,7 +197,23 @@ def accuracy_differences(
 
     return "\n".join(f"- {sentence(*pair)}." for pair in pairs)
 
-# %% ../nbs/23_evaluation.ipynb #47f992ae
+# %% ../nbs/23_evaluation.ipynb #596e8812
+def provenance_table(
+    models: dict[str, dict],  # by recipe: "label" and what `summarise_runs` gives
+) -> str:  # Markdown
+    "Where the numbers come from: seeds, test images, minutes, threads, commit, versions and device of each model's runs."
+    def line(m):
+        minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in m["seconds"]["values"])
+        commits = [str(commit)[:10] for commit in m["commits"]]
+        seeds, threads, commits = (", ".join(dict.fromkeys(map(str, values))) for values in (m["seeds"], m["threads"], commits))
+        return f"| {m['label']} | {seeds} | {m['test_images']:,} | {minutes} | {threads} | {commits} |"
+
+    head = "| model | seeds | test images | minutes per run | threads | commit |\n|" + " --- |" * 6
+    made = dict.fromkeys(f"Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}; {m['device']}"
+                         for m in models.values() for v in [m["versions"]])
+    return "\n".join([head, *map(line, models.values())]) + "\n\n" + " · ".join(made)
+
+# %% ../nbs/23_evaluation.ipynb #d882274f
 def obtain_cells(
     experiment: str,  # folder of the results
     names: list[str],  # keys of `RECIPES`
@@ -206,7 +222,7 @@ def obtain_cells(
     runs: str | Path = "runs",  # folder of run directories, relative to the project
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict | None]:  # by recipe: what `summarise_runs` gives; None where there is no result
-    "The results of all cells of an ablation, each loaded or made as `train` says. Raises `FileNotFoundError` if there is none at all."
+    "The results of all cells of an ablation, each loaded or made as `train` says."
     cells = {}
     for name in names:
         recipe, file = get_recipe(name).at(profile), f"{experiment}/{name.partition('/')[0]}"
@@ -218,10 +234,6 @@ def obtain_cells(
             return summarise_runs(train_seeds(name, profile, restart=train == "always", runs=runs, progress=False))
 
         cells[name] = obtain_result(file, profile, train, [recipe], make, root)
-    if not any(cells.values()):
-        raise FileNotFoundError(
-            f"no results of {experiment!r} under profile {profile!r}; make them with: make figures PROFILE={profile} TRAIN=missing"
-        )
     return cells
 
 # %% ../nbs/23_evaluation.ipynb #07b26bf0
