@@ -8,10 +8,10 @@ __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'C
            'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'GridCase', 'ImageCase', 'CostRecipe',
            'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
            'bench_attention', 'bench_grids', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling',
-           'fitted_exponent', 'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'bench_dynamics',
-           'bench_cost', 'format_rows', 'report_benchmark']
+           'fitted_exponent', 'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'TimedCollator',
+           'StepClock', 'bench_training', 'bench_dynamics', 'bench_cost', 'format_rows', 'report_benchmark']
 
-# %% ../nbs/28_benchmarks.ipynb #3ee82928
+# %% ../nbs/28_benchmarks.ipynb #e06e1707
 import json
 import math
 import multiprocessing
@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,13 +30,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import TrainerCallback
 
 from .attention import CausalWindow, GridWindow, attend
+from .data import load_splits
 from .dynamics import flow, uniform_sphere
 from .fast_attention import banded_tiles, gathered_rows, sdpa_attention
 from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import ImageClassificationRecipe, Recipe, get_recipe
 from .records import environment, project_root, write_json
+from .training import build_trainer
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/28_benchmarks.ipynb #e3357abb
@@ -548,6 +552,54 @@ def bench_images(
                 rows.append({"case": case.title, "pass": step, **speed, **row})
     return {"benchmark": "images", "rows": rows}
 
+# %% ../nbs/28_benchmarks.ipynb #5e9b3a50
+class TimedCollator:
+    "A collator with a clock around it."
+
+    def __init__(self, collator: Callable):
+        self.collator, self.seconds = collator, []
+
+    def __call__(self, examples: list[dict]) -> dict:
+        start = time.perf_counter()
+        batch = self.collator(examples)
+        self.seconds.append(time.perf_counter() - start)
+        return batch
+
+
+class StepClock(TrainerCallback):
+    "The clock and the processor time at the end of each step."
+
+    def __init__(self):
+        self.wall, self.processor = [], []
+
+    def on_step_end(self, args, state, control, **_):
+        self.wall.append(time.perf_counter())
+        self.processor.append(time.process_time())
+
+# %% ../nbs/28_benchmarks.ipynb #ca913de0
+def bench_training(
+    recipe: ImageClassificationRecipe | None = None,  # under its profile; None: KViT's desk recipe
+    steps: int = 200,  # timed
+    warmup: int = 20,  # steps before them that do not count
+) -> dict:  # "rows", and "busy": processor seconds / (seconds × threads)
+    "Seconds of a step of real training, the collator's part of it, and how busy the processor's cores are."
+    recipe = recipe or get_recipe("kvit_t/fashion_mnist").at("desk")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        trainer = build_trainer(recipe, VisionTransformer(recipe.config), load_splits(recipe), Path(folder), progress=False)
+        trainer.args.max_steps, trainer.args.eval_strategy, trainer.args.save_strategy = warmup + steps, "no", "no"
+        trainer.args.load_best_model_at_end = False
+        trainer.data_collator = collator = TimedCollator(trainer.data_collator)
+        clock = StepClock()
+        trainer.add_callback(clock)
+        trainer.train()
+    wall, processor = (times[-1] - times[warmup - 1] for times in (clock.wall, clock.processor))
+    each = [after - before for before, after in zip(clock.wall[warmup - 1:], clock.wall[warmup:], strict=False)]
+    step, collate = statistics.median(each), statistics.median(collator.seconds[warmup:warmup + steps])
+    case = f"{recipe.name}, {recipe.profile}, batch {recipe.batch_size}"
+    rows = [{"case": case, "name": "training step", "seconds": step}, {"case": case, "name": "its collator", "seconds": collate}]
+    return {"benchmark": "training", "rows": rows, "steps": steps, "busy": processor / (wall * torch.get_num_threads())}
+
 # %% ../nbs/28_benchmarks.ipynb #8ac3d072
 def bench_dynamics(
     steps: int = 1000,  # of the integrator
@@ -586,7 +638,7 @@ def format_rows(
         lines.append(f"{what} {1000 * row['seconds']:>9.1f} {ratio:>7}  {quartiles:<13} {memory:>8}".rstrip())
     return "\n".join(lines)
 
-# %% ../nbs/28_benchmarks.ipynb #2e1c9291
+# %% ../nbs/28_benchmarks.ipynb #20ef75d8
 def report_benchmark(
     make: Callable[[], dict],  # measures
 ) -> None:
@@ -595,11 +647,13 @@ def report_benchmark(
     print(format_rows(result["rows"]))
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})")
+    if "busy" in result:
+        print(f"cores busy: {100 * result['busy']:.0f}% (processor seconds / seconds × threads)")
     print(f"medians of interleaved rounds; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
     path = write_json(project_root() / "runs" / "bench" / f"{result['benchmark']}.json", result)
     print(f"saved to {path}")
 
-# %% ../nbs/28_benchmarks.ipynb #9db91f41
+# %% ../nbs/28_benchmarks.ipynb #3af7effe
 def _attention_and_models():
     "Attention with its memory, and KViT against ViT as whole models."
     attention = bench_attention()
@@ -619,5 +673,6 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "selection": lambda: report_benchmark(bench_selection),
     "scaling": lambda: report_benchmark(_scaling_with_memory),
     "training-step": lambda: report_benchmark(lambda: bench_images(passes=("training step",)) | {"benchmark": "training-step"}),
+    "training": lambda: report_benchmark(bench_training),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }

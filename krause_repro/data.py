@@ -4,31 +4,40 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR_MEAN', 'CIFAR_STD', 'DATA', 'FASHION_MNIST_CLASSES', 'FASHION_MNIST_FILES',
-           'SPLIT_SEED', 'DataSpec', 'check_dataset', 'download_folder', 'find_source', 'fetch', 'read_idx', 'ImageSet',
-           'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip', 'Collator', 'Splits',
-           'load_splits', 'check_classes']
+           'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'UNREADABLE', 'SKIP_HINT', 'DAMAGE',
+           'SMALL_FOLDER', 'SPLIT_SEED', 'AUGMENTATIONS', 'DataSpec', 'check_dataset', 'download_folder', 'find_source',
+           'fetch', 'read_idx', 'photograph_folder', 'check_unreadable', 'read_image', 'damaged_images', 'scan',
+           'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip', 'Collator',
+           'Splits', 'load_splits', 'check_classes']
 
-# %% ../nbs/21_data.ipynb #9c983e75
+# %% ../nbs/21_data.ipynb #27c16368
+import copy
 import gzip
 import hashlib
 import math
 import os
 import shutil
+import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from .recipes import ImageClassificationRecipe
+from .records import read_json, write_json
 
-# %% ../nbs/21_data.ipynb #806e1484
+# %% ../nbs/21_data.ipynb #0de1ba99
 @dataclass(frozen=True)
 class DataSpec:
     "The facts of an image data set."
@@ -41,6 +50,7 @@ class DataSpec:
     std: tuple[float, ...]
     package: str | None = None  # Debian package that holds it
     package_folder: str | None = None  # where that package puts it
+    folders: bool = False  # files in train/<class>/ and val/<class>/, of any number?
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,7 +61,8 @@ DATA = {
     ),
     "cifar10": DataSpec(10, 3, 50_000, 10_000, CIFAR_MEAN, CIFAR_STD),
     "cifar100": DataSpec(100, 3, 50_000, 10_000, CIFAR_MEAN, CIFAR_STD),
-    "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, IMAGENET_MEAN, IMAGENET_STD),
+    "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, IMAGENET_MEAN, IMAGENET_STD, folders=True),
+    "photographs": DataSpec(2, 3, 48, 16, IMAGENET_MEAN, IMAGENET_STD, folders=True),
 }
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -83,15 +94,15 @@ FASHION_MNIST_FILES = {  # SHA-256 of the uncompressed files
 def _idx_file(folder, stem):
     return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
 
-# %% ../nbs/21_data.ipynb #a6ebd97f
+# %% ../nbs/21_data.ipynb #93501d8b
 def _holds(name: str, folder: Path) -> bool:
     if name == "fashion_mnist":
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
-    if name == "imagenet":
+    if DATA[name].folders:
         return (folder / "train").is_dir() and (folder / "val").is_dir()
     return (folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]).is_dir()
 
-# %% ../nbs/21_data.ipynb #347a0a67
+# %% ../nbs/21_data.ipynb #4726b4b5
 def find_source(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder; if given, no other place is tried
@@ -99,7 +110,11 @@ def find_source(
     "The folder that holds the data set. `FileNotFoundError` with every place looked in if there is none."
     spec = check_dataset(name)
     base = download_folder()
-    places = [base / "FashionMNIST" / "raw", base] if name == "fashion_mnist" else [base, base / name]
+    places = [base, base / name]
+    if name == "fashion_mnist":
+        places = [base / "FashionMNIST" / "raw", base]
+    elif name == "photographs":
+        places = [base / name]  # a train/ and a val/ right in `base` are ImageNet's
     if spec.package_folder:
         places.insert(0, Path(spec.package_folder))
     if source is not None:
@@ -130,7 +145,7 @@ def _download(name: str) -> None:
     }
     classes[name](download_folder(), download=True)
 
-# %% ../nbs/21_data.ipynb #d098eaa1
+# %% ../nbs/21_data.ipynb #e9be8dc4
 def fetch(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder; if given, it is only looked into
@@ -143,6 +158,8 @@ def fetch(
         if source is not None or name == "imagenet":
             raise
         tried = str(missing)
+    if name == "photographs":
+        return photograph_folder(download_folder() / name)
     if spec.package and _install_package(spec.package):
         return find_source(name)
     try:
@@ -194,6 +211,113 @@ def _read_cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{folder} does not hold a whole {name} (torchvision: {error}); delete it and get it again") from error
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
+# %% ../nbs/21_data.ipynb #32db7d64
+PHOTOGRAPH_CROP = 240  # pixels a side
+PHOTOGRAPH_PLACES = {  # top left corners of the crops in a picture of 427×640 pixels
+    "train": [(top, left) for top in range(0, 188, 62) for left in range(0, 161, 32)],
+    "val": [(top, 400) for top in range(0, 188, 26)],
+}
+PHOTOGRAPH_NOTE = """Two photographs, cropped: an exercise of the ImageNet path, no measure of anything.
+
+china.jpg and flower.jpg are distributed with scikit-learn (sklearn.datasets.load_sample_images) under the licence
+CC BY 2.0; some rights reserved by their photographers, flickr.com/photos/danielbuechele and flickr.com/photos/vultilion.
+"""
+
+
+def photograph_folder(
+    path: str | Path,  # the folder to make; returned as it is if it is there already
+) -> Path:
+    "scikit-learn's two photographs as squares of 240 pixels in train/ and val/, one folder for each: an exercise, no measure of anything."
+    from sklearn.datasets import load_sample_image  # takes a second to import, and nothing else here needs it
+
+    path = Path(path)
+    if (path / "train").is_dir() and (path / "val").is_dir():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        folder = Path(temporary) / path.name
+        for name in ("china", "flower"):
+            picture = Image.fromarray(load_sample_image(f"{name}.jpg"))
+            for split, places in PHOTOGRAPH_PLACES.items():
+                (folder / split / name).mkdir(parents=True)
+                for top, left in places:
+                    crop = picture.crop((left, top, left + PHOTOGRAPH_CROP, top + PHOTOGRAPH_CROP))
+                    crop.save(folder / split / name / f"{top:03}_{left:03}.jpg", quality=95)
+        (folder / "README.txt").write_text(PHOTOGRAPH_NOTE, encoding="utf-8")
+        folder.rename(path)
+    return path
+
+# %% ../nbs/21_data.ipynb #98de87bc
+UNREADABLE = ("stop", "skip")
+SKIP_HINT = "mend or remove it, or leave such files out with unreadable='skip' (krause-repro train --unreadable skip)"
+
+
+def check_unreadable(
+    unreadable: str,
+) -> str:
+    "Return `unreadable`, or raise a `ValueError` that lists the choices."
+    if unreadable not in UNREADABLE:
+        raise ValueError(f"unreadable must be one of {', '.join(UNREADABLE)}, got {unreadable!r}")
+    return unreadable
+
+# %% ../nbs/21_data.ipynb #d031bfe7
+DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises for damaged files
+
+
+def read_image(
+    path: str | Path,  # a file that should be an image
+) -> Image.Image:
+    "The image as RGB. A file that cannot be decoded is a `ValueError` that names it; trouble of the disk stays an `OSError`."
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        if error.errno is not None:  # the system's errors have a number, Pillow's own have none
+            raise
+        reason = error
+    except DAMAGE as error:
+        reason = error
+    raise ValueError(f"{path} is not a readable image ({reason}); {SKIP_HINT}") from reason
+
+# %% ../nbs/21_data.ipynb #8a180c66
+def damaged_images(
+    paths: list[str],  # image files
+) -> list[str]:  # those that cannot be decoded
+    "Decode every image, in a pool of threads."
+    def damaged(chunk):
+        found = []
+        for path in chunk:
+            try:
+                read_image(path)
+            except ValueError:
+                found.append(path)
+        return found
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        return [path for found in pool.map(damaged, [paths[i:i + 64] for i in range(0, len(paths), 64)]) for path in found]
+
+# %% ../nbs/21_data.ipynb #daf6e5bb
+SMALL_FOLDER = 10_000  # images; so many are decoded in seconds
+
+
+def scan(
+    paths: list[str],  # image files
+) -> list[str]:  # those that cannot be decoded
+    "`damaged_images`; of a large folder the result is remembered for as long as no file changes."
+    if len(paths) <= SMALL_FOLDER:
+        return damaged_images(paths)
+    facts = hashlib.sha256()
+    for path in paths:
+        state = os.stat(path)
+        facts.update(f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    kept = download_folder() / "scans" / f"{facts.hexdigest()[:32]}.json"
+    if kept.is_file():
+        return read_json(kept)
+    found = damaged_images(paths)
+    with suppress(OSError):  # a folder that may not be written to is no reason to lose the result
+        write_json(kept, found)
+    return found
+
 # %% ../nbs/21_data.ipynb #dd366f53
 class ImageSet(Dataset):
     "Images (N, C, H, W) as bytes, and their classes (N,)."
@@ -216,12 +340,36 @@ class ImageSet(Dataset):
         "The images at `indices`."
         return ImageSet(self.images[indices], self.labels[indices])
 
-# %% ../nbs/21_data.ipynb #4ecc1870
+# %% ../nbs/21_data.ipynb #7e016813
 class ImageFolderSet(Dataset):
-    "Images in one folder per class, decoded and transformed when asked for."
+    "Images in one folder per class, decoded and transformed when asked for; `left_out` names those that cannot be decoded."
 
-    def __init__(self, folder: Path, transform: Callable):
-        self.data = torchvision.datasets.ImageFolder(folder, transform)
+    def __init__(self, folder: Path, transform: Callable, unreadable: str = "stop"):
+        check_unreadable(unreadable)
+        try:
+            self.data = torchvision.datasets.ImageFolder(folder, transform, loader=read_image)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} must hold one folder of images for each class: {error}") from error
+        self.left_out, paths = [], [path for path, _ in self.data.samples]
+        if unreadable == "skip":
+            self._leave_out(scan(paths))
+        elif len(paths) <= SMALL_FOLDER and (damaged := damaged_images(paths)):
+            raise ValueError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded, the first is {damaged[0]}; {SKIP_HINT}")
+
+    def _leave_out(self, damaged):
+        gone, root = set(damaged), Path(self.data.root)
+        self.data.samples = self.data.imgs = [sample for sample in self.data.samples if sample[0] not in gone]
+        self.data.targets = [label for _, label in self.data.samples]
+        if empty := set(range(len(self.data.classes))) - set(self.data.targets):
+            raise ValueError(f"{root} has no readable image of class {', '.join(self.data.classes[i] for i in sorted(empty)[:5])}")
+        self.left_out = [str(Path(path).relative_to(root.parent)) for path in damaged]
+
+    def seen_through(self, transform: Callable) -> "ImageFolderSet":
+        "The same images under another transform, without looking through the folder again."
+        other = copy.copy(self)
+        other.data = copy.copy(self.data)
+        other.data.transform = transform
+        return other
 
     def __len__(self) -> int:
         return len(self.data)
@@ -244,20 +392,23 @@ def imagenet_transform(
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=how), v2.RandomHorizontalFlip()]
     return v2.Compose([*crop, *colour, v2.RandAugment(2, 9), v2.PILToTensor()])
 
-# %% ../nbs/21_data.ipynb #8a305f1d
+# %% ../nbs/21_data.ipynb #1b4cc017
 def load(
     name: str,  # key of `DATA`
     split: str,  # "train" or "test"
     source: str | Path | None = None,  # the user's folder
-    transform: Callable | None = None,  # ImageNet only: from a PIL image to a tensor of bytes
+    transform: Callable | None = None,  # folders only: from a PIL image to a tensor of bytes
+    unreadable: str = "stop",  # folders only: "stop" at an image that cannot be decoded, or "skip" it
 ) -> ImageSet | ImageFolderSet:
     "A data set's training or test part (for ImageNet its validation part). Checked as far as its files allow."
     spec = check_dataset(name)
+    check_unreadable(unreadable)
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    folder = find_source(name, source)
-    if name == "imagenet":
-        return ImageFolderSet(folder / ("train" if split == "train" else "val"), transform or imagenet_transform(training=False))
+    folder = fetch(name, source) if name == "photographs" else find_source(name, source)  # photographs are made, not downloaded
+    if spec.folders:
+        part = folder / ("train" if split == "train" else "val")
+        return ImageFolderSet(part, transform or imagenet_transform(training=False), unreadable)
     images, labels = _read_fashion_mnist(folder, split) if name == "fashion_mnist" else _read_cifar(name, folder, split)
     expected = spec.train if split == "train" else spec.test
     if len(images) != expected or len(labels) != expected:
@@ -297,7 +448,12 @@ def random_crop_flip(
     index = torch.arange(batch)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
-# %% ../nbs/21_data.ipynb #8f4a602f
+# %% ../nbs/21_data.ipynb #40827448
+AUGMENTATIONS = {  # crop and flip in the collator? erase in the collator?
+    "crop_flip": (True, False), "crop_flip_erase": (True, True), "imagenet": (False, True), "imagenet_jitter": (False, True),
+}
+
+
 class Collator:
     "From a list of images in bytes to a batch for the model; with `training`, augmented, mixed and smoothed (paper, appendix)."
 
@@ -305,13 +461,17 @@ class Collator:
         self,
         recipe: ImageClassificationRecipe,  # says how to augment, mix and smooth
         training: bool,  # augment, mix and smooth? Else only normalise
+        channels_last: bool = False,  # lay pixels out with their channels side by side, as the tensor cores of GPUs like it?
     ):
         spec = check_dataset(recipe.dataset)
+        if recipe.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {recipe.augmentation!r}")
+        crop, erase = AUGMENTATIONS[recipe.augmentation]
         self.mean, self.std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (spec.mean, spec.std))
         self.training, self.classes, self.smoothing = training, recipe.classes, recipe.label_smoothing
-        self.padding = recipe.crop_padding if recipe.augmentation == "crop_flip" else None
-        self.erase = v2.RandomErasing(0.25) if recipe.augmentation.startswith("imagenet") else None
-        self.mix = None
+        self.padding = recipe.crop_padding if crop else None
+        self.erase = v2.RandomErasing(0.25) if erase else None
+        self.mix, self.channels_last = None, channels_last
         if recipe.cutmix_probability is not None:
             mixes = [v2.CutMix(alpha=recipe.cutmix_alpha, num_classes=recipe.classes),
                      v2.MixUp(alpha=recipe.mixup_alpha, num_classes=recipe.classes)]
@@ -325,17 +485,22 @@ class Collator:
         if self.training and self.padding is not None:
             images = random_crop_flip(images, self.padding)
         pixels = (images.float() / 255 - self.mean) / self.std
-        if not self.training:
-            return {"pixel_values": pixels, "labels": labels}
+        if self.training:
+            pixels, labels = self._augment(pixels, labels)
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return {"pixel_values": pixels, "labels": labels}
+
+    def _augment(self, pixels, labels):
         if self.erase:
             pixels = torch.stack([self.erase(image) for image in pixels])
         if self.mix:
             pixels, labels = self.mix(pixels, labels)
         else:
             labels = torch.nn.functional.one_hot(labels, self.classes).float()
-        return {"pixel_values": pixels, "labels": labels * (1 - self.smoothing) + self.smoothing / self.classes}
+        return pixels, labels * (1 - self.smoothing) + self.smoothing / self.classes
 
-# %% ../nbs/21_data.ipynb #e96ec923
+# %% ../nbs/21_data.ipynb #3cb0d3d5
 @dataclass(frozen=True)
 class Splits:
     "The three parts of an experiment's data."
@@ -343,22 +508,25 @@ class Splits:
     train: Dataset
     held_out: Dataset
     test: Dataset
+    left_out: tuple[str, ...] = ()  # files that could not be decoded, of training and test part
 
 
 def load_splits(
     recipe: ImageClassificationRecipe,  # says which data, how many held out, and whether subsets are used
     source: str | Path | None = None,  # the user's folder
+    unreadable: str = "stop",  # "stop" at an image that cannot be decoded, or "skip" it
 ) -> Splits:
     "Training, held-out and test images of a recipe; subsets are drawn once by a fixed seed."
-    if recipe.dataset == "imagenet":
+    left_out = ()
+    if check_dataset(recipe.dataset).folders:
         jitter = recipe.augmentation == "imagenet_jitter"
-        train = load("imagenet", "train", source, imagenet_transform(True, recipe.image_size, jitter))
-        plain = load("imagenet", "train", source, imagenet_transform(False, recipe.image_size, jitter))
-        test = load("imagenet", "test", source, imagenet_transform(False, recipe.image_size, jitter))
-        check_classes(train, test, recipe.classes)
+        changing, fixed = (imagenet_transform(training, recipe.image_size, jitter) for training in (True, False))
+        plain, test = (load(recipe.dataset, split, source, fixed, unreadable) for split in ("train", "test"))
+        check_classes(plain, test, recipe.classes)
+        train, left_out = plain.seen_through(changing), (*plain.left_out, *test.left_out)
     else:
-        train = plain = load(recipe.dataset, "train", source)
-        test = load(recipe.dataset, "test", source)
+        train, test = (load(recipe.dataset, split, source, unreadable=unreadable) for split in ("train", "test"))
+        plain = train
     kept, held_out = split_held_out(len(train), recipe.held_out, recipe.train_images)
     if recipe.test_images is None:
         tested = torch.arange(len(test))
@@ -366,7 +534,7 @@ def load_splits(
         tested = split_held_out(len(test), recipe.test_images)[1]
     else:
         raise ValueError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
-    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))))
+    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out)
 
 # %% ../nbs/21_data.ipynb #760ec2d2
 def check_classes(

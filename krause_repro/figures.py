@@ -6,7 +6,8 @@
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'STATISTICS',
            'STAGES', 'MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
            'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves',
-           'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps', 'plot_scaling', 'plot_ratios']
+           'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps', 'plot_depth', 'plot_scaling',
+           'plot_ratios']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -527,44 +528,68 @@ def _check_maps(image: np.ndarray, grid: list[int], query: list[int] | str) -> N
     if query != "cls" and not (np.shape(query) == (2,) and all(0 <= q < n for q, n in zip(query, grid, strict=True))):
         raise ValueError(f"query is {query!r}; give 'cls' or [row, column] inside of the grid {grid}")
 
-# %% ../nbs/25_figures.ipynb #58e1954f
-def _attention_row(axes: np.ndarray, entry: dict, where: str, grid: list[int], query: list[int] | str) -> None:
-    "Draw the maps of all heads of one row with a colour bar; axes without a head are switched off."
-    heads = _take(entry, where, "heads")[0]
-    sizes, cells = {np.size(head) for head in heads}, grid[0] * grid[1]
+# %% ../nbs/25_figures.ipynb #98e35a5b
+def _attention_row(axes: np.ndarray, entry: dict, where: str, grid: list[int]) -> None:
+    "Draw an image and the maps beside it with a colour bar; axes without a map are switched off."
+    label, kind, image, query, maps = _take(entry, where, "label", "kind", "image", "query", "maps")
+    image = np.asarray(image, float)
+    _check_maps(image, grid, query)
+    sizes, cells = {np.size(weights) for weights in maps}, grid[0] * grid[1]
     if sizes != {cells}:
-        raise ValueError(f"{where} has heads of {sorted(sizes)} weights; the grid {grid} needs {cells}")
-    by_cls = entry.get("cls_weight") or [None] * len(heads)
-    _same_length(where, heads=heads, cls_weight=by_cls)
-    for ax, head, weight in zip(axes, heads, by_cls, strict=False):
-        drawn = ax.imshow(np.reshape(head, grid), vmin=0, vmax=np.max(heads))
+        raise ValueError(f"{where} has maps of {sorted(sizes)} weights; the grid {grid} needs {cells}")
+    by_cls = entry.get("cls_weight") or [None] * len(maps)
+    _same_length(where, maps=maps, cls_weight=by_cls)
+    axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+    axes[0].set_ylabel(label, color=_colour(kind, where), weight="bold")
+    axes[0].set_xlabel("query: CLS" if query == "cls" else "", size=8)
+    _mark_query(axes[0], query, image.shape[0] / grid[0], image.shape[1] / grid[1])
+    for ax, weights, by in zip(axes[1:], maps, by_cls, strict=False):
+        drawn = ax.imshow(np.reshape(weights, grid), vmin=0, vmax=np.max(maps))
         _mark_query(ax, query)
-        ax.set_xlabel("" if weight is None else f"CLS {weight:.2f}", size=8)
-    for ax in axes[len(heads):]:
+        ax.set_xlabel("" if by is None else f"CLS {by:.2f}", size=8)
+    for ax in axes[1 + len(maps):]:
         ax.set_axis_off()
-    axes[0].figure.colorbar(drawn, ax=list(axes), aspect=12, ticks=MaxNLocator(3), label="weight")
+    axes[0].figure.colorbar(drawn, ax=list(axes[1:]), aspect=12, ticks=MaxNLocator(3), label="weight")
 
-# %% ../nbs/25_figures.ipynb #eedb0d7d
+# %% ../nbs/25_figures.ipynb #a24f83f6
 @house_style()
 def plot_attention_maps(
-    data: dict,  # {"image": 2-D or RGB in 0..1, "grid": [h, w], "query": [row, column] or "cls", "rows": [dicts, see above]}
+    data: dict,  # {"grid": [h, w], "columns": titles of the maps, "rows": [dicts, see above]}
 ) -> Figure:
-    "An image with its query and the attention of every head, a row per model and layer. Source: paper, Figures 3, 8 and 9."
-    image, grid, query, rows = _take(data, "data", "image", "grid", "query", "rows")
-    image, entries = np.asarray(image, float), _take_each(rows, "data['rows']", "label", "kind", "layer", "heads")
-    _check_maps(image, grid, query)
-    columns = 1 + max(len(heads) for *_, heads in entries)
+    "Images, each with a query and the attention of every head or layer. Source: paper, Figures 3, 8 and 9."
+    grid, titles, rows = _take(data, "data", "grid", "columns", "rows")
+    maps = [maps for (maps,) in _take_each(rows, "data['rows']", "maps")]
+    if max(map(len, maps)) != len(titles):
+        raise ValueError(f"data['columns'] has {len(titles)} titles for rows of up to {max(map(len, maps))} maps")
+    columns = 1 + len(titles)
     fig, axes = new_figure(0.35 + len(rows) * ((WIDTH - 1.35) / columns + 0.2), len(rows), columns)
     for ax in axes.flat:
         _bare(ax)
-    for i, (label, kind, layer, _) in enumerate(entries):
-        axes[i, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        axes[i, 0].set_ylabel(f"{label}\nlayer {layer}", color=_colour(kind, f"data['rows'][{i}]"), weight="bold")
-        _mark_query(axes[i, 0], query, image.shape[0] / grid[0], image.shape[1] / grid[1])
-        _attention_row(axes[i, 1:], rows[i], f"data['rows'][{i}]", grid, query)
-    for j, ax in enumerate(axes[0]):
-        name = f"head {j}" if columns < 11 or j == 1 else str(j)
-        ax.set_title(name if j else "CLS query" if query == "cls" else "query")
+    for i, row in enumerate(rows):
+        _attention_row(axes[i], row, f"data['rows'][{i}]", grid)
+    for ax, title in zip(axes[0], ["image", *titles], strict=True):
+        ax.set_title(title)
+    return fig
+
+# %% ../nbs/25_figures.ipynb #c609ec0f
+@house_style()
+def plot_depth(
+    data: dict,  # {"panels": [{"quantity", "first": layer, "series": [{"label", "kind", "mean": [L], "sd": [L] or None}]}], "seeds"}
+) -> Figure:
+    "Quantities over the layers of several models: mean and standard deviation over seeds."
+    panels, seeds = _take(data, "data", "panels", "seeds")
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    fig, axes = new_figure(0.9 + 2.3 * rows, rows, columns)
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    for p, (quantity, first, series) in enumerate(_take_each(panels, "data['panels']", "quantity", "first", "series")):
+        ax, where = axes.flat[p], f"data['panels'][{p}]['series']"
+        for i, style in enumerate(_line_styles(series, where)):
+            layers = range(first, first + len(_take(series[i], f"{where}[{i}]", "mean")[0]))
+            _curve(ax, layers, series[i], f"{where}[{i}]", style, marker="o", markersize=4)
+        ax.set(ylabel=quantity, xlabel="layer", xticks=layers)
+    _legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
     return fig
 
 # %% ../nbs/25_figures.ipynb #822e5cf6

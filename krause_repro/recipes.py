@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'DESK', 'SMOKE', 'IMAGE_DATA', 'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13',
-           'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile', 'Recipe', 'ParticleRecipe',
-           'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name', 'image_classification_recipes',
-           'RandomSupportRecipe', 'ablation_name', 'ablation_recipes', 'published_ablation_recipes', 'get_recipe']
+           'SWIN_DESK', 'SWIN_SMOKE', 'UNPUBLISHED_SWIN', 'PARTICLE_FIELDS', 'RECIPES', 'published_tables',
+           'check_profile', 'Recipe', 'ParticleRecipe', 'ImageClassificationRecipe', 'parse_row', 'image_settings',
+           'row_name', 'image_classification_recipes', 'RandomSupportRecipe', 'ablation_name', 'ablation_recipes',
+           'published_ablation_recipes', 'SwinRecipe', 'swin_recipes', 'PhotographRecipe', 'photograph_recipes',
+           'get_recipe']
 
-# %% ../nbs/20_recipes.ipynb #22ebc99b
+# %% ../nbs/20_recipes.ipynb #3ebcbdf4
 import difflib
 import hashlib
 import json
@@ -17,6 +19,7 @@ from functools import lru_cache
 from importlib.resources import files
 
 from .attention import SCORES
+from .swin import SWIN_SIZES, SwinClassifierConfig
 from .vision_transformer import SIZES, VisionTransformerConfig
 
 # %% ../nbs/20_recipes.ipynb #57bd3086
@@ -89,7 +92,7 @@ class ParticleRecipe(Recipe):
     def changes(self, profile):
         return {"particles": 100, "starts": 4, "duration": self.duration / 4} if profile == "smoke" else {}
 
-# %% ../nbs/20_recipes.ipynb #97190a10
+# %% ../nbs/20_recipes.ipynb #462f6fae
 @dataclass(frozen=True)
 class ImageClassificationRecipe(Recipe):
     "One row of the paper's Tables 1–3 or 12; defaults: KViT-S on CIFAR-10 (paper, Table 1 and appendix)."
@@ -124,7 +127,7 @@ class ImageClassificationRecipe(Recipe):
     cutmix_probability: float | None = 0.8  # per batch, else MixUp; None: no mixing at all
     cutmix_alpha: float = 1.0
     mixup_alpha: float = 0.8
-    augmentation: str = "crop_flip"  # "crop_flip", "imagenet" or "imagenet_jitter"
+    augmentation: str = "crop_flip"  # "crop_flip", "crop_flip_erase", "imagenet" or "imagenet_jitter"
     crop_padding: int = 4  # pixels
     train_images: int | None = None  # use only so many training images, drawn once; None: all that are not held out
     test_images: int | None = None  # use only so many test images; None: all
@@ -291,7 +294,89 @@ def published_ablation_recipes() -> dict[str, ImageClassificationRecipe]:
     published = {row[0]: {"table": "table13_kvit_ablation", **dict(zip(table["columns"], row, strict=True))} for row in table["rows"]}
     return {name: replace(kvit, name=name, published=published[row], **SUPPORTS[support]) for row, (name, support) in TABLE_13.items()}
 
-# %% ../nbs/20_recipes.ipynb #695d606e
+# %% ../nbs/20_recipes.ipynb #4052b462
+@dataclass(frozen=True)
+class SwinRecipe(ImageClassificationRecipe):
+    "One row of the paper's Table 14; defaults: KSwin-T on CIFAR-10 (paper, Table 14 and appendix)."
+
+    width: int = 96  # of the first stage
+    depth: int = 12  # blocks of all stages
+    heads: int = 3  # of the first stage
+    mlp_width: int = 384  # of the first stage
+    radius: int | None = None
+    top_k: tuple[int, int] | None = None
+    sigma: float = 4.0  # initial bandwidth, one per head
+    norm: str = "pre"
+    positions: str = "relative"  # a learned bias for each offset inside a window
+    warmup_epochs: float = 20
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    augmentation: str = "crop_flip_erase"
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks of each stage
+    window: int = 4  # tokens a side
+
+    def __post_init__(self):
+        if self.depth != sum(self.depths):
+            raise ValueError(f"depth must be the sum of depths = {self.depths}, got {self.depth}")
+
+    def changes(self, profile):
+        return super().changes(profile) | (SWIN_DESK if profile == "desk" else SWIN_SMOKE)
+
+    @property
+    def config(self) -> SwinClassifierConfig:
+        "The model's settings."
+        return SwinClassifierConfig(
+            image_size=self.image_size, patch_size=self.patch_size, num_channels=self.channels, num_labels=self.classes,
+            embed_dim=self.width, depths=self.depths, num_heads=[self.heads * 2**stage for stage in range(len(self.depths))],
+            window_size=self.window, mlp_ratio=self.mlp_width / self.width, attention_score=self.score, sigma=self.sigma,
+            learn_sigma=self.learn_sigma, drop_path=self.drop_path, dropout=self.dropout, layer_norm_eps=self.layer_norm_eps,
+        )
+
+# %% ../nbs/20_recipes.ipynb #ea63fd36
+SWIN_DESK = {"width": 32, "heads": 2, "mlp_width": 128, "depths": (2, 2), "depth": 4, "augmentation": "crop_flip"}
+SWIN_SMOKE = {"width": 8, "heads": 1, "mlp_width": 16, "depths": (2, 1), "depth": 3}
+
+# %% ../nbs/20_recipes.ipynb #0b39e131
+UNPUBLISHED_SWIN = ("window", *(name for name in UNPUBLISHED if name not in ("radius", "metric", "top_k")))
+
+
+def swin_recipes() -> dict[str, SwinRecipe]:
+    "One recipe for each row of the paper's Table 14, and the two T models on Fashion-MNIST (ours)."
+    recipes, table = {}, published_tables()["table14_swin"]
+    for row in table["rows"]:
+        (family, size, _, _), name = parse_row(row[0]), row_name("cifar10", row[0])
+        depths, ours = SWIN_SIZES[size]["depths"], () if size == "T" else UNPUBLISHED_SWIN
+        recipes[name] = SwinRecipe(
+            name=name, score="krause" if family == "kswin" else "softmax", depths=depths, depth=sum(depths),
+            published={"table": "table14_swin", **dict(zip(table["columns"], row, strict=True))}, ours=(*ours, "held_out"),
+        )
+    for family in ("kswin", "swin"):
+        name, ours = f"{family}_t/fashion_mnist", (*UNPUBLISHED_SWIN, "held_out", "patch_size")
+        fashion = {"dataset": "fashion_mnist", "image_size": 28, "channels": 1, "patch_size": 2, "window": 7}
+        recipes[name] = replace(recipes[f"{family}_t/cifar10"], name=name, published={}, ours=ours, **fashion)
+    return recipes
+
+# %% ../nbs/20_recipes.ipynb #dcfc8c6b
+@dataclass(frozen=True)
+class PhotographRecipe(ImageClassificationRecipe):
+    "A model of the paper's Table 3 on crops of two photographs: an exercise of the ImageNet path, no measure of anything."
+
+    def changes(self, profile):
+        few = {"batch_size": 8, "epochs": 8, "warmup_epochs": 1, "train_images": None, "test_images": None, "held_out": 8}
+        return super().changes(profile) | few
+
+
+def photograph_recipes() -> dict[str, PhotographRecipe]:
+    "The S/16 models of Table 3 on the two photographs (ours)."
+    recipes = {}
+    for family in ("kvit", "vit"):
+        imagenet, name = image_classification_recipes()[f"{family}_s16/imagenet"], f"{family}_s16/photographs"
+        changed = {"dataset": "photographs", "classes": 2, "batch_size": 16, "epochs": 30, "warmup_epochs": 3, "held_out": 8}
+        common = {f.name: getattr(imagenet, f.name) for f in fields(imagenet)}
+        recipes[name] = PhotographRecipe(**{**common, **changed, "name": name, "published": {}, "ours": tuple(changed)})
+    return recipes
+
+# %% ../nbs/20_recipes.ipynb #23f94123
 PARTICLE_FIELDS = tuple(f.name for f in fields(ParticleRecipe) if f.name not in {f.name for f in fields(Recipe)})
 RECIPES: dict[str, Recipe] = {
     "particles/circle": ParticleRecipe("particles/circle", seeds=(0,), ours=PARTICLE_FIELDS),
@@ -300,6 +385,8 @@ RECIPES: dict[str, Recipe] = {
     POST_NORM_VIT.name: POST_NORM_VIT,
     **published_ablation_recipes(),
     **ablation_recipes(),
+    **swin_recipes(),
+    **photograph_recipes(),
 }
 
 # %% ../nbs/20_recipes.ipynb #0c5e8a21

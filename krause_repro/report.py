@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TABLES', 'README_BLOCKS', 'our_results', 'model_parameters', 'format_ours', 'our_cell', 'format_published',
-           'report_table', 'report', 'readme_results', 'readme_performance', 'block_marks', 'update_readme', 'coverage']
+           'report_table', 'report', 'readme_results', 'readme_performance', 'readme_ablation', 'block_marks',
+           'update_readme', 'coverage']
 
-# %% ../nbs/40_report.ipynb #197e4253
+# %% ../nbs/40_report.ipynb #a1e66f48
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from .benchmarks import PASSES
-from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table, percent
+from .evaluation import (
+    ABLATION_CELLS, ABLATION_CONTROLS, IMAGE_COMPARISONS, SMALLEST_DIFFERENCE, accuracy_differences, accuracy_table, averaged_effects,
+    cell_table, difference_table, obtain_cells, percent, single_changes)
 from .recipes import IMAGE_DATA, check_profile, get_recipe, published_tables, row_name
 from .records import load_result, project_root, replacing, result_path, stale_recipes
 from .vision_transformer import VisionTransformer
@@ -181,8 +184,27 @@ def readme_performance(
         "\n".join([*_growth_lines(result), *_model_lines(result["images"]["rows"])]),
     ])
 
-# %% ../nbs/40_report.ipynb #2c3f2750
-README_BLOCKS = {"results": readme_results, "performance": readme_performance}
+# %% ../nbs/40_report.ipynb #8536d042
+def readme_ablation(
+    root: Path | None = None,  # the project's folder
+) -> str:  # Markdown
+    "The cells and effects of notebook 35 as the README shows them; cells that are not finished show a dash."
+    results = obtain_cells("ablations", [*ABLATION_CELLS.values(), *ABLATION_CONTROLS.values()], "desk", "never", root=root)
+    finished = [result for result in results.values() if result]
+    if not finished:
+        return "No cell is finished."
+    one = finished[0]
+    made = f"{one['test_accuracy']['n']} seeds, mean ± standard deviation; {one['device']}, torch {one['versions']['torch']}"
+    bar = f"at least {100 * SMALLEST_DIFFERENCE:g} point, and a 95% interval that excludes zero"
+    return "\n\n".join([
+        f"{len(finished)} of {len(results)} cells are finished. Test accuracy, Fashion-MNIST, desk profile, "
+        f"{one['test_images']:,} test images ({made}):",
+        cell_table(results), f"Differences paired by seed. What counts was fixed before the first run: {bar}.",
+        difference_table(averaged_effects(results) + single_changes(results)),
+    ])
+
+# %% ../nbs/40_report.ipynb #195c8220
+README_BLOCKS = {"results": readme_results, "ablation": readme_ablation, "performance": readme_performance}
 
 
 def block_marks(

@@ -643,13 +643,14 @@ def run_notebooks(
     print(f"The page: {site_folder(profile) / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/26_runner.ipynb #bf138296
+# %% ../nbs/26_runner.ipynb #556b0853
 def train_recipe(
     recipe: str,  # a name that `krause-repro list` shows, such as kvit_s/cifar10
     profile: str = "smoke",  # smoke, desk or paper
     seed: int = 0,  # seed of the run
     restart: bool = False,  # train anew although there is a run
     source: str = None,  # the folder that holds the data, where it is not found by itself
+    unreadable: str = "stop",  # stop or skip: what to do about images in a folder that cannot be decoded
 ) -> None:
     "Train one recipe with one seed, or resume it. Starts under accelerate launch and torchrun, too."
     from krause_repro.recipes import get_recipe
@@ -657,7 +658,7 @@ def train_recipe(
     chosen = get_recipe(recipe).at(profile)
     from krause_repro.training import train
 
-    print(f"The run: {train(chosen, seed=seed, restart=restart, source=source).path}")
+    print(f"The run: {train(chosen, seed=seed, restart=restart, source=source, unreadable=unreadable).path}")
 
 # %% ../nbs/26_runner.ipynb #1319dfa7
 def fetch_data(

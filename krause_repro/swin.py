@@ -226,7 +226,7 @@ class SwinBlock(SwinTransformerBlock):
             maps.append(weights)
         return x + self.stochastic_depth(self.mlp(self.norm2(x)))
 
-# %% ../nbs/11_swin.ipynb #c3b625b2
+# %% ../nbs/11_swin.ipynb #590e8f5e
 class SwinClassifier(PreTrainedModel):
     "torchvision's Swin transformer with a Krause or softmax score in its windows."
 
@@ -273,17 +273,23 @@ class SwinClassifier(PreTrainedModel):
         pixel_values: Tensor,  # (B, C, image_size, image_size)
         labels: Tensor | None = None,  # (B,) class indices or (B, classes) probabilities
         output_attentions: bool = False,  # return the weights (B·windows, H, N, N) of each block?
+        output_hidden_states: bool = False,  # return the tokens (B, h·w, d) before the first and after each block?
         return_dict: bool = True,
     ) -> ImageClassifierOutput:
         "Class logits, the cross-entropy when labels are given, and what else is asked for."
         check_pixels(pixel_values, self.config)
-        x, maps = pixel_values, [] if output_attentions else None
-        for part in self.features:
-            for layer in part if isinstance(part, nn.Sequential) else [part]:
-                x = layer(x, maps) if isinstance(layer, SwinBlock) else layer(x)
+        x, maps = self.features[0](pixel_values), [] if output_attentions else None  # patches
+        states = [x.flatten(1, 2)]
+        for layer in (layer for part in self.features[1:] for layer in (part if isinstance(part, nn.Sequential) else [part])):
+            x = layer(x, maps) if isinstance(layer, SwinBlock) else layer(x)
+            if isinstance(layer, SwinBlock):
+                states.append(x.flatten(1, 2))
         logits = self.head(self.norm(x).mean((1, 2)))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        output = ImageClassifierOutput(loss=loss, logits=logits, attentions=tuple(maps) if output_attentions else None)
+        output = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(maps) if output_attentions else None,
+        )
         return output if return_dict else output.to_tuple()
 
 # %% ../nbs/11_swin.ipynb #6dbd576f

@@ -31,6 +31,7 @@ from krause_repro.benchmarks import (
     bench_images,
     bench_scaling,
     bench_selection,
+    bench_training,
     compare,
     compare_in_pairs,
     compiled_selector,
@@ -50,6 +51,7 @@ from krause_repro.benchmarks import (
 from krause_repro.figures import COLOURS
 from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, stale_recipes
+from krause_repro.training import build_trainer
 
 SMOKE = COST.at("smoke")
 TINY = AttentionCase("tiny", 2, 3, 40, 8, 7, 4)
@@ -287,6 +289,15 @@ def test_image_rows_give_images_per_second():
     rows = bench_images(replace(SMOKE, images=(case,)), passes=("forward",))["rows"]
     assert [(row["name"], row["pass"], row["images"]) for row in rows] == [("ViT", "forward", 3), ("KViT", "forward", 3)]
     assert all(row["images_per_second"] == pytest.approx(3 / row["seconds"]) for row in rows)
+
+
+def test_the_training_that_is_timed_is_real_training(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmarks, "build_trainer", lambda *a, **k: seen.append(build_trainer(*a, **k)) or seen[-1])
+    found = bench_training(get_recipe("kvit_t/fashion_mnist").at("smoke"), steps=3, warmup=2)
+    assert seen[0].state.global_step == 5 and found["steps"] == 3 and len(seen[0].data_collator.seconds) >= 5
+    step, collator = (row["seconds"] for row in found["rows"])
+    assert 0 < collator < step and found["busy"] > 0
 
 
 def test_attention_rows_hold_shapes_and_ratios():

@@ -11,9 +11,12 @@ from PIL import Image
 
 from krause_repro import data
 from krause_repro.data import (
+    AUGMENTATIONS,
     CIFAR_MEAN,
     DATA,
     FASHION_MNIST_FILES,
+    PHOTOGRAPH_CROP,
+    PHOTOGRAPH_PLACES,
     Collator,
     ImageFolderSet,
     ImageSet,
@@ -23,11 +26,13 @@ from krause_repro.data import (
     imagenet_transform,
     load,
     load_splits,
+    photograph_folder,
     random_crop_flip,
     read_idx,
+    read_image,
     split_held_out,
 )
-from krause_repro.recipes import get_recipe
+from krause_repro.recipes import RECIPES, get_recipe
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -161,7 +166,7 @@ def test_images_without_labels(small, which):
 
 
 @pytest.mark.parametrize(("name", "split", "message"), [
-    ("mnist", "train", "dataset must be one of fashion_mnist, cifar10, cifar100, imagenet, got 'mnist'"),
+    ("mnist", "train", "dataset must be one of fashion_mnist, cifar10, cifar100, imagenet, photographs, got 'mnist'"),
     ("fashion_mnist", "validation", "split must be 'train' or 'test', got 'validation'"),
 ])
 def test_wrong_name_and_split(source, name, split, message):
@@ -286,6 +291,169 @@ def test_folders_must_have_the_same_classes(folder):
         load_splits(recipe, folder)
 
 
+# Images that cannot be read
+
+
+def photographs(**changes):
+    "A recipe for the `folder` of ants and bees."
+    changes = {"image_size": 16, "patch_size": 4, "classes": 2, "train_images": None, "held_out": 3, "test_images": None} | changes
+    return replace(get_recipe("kvit_s16/imagenet").at("smoke"), **changes)
+
+
+@pytest.fixture
+def damaged(folder):
+    "The same folder with a JPEG that is cut short, a text and an empty file among its images."
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
+    Image.fromarray(noise).save(folder / "train" / "ant" / "cut.jpg")
+    whole = (folder / "train" / "ant" / "cut.jpg").read_bytes()
+    (folder / "train" / "ant" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "bee" / "text.jpg").write_text("not an image", encoding="utf-8")
+    (folder / "val" / "bee" / "empty.jpeg").write_bytes(b"")
+    return folder
+
+
+DAMAGED = {"train/ant/cut.jpg", "train/bee/text.jpg", "val/bee/empty.jpeg"}
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGED))
+def test_an_image_that_cannot_be_decoded_is_named_with_the_other_choice(damaged, name):
+    message = f"{damaged / name} is not a readable image .*unreadable='skip' .krause-repro train --unreadable skip"
+    with pytest.raises(ValueError, match=message):
+        read_image(damaged / name)
+
+
+def test_damaged_images_stop_before_training(damaged):
+    message = f"2 of 12 images in {damaged}/train cannot be decoded, the first is .*ant/cut.jpg; .*--unreadable skip"
+    with pytest.raises(ValueError, match=message):
+        load_splits(photographs(), damaged)
+    with pytest.raises(ValueError, match=f"1 of 5 images in {damaged}/val cannot be decoded, the first is .*empty.jpeg"):
+        load("imagenet", "test", damaged)
+
+
+def test_in_a_large_folder_a_damaged_image_stops_when_it_is_met(damaged, monkeypatch):
+    monkeypatch.setattr(data, "SMALL_FOLDER", 0)
+    found = load("imagenet", "test", damaged)
+    for i, (path, _) in enumerate(found.data.samples):
+        if path.endswith("empty.jpeg"):
+            with pytest.raises(ValueError, match="empty.jpeg is not a readable image"):
+                found[i]
+        else:
+            assert found[i]["pixel_values"].shape == (3, 224, 224)
+
+
+def test_damaged_images_are_skipped_and_told(damaged, folder):
+    splits = load_splits(photographs(), damaged, "skip")
+    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (7, 3, 4)
+    assert set(splits.left_out) == DAMAGED and len(splits.left_out) == 3
+    for name in DAMAGED:
+        (folder / name).unlink()
+    clean = load_splits(photographs(), folder, "skip")
+    assert clean.left_out == () and load_splits(photographs(), folder).left_out == ()
+    for part in ("held_out", "test"):
+        for one, other in zip(getattr(splits, part), getattr(clean, part), strict=True):
+            assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["labels"] == other["labels"]
+    assert splits.train.indices == clean.train.indices
+
+
+def test_a_large_folder_is_decoded_once_until_it_changes(damaged, no_downloads, monkeypatch):
+    monkeypatch.setattr(data, "SMALL_FOLDER", 0)
+    calls, works = [], data.damaged_images
+    monkeypatch.setattr(data, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
+    first, again = (load("imagenet", "train", damaged, unreadable="skip") for _ in range(2))
+    assert calls == [12] and first.left_out == again.left_out == ["train/ant/cut.jpg", "train/bee/text.jpg"]
+    (damaged / "train" / "bee" / "1.png").write_bytes(b"no more")
+    assert load("imagenet", "train", damaged, unreadable="skip").left_out == [*first.left_out[:1], "train/bee/1.png", *first.left_out[1:]]
+    assert calls == [12, 12] and len(list((no_downloads / "scans").iterdir())) == 2
+
+
+def test_trouble_of_the_disk_is_never_skipped(damaged, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        read_image(damaged / "train" / "ant" / "gone.png")
+    with pytest.raises(IsADirectoryError):
+        read_image(damaged / "train" / "ant")
+
+    def broken(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(data.Image, "open", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        load("imagenet", "train", damaged, unreadable="skip")
+
+
+def test_a_class_without_images_is_named(folder):
+    for path in (folder / "train" / "bee").iterdir():
+        path.write_text("no image", encoding="utf-8")
+    with pytest.raises(ValueError, match="train has no readable image of class bee"):
+        load_splits(photographs(), folder, "skip")
+    shutil.rmtree(folder / "train" / "bee")
+    (folder / "train" / "bee").mkdir()
+    for unreadable in ("stop", "skip"):
+        with pytest.raises(FileNotFoundError, match=f"{folder}/train must hold one folder of images for each class: .* bee"):
+            load_splits(photographs(), folder, unreadable)
+
+
+def test_a_class_only_in_val_is_named(folder):
+    shutil.copytree(folder / "val" / "bee", folder / "val" / "wasp")
+    for unreadable in ("stop", "skip"):
+        with pytest.raises(ValueError, match="must have the same classes .*1 are in only one of them: wasp"):
+            load_splits(photographs(), folder, unreadable)
+
+
+@pytest.mark.parametrize("wrong", ["ignore", "", None, True])
+def test_another_word_for_unreadable_is_refused(folder, source, wrong):
+    for name, place in (("imagenet", folder), ("fashion_mnist", source)):
+        with pytest.raises(ValueError, match=f"unreadable must be one of stop, skip, got {wrong!r}"):
+            load(name, "test", place, unreadable=wrong)
+
+
+# Two photographs
+
+
+def test_photographs_are_cut_from_places_apart(tmp_path):
+    seen = {split: torch.zeros(427, 640, dtype=torch.bool) for split in PHOTOGRAPH_PLACES}
+    for split, places in PHOTOGRAPH_PLACES.items():
+        for top, left in places:
+            assert 0 <= top <= 427 - PHOTOGRAPH_CROP and 0 <= left <= 640 - PHOTOGRAPH_CROP
+            seen[split][top: top + PHOTOGRAPH_CROP, left: left + PHOTOGRAPH_CROP] = True
+    assert not (seen["train"] & seen["val"]).any() and seen["train"].sum() > 0.9 * 427 * 400 and seen["val"].sum() > 0.9 * 427 * 240
+    folder = photograph_folder(tmp_path / "made" / "photographs")
+    assert [path.name for path in folder.parent.iterdir()] == ["photographs"]
+    assert "no measure of anything" in (folder / "README.txt").read_text(encoding="utf-8")
+    for split, count in (("train", DATA["photographs"].train), ("test", DATA["photographs"].test)):
+        found = load("photographs", split, folder)
+        assert found.data.classes == ["china", "flower"] and found.data.targets == [0] * (count // 2) + [1] * (count // 2)
+        assert {read_image(path).size for path, _ in found.data.samples} == {(240, 240)}
+
+
+def test_photographs_are_those_of_scikit_learn_and_the_same_each_time(tmp_path):
+    from sklearn.datasets import load_sample_image
+
+    one, two = (photograph_folder(tmp_path / name) for name in ("one", "two"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert len(files) == 1 + 48 + 16 and all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
+    crop = np.asarray(read_image(one / "val" / "flower" / "026_400.jpg")).astype(int)
+    assert np.abs(crop - load_sample_image("flower.jpg")[26:266, 400:640]).mean() < 3
+    (one / "train" / "china" / "mine.txt").write_text("kept", encoding="utf-8")
+    assert photograph_folder(one) == one and (one / "train" / "china" / "mine.txt").exists()
+
+
+def test_photographs_are_made_on_demand(no_downloads, folder):
+    place = no_downloads / "photographs"
+    with pytest.raises(FileNotFoundError, match=f"no photographs in {place}; get it with: krause-repro data photographs"):
+        find_source("photographs")
+    recipe = get_recipe("kvit_s16/photographs").at("smoke")
+    splits = load_splits(recipe)
+    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (40, 8, 16)
+    assert find_source("photographs") == fetch("photographs") == place
+    assert splits.train[0]["pixel_values"].shape == (3, 224, 224)
+    with pytest.raises(FileNotFoundError, match=f"no photographs in {no_downloads}; "):
+        load("photographs", "train", no_downloads)
+    shutil.rmtree(place)
+    for part in ("train", "val"):  # someone's ImageNet is not taken for them
+        shutil.copytree(folder / part, no_downloads / part)
+    assert find_source("imagenet") == no_downloads and fetch("photographs") == place
+
+
 def test_imagenet_evaluation_is_resize_and_centre_crop(folder):
     wide = Image.fromarray(torch.arange(0, 240, dtype=torch.uint8).reshape(10, 24).repeat_interleave(2, 0).numpy()).convert("RGB")
     out = imagenet_transform(False, 14)(wide)  # the short side, 20, becomes 16
@@ -350,6 +518,39 @@ def examples(count, recipe, image=None):
          "labels": torch.tensor(i % recipe.classes)}
         for i in range(count)
     ]
+
+
+def test_augmentation_must_be_known():
+    assert {recipe.augmentation for recipe in RECIPES.values() if hasattr(recipe, "augmentation")} == set(AUGMENTATIONS)
+    for training in (True, False):
+        with pytest.raises(ValueError, match="augmentation must be one of crop_flip, crop_flip_erase, .*got 'crop'"):
+            Collator(replace(get_recipe("kvit_s/cifar10"), augmentation="crop"), training)
+
+
+def test_erasing_is_in_a_quarter_of_the_images():
+    recipe = replace(get_recipe("kswin_t/cifar10"), cutmix_probability=None, crop_padding=0)
+    given = examples(400, recipe, lambda i: torch.full((3, 32, 32), 250, dtype=torch.uint8))
+    torch.manual_seed(0)
+    batch = Collator(recipe, training=True)(given)
+    shown = (batch["pixel_values"] != batch["pixel_values"].amax((2, 3), keepdim=True)).any(1)  # (B, 32, 32)
+    assert 70 < shown.flatten(1).any(1).sum() < 130
+    plain = Collator(replace(recipe, augmentation="crop_flip"), training=True)(given)["pixel_values"]
+    assert (plain == plain[0, :, :1, :1]).all()
+    for area in shown[shown.flatten(1).any(1)]:
+        rows, columns = area.any(1).nonzero().flatten(), area.any(0).nonzero().flatten()
+        assert area[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1].all()  # one rectangle
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["kvit_s/cifar10", "kvit_s16/imagenet"])
+def test_channels_last_changes_the_layout_alone(name, training):
+    recipe = replace(get_recipe(name), image_size=12)
+    batches = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        batches.append(Collator(recipe, training, channels_last)(examples(6, recipe)))
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"]) and torch.equal(batches[0]["labels"], batches[1]["labels"])
+    assert batches[1]["pixel_values"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["kvit_t/fashion_mnist", "kvit_s/cifar10", "kvit_s16/imagenet"])

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,20 +10,26 @@ import torch
 from krause_repro import evaluation
 from krause_repro.data import Collator, load_splits
 from krause_repro.evaluation import (
+    ABLATION_CELLS,
+    ABLATION_CONTROLS,
     IMAGE_COMPARISONS,
     STUDENT_975,
     accuracy_differences,
     accuracy_table,
-    attention_maps,
+    averaged_effects,
+    cell_table,
     curve,
     describe_difference,
+    difference_table,
     factor_effect,
-    head_maps,
+    is_shown,
     learned_sigma,
     obtain_cells,
     paired_difference,
+    paper_steps,
     percent,
     provenance_table,
+    single_changes,
     summarise_runs,
     test_accuracy,
     train_seeds,
@@ -135,38 +140,6 @@ def test_summary_of_runs(run, source):
     json.dumps(found, allow_nan=False)
 
 
-# Attention maps
-
-
-def test_attention_maps_share_out_one(finished, source, part):
-    other = Run(finished.path, replace(finished.recipe), 0)
-    found = attention_maps({"KViT": ("krause", finished), "again": ("softmax", other)}, 3, source)
-    assert found["grid"] == [7, 7] and found["query"] == [3, 3]
-    assert [(row["label"], row["kind"], row["layer"]) for row in found["rows"]] == [
-        ("KViT", "krause", 1), ("KViT", "krause", 2), ("again", "softmax", 1), ("again", "softmax", 2),
-    ]
-    shown = torch.tensor(found["image"])
-    assert torch.allclose(shown, part[3]["pixel_values"][0] / 255, atol=6e-4)
-    for row in found["rows"]:
-        assert len(row["heads"]) == len(row["cls_weight"]) == 2 and all(len(head) == 49 for head in row["heads"])
-        for head, hub in zip(row["heads"], row["cls_weight"], strict=True):
-            assert sum(head) + hub == pytest.approx(1, abs=1e-3)
-            seen = {i for i, weight in enumerate(head) if weight}
-            assert seen <= {24, 17, 31, 23, 25}  # the centre patch and its four neighbours
-    json.dumps(found, allow_nan=False)
-
-
-def test_head_maps_are_the_models_attention(finished, part):
-    image = part[0]["pixel_values"]
-    batch = Collator(finished.recipe, training=False)([part[0]])
-    with torch.no_grad():
-        attentions = finished.model()(batch["pixel_values"], output_attentions=True).attentions
-    for query in (0, 1, 49):
-        for layer, weights in zip(head_maps(finished, image, query), attentions, strict=True):
-            found = torch.cat([torch.tensor(layer["cls_weight"])[:, None], torch.tensor(layer["heads"])], 1)
-            assert torch.allclose(found, weights[0, :, query], atol=1e-4)
-
-
 # Differences
 
 
@@ -275,3 +248,71 @@ def test_provenance_names_every_commit_and_version_once():
     lines = provenance_table(models).splitlines()
     assert lines[2] == "| A | 0, 1 | 10,000 | 1.0, 1.5 | 1 | 1111111111 |" and lines[3].endswith("| 1 | 1111111111, 2222222222 |")
     assert lines[-1] == "Python 3.11, torch 2.14, transformers 5; cpu · Python 3.11, torch 2.15, transformers 5; cpu"
+
+
+# The ablation
+
+
+def cells_with(**effects):
+    "Made-up results: 80% and so much more for each level or recipe named, the same in every seed but for a common noise."
+    def result(*levels):
+        base = 0.80 + sum(effects.get(level, 0) for level in levels)
+        return {"test_accuracy": summarise([base - 0.003, base, base + 0.003])}
+
+    cells = {name: result(*cell) for cell, name in ABLATION_CELLS.items()}
+    return cells | {name: result(name.partition("/")[0]) for name in ABLATION_CONTROLS.values()}
+
+
+def test_cells_are_recipes_that_differ_in_score_support_and_norm_alone():
+    assert len(ABLATION_CELLS) == 18 and len(set(ABLATION_CELLS.values())) == 18 and len(ABLATION_CONTROLS) == 3
+    allowed = {"name", "score", "radius", "top_k", "norm", "ours", "published"}
+    kvit = get_recipe("kvit_t/fashion_mnist").at("desk").to_dict()
+    for cell, name in ABLATION_CELLS.items():
+        recipe = get_recipe(name).at("desk")
+        assert {field for field, value in recipe.to_dict().items() if value != kvit[field]} <= allowed
+        assert (recipe.score, recipe.radius is None, recipe.top_k is None, recipe.norm) == (
+            cell[0], cell[1] == "full", cell[1] != "local_top_k", cell[2])
+    fixed = get_recipe(ABLATION_CONTROLS["window + top-k, σ fixed"]).at("desk").to_dict()
+    assert {field for field, value in fixed.items() if value != kvit[field]} - {"name", "ours", "published"} == {"learn_sigma"}
+
+
+def test_effects_of_made_up_cells_are_found():
+    results = cells_with(krause=0.02, softmax_key_norm=0.005, local=0.01, local_top_k=0.015, post=0.03)
+    found = {row["label"]: row for row in averaged_effects(results)}
+    assert {label: round(100 * row["mean"], 6) for label, row in found.items()} == {
+        "RBF − dot product": 2, "RBF − dot product + key norm": 1.5, "dot product + key norm − dot product": 0.5, "window − full": 1,
+        "window + top-k − window": 0.5, "window + top-k − full": 1.5, "post-norm − pre-norm": 3,
+    }
+    assert [found[label]["settings"] for label in ("RBF − dot product", "window − full", "post-norm − pre-norm")] == [6, 6, 9]
+    steps = {row["label"]: round(100 * row["mean"], 6) for row in paper_steps(results)}
+    assert steps == {"+ post-norm": 3, "+ RBF score": 2, "+ window": 1, "+ top-k": 0.5, "all four": 6.5}
+
+
+def test_single_changes_take_the_right_cells():
+    controls = {"ablation_random_local": 0.04, "ablation_random_local_top_k": 0.05, "ablation_fixed_sigma": 0.06}
+    results = cells_with(krause=0.02, softmax_key_norm=0.005, local=0.01, local_top_k=0.015, post=0.03, **controls)
+    found = {row["label"].removeprefix("KViT − KViT with "): round(100 * row["mean"], 6) for row in single_changes(results)}
+    assert found == {
+        "dot product": 2, "dot product + key norm": 1.5, "full support": 1.5, "the window alone": 0.5, "pre-norm": 3,
+        "random places + top-k": 1.5, "σ fixed": 0.5, "window − random places, no top-k": 2,
+    }
+
+
+def test_missing_cells_leave_their_lines_out():
+    results = cells_with(post=0.03)
+    for name in list(results):
+        if name not in ("kvit_t/fashion_mnist", "vit_t_post/fashion_mnist"):
+            results[name] = None
+    assert averaged_effects(results) == [] and single_changes(results) == [] and paper_steps(results) == []
+    table = cell_table(results).splitlines()
+    assert len(table) == 2 + 9 + 3 and sum("83.00 ± 0.30 | —" in line for line in table) == 2
+
+
+@pytest.mark.parametrize(("mean", "interval", "shown"), [
+    (0.012, [0.001, 0.023], True), (0.012, [-0.001, 0.025], False), (0.009, [0.008, 0.010], False), (-0.02, [-0.03, -0.01], True),
+    (0.5, None, False),
+])
+def test_a_difference_counts_if_it_is_large_and_apart_from_zero(mean, interval, shown):
+    assert is_shown({"mean": mean, "interval": interval}) is shown
+    line = difference_table([{"label": "a − b", "mean": mean, "interval": interval}]).splitlines()[-1]
+    assert line.endswith("| yes |" if shown else "| not shown |") and line.startswith(f"| a − b | 1 | {100 * mean:+.2f} |")

@@ -6,6 +6,7 @@ import pytest
 
 from krause_repro.attention import SCORES
 from krause_repro.benchmarks import COST
+from krause_repro.counting import COUNTED
 from krause_repro.figures import figure_index
 from krause_repro.recipes import SUPPORTS, ablation_name, get_recipe
 from krause_repro.records import load_result, project_root, result_path, stale_recipes
@@ -25,13 +26,13 @@ def cell_files(names):
     return {f"ablations/{name.partition('/')[0]}": [get_recipe(name)] for name in names}
 
 
+TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "30_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
-    "31_image_classification": {
-        "image_classification": [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")],
-    },
+    "31_image_classification": {"image_classification": TRIO},
     "35_ablations": cell_files(CELLS),
-    "36_cost": {"cost": [COST]},
+    "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED]},
+    "37_attention_maps": {"attention_maps": TRIO},
 }
 SMOKE = EXPERIMENTS | {"35_ablations": cell_files(SMOKE_CELLS)}  # smoke proves the path with a few cells
 

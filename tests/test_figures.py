@@ -15,6 +15,7 @@ from krause_repro import figures
 CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [0.1, 0.0, 0.05]}
 ONE_CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [None, None, None]}
 NAMED = {"label": "KViT", "kind": "krause"}
+SHOWN = {"image": [[0.0, 1.0], [0.5, 0.2]], "query": [0, 1]}
 GRID = {"score": [0.1, 0.9, 0.5, 0.3], "window": [True, True, True, False], "selected": [False, True, True, False],
         "weights": [0, 0.64, 0.36, 0]}
 EXAMPLES = {
@@ -35,9 +36,12 @@ EXAMPLES = {
         {"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
         {"label": "C − D", "values": [0.01], "mean": 0.01, "interval": None}]},
     "plot_sigma": {"layers": [1, 2, 3], "seeds": 2, "series": [{**NAMED, "initial": 2.5, **CURVE}]},
-    "plot_attention_maps": {"image": [[0.0, 1.0], [0.5, 0.2]], "grid": [2, 2], "query": [0, 1], "rows": [
-        {**NAMED, "layer": 1, "heads": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
-        {**NAMED, "layer": 2, "heads": [[0.1, 0.2, 0.3, 0.4]]}]},
+    "plot_attention_maps": {"grid": [2, 2], "columns": ["head 1", "head 2"], "rows": [
+        {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
+        {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4]]}]},
+    "plot_depth": {"seeds": 2, "panels": [
+        {"quantity": "entropy", "first": 1, "series": [{**NAMED, **CURVE}]},
+        {"quantity": "cosine", "first": 0, "series": [{**NAMED, **CURVE}, {"label": "ViT", "kind": "softmax", **ONE_CURVE}]}]},
     "plot_scaling": {"xlabel": "tokens", "ylabel": "seconds", "symbol": "T", "panels": [
         {"title": "forward", "series": [{**NAMED, "x": [1024, 1536], "y": [0.1, 0.2], "exponent": -0.001}]},
         {"title": "both", "series": [{**NAMED, "x": [1024], "y": [0.1], "exponent": None}]}]},
@@ -109,9 +113,10 @@ def test_plot_names_each_missing_key(name):
         ("plot_accuracy", ["rows", 1, "values"], [], r"rows'\]\[1\] has nothing in values"),
         ("plot_sigma", ["layers"], [1, 2], r"different lengths"),
         ("plot_sigma", ["series", 0], {**NAMED, **CURVE}, r"series'\]\[0\] has no initial"),
-        ("plot_attention_maps", ["image"], [0.0, 1.0], r"image has shape \(2,\)"),
-        ("plot_attention_maps", ["query"], [2, 0], r"query is \[2, 0\]; give 'cls'"),
-        ("plot_attention_maps", ["rows", 0, "heads", 0], [1.0], r"rows'\]\[0\] has heads of \[1, 4\] weights"),
+        ("plot_attention_maps", ["rows", 0, "image"], [0.0, 1.0], r"image has shape \(2,\)"),
+        ("plot_attention_maps", ["rows", 0, "query"], [2, 0], r"query is \[2, 0\]; give 'cls'"),
+        ("plot_attention_maps", ["rows", 0, "maps", 0], [1.0], r"rows'\]\[0\] has maps of \[1, 4\] weights"),
+        ("plot_attention_maps", ["columns"], ["head 1"], r"'columns'\] has 1 titles for rows of up to 2 maps"),
         ("plot_attention_maps", ["rows", 0, "cls_weight"], [0.1], r"rows'\]\[0\] has lists of different lengths"),
         ("plot_scaling", ["panels", 0, "series", 0, "y"], [0.1], r"panels'\]\[0\]\['series'\]\[0\] has lists of different lengths"),
         ("plot_scaling", ["panels", 1, "series"], [], r"panels'\]\[1\] has nothing in series"),
@@ -173,9 +178,16 @@ def test_the_far_side_is_faint():
 
 
 def test_cls_query_and_colour_image_are_drawn():
-    data = copy.deepcopy(EXAMPLES["plot_attention_maps"]) | {"query": "cls", "image": np.zeros((4, 4, 3)).tolist()}
-    fig = figures.plot_attention_maps(data)
-    assert fig.axes[0].get_title() == "CLS query" and not fig.axes[0].patches
+    data = copy.deepcopy(EXAMPLES["plot_attention_maps"])
+    data["rows"][0] |= {"query": "cls", "image": np.zeros((4, 4, 3)).tolist()}
+    axes = figures.plot_attention_maps(data).axes
+    assert axes[0].get_xlabel() == "query: CLS" and not axes[0].patches and not axes[1].patches
+    assert axes[3].get_xlabel() == "" and len(axes[3].patches) == len(axes[4].patches) == 1
+
+
+def test_depth_starts_where_the_quantity_does():
+    axes = figures.plot_depth(copy.deepcopy(EXAMPLES["plot_depth"])).axes
+    assert [list(ax.lines[0].get_xdata()) for ax in axes] == [[1, 2, 3], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps"])

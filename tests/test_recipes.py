@@ -3,8 +3,12 @@
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
+import torch
+from torch.optim import AdamW
+from transformers import AutoModelForImageClassification
 
 from krause_repro.attention import SCORES
+from krause_repro.data import Collator
 from krause_repro.recipes import (
     IMAGE_DATA,
     PARTICLE_FIELDS,
@@ -12,21 +16,25 @@ from krause_repro.recipes import (
     RECIPES,
     SUPPORTS,
     UNPUBLISHED,
+    UNPUBLISHED_SWIN,
     ImageClassificationRecipe,
     ParticleRecipe,
+    SwinRecipe,
     ablation_name,
     ablation_recipes,
     get_recipe,
     parse_row,
+    photograph_recipes,
     published_tables,
     row_name,
+    swin_recipes,
 )
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]
 KNOWN = {
     "kvit_s/cifar10", "vit_s/cifar10", "kvit_s16/imagenet", "vit_s16/imagenet", "kvit_b16/imagenet", "vit_b16/imagenet",
-    "kvit_s_local/cifar10", "kvit_s_full/cifar10",
+    "kvit_s_local/cifar10", "kvit_s_full/cifar10", "kswin_t/cifar10", "swin_t/cifar10",
 }
 TRAINING = {  # of every released script
     "epochs": 300, "warmup_epochs": 10, "weight_decay": 0.05, "max_grad_norm": 1.0, "label_smoothing": 0.1, "cutmix_probability": 0.8,
@@ -53,6 +61,11 @@ EXACT = {
     "kvit_b16/imagenet": B16 | KVIT | FIVE | {"sigma": 9.0},
     "vit_b16/imagenet": B16 | VIT | {"lr": 1e-3},
 }
+SWIN = TRAINING | {
+    "dataset": "cifar10", "classes": 10, "channels": 3, "image_size": 32, "patch_size": 4, "batch_size": 256, "lr": 2e-3,
+    "weight_decay": 0.01, "warmup_epochs": 20, "drop_path": 0.1, "augmentation": "crop_flip_erase", "crop_padding": 4, "window": 4,
+    "width": 96, "heads": 3, "mlp_width": 384, "sigma": 4.0, "radius": None, "top_k": None, "positions": "relative", "bf16": False,
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -74,11 +87,61 @@ def test_every_row_has_a_recipe_with_its_numbers(dataset, row):
     assert recipe.classes == {"cifar10": 10, "cifar100": 100, "imagenet": 1000, "fashion_mnist": 10}[dataset]
 
 
+@pytest.mark.parametrize("row", published_tables()["table14_swin"]["rows"], ids=lambda row: row[0])
+def test_swin_settings_are_exact(row):
+    recipe, tiny = RECIPES[row_name("cifar10", row[0])], row[0].endswith("T")
+    expected = SWIN | {"score": "krause" if row[0].startswith("K") else "softmax", "depth": 12 if tiny else 24}
+    assert {key: getattr(recipe, key) for key in expected} == expected
+    assert recipe.published == {"table": "table14_swin", "model": row[0], "accuracy": row[1]}
+    assert set(recipe.ours) == ({"held_out"} if tiny else {"held_out", *UNPUBLISHED_SWIN})
+    config = recipe.config
+    assert (config.depths, config.num_heads) == ([2, 2, 6 if tiny else 18, 2], [3, 6, 12, 24])
+    assert (config.embed_dim, config.window_size, config.mlp_ratio, config.sigma) == (96, 4, 4.0, 4.0)
+    assert config.pad_small_maps == (config.attention_score == "softmax")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("data", ["t/cifar10", "s/cifar10", "t/fashion_mnist"])
+def test_swin_and_kswin_differ_by_their_score(data, profile):
+    one, two = (asdict(RECIPES[f"{family}_{data}"].at(profile)) for family in ("kswin", "swin"))
+    assert {key for key in one if one[key] != two[key]} - {"published"} == {"name", "score"}
+
+
+def test_swin_is_trained_on_the_desk_as_kvit_is():
+    "Every field that is not of the model is the same, but for Table 14's weight decay."
+    model = {"name", "patch_size", "width", "heads", "mlp_width", "radius", "top_k", "sigma", "norm", "positions", "weight_decay",
+             "published", "ours"}
+    kswin, kvit = (asdict(RECIPES[f"{name}/fashion_mnist"].at("desk")) for name in ("kswin_t", "kvit_t"))
+    assert {key for key in kvit if kswin[key] != kvit[key]} == model and set(kswin) - set(kvit) == {"depths", "window"}
+
+
+def test_swin_cuts_its_maps_without_padding():
+    for profile in PROFILES:
+        for name, recipe in swin_recipes().items():
+            recipe = recipe.at(profile)
+            side = recipe.image_size // recipe.patch_size
+            assert side % recipe.window == 0 and side > recipe.window, name
+    with pytest.raises(ValueError, match=r"depth must be the sum of depths = \(2, 2, 6, 2\), got 13"):
+        replace(RECIPES["kswin_t/cifar10"], depth=13)
+
+
+def test_photographs_are_a_model_of_table_3_on_other_data():
+    for name, recipe in photograph_recipes().items():
+        imagenet = asdict(RECIPES[name.replace("photographs", "imagenet")])
+        changed = {key for key, value in asdict(recipe).items() if value != imagenet[key]}
+        assert changed == {"name", "published", "ours", *recipe.ours} and recipe.published == {}
+        for profile in PROFILES:
+            small = recipe.at(profile)
+            assert (small.image_size, small.train_images, small.test_images) == (224, None, None) and 0 < small.held_out < 48
+
+
 def test_rows_are_all_and_have_names_of_their_own():
     assert len(ROWS) == 8 + 8 + 10 + 2 == len({row_name(dataset, row[0]) for dataset, row in ROWS})
     assert all(name == recipe.name for name, recipe in RECIPES.items())
     assert set(RECIPES) - {row_name(dataset, row[0]) for dataset, row in ROWS} - set(ablation_recipes()) == {
         "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "kvit_s_local/cifar10", "kvit_s_full/cifar10",
+        "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
+        "kvit_s16/photographs", "vit_s16/photographs",
     }
 
 
@@ -113,9 +176,9 @@ def test_parse_row():
     assert row_name("imagenet", "ViT-B/16 (RoPE)") == "vit_b16_rope/imagenet"
 
 
-@pytest.mark.parametrize("name", sorted(set(IMAGE_RECIPES) - KNOWN))
+@pytest.mark.parametrize("name", sorted(set(IMAGE_RECIPES) - KNOWN - set(photograph_recipes())))
 def test_what_is_not_published_is_ours(name):
-    assert set(RECIPES[name].ours) >= {*UNPUBLISHED, "held_out"}
+    assert set(RECIPES[name].ours) >= {*(UNPUBLISHED_SWIN if isinstance(RECIPES[name], SwinRecipe) else UNPUBLISHED), "held_out"}
     assert {"radius", "metric", "top_k", "sigma", "lr", "batch_size", "drop_path"} <= set(UNPUBLISHED)
 
 
@@ -140,8 +203,44 @@ def test_every_profile_makes_a_model_that_fits_its_data(name):
         recipe = RECIPES[name].at(profile)
         config = recipe.config  # raises when the settings do not fit together
         assert (config.image_size, config.num_channels, config.num_labels) == (recipe.image_size, recipe.channels, recipe.classes)
+        assert (config.attention_score, config.sigma, config.drop_path) == (recipe.score, recipe.sigma, recipe.drop_path)
+        if isinstance(recipe, SwinRecipe):
+            stages = range(len(recipe.depths))
+            assert (config.embed_dim, config.depths, config.window_size) == (recipe.width, list(recipe.depths), recipe.window)
+            assert config.num_heads == [recipe.heads * 2**stage for stage in stages] and recipe.depth == sum(config.depths)
+            assert [int(config.mlp_ratio * config.embed_dim * 2**stage) for stage in stages] == [recipe.mlp_width * 2**s for s in stages]
+            continue
         assert (config.hidden_size, config.num_hidden_layers, config.attention_radius) == (recipe.width, recipe.depth, recipe.radius)
         assert config.attention_top_k == (None if recipe.top_k is None else list(recipe.top_k))
+
+
+# Every row starts
+
+
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
+def test_every_row_starts(name):
+    "At the paper's size a model with the published number of parameters; in smoke a training step on random images."
+    with torch.device("meta"):
+        whole = AutoModelForImageClassification.from_config(RECIPES[name].config)
+    if "parameters" in RECIPES[name].published:
+        assert whole.num_parameters() == RECIPES[name].published["parameters"]
+    recipe = RECIPES[name].at("smoke")
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(recipe.config).train()
+    shape = (recipe.channels, recipe.image_size, recipe.image_size)
+    images, labels = torch.randint(0, 256, (4, *shape), dtype=torch.uint8), torch.arange(4) % recipe.classes
+    given = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    batch = Collator(recipe, training=True)(given)
+    optimizer = AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite() and 0 < loss
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    moved = [not torch.equal(parameter, before[key]) for key, parameter in model.named_parameters()]
+    assert sum(moved) >= 0.9 * len(moved)  # a few have no gradient: drop-path may leave out a branch
 
 
 # Profiles

@@ -4,7 +4,16 @@ import pytest
 
 from krause_repro.recipes import get_recipe, published_tables
 from krause_repro.records import project_root, save_result, summarise
-from krause_repro.report import README_BLOCKS, block_marks, coverage, format_published, our_results, report, update_readme
+from krause_repro.report import (
+    README_BLOCKS,
+    block_marks,
+    coverage,
+    format_published,
+    our_results,
+    readme_ablation,
+    report,
+    update_readme,
+)
 
 
 def test_every_published_number_is_in_the_report():
@@ -78,11 +87,24 @@ def test_update_readme_replaces_the_block_and_nothing_else(root_with_results):
     update_readme(root_with_results)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{block_marks('results')[0]}\n") and text.endswith(f"{block_marks('performance')[1]}\nbetween")
-    assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == 2
+    assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == len(README_BLOCKS)
     assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT does 1.25 times the images per second" in text
     assert "takes 40 times as long" in text and "8.2 times the time forward, 8.2 forward + backward" in text and "gradients: 2.5 MB" in text
     update_readme(root_with_results)
     assert readme.read_text(encoding="utf-8") == text
+
+
+def test_readme_ablation_counts_what_is_finished(tmp_path):
+    assert readme_ablation(tmp_path) == "No cell is finished."
+    made = {"test_images": 10_000, "device": "cpu", "versions": {"torch": "2.15.0"}}
+    for name, values in (("kvit_t", [0.84, 0.85, 0.86]), ("ablation_krause_local_post", [0.82, 0.83, 0.84])):
+        recipe = get_recipe(f"{name}/fashion_mnist").at("desk")
+        result = {"recipes": {recipe.name: recipe.to_dict()}, "test_accuracy": summarise(values), **made}
+        save_result(f"ablations/{name}", result, "desk", tmp_path)
+    text = readme_ablation(tmp_path)
+    assert text.startswith("2 of 21 cells are finished.") and "| RBF | window + top-k | 85.00 ± 1.00 | — |" in text
+    assert "| KViT − KViT with the window alone | 1 | +2.00 | +2.00 to +2.00 | yes |" in text
+    assert "| window + top-k − window | 1 | +2.00" in text and "dot product |" not in text.split("What counts")[1]
 
 
 def test_update_readme_needs_its_marks(root_with_results):

@@ -289,6 +289,7 @@ def test_an_unknown_command_is_one_line():
     (["run", "--speed", "9"], "unrecognized arguments: --speed 9; see krause-repro run --help"),
     (["data"], "required: name; see krause-repro data --help"),
     (["train", "kvit_s/cifar10", "--seed", "x"], "invalid int value: 'x'"),
+    (["train", "kvit_s16/photographs", "--unreadable", "maybe"], "unreadable must be one of stop, skip, got 'maybe'"),
     (["report", "--profile", "tiny"], "smoke, desk, paper"),
     (["site", "--profile", "tiny"], "smoke, desk, paper"),
     (["book", "--only", "99"], "only='99' is not a notebook"),

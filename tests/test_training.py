@@ -8,13 +8,24 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from krause_repro import training
-from krause_repro.data import Collator, ImageSet, Splits, load_splits
-from krause_repro.recipes import get_recipe
-from krause_repro.training import Run, build_trainer, check_run, last_checkpoint, run_path, save_model, train, training_arguments
-from krause_repro.vision_transformer import VisionTransformer
+from krause_repro.data import DATA, Collator, ImageSet, Splits, load_splits, photograph_folder
+from krause_repro.recipes import RECIPES, ImageClassificationRecipe, get_recipe
+from krause_repro.swin import SwinBlock, SwinClassifier
+from krause_repro.training import (
+    Run,
+    build_trainer,
+    check_run,
+    device_options,
+    last_checkpoint,
+    run_path,
+    save_model,
+    train,
+    training_arguments,
+)
+from krause_repro.vision_transformer import Block, VisionTransformer
 
 STEPS = 4  # in an epoch of the `recipe` fixture
 
@@ -220,6 +231,140 @@ def test_recipe_in_the_trainers_words(tmp_path):
     assert (arguments.max_grad_norm, arguments.warmup_steps, arguments.lr_scheduler_type) == (1.0, 1760, "cosine")
     assert (arguments.seed, arguments.data_seed, arguments.bf16) == (7, 7, False)
     assert arguments.per_device_train_batch_size == 256 and arguments.metric_for_best_model == "accuracy"
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)])
+def test_the_papers_gpu_setting_is_for_imagenet_on_a_gpu(name):
+    plain = {"bf16": False, "torch_compile": False, "optim": "adamw_torch", "channels_last": False}
+    recipe = RECIPES[name]
+    for profile in ("paper", "desk", "smoke"):
+        assert device_options(recipe.at(profile), cuda=False) == plain
+    for profile in ("desk", "smoke"):
+        assert device_options(recipe.at(profile), cuda=True) == plain
+    paper = {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused", "channels_last": True}
+    assert device_options(recipe, cuda=True) == (paper if DATA[recipe.dataset].folders else plain)
+
+
+def test_arguments_are_those_of_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: False)
+    plain = training_arguments(get_recipe("kvit_s16/imagenet"), tmp_path, 7, 176, progress=False)
+    assert (plain.bf16, plain.torch_compile, str(plain.optim), plain.use_cpu) == (False, False, "OptimizerNames.ADAMW_TORCH", True)
+    given = {}
+    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training, "TrainingArguments", lambda **words: given.update(words))
+    training_arguments(get_recipe("kvit_s16/imagenet"), tmp_path, 7, 176, progress=False)
+    found = {key: given[key] for key in ("bf16", "torch_compile", "optim", "use_cpu", "dataloader_pin_memory")}
+    assert found == {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused", "use_cpu": False, "dataloader_pin_memory": True}
+
+
+@pytest.mark.parametrize("name", ["kvit_t/fashion_mnist", "kswin_t/fashion_mnist"])
+def test_channels_last_trains_the_same_model(name, tmp_path, monkeypatch):
+    "On a CPU the layout alone can be tried: the batches are equal, the logits but for rounding."
+    recipe, splits, found = get_recipe(name).at("smoke"), splits_of(), []
+    for channels_last in (False, True):
+        monkeypatch.setattr(training, "device_options", lambda *_, on=channels_last: device_options(recipe, False) | {"channels_last": on})
+        torch.manual_seed(0)
+        model = AutoModelForImageClassification.from_config(recipe.config)
+        trainer = build_trainer(recipe, model, splits, tmp_path, progress=False)
+        (batch,) = trainer.get_eval_dataloader()
+        assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last) or not channels_last
+        with torch.no_grad():
+            found.append((batch["pixel_values"], model.eval()(**batch).logits))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
+    filters = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    assert filters and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
+
+
+@pytest.mark.parametrize("name", ["kvit_s16/imagenet", "kswin_t/cifar10"])
+def test_a_model_is_compiled_in_one_graph(name):
+    "A graph that breaks in every block would make nothing of torch.compile."
+    recipe = get_recipe(name).at("smoke")
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(recipe.config).eval()
+    pixels = torch.randn(2, recipe.channels, recipe.image_size, recipe.image_size)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(pixel_values=pixels, labels=torch.tensor([0, 1]))
+        torch.testing.assert_close(compiled.logits, model(pixels).logits)
+
+
+@pytest.mark.parametrize(("name", "block"), [("kvit_s16/imagenet", Block), ("kswin_t/cifar10", SwinBlock)])
+def test_fsdp_wraps_each_block(name, block):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    recipe = get_recipe(name)
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(recipe.config)
+    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    wrapped = [part for part in model.modules() if plugin.auto_wrap_policy(module=part, recurse=False, nonwrapped_numel=0)]
+    assert len(wrapped) == recipe.depth and {type(part) for part in wrapped} == {block}
+
+
+def test_weights_gathered_from_elsewhere_are_the_ones_saved(recipe, tmp_path):
+    torch.manual_seed(0)
+    model, whole = VisionTransformer(recipe.config), VisionTransformer(recipe.config)
+    save_model(model, tmp_path, whole.state_dict())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == whole.state_dict().keys() and all(torch.equal(saved[name], t) for name, t in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["kvit_t/fashion_mnist", "vit_t_post/fashion_mnist", "ablation_random_local/fashion_mnist"])
+@pytest.mark.parametrize("profile", ["smoke", "desk"])
+def test_a_config_gives_the_initial_weights_of_its_class(name, profile):
+    config = get_recipe(name).at(profile).config
+    torch.manual_seed(3)
+    direct = VisionTransformer(config).state_dict()
+    torch.manual_seed(3)
+    built = AutoModelForImageClassification.from_config(get_recipe(name).at(profile).config).state_dict()
+    assert direct.keys() == built.keys() and all(torch.equal(direct[key], built[key]) for key in direct)
+
+
+# Other models and data
+
+
+@pytest.mark.parametrize("name", ["kswin_t/fashion_mnist", "swin_t/fashion_mnist"])
+def test_swin_is_trained(start, name):
+    recipe = replace(get_recipe(name).at("smoke"), train_images=128, held_out=64, test_images=64, batch_size=32)
+    run = start(of=recipe)
+    model = run.model()
+    assert run.finished and type(model) is SwinClassifier and run.summary()["steps"] == 2 * STEPS
+    assert run.summary()["parameters"] == model.num_parameters()
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in run.metrics() if "loss" in line)
+    sigmas = [p for key, p in model.named_parameters() if key.endswith("log_sigma")]
+    assert len(sigmas) == (3 if recipe.score == "krause" else 0)
+    assert all((sigma != math.log(4.0)).any() for sigma in sigmas)
+    assert start(of=recipe) == run
+
+
+def test_a_killed_swin_ends_with_the_bits_of_an_unbroken_one(start, tmp_path):
+    recipe = replace(get_recipe("kswin_t/fashion_mnist").at("smoke"), train_images=128, held_out=64, test_images=64, batch_size=32)
+    with pytest.raises(Killed):
+        start(of=recipe, runs=tmp_path / "killed", callbacks=(Stop(STEPS + 2),))
+    assert same(start(of=recipe, runs=tmp_path / "killed"), start(of=recipe, runs=tmp_path / "whole"))
+
+
+def test_images_left_out_are_in_the_runs_files_and_shown(tmp_path, capsys):
+    folder = photograph_folder(tmp_path / "photographs")
+    for split, name, file in (("train", "china", "000_000.jpg"), ("val", "flower", "026_400.jpg")):
+        (folder / split / name / file).write_bytes(b"damaged")
+    recipe = replace(get_recipe("kvit_s16/photographs").at("smoke"), epochs=1)
+    options = {"runs": tmp_path / "runs", "progress": False, "source": folder}
+    with pytest.raises(ValueError, match="1 of 48 images in .*--unreadable skip"):
+        train(recipe, 0, **options)
+    assert not (tmp_path / "runs").exists()
+    run = train(recipe, 0, unreadable="skip", **options)
+    told = {"images": 2, "first": ["train/china/000_000.jpg", "val/flower/026_400.jpg"]}
+    assert run.environment()["left_out"] == run.summary()["left_out"] == told
+    assert "2 images cannot be decoded and are left out, such as train/china/000_000.jpg, val/flower" in capsys.readouterr().out
+    assert run.summary()["steps"] == math.ceil((47 - 8) / 8)
+
+
+def test_another_word_for_unreadable_is_refused_before_any_work(start, tmp_path):
+    with pytest.raises(ValueError, match="unreadable must be one of stop, skip, got 'ignore'"):
+        start(unreadable="ignore")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_batch_is_divided_over_the_processes(recipe, tmp_path, monkeypatch):

@@ -1,21 +1,25 @@
 """One model for ViT, KViT and the controls: counts, saving, torchvision, hand-computed blocks, schedules and refusals."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchvision.models import VisionTransformer as TorchvisionViT
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from krause_repro.attention import SCORES, Full, GridWindow
-from krause_repro.checkpoints import convert_vit, load_into, vit_config
+from krause_repro.checkpoints import convert_vit, load_author_checkpoint, load_into, recognise, swin_config, vit_config
 from krause_repro.recipes import RECIPES
+from krause_repro.swin import SwinClassifier
 from krause_repro.vision_transformer import (
     SIZES,
     VisionTransformer,
     VisionTransformerConfig,
+    largest_radius,
     rotary_table,
     rotate,
     top_k_schedule,
@@ -122,6 +126,48 @@ def test_softmax_vit_is_torchvisions():
     assert expected.std() > 0.1
 
 
+PARITY = Path(__file__).parent / "parity"
+ARCHITECTURES = {  # a file of the authors' tensors: what it is said to be
+    "kvit_4neighbour": "a KViT, kind kvit_4neighbour or kvit_5x5", "kvit_5x5": "a KViT, kind kvit_4neighbour or kvit_5x5",
+    "vit_baseline": "torchvision's ViT, kind vit_baseline",
+    "kswin_attention_shifted": "one attention of a KSwin, kind kswin_attention_plain or kswin_attention_shifted or kswin_attention_small",
+}
+NAMES = {  # names of the released autoregressive and language models
+    "karm": (["token_emb.weight", "layers.0.attn.W_q.weight"], "an autoregressive image model (KARM, ARM or LARM), which no kind takes"),
+    "llama": (["model.layers.0.self_attn.q_proj_krause.weight"], "a language model with a Krause branch, which no kind takes"),
+}
+
+
+@pytest.mark.parametrize("asked", ["kvit_5x5", "vit_baseline", "kswin", "swin_baseline"])
+@pytest.mark.parametrize("given", ARCHITECTURES)
+def test_a_checkpoint_of_another_architecture_is_told_what_it_is(given, asked):
+    said = ARCHITECTURES[given]
+    state = {f"module.{key.removeprefix('state.')}": t for key, t in load_file(PARITY / f"{given}.safetensors").items() if "state." in key}
+    with pytest.raises(ValueError, match=f"does not fit kind '{asked}' with this configuration.*: missing") as error:
+        load_author_checkpoint(asked, state)
+    assert (f"(its names are those of {said})" in str(error.value)) == (asked not in said.split())
+
+
+@pytest.mark.parametrize("given", NAMES)
+def test_a_checkpoint_of_another_kind_of_model_is_told_what_it_is(given):
+    names, said = NAMES[given]
+    with pytest.raises(ValueError) as error:
+        load_author_checkpoint("kvit_5x5", {name: torch.zeros(1) for name in names})
+    assert f"does not fit kind 'kvit_5x5' with this configuration (its names are those of {said}): missing" in str(error.value)
+
+
+@pytest.mark.parametrize(("score", "kind"), [("krause", "kswin"), ("softmax", "swin_baseline")])
+def test_a_swin_is_told_what_it_is(score, kind):
+    shape = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "num_classes": 5}
+    state = SwinClassifier(swin_config(score, **shape)).state_dict()
+    assert not recognise({}) and recognise(state)[1] == (kind,)
+    for asked in {"kswin", "swin_baseline"} - {kind}:
+        with pytest.raises(ValueError, match=f"does not fit kind '{asked}' .*{recognise(state)[0]}, kind {kind}.: "):
+            load_author_checkpoint(asked, state, **shape)
+    with pytest.raises(ValueError, match=f"does not fit kind '{kind}' with this configuration: missing"):
+        load_author_checkpoint(kind, state, **shape | {"depths": [1, 2]})
+
+
 def layer_norm(x, layer):
     "Layer norm, spelled out."
     mean = x.mean(-1, keepdim=True)
@@ -205,6 +251,29 @@ def test_neighbourhood_of_a_config():
     assert vision_neighborhood(tiny()) == GridWindow(4, 4, 1, "manhattan")
     assert vision_neighborhood(tiny(attention_radius=2, attention_metric="chebyshev", patch_size=1)) == GridWindow(8, 8, 2)
     assert vision_neighborhood(tiny(attention_radius=None)) == Full()
+
+
+@pytest.mark.parametrize("metric", ["manhattan", "chebyshev"])
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_the_largest_radius_is_the_smallest_that_reaches_everything(side, metric):
+    radius = largest_radius(side, metric)
+    assert GridWindow(side, side, radius, metric).mask(1 + side**2).all()
+    assert radius == 0 or not GridWindow(side, side, radius - 1, metric).mask(1 + side**2).all()
+    shape = {"image_size": 2 * side, "attention_metric": metric}
+    assert vision_neighborhood(tiny(**shape, attention_radius=radius)) == GridWindow(side, side, radius, metric)
+    with pytest.raises(ValueError, match=f"attention_radius must be at most {radius} on a grid of {side}×{side}"):
+        tiny(**shape, attention_radius=radius + 1)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_channels_last_is_the_same_model(score):
+    "The layout of pixels and filters in memory may change the order of a sum, and nothing else."
+    model, pixels = build(attention_score=score), images(4)
+    moved = build(attention_score=score).to(memory_format=torch.channels_last)
+    laid = pixels.contiguous(memory_format=torch.channels_last)
+    assert moved.patch_embedding.weight.is_contiguous(memory_format=torch.channels_last) and not laid.is_contiguous()
+    with torch.no_grad():
+        assert_close(moved(laid).logits, model(pixels).logits, rtol=0, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_offset_alone():
@@ -323,6 +392,10 @@ def test_a_fixed_sigma_stays_fixed_when_loaded(tmp_path):
         ({"positions": "alibi"}, "positions must be one of learned, rotary"),
         ({"attention_radius": -1}, "attention_radius must be an integer ≥ 0"),
         ({"attention_radius": 1.5}, "attention_radius must be"),
+        ({"attention_radius": 7}, "attention_radius must be at most 6 on a grid of 4×4 patches with the manhattan metric, or None .*got 7"),
+        ({"attention_radius": 4, "attention_metric": "chebyshev"}, "attention_radius must be at most 3 on a grid of 4×4 patches"),
+        ({"attention_radius": 4, "attention_metric": "chebyshev", "attention_random_seed": 0}, "attention_radius must be at most 3"),
+        ({"sigma": math.inf}, "sigma must be a number > 0, got inf"),
         ({"attention_top_k": (2,)}, "attention_top_k must be None or"),
         ({"attention_top_k": (0, 4)}, "attention_top_k must be an integer ≥ 1"),
         ({"image_size": 9}, "image_size must be a multiple of patch_size = 2, got 9"),

@@ -1,0 +1,217 @@
+"""Quantities of attention and tokens: by independent loops, at their bounds, and taken out of real models."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from krause_repro.analysis import (
+    analyse,
+    attention_distance,
+    attention_entropy,
+    attention_weights,
+    effective_rank,
+    grid_places,
+    head_diversity,
+    map_row,
+    query_rows,
+    query_token,
+    rank_residual,
+    summarise_analysis,
+    test_pixels,
+    token_clusters,
+    token_cosine,
+)
+from krause_repro.recipes import get_recipe
+from krause_repro.swin import SwinClassifier, SwinClassifierConfig
+from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
+
+RECIPE = get_recipe("kvit_t/fashion_mnist").at("smoke")
+
+
+def rows(*shape, seed=0, keep=None):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    if keep is not None:
+        logits = logits.where(logits >= logits.topk(keep, -1).values[..., -1:], -torch.inf)
+    return logits.softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def kvit():
+    torch.manual_seed(0)
+    return VisionTransformer(RECIPE.config)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_entropy_by_a_loop(keep):
+    weights = rows(2, 3, 4, 5, keep=keep)
+    wanted = [[sum(-p * math.log(p) for q in head.tolist() for p in q if p) / 4 for head in image] for image in weights]
+    assert torch.allclose(attention_entropy(weights), torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2])
+def test_head_diversity_by_a_loop(keep):
+    weights = rows(2, 3, 4, 5, keep=keep)
+
+    def divergence(p, q):
+        mixed = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        return sum(x * math.log2(x / m) / 2 for side in (p, q) for x, m in zip(side, mixed, strict=True) if x)
+
+    for image, found in zip(weights.tolist(), head_diversity(weights), strict=True):
+        pairs = [math.sqrt(divergence(a[t], b[t])) for a, b in itertools.combinations(image, 2) for t in range(4)]
+        assert found.item() == pytest.approx(sum(pairs) / len(pairs))
+
+
+@given(seed=st.integers(0, 10**6), heads=st.integers(2, 5), keys=st.integers(1, 9))
+def test_head_diversity_is_bounded_and_ignores_the_order_of_heads(seed, heads, keys):
+    weights = rows(1, heads, 3, keys, seed=seed)
+    found = head_diversity(weights)
+    assert 0 <= found <= 1 and torch.allclose(found, head_diversity(weights.flip(1)))
+    assert torch.allclose(head_diversity(weights[:, :1].expand(-1, heads, -1, -1)), torch.zeros(1, dtype=torch.float64), atol=1e-7)
+
+
+def test_one_head_has_no_diversity():
+    with pytest.raises(ValueError, match="at least two heads"):
+        head_diversity(rows(1, 1, 3, 3))
+
+
+def test_distance_by_a_loop_without_the_cls_token():
+    weights, places = rows(2, 2, 10, 10), grid_places(3)
+    assert places[0].isnan().all() and places[1:].tolist() == [[i // 3, i % 3] for i in range(9)]
+    for image, head in itertools.product(range(2), range(2)):
+        a = weights[image, head].tolist()
+        apart = torch.cdist(places[1:], places[1:]).tolist()
+        each = [sum(w * d for w, d in zip(a[i][1:], apart[i - 1], strict=True)) / sum(a[i][1:]) for i in range(1, 10)]
+        assert attention_distance(weights, places)[image, head].item() == pytest.approx(sum(each) / 9, rel=1e-6)
+
+
+def test_a_query_that_sees_the_cls_token_alone_does_not_count():
+    weights = torch.zeros(1, 1, 5, 5)
+    weights[0, 0, :, 0] = 1
+    weights[0, 0, 1] = torch.tensor([0.5, 0.0, 0.25, 0.0, 0.25])  # the corner: half of the rest right of it, half diagonal
+    assert attention_distance(weights, grid_places(2)).item() == pytest.approx((1 + math.sqrt(2)) / 2)
+
+
+def test_places_must_fit_the_weights():
+    with pytest.raises(ValueError, match="places must have a row for each token"):
+        attention_distance(rows(1, 1, 5, 5), grid_places(3))
+
+
+# Tokens
+
+
+def test_cosine_by_a_loop():
+    states = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for image, found in zip(states, token_cosine(states), strict=True):
+        pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(image, 2)]
+        assert found.item() == pytest.approx(sum(pairs).item() / len(pairs))
+    with pytest.raises(ValueError, match="at least two tokens"):
+        token_cosine(states[:, :1])
+
+
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 100))
+def test_quantities_of_tokens_ignore_scale_and_rotation(seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, 7, 5, dtype=torch.float64, generator=generator)
+    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator)).Q
+    for measure in (token_cosine, rank_residual, effective_rank):
+        assert torch.allclose(measure(states), measure(scale * states @ turn), atol=1e-9)
+
+
+def test_residual_and_rank_at_their_bounds():
+    common, spread = torch.ones(1, 6, 4), torch.cat([torch.eye(3), -torch.eye(3)]).unsqueeze(0)
+    assert rank_residual(common).item() == pytest.approx(0, abs=1e-6) and rank_residual(spread).item() == pytest.approx(1)
+    assert effective_rank(common).item() == pytest.approx(1, abs=1e-4) and effective_rank(spread).item() == pytest.approx(3)
+    two = torch.diag(torch.tensor([3.0, 1.0])).unsqueeze(0)  # singular values 3 and 1
+    assert effective_rank(two).item() == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+
+
+def test_groups_are_chains_of_like_directions():
+    angles = torch.deg2rad(torch.tensor([0.0, 20, 40, 120, 135, 250]))  # cos 20° = 0.94, cos 25.8° = 0.9
+    states = torch.stack([angles.cos(), angles.sin()], -1).unsqueeze(0) * torch.tensor([1.0, 9, 2, 5, 1, 3]).view(1, 6, 1)
+    assert token_clusters(states).tolist() == [3]  # a chain of three, a pair, and one alone
+    assert token_clusters(states, cosine=0.95).tolist() == [5]
+    assert token_clusters(states, cosine=-1).tolist() == [1]
+    assert token_clusters(torch.ones(1, 4, 3), cosine=1).tolist() == [1]
+    with pytest.raises(ValueError, match="cosine must be between -1 and 1"):
+        token_clusters(states, cosine=1.5)
+
+
+# Models
+
+
+@pytest.mark.parametrize(("model", "inputs", "shape"), [
+    (VisionTransformer(VisionTransformerConfig(image_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)),
+     {"pixel_values": torch.randn(3, 3, 8, 8)}, (3, 2, 5, 5)),
+    (SwinClassifier(SwinClassifierConfig(image_size=16, embed_dim=8, depths=(1, 1), num_heads=(2, 2))),
+     {"pixel_values": torch.randn(3, 3, 16, 16)}, (3, 2, 16, 16)),
+    (GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=11, attn_implementation="eager")),
+     {"input_ids": torch.arange(7).view(1, 7)}, (1, 2, 7, 7)),
+])
+def test_weights_of_different_models(model, inputs, shape):
+    model.train()
+    weights = attention_weights(model, **inputs)
+    assert not model.training and tuple(weights[0].shape) == shape and len(weights) == 2
+    assert all(torch.allclose(layer.sum(-1), torch.ones(layer.shape[:-1]), atol=1e-5) for layer in weights)
+
+
+def test_a_model_that_keeps_its_weights_to_itself_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
+    with pytest.raises(ValueError, match="LlamaForCausalLM returned no attention weights.*eager"):
+        attention_weights(llama, input_ids=torch.arange(5).view(1, 5))
+
+
+def test_tokens_of_swin_shrink_with_its_maps():
+    swin = SwinClassifier(SwinClassifierConfig(image_size=16, embed_dim=8, depths=(1, 1), num_heads=(2, 2)))
+    weights, states = attention_weights(swin, states=True, pixel_values=torch.randn(2, 3, 16, 16))
+    assert [tuple(layer.shape) for layer in states] == [(2, 16, 8), (2, 16, 8), (2, 4, 16)] and len(weights) == 2
+
+
+def test_analysis_is_the_mean_over_images_whatever_the_batch(kvit):
+    images = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(2))
+    whole, parts = analyse(kvit, images), analyse(kvit, images, batch=2)
+    weights, states = attention_weights(kvit, states=True, pixel_values=images)
+    assert whole.keys() == parts.keys() and all(parts[name] == pytest.approx(whole[name], rel=1e-4) for name in whole)
+    assert whole["entropy"] == pytest.approx([attention_entropy(layer).mean().item() for layer in weights], rel=1e-5)
+    assert whole["distance"] == pytest.approx([attention_distance(layer, grid_places(7)).mean().item() for layer in weights], rel=1e-5)
+    assert whole["clusters"] == pytest.approx([token_clusters(layer).double().mean().item() for layer in states])
+    assert len(whole["cosine"]) == 3 and len(whole["head_diversity"]) == 2  # the tokens also before the first layer
+    found = summarise_analysis([kvit, kvit], images)
+    assert found["entropy"]["mean"] == pytest.approx(whole["entropy"]) and found["entropy"]["sd"] == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_rows_of_a_query_are_the_models(kvit):
+    image = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    example = {"pixel_values": image, "labels": torch.tensor(0)}
+    pixels = test_pixels(RECIPE, [example, example], 1)
+    assert pixels.shape == (1, 1, 28, 28)
+    for query, token in (("cls", 0), ([0, 0], 1), ([2, 3], 18), ([6, 6], 49)):
+        assert query_token(query, 7) == token
+        wanted = torch.stack([layer[0, :, token] for layer in attention_weights(kvit, pixel_values=pixels)])
+        found = query_rows(kvit, RECIPE, image, query)
+        assert torch.equal(found, wanted) and found.shape == (2, 2, 50)
+    row = map_row(found[0], image, [6, 6], label="KViT", kind="krause")
+    assert torch.allclose(torch.tensor(row["image"]), image[0] / 255, atol=6e-4) and (row["label"], row["query"]) == ("KViT", [6, 6])
+    for weights, hub in zip(row["maps"], row["cls_weight"], strict=True):
+        assert sum(weights) + hub == pytest.approx(1, abs=1e-3) and {i for i, w in enumerate(weights) if w} <= {48, 47, 41}
+
+
+@pytest.mark.parametrize("query", [[7, 0], [0, -1], [1], "centre"])
+def test_a_query_outside_of_the_grid_is_refused(query):
+    with pytest.raises(ValueError, match="query must be 'cls' or"):
+        query_token(query, 7)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_more_images_than_there_are_cannot_be_taken(count):
+    example = {"pixel_values": torch.zeros(1, 28, 28, dtype=torch.uint8), "labels": torch.tensor(0)}
+    with pytest.raises(ValueError, match="count must be between 1 and 2"):
+        test_pixels(RECIPE, [example, example], count)
