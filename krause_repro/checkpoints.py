@@ -82,13 +82,13 @@ def rename(
         name = name.replace(old, new)
     return name
 
-# %% ../nbs/15_checkpoints.ipynb #2b474c30
+# %% ../nbs/15_checkpoints.ipynb #686da838
 def convert_kvit(
     state: dict[str, Tensor],  # the authors' tensors
 ) -> dict[str, Tensor]:
     "Our names for the tensors of a KViT; masks are ours to compute, and σ of a layer has shape (1,) here."
     kept = {name: tensor for name, tensor in state.items() if not name.endswith(KVIT_BUFFERS)}
-    return {rename(name, KVIT_NAMES): tensor.reshape(1) if name.endswith("log_sigma") else tensor for name, tensor in kept.items()}
+    return {rename(name, KVIT_NAMES): tensor.flatten() if name.endswith("log_sigma") else tensor for name, tensor in kept.items()}
 
 # %% ../nbs/15_checkpoints.ipynb #b2ad5207
 def check_masks(

@@ -19,7 +19,7 @@ from .records import check_train, obtain_result, read_json, result_path, summari
 from .swin import WindowAttention
 from .training import Run, build_trainer, train
 
-# %% ../nbs/23_evaluation.ipynb #84838560
+# %% ../nbs/23_evaluation.ipynb #63072cb2
 def test_accuracy(
     run: Run,  # finished
     source: str | Path | None = None,  # the user's data folder
@@ -30,7 +30,7 @@ def test_accuracy(
         return read_json(path)
     if not run.finished:
         raise ValueError(f"run {run.path} is not finished; finish it with: krause-repro train {run.recipe.name} --seed {run.seed}")
-    splits = load_splits(run.recipe, source)
+    splits = load_splits(run.recipe, source, "skip" if "left_out" in run.environment() else "stop")  # as the run did
     trainer = build_trainer(run.recipe, run.model(), splits, run.path / "checkpoints", run.seed, progress=False)
     metrics = trainer.evaluate(splits.test, metric_key_prefix="test")
     record = {"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"], "images": len(splits.test)}

@@ -31,7 +31,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "30_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
     "31_image_classification": {"image_classification": TRIO},
     "35_ablations": cell_files(CELLS),
-    "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED]},
+    "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
     "37_attention_maps": {"attention_maps": TRIO},
 }
 SMOKE = EXPERIMENTS | {"35_ablations": cell_files(SMOKE_CELLS)}  # smoke proves the path with a few cells
