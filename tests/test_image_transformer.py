@@ -1,0 +1,266 @@
+"""The image transformer: the authors' numbers, caches that equal the whole pass, no look into the future, and errors with a name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from krause_repro.checkpoints import load_author_checkpoint, raster_shape
+from krause_repro.image_transformer import (
+    ATTENTIONS,
+    LINEAR_EPS,
+    ImageTransformer,
+    ImageTransformerConfig,
+    PreallocatedLayer,
+    image_cache,
+    linear_attention,
+)
+
+FOLDER = Path(__file__).parent / "parity"
+CIFAR = {"image_shape": (32, 32, 3), "hidden_size": 512, "num_hidden_layers": 16, "intermediate_size": 2048}
+
+
+def small(attention, **settings):
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 17, "image_shape": (5, 4, 1), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 32, "attention_window": 6, "attention_top_k": 4}
+    model = ImageTransformer(ImageTransformerConfig(**{**sizes, "attention": attention, **settings})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(batch=3, length=20, levels=17, seed=0):
+    return torch.randint(levels, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def in_parts(model, images, cuts):
+    "Logits of the parts of a sequence, one after the other through a cache."
+    cache = image_cache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in images.tensor_split(cuts, 1) if part.numel()]
+    assert cache.get_seq_length() == images.shape[1]
+    return torch.cat(parts, 1)
+
+
+# The authors' numbers
+
+
+@pytest.mark.parametrize("kind", ["karm", "arm", "larm"])
+def test_logits_are_the_authors(kind):
+    path = FOLDER / f"{kind}.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, config = load_file(path), json.loads(file.metadata()["config"])
+    model = load_author_checkpoint(kind, path, **config)
+    with torch.no_grad():
+        assert_close(model(tensors["input"]).logits, tensors["logits"], rtol=0, atol=1e-5)
+    assert_close(in_parts(model, tensors["input"], list(range(1, 63))), tensors["step_logits"], rtol=0, atol=1e-5)
+    assert_close(in_parts(model, tensors["input"], [20, 21, 50]), tensors["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("karm", "arm"), ("larm", "karm")])
+def test_another_kind_is_named(kind, other):
+    with safe_open(FOLDER / f"{other}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    with pytest.raises(ValueError, match=rf"attn_type must be '(krause|linear)' for this kind, got '{config['attn_type']}'"):
+        load_author_checkpoint(kind, FOLDER / f"{other}.safetensors", **config)
+    config.pop("attn_type")
+    with pytest.raises(ValueError, match=r"its names are those of (an ARM or LARM|a KARM)"):
+        load_author_checkpoint(kind, FOLDER / f"{other}.safetensors", **config)
+
+
+@pytest.mark.parametrize(("length", "shape"), [(784, (28, 28, 1)), (3072, (32, 32, 3)), (64, (8, 8, 1)), (50, (1, 50, 1))])
+def test_sequences_are_square_images_where_they_can_be(length, shape):
+    assert raster_shape(length) == shape
+
+
+@pytest.mark.parametrize(("attention", "mnist", "cifar"), [
+    ("krause", 9_809_664 + 96, 52_274_432 + 128), ("softmax", 9_809_664, 52_274_432), ("linear", 9_809_664, 52_274_432),
+])
+def test_parameters_are_as_many_as_the_papers(attention, mnist, cifar):
+    with torch.device("meta"):
+        models = [ImageTransformer(ImageTransformerConfig(attention=attention, **sizes)) for sizes in ({}, CIFAR)]
+    assert [model.num_parameters() for model in models] == [mnist, cifar]
+
+
+# Attention
+
+
+def spelled_out(query, key, value):
+    "Linear attention by a loop over tokens, in float64."
+    out = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
+    query, key, value = (x.double() for x in (query, key, value))
+    phi_q, phi_k = (torch.where(x > 0, x + 1, x.exp()) for x in (query, key))
+    for t in range(query.shape[2]):
+        weights = (phi_q[:, :, t:t + 1] * phi_k[:, :, :t + 1]).sum(-1)
+        out[:, :, t] = (weights.unsqueeze(-1) * value[:, :, :t + 1]).sum(2) / (weights.sum(-1, keepdim=True) + LINEAR_EPS)
+    return out
+
+
+@given(length=st.integers(1, 40), chunk=st.integers(1, 48), cut=st.integers(0, 40), seed=st.integers(0, 10**6))
+def test_linear_attention_is_the_loop_whatever_the_chunk_and_the_cut(length, chunk, cut, seed):
+    query, key, value = torch.randn(3, 2, 2, length, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    value, wanted, cut = value[..., :3], spelled_out(query, key, value[..., :3]), min(cut, length)
+    assert_close(linear_attention(query, key, value, chunk=chunk)[0], wanted, rtol=1e-10, atol=1e-10)
+    parts, sums = [], None
+    for part in (slice(0, cut), slice(cut, length)):
+        if part.stop > part.start:
+            found, sums = linear_attention(query[:, :, part], key[:, :, part], value[:, :, part], sums, chunk)
+            parts.append(found)
+    assert_close(torch.cat(parts, 2), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_linear_attention_has_gradients():
+    inputs = [torch.randn(1, 2, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: linear_attention(*x, chunk=3)[0], inputs)
+    with pytest.raises(ValueError, match="chunk"):
+        linear_attention(*inputs, chunk=0)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_no_token_sees_a_later_one(attention):
+    model, images = small(attention), tokens()
+    changed = images.clone()
+    changed[:, 13] = (changed[:, 13] + 1) % 17
+    with torch.no_grad():
+        before, after = model(images).logits, model(changed).logits
+    assert torch.equal(before[:, :13], after[:, :13]) and not torch.allclose(before[:, 13:], after[:, 13:])
+
+
+def test_krause_forgets_what_has_left_all_windows():
+    model, images = small("krause"), tokens()
+    changed = images.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 17
+    with torch.no_grad():
+        before, after = model(images).logits, model(changed).logits
+    reach = 2 * (6 - 1)  # two layers with a window of 6
+    assert torch.equal(before[:, reach + 1:], after[:, reach + 1:]) and not torch.equal(before[:, :reach + 1], after[:, :reach + 1])
+
+
+# Caches
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"attention_window": None}, {"attention_top_k": None}, {"attention_window": None, "attention_top_k": None}, {"start_token": True},
+])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cuts", [list(range(1, 20)), [7], [3, 4, 11], [10, 11, 12, 13]])
+def test_parts_through_a_cache_equal_the_whole(attention, cuts, settings):
+    model, images = small(attention, **settings), tokens()
+    with torch.no_grad():
+        assert_close(in_parts(model, images, cuts), model(images).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_generate_is_the_greedy_continuation(attention):
+    model, images = small(attention), tokens()
+    wanted = images[:, :9]
+    with torch.no_grad():
+        while wanted.shape[1] < 20:
+            wanted = torch.cat([wanted, model(wanted).logits[:, -1:].argmax(-1)], 1)
+    options = {"max_new_tokens": 11, "do_sample": False}
+    assert torch.equal(model.generate(images[:, :9], **options), wanted)
+    assert torch.equal(model.generate(images[:, :9], use_cache=False, **options), wanted)
+    beams = model.generate(images[:, :9], num_beams=3, **options)
+    assert torch.equal(beams, model.generate(images[:, :9], num_beams=3, use_cache=False, **options))
+
+
+def test_sampling_draws_from_all_levels():
+    model = small("softmax", vocab_size=200)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()  # all levels are equally likely
+    torch.manual_seed(0)
+    drawn = model.generate(tokens(200, 5), do_sample=True, max_new_tokens=15)
+    assert len(drawn[:, 5:].unique()) == 200
+
+
+def test_a_preallocated_layer_neither_grows_nor_takes_others():
+    layer = PreallocatedLayer(4)
+    new = torch.ones(2, 3, 3, 5)
+    keys, _ = layer.update(new, 2 * new)
+    place = layer.keys.data_ptr()
+    assert keys.shape == (2, 3, 3, 5) and keys.data_ptr() == place
+    keys, values = layer.update(3 * new[:, :, :1], 4 * new[:, :, :1])
+    assert keys.data_ptr() == place and keys[:, :, -1].unique().tolist() == [3] and values[:, :, 0].unique().tolist() == [2]
+    with pytest.raises(ValueError, match="this cache holds 4 tokens; 4 are there, and 1 more do not fit"):
+        layer.update(new[:, :, :1], new[:, :, :1])
+    with pytest.raises(ValueError, match="key_states must fit those held"):
+        layer.update(new[:1, :, :1], new[:1, :, :1])
+
+
+# The model
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_saved_model_is_the_same(attention, tmp_path):
+    model, images = small(attention, start_token=True), tokens()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(again, ImageTransformer) and again.config.image_shape == [5, 4, 1] and again.config.bos_token_id == 17
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_loss_is_the_mean_over_all_but_the_first_token_and_trains_everything(attention):
+    model, images = small(attention), tokens()
+    found = model(images, labels=images)
+    log_probabilities = found.logits.log_softmax(-1)
+    wanted = -sum(log_probabilities[b, t, images[b, t + 1]] for b in range(3) for t in range(19)) / (3 * 19)
+    assert_close(found.loss, wanted)
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"attention": "sparse"}, "attention must be one of krause, softmax, linear"), ({"image_shape": (28, 28)}, "image_shape must be"),
+    ({"image_shape": (28, 0, 1)}, "image_shape must be"), ({"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 256"),
+    ({"attention_window": 0}, "attention_window must be"), ({"attention_top_k": 0}, "attention_top_k must be"),
+    ({"sigma": 0.0}, "sigma must be"), ({"dropout": 1.5}, "dropout must be"),
+])
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTransformerConfig(**settings)
+
+
+@pytest.mark.parametrize(("input_ids", "message"), [
+    (torch.full((1, 3), 17), "input_ids must be from 0 to 16, got 17 to 17"), (torch.full((1, 3), -1), "input_ids must be from 0 to 16"),
+    (torch.zeros(1, 21, dtype=torch.long), "input_ids must end within the image's 20 tokens, got 21 after 0"),
+    (torch.zeros(1, 0, dtype=torch.long), "input_ids must be integers of shape"), (torch.zeros(3), "input_ids must be integers of shape"),
+])
+def test_tokens_that_cannot_be_are_refused(input_ids, message):
+    with pytest.raises(ValueError, match=message):
+        small("krause")(input_ids)
+
+
+def test_the_start_token_is_a_token_and_no_grey_level():
+    model = small("krause", start_token=True)
+    sequence = torch.cat([torch.full((3, 1), 17), tokens()], 1)
+    with torch.no_grad():
+        logits = model(sequence).logits
+    assert logits.shape == (3, 21, 17)
+    with pytest.raises(ValueError, match="from 0 to 17, got 0 to 18"):
+        model(torch.tensor([[0, 18]]))
+
+
+@pytest.mark.parametrize(("attention", "cache"), [
+    ("linear", DynamicCache()), ("softmax", image_cache(small("krause").config)), ("krause", image_cache(small("softmax").config)),
+    ("krause", image_cache(small("krause", num_hidden_layers=3).config)),
+])
+def test_a_cache_of_another_model_is_refused(attention, cache):
+    with pytest.raises(ValueError, match=r"past_key_values must be image_cache\(model.config\), 2 of"):
+        small(attention)(tokens(), past_key_values=cache)
+
+
+def test_padding_is_refused():
+    with pytest.raises(ValueError, match="attention_mask must be all ones"):
+        small("krause")(tokens(), attention_mask=torch.tensor([[0] + 19 * [1]] * 3))
