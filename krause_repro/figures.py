@@ -474,7 +474,8 @@ def plot_accuracy(
     ax.set_title("circle: one seed; dot and bar: mean ± standard deviation", loc="left", size=9, color=COLOURS["neutral"])
     return fig
 
-# %% ../nbs/25_figures.ipynb #4272d657
+# %% ../nbs/25_figures.ipynb #8dd74f3f
+@house_style()
 def plot_differences(
     data: dict,  # {"rows": [{"label", "values": [seeds], "mean", "interval": [low, high] or None}], "counts"}; in 0..1
 ) -> Figure:
@@ -490,10 +491,9 @@ def plot_differences(
             ax.plot([100 * bound for bound in interval], [place, place], color=COLOURS["krause"], linewidth=2)
         ax.plot([100 * x for x in values], [place] * len(values), "o", markersize=5, markerfacecolor="white", color=COLOURS["krause"])
         ax.plot(100 * mean, place, "o", markersize=7, color=COLOURS["krause"])
-    ax.set(ylim=(len(rows) - 0.5, -0.6), xlabel="difference of test accuracy (percentage points)", ylabel="difference",
-           yticks=range(len(rows)), yticklabels=[label for label, *_ in entries])
-    note = "circle: one seed; dot and bar: mean and 95% interval; grey: too small to count"
-    ax.set_title(note, loc="left", size=9, color=COLOURS["neutral"])
+    ax.set(ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=[label for label, *_ in entries],
+           xlabel="difference of test accuracy (points); grey: too small to count", ylabel="difference")
+    ax.set_title("circle: one seed; dot and bar: mean and 95% interval", loc="left", size=9, color=COLOURS["neutral"])
     return fig
 
 # %% ../nbs/25_figures.ipynb #23aff15b

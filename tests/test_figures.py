@@ -69,6 +69,14 @@ def pixels(source):
         return np.asarray(image.convert("RGB")).copy()
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_plot_is_drawn_in_the_house_style(name, monkeypatch):
+    tops, drawing = [], figures.new_figure
+    monkeypatch.setattr(figures, "new_figure", lambda *a, **k: tops.append(matplotlib.rcParams["axes.spines.top"]) or drawing(*a, **k))
+    draw(name)
+    assert tops == [False]
+
+
 def test_examples_cover_every_plot_function():
     assert set(EXAMPLES) == {name for name in figures.__all__ if name.startswith("plot_")}
 
