@@ -710,10 +710,8 @@ def test_chunks_are_the_whole(band, sizes, padded):
             parts.append(attend_by(name, query[:, :, start:stop], key[:, :, :known], value[:, :, :known], CausalWindow(window), top_k,
                                    sigma=2.0, key_mask=mask))
             start = stop
-        if name == "native_band":
-            assert torch.equal(torch.cat(parts, 2), whole)
-        else:
-            assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-5)
+        # the vector units of some processors round a block of rows in another order than single rows
+        assert_close(torch.cat(parts, 2), whole, rtol=0, atol=2e-6 if name == "native_band" else 1e-5)
 
 
 @needs_kernels

@@ -133,7 +133,8 @@ ARCHITECTURES = {  # a file of the authors' tensors: what it is said to be
     "kswin_attention_shifted": "one attention of a KSwin, kind kswin_attention_plain or kswin_attention_shifted or kswin_attention_small",
 }
 NAMES = {  # names of the released autoregressive and language models
-    "karm": (["token_emb.weight", "layers.0.attn.W_q.weight"], "an autoregressive image model (KARM, ARM or LARM), which no kind takes"),
+    "karm": (["token_emb.weight", "layers.0.attn.log_sigma"], "a KARM, kind karm"),
+    "larm": (["token_emb.weight", "layers.0.attn.q_proj.weight"], "an ARM or LARM, kind arm or larm"),
     "llama": (["model.layers.0.self_attn.q_proj_krause.weight"], "a language model with a Krause branch, which no kind takes"),
 }
 
