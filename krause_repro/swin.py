@@ -6,9 +6,10 @@
 __all__ = ['SWIN_SIZES', 'window_weights', 'split_windows', 'join_windows', 'shift_mask', 'window_layout', 'check_window',
            'WindowAttention', 'SwinClassifierConfig', 'check_swin_config', 'SwinBlock', 'SwinClassifier']
 
-# %% ../nbs/11_swin.ipynb #f7074b60
+# %% ../nbs/11_swin.ipynb #db09c2ee
 import math
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,7 @@ class SwinBlock(SwinTransformerBlock):
             maps.append(weights)
         return x + self.stochastic_depth(self.mlp(self.norm2(x)))
 
-# %% ../nbs/11_swin.ipynb #590e8f5e
+# %% ../nbs/11_swin.ipynb #e0491944
 class SwinClassifier(PreTrainedModel):
     "torchvision's Swin transformer with a Krause or softmax score in its windows."
 
@@ -279,10 +280,13 @@ class SwinClassifier(PreTrainedModel):
         "Class logits, the cross-entropy when labels are given, and what else is asked for."
         check_pixels(pixel_values, self.config)
         x, maps = self.features[0](pixel_values), [] if output_attentions else None  # patches
-        states = [x.flatten(1, 2)]
-        for layer in (layer for part in self.features[1:] for layer in (part if isinstance(part, nn.Sequential) else [part])):
-            x = layer(x, maps) if isinstance(layer, SwinBlock) else layer(x)
-            if isinstance(layer, SwinBlock):
+        states = [x.flatten(1, 2)] if output_hidden_states else None
+        for layer in chain.from_iterable(part if isinstance(part, nn.Sequential) else [part] for part in self.features[1:]):
+            if not isinstance(layer, SwinBlock):
+                x = layer(x)
+                continue
+            x = layer(x, maps)
+            if output_hidden_states:
                 states.append(x.flatten(1, 2))
         logits = self.head(self.norm(x).mean((1, 2)))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)

@@ -13,7 +13,7 @@ from krause_repro.analysis import (
     analyse,
     attention_distance,
     attention_entropy,
-    attention_weights,
+    collect_attention,
     effective_rank,
     grid_places,
     head_diversity,
@@ -157,7 +157,7 @@ def test_groups_are_chains_of_like_directions():
 ])
 def test_weights_of_different_models(model, inputs, shape):
     model.train()
-    weights = attention_weights(model, **inputs)
+    weights = collect_attention(model, **inputs)
     assert not model.training and tuple(weights[0].shape) == shape and len(weights) == 2
     assert all(torch.allclose(layer.sum(-1), torch.ones(layer.shape[:-1]), atol=1e-5) for layer in weights)
 
@@ -166,19 +166,19 @@ def test_a_model_that_keeps_its_weights_to_itself_is_refused():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
     with pytest.raises(ValueError, match="LlamaForCausalLM returned no attention weights.*eager"):
-        attention_weights(llama, input_ids=torch.arange(5).view(1, 5))
+        collect_attention(llama, input_ids=torch.arange(5).view(1, 5))
 
 
 def test_tokens_of_swin_shrink_with_its_maps():
     swin = SwinClassifier(SwinClassifierConfig(image_size=16, embed_dim=8, depths=(1, 1), num_heads=(2, 2)))
-    weights, states = attention_weights(swin, states=True, pixel_values=torch.randn(2, 3, 16, 16))
+    weights, states = collect_attention(swin, states=True, pixel_values=torch.randn(2, 3, 16, 16))
     assert [tuple(layer.shape) for layer in states] == [(2, 16, 8), (2, 16, 8), (2, 4, 16)] and len(weights) == 2
 
 
 def test_analysis_is_the_mean_over_images_whatever_the_batch(kvit):
     images = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(2))
     whole, parts = analyse(kvit, images), analyse(kvit, images, batch=2)
-    weights, states = attention_weights(kvit, states=True, pixel_values=images)
+    weights, states = collect_attention(kvit, states=True, pixel_values=images)
     assert whole.keys() == parts.keys() and all(parts[name] == pytest.approx(whole[name], rel=1e-4) for name in whole)
     assert whole["entropy"] == pytest.approx([attention_entropy(layer).mean().item() for layer in weights], rel=1e-5)
     assert whole["distance"] == pytest.approx([attention_distance(layer, grid_places(7)).mean().item() for layer in weights], rel=1e-5)
@@ -195,7 +195,7 @@ def test_rows_of_a_query_are_the_models(kvit):
     assert pixels.shape == (1, 1, 28, 28)
     for query, token in (("cls", 0), ([0, 0], 1), ([2, 3], 18), ([6, 6], 49)):
         assert query_token(query, 7) == token
-        wanted = torch.stack([layer[0, :, token] for layer in attention_weights(kvit, pixel_values=pixels)])
+        wanted = torch.stack([layer[0, :, token] for layer in collect_attention(kvit, pixel_values=pixels)])
         found = query_rows(kvit, RECIPE, image, query)
         assert torch.equal(found, wanted) and found.shape == (2, 2, 50)
     row = map_row(found[0], image, [6, 6], label="KViT", kind="krause")
