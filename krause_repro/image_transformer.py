@@ -7,7 +7,7 @@ __all__ = ['LINEAR_EPS', 'ATTENTIONS', 'CACHE_LAYERS', 'linear_attention', 'Imag
            'PreallocatedLayer', 'RecurrentLayer', 'image_cache', 'PixelAttention', 'PixelBlock', 'check_tokens',
            'check_cache', 'ImageTransformer']
 
-# %% ../nbs/12_image_transformer.ipynb #d77269e8
+# %% ../nbs/12_image_transformer.ipynb #7373fa58
 import math
 
 import torch
@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import CausalWindow, check_fraction, check_integer, check_positive, krause_attention, merge_heads
+from .attention import CausalWindow, check_fraction, check_integer, check_positive, merge_heads
+from .fast_attention import banded_attention
 from .ring_cache import RingCache, RingLayer
 
 # %% ../nbs/12_image_transformer.ipynb #fa95dba1
@@ -222,7 +223,7 @@ def image_cache(
     size = (config.positions,) if config.attention == "softmax" else ()
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
 
-# %% ../nbs/12_image_transformer.ipynb #c99d4347
+# %% ../nbs/12_image_transformer.ipynb #f3692943
 class PixelAttention(nn.Module):
     "Causal self-attention of one layer: Krause, softmax or linear (paper's KARM, ARM and LARM)."
 
@@ -232,9 +233,10 @@ class PixelAttention(nn.Module):
         layer_idx: int,  # place in the cache
     ):
         super().__init__()
-        self.config, self.layer_idx, self.heads = config, layer_idx, config.num_attention_heads
+        self.kind, self.layer_idx, self.heads = config.attention, layer_idx, config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
-        if config.attention == "krause":
+        if self.kind == "krause":
+            self.neighborhood, self.top_k = CausalWindow(config.krause_window), config.attention_top_k
             self.log_sigma = nn.Parameter(torch.full((self.heads,), math.log(config.sigma)))
 
     def attend(
@@ -245,7 +247,7 @@ class PixelAttention(nn.Module):
         cache: Cache | None,  # of the tokens before; brought up to date
     ) -> Tensor:  # (B, H, T, D)
         "The new tokens' attention to themselves and to the past."
-        if self.config.attention == "linear":
+        if self.kind == "linear":
             layer = None if cache is None else cache.layers[self.layer_idx]
             output, sums = linear_attention(query, key, value, None if layer is None else layer.sums)
             if layer is not None:
@@ -253,9 +255,8 @@ class PixelAttention(nn.Module):
             return output
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if self.config.attention == "krause":
-            window, top_k = CausalWindow(self.config.krause_window), self.config.attention_top_k
-            return krause_attention(query, key, value, self.log_sigma.exp(), window, top_k)
+        if self.kind == "krause":
+            return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.log_sigma.exp())
         new, all_ = query.shape[2], key.shape[2]
         if new in (1, all_):
             return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)

@@ -715,6 +715,21 @@ def test_chunks_are_the_whole(band, sizes, padded):
 
 
 @needs_kernels
+@given(st.sampled_from(SCORES), st.integers(1, 70), st.integers(0, 9), st.integers(1, 75), st.sampled_from([8, 16, 24, 32, 64, 96, 136]),
+       st.sampled_from([1, 2, 3]), st.none() | st.integers(1, 70))
+def test_one_query_reads_a_ring_of_transposed_keys_and_nothing_beside_them(score, held, unused, window, dim, group, top_k):
+    "As in a step of generation; the slots that are not yet in use hold NaN."
+    query, key, value = normal(0, 2, 2 * group, 1, dim), normal(1, 2, 2, dim, held + unused), normal(2, 2, 2, held + unused, dim + 8)
+    key[..., held:], value[:, :, held:] = math.nan, math.nan
+    tensors = query, key.mT[:, :, :held], value[:, :, :held]
+    sigma = torch.linspace(1, 2, 2 * group) * dim**0.5 if score == "krause" else None
+    got = native_band(*tensors, CausalWindow(window), top_k, score=score, sigma=sigma)
+    sigma = None if sigma is None else sigma.double()
+    want = attend(*(x.double() for x in tensors), CausalWindow(window), top_k, score=score, sigma=sigma)
+    assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+@needs_kernels
 @pytest.mark.parametrize("top_k", [None, 9])
 @pytest.mark.parametrize("window", [1, 17, 64, 500, 2000])
 def test_many_segments_of_work(window, top_k):
