@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'COST', 'BASELINE', 'KINDS', 'DENSE_LENGTH',
-           'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'BENCHMARKS', 'interleave', 'summarise_times',
-           'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'GridCase', 'ImageCase', 'CostRecipe',
-           'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
+           'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'GENERATION_CASES', 'BENCHMARKS', 'interleave',
+           'summarise_times', 'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'GridCase', 'ImageCase',
+           'CostRecipe', 'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
            'bench_attention', 'bench_grids', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling',
            'fitted_exponent', 'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'TimedCollator',
-           'StepClock', 'bench_training', 'bench_dynamics', 'bench_cost', 'format_rows', 'report_benchmark']
+           'StepClock', 'bench_training', 'GenerationCase', 'generation_seconds', 'generator_step', 'bench_generation',
+           'generation_notes', 'bench_dynamics', 'bench_cost', 'format_rows', 'report_benchmark']
 
-# %% ../nbs/28_benchmarks.ipynb #e06e1707
+# %% ../nbs/28_benchmarks.ipynb #2fd84d77
 import json
 import math
 import multiprocessing
@@ -36,8 +37,9 @@ from .attention import CausalWindow, GridWindow, attend
 from .data import load_splits
 from .dynamics import flow, uniform_sphere
 from .fast_attention import banded_tiles, gathered_rows, sdpa_attention
+from .image_transformer import ImageTransformer, image_cache
 from .native_kernels import kernels_available, native_band, native_lists
-from .recipes import ImageClassificationRecipe, Recipe, get_recipe
+from .recipes import GENERATORS, ImageClassificationRecipe, ImageGenerationRecipe, Recipe, get_recipe
 from .records import environment, project_root, write_json
 from .training import build_trainer
 from .vision_transformer import VisionTransformer
@@ -600,6 +602,111 @@ def bench_training(
     rows = [{"case": case, "name": "training step", "seconds": step}, {"case": case, "name": "its collator", "seconds": collate}]
     return {"benchmark": "training", "rows": rows, "steps": steps, "busy": processor / (wall * torch.get_num_threads())}
 
+# %% ../nbs/28_benchmarks.ipynb #ff849739
+@dataclass(frozen=True)
+class GenerationCase:
+    "Part of an image that KARM, ARM and LARM write in turns."
+
+    title: str  # as tables show it
+    data: str  # second part of the recipes' names
+    profile: str  # of the recipes
+    batch: int  # images at a time
+    start: int = 0  # tokens that are there before the clock starts
+    stop: int | None = None  # the last token that is timed; None for the whole image
+
+
+GENERATION_CASES = (
+    GenerationCase("MNIST shape, whole images", "mnist", "paper", 32),
+    GenerationCase("CIFAR-10 shape, tokens 2,048 to 2,560", "cifar10", "paper", 8, 2048, 2560),
+)
+
+# %% ../nbs/28_benchmarks.ipynb #908538cb
+def _writer(recipe, case):
+    "A function that writes one token of each image, with all tokens before `case.start` in the cache."
+    torch.manual_seed(0)
+    model = ImageTransformer(recipe.config).eval()
+    cache, levels = image_cache(model.config), recipe.levels
+    held = {"tokens": torch.randint(levels, (case.batch, 1))}
+    if case.start:
+        with torch.inference_mode():
+            model(torch.randint(levels, (case.batch, case.start)), past_key_values=cache)
+
+    def write():
+        with torch.inference_mode():
+            logits = model(held["tokens"], past_key_values=cache).logits[:, -1]
+            held["tokens"] = torch.multinomial(logits.softmax(-1), 1)
+
+    return write
+
+
+def generation_seconds(
+    case: GenerationCase,
+) -> dict[str, list[float]]:  # "KARM", "ARM", "LARM": seconds of each token
+    "Write the case's tokens, each by each model in turn."
+    recipes = {model.upper(): get_recipe(f"{model}/{case.data}").at(case.profile) for model in GENERATORS}
+    stop = case.stop or recipes["KARM"].config.tokens
+    writers = {name: _writer(recipe, case) for name, recipe in recipes.items()}
+    return interleave(writers, stop - case.start - 1, warmup=1)  # the first token takes the memory
+
+# %% ../nbs/28_benchmarks.ipynb #9464eacb
+def _generation_row(case, name, seconds, tokens):
+    mine, rival = seconds[name], seconds["ARM"]
+    tenth = max(1, len(mine) // 10)
+    parts = [slice(k * tenth, (k + 1) * tenth) for k in range(min(10, len(mine)))]
+    low, _, high = _quartiles([sum(mine[part]) / sum(rival[part]) for part in parts])
+    return {
+        "case": case.title, "pass": "one token", "name": name, **summarise_times(mine), "ratio": sum(mine) / sum(rival),
+        "ratio_quartiles": [low, high], "images_per_second": case.batch * len(mine) / (sum(mine) * tokens),
+        "growth": statistics.median(mine[-tenth:]) / statistics.median(mine[tenth:2 * tenth] or mine),
+    }
+
+
+def generator_step(
+    recipe: ImageGenerationRecipe,
+    length: int,  # tokens of the sequence
+    batch: int,  # sequences
+) -> Callable[[], None]:
+    "A function that takes one step of training on fixed random tokens."
+    torch.manual_seed(0)
+    model = ImageTransformer(recipe.config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    tokens = torch.randint(recipe.levels, (batch, length))
+
+    def step():
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bench_generation(
+    cases: tuple[GenerationCase, ...] = GENERATION_CASES,
+    data: str = "cifar10",  # whose recipes take the training step
+    profile: str = "paper",  # of those recipes
+    depth: int = 2,  # layers in the training step
+    budget: float = 60.0,  # seconds for the training steps
+) -> dict:  # "rows" and "notes"
+    "Seconds of a token and images per second of KARM, ARM and LARM, and of a step of training on one sequence, in turns."
+    rows = []
+    for case in cases:
+        seconds, tokens = generation_seconds(case), get_recipe(f"karm/{case.data}").at(case.profile).config.tokens
+        rows += [_generation_row(case, name, seconds, tokens) for name in seconds]
+    recipes = {model.upper(): replace(get_recipe(f"{model}/{data}").at(profile), depth=depth) for model in GENERATORS}
+    length = recipes["KARM"].config.tokens - 1
+    steps = {name: generator_step(recipe, length, 1) for name, recipe in recipes.items()}
+    title = f"{length:,} tokens, width {recipes['KARM'].width}, {depth} layers"
+    rows += [{"case": title, "pass": "training step", **row} for row in compare(in_turns(steps, budget), "ARM")]
+    return {"benchmark": "generation", "rows": rows, "notes": generation_notes(rows)}
+
+
+def generation_notes(
+    rows: list[dict],  # of `bench_generation`
+) -> list[str]:
+    "A sentence for each model and case: images per second, how many times ARM's, and how a token's time grows."
+    return [f"{row['case']}: {row['name']} {row['images_per_second']:.3f} images per second, {1 / row['ratio']:.2f} times ARM's; "
+            f"a token at the end takes {row['growth']:.2f} times as long as early on" for row in rows if "growth" in row]
+
 # %% ../nbs/28_benchmarks.ipynb #8ac3d072
 def bench_dynamics(
     steps: int = 1000,  # of the integrator
@@ -638,7 +745,7 @@ def format_rows(
         lines.append(f"{what} {1000 * row['seconds']:>9.1f} {ratio:>7}  {quartiles:<13} {memory:>8}".rstrip())
     return "\n".join(lines)
 
-# %% ../nbs/28_benchmarks.ipynb #20ef75d8
+# %% ../nbs/28_benchmarks.ipynb #86f9ca44
 def report_benchmark(
     make: Callable[[], dict],  # measures
 ) -> None:
@@ -647,13 +754,15 @@ def report_benchmark(
     print(format_rows(result["rows"]))
     for name, reason in result.get("missing", {}).items():
         print(f"not measured: {name} ({reason})")
+    for note in result.get("notes", []):
+        print(note)
     if "busy" in result:
         print(f"cores busy: {100 * result['busy']:.0f}% (processor seconds / seconds × threads)")
     print(f"medians of interleaved rounds; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
     path = write_json(project_root() / "runs" / "bench" / f"{result['benchmark']}.json", result)
     print(f"saved to {path}")
 
-# %% ../nbs/28_benchmarks.ipynb #3af7effe
+# %% ../nbs/28_benchmarks.ipynb #392f42b6
 def _attention_and_models():
     "Attention with its memory, and KViT against ViT as whole models."
     attention = bench_attention()
@@ -674,5 +783,6 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "scaling": lambda: report_benchmark(_scaling_with_memory),
     "training-step": lambda: report_benchmark(lambda: bench_images(passes=("training step",)) | {"benchmark": "training-step"}),
     "training": lambda: report_benchmark(bench_training),
+    "generation": lambda: report_benchmark(bench_generation),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR_MEAN', 'CIFAR_STD', 'DATA', 'FASHION_MNIST_CLASSES', 'FASHION_MNIST_FILES',
-           'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'UNREADABLE', 'SKIP_HINT', 'DAMAGE',
-           'SMALL_FOLDER', 'SPLIT_SEED', 'AUGMENTATIONS', 'DataSpec', 'check_dataset', 'download_folder', 'find_source',
-           'fetch', 'read_idx', 'photograph_folder', 'check_unreadable', 'read_image', 'damaged_images', 'scan',
-           'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip', 'Collator',
-           'Splits', 'load_splits', 'check_classes']
+           'IDX_FOLDERS', 'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'TILE', 'UNREADABLE', 'SKIP_HINT',
+           'DAMAGE', 'SMALL_FOLDER', 'SPLIT_SEED', 'AUGMENTATIONS', 'DataSpec', 'check_dataset', 'download_folder',
+           'find_source', 'fetch', 'read_idx', 'photograph_folder', 'check_unreadable', 'read_image', 'damaged_images',
+           'scan', 'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip',
+           'Collator', 'TokenCollator', 'Splits', 'load_splits', 'check_classes']
 
-# %% ../nbs/21_data.ipynb #27c16368
+# %% ../nbs/21_data.ipynb #b4260404
 import copy
 import gzip
 import hashlib
+import importlib.util
 import math
 import os
 import shutil
@@ -34,10 +35,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from .recipes import ImageClassificationRecipe
+from .recipes import ImageClassificationRecipe, ImageGenerationRecipe
 from .records import read_json, write_json
+from .sampling import image_tokens
 
-# %% ../nbs/21_data.ipynb #0de1ba99
+# %% ../nbs/21_data.ipynb #e8760a65
 @dataclass(frozen=True)
 class DataSpec:
     "The facts of an image data set."
@@ -51,6 +53,7 @@ class DataSpec:
     package: str | None = None  # Debian package that holds it
     package_folder: str | None = None  # where that package puts it
     folders: bool = False  # files in train/<class>/ and val/<class>/, of any number?
+    bundled: bool = False  # made from what comes with scikit-learn?
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,6 +66,9 @@ DATA = {
     "cifar100": DataSpec(100, 3, 50_000, 10_000, CIFAR_MEAN, CIFAR_STD),
     "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, IMAGENET_MEAN, IMAGENET_STD, folders=True),
     "photographs": DataSpec(2, 3, 48, 16, IMAGENET_MEAN, IMAGENET_STD, folders=True),
+    "mnist": DataSpec(10, 1, 60_000, 10_000, (0.1307,), (0.3081,)),
+    "digits": DataSpec(10, 1, 1437, 360, (0.0192,), (0.0236,), bundled=True),  # levels 0…16, kept as they are
+    "photograph_tiles": DataSpec(2, 3, 416, 104, IMAGENET_MEAN, IMAGENET_STD, bundled=True),
 }
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -82,7 +88,7 @@ def download_folder() -> Path:
     "Where downloads are kept: the folder in `KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`."
     return Path(os.environ.get("KRAUSE_REPRO_DATA") or Path.home() / ".cache" / "krause_repro")
 
-# %% ../nbs/21_data.ipynb #048785f4
+# %% ../nbs/21_data.ipynb #9566ae50
 FASHION_MNIST_FILES = {  # SHA-256 of the uncompressed files
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -91,34 +97,43 @@ FASHION_MNIST_FILES = {  # SHA-256 of the uncompressed files
 }
 
 
+IDX_FOLDERS = {"fashion_mnist": "FashionMNIST/raw", "mnist": "MNIST/raw"}  # data sets of such files, and where torchvision puts them
+
+
 def _idx_file(folder, stem):
     return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
 
-# %% ../nbs/21_data.ipynb #93501d8b
+# %% ../nbs/21_data.ipynb #f547ef8f
 def _holds(name: str, folder: Path) -> bool:
-    if name == "fashion_mnist":
+    if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
         return (folder / "train").is_dir() and (folder / "val").is_dir()
     return (folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]).is_dir()
 
-# %% ../nbs/21_data.ipynb #4726b4b5
+# %% ../nbs/21_data.ipynb #72e1c6e5
 def find_source(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder; if given, no other place is tried
 ) -> Path:
     "The folder that holds the data set. `FileNotFoundError` with every place looked in if there is none."
     spec = check_dataset(name)
+    if spec.bundled:
+        if source is not None:
+            raise ValueError(f"source must not be given for {name}, which is made from what comes with scikit-learn; got {source}")
+        return Path(importlib.util.find_spec("sklearn.datasets").origin).parent
     base = download_folder()
     places = [base, base / name]
     if name == "fashion_mnist":
-        places = [base / "FashionMNIST" / "raw", base]
+        places = [base / IDX_FOLDERS[name], base]
+    elif name == "mnist":
+        places = [base / IDX_FOLDERS[name], base / name]  # files right in `base` are Fashion-MNIST's, whose names are the same
     elif name == "photographs":
         places = [base / name]  # a train/ and a val/ right in `base` are ImageNet's
     if spec.package_folder:
         places.insert(0, Path(spec.package_folder))
     if source is not None:
-        places = [Path(source), Path(source) / "FashionMNIST" / "raw"] if name == "fashion_mnist" else [Path(source)]
+        places = [Path(source), Path(source) / IDX_FOLDERS[name]] if name in IDX_FOLDERS else [Path(source)]
     for place in places:
         if _holds(name, place):
             return place
@@ -137,11 +152,11 @@ def _install_package(package: str) -> bool:
     steps = ([*user, "apt-get", "update", "-qq"], [*user, "apt-get", "install", "-y", "-qq", package])
     return all(subprocess.run(step, check=False, stdout=subprocess.DEVNULL).returncode == 0 for step in steps)
 
-# %% ../nbs/21_data.ipynb #3c65cd35
+# %% ../nbs/21_data.ipynb #392369fc
 def _download(name: str) -> None:
     classes = {
-        "fashion_mnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10,
-        "cifar100": torchvision.datasets.CIFAR100,
+        "fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST,
+        "cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
     }
     classes[name](download_folder(), download=True)
 
@@ -171,10 +186,11 @@ def fetch(
         ) from error
     return find_source(name)
 
-# %% ../nbs/21_data.ipynb #d4fa2aab
+# %% ../nbs/21_data.ipynb #a53ab16d
 def read_idx(
     path: Path,  # an IDX file of unsigned bytes, plain or .gz
     sha256: str | None = None,  # expected checksum of the uncompressed bytes
+    refused: str | None = None,  # checksum of a file of the same name that is not meant
 ) -> Tensor:  # uint8
     "The array in an IDX file. `ValueError` if it is truncated, damaged or not the file expected."
     try:
@@ -187,19 +203,21 @@ def read_idx(
     start = 4 + 4 * raw[3]
     if len(raw) != start + math.prod(shape):
         raise ValueError(f"{path} is truncated: it announces {math.prod(shape)} values and holds {len(raw) - start}")
-    if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
-        raise ValueError(f"{path} is not the file expected: another data set or a changed one (its SHA-256 differs)")
+    found = hashlib.sha256(raw).hexdigest()
+    if (sha256 and found != sha256) or found == refused:
+        raise ValueError(f"{path} is not the file expected: another data set or a changed one (by its SHA-256)")
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).reshape(shape)
 
-# %% ../nbs/21_data.ipynb #72f6d58c
-def _read_fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+# %% ../nbs/21_data.ipynb #4983e403
+def _read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         stem = f"{'train' if split == 'train' else 't10k'}-{kind}-ubyte"
         path = _idx_file(folder, stem)
         if path is None:
-            raise FileNotFoundError(f"{folder} lacks {stem} (plain or .gz); it is not a whole Fashion-MNIST")
-        found.append(read_idx(path, FASHION_MNIST_FILES[stem]))
+            raise FileNotFoundError(f"{folder} lacks {stem} (plain or .gz); it is not a whole {name}")
+        fashion = FASHION_MNIST_FILES[stem]
+        found.append(read_idx(path, fashion) if name == "fashion_mnist" else read_idx(path, refused=fashion))
     return found[0].unsqueeze(1), found[1].long()
 
 # %% ../nbs/21_data.ipynb #c2a11090
@@ -246,6 +264,33 @@ def photograph_folder(
         (folder / "README.txt").write_text(PHOTOGRAPH_NOTE, encoding="utf-8")
         folder.rename(path)
     return path
+
+# %% ../nbs/21_data.ipynb #3cf6a3c6
+TILE = 32  # pixels a side
+
+
+def _read_digits(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits, train = load_digits(), DATA["digits"].train
+    part = slice(train) if split == "train" else slice(train, None)
+    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+    return images[part], torch.from_numpy(digits.target)[part].long()
+
+
+def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_sample_image
+
+    tiles = []
+    for name in ("china", "flower"):
+        picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy())  # (427, 640, 3)
+        grid = picture.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # (13, 20, 3, TILE, TILE)
+        tiles.append((grid[:, :16] if split == "train" else grid[:, 16:]).flatten(0, 1))
+    return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
+
+
+def _read_bundled(name: str, split: str) -> tuple[Tensor, Tensor]:
+    return _read_digits(split) if name == "digits" else _read_tiles(split)
 
 # %% ../nbs/21_data.ipynb #98de87bc
 UNREADABLE = ("stop", "skip")
@@ -392,7 +437,7 @@ def imagenet_transform(
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=how), v2.RandomHorizontalFlip()]
     return v2.Compose([*crop, *colour, v2.RandAugment(2, 9), v2.PILToTensor()])
 
-# %% ../nbs/21_data.ipynb #1b4cc017
+# %% ../nbs/21_data.ipynb #fb98c98e
 def load(
     name: str,  # key of `DATA`
     split: str,  # "train" or "test"
@@ -409,7 +454,10 @@ def load(
     if spec.folders:
         part = folder / ("train" if split == "train" else "val")
         return ImageFolderSet(part, transform or imagenet_transform(training=False), unreadable)
-    images, labels = _read_fashion_mnist(folder, split) if name == "fashion_mnist" else _read_cifar(name, folder, split)
+    if spec.bundled:
+        images, labels = _read_bundled(name, split)
+    else:
+        images, labels = (_read_idx_images if name in IDX_FOLDERS else _read_cifar)(name, folder, split)
     expected = spec.train if split == "train" else spec.test
     if len(images) != expected or len(labels) != expected:
         raise ValueError(f"{folder}: {split} part of {name} must have {expected} images, got {len(images)} and {len(labels)} labels")
@@ -500,7 +548,25 @@ class Collator:
             labels = torch.nn.functional.one_hot(labels, self.classes).float()
         return pixels, labels * (1 - self.smoothing) + self.smoothing / self.classes
 
-# %% ../nbs/21_data.ipynb #3cb0d3d5
+# %% ../nbs/21_data.ipynb #3a59a1c8
+class TokenCollator:
+    "From a list of images in bytes to sequences of tokens, which are their own labels (notebook 16)."
+
+    def __init__(
+        self,
+        recipe: ImageGenerationRecipe,  # says the shape and the number of levels
+    ):
+        check_dataset(recipe.dataset)
+        self.config = recipe.config
+
+    def __call__(
+        self,
+        examples: list[dict],  # pixel_values (C, H, W) uint8
+    ) -> dict[str, Tensor]:  # input_ids and labels, (B, T) integers
+        tokens = image_tokens(torch.stack([e["pixel_values"] for e in examples]), self.config)
+        return {"input_ids": tokens, "labels": tokens}
+
+# %% ../nbs/21_data.ipynb #96eb83bb
 @dataclass(frozen=True)
 class Splits:
     "The three parts of an experiment's data."
@@ -512,7 +578,7 @@ class Splits:
 
 
 def load_splits(
-    recipe: ImageClassificationRecipe,  # says which data, how many held out, and whether subsets are used
+    recipe: ImageClassificationRecipe | ImageGenerationRecipe,  # says which data, how many held out, and whether subsets are used
     source: str | Path | None = None,  # the user's folder
     unreadable: str = "stop",  # "stop" at an image that cannot be decoded, or "skip" it
 ) -> Splits:

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGU
            'STAGES', 'MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
            'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves',
            'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps', 'plot_depth', 'plot_scaling',
-           'plot_ratios']
+           'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_samples', 'plot_completions']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -446,18 +446,18 @@ def _seen_range(values: list[float]) -> tuple[float, float]:
     room = max(0.1 * (high - low), 0.3)
     return max(0, np.floor(low - room)), min(100, np.ceil(high + room))
 
-# %% ../nbs/25_figures.ipynb #d694acd3
-def _accuracy_row(ax: Axes, place: int, row: dict, where: str) -> list[float]:
-    "Draw seeds, mean and spread of one row at height `place`; return what has to be in sight, in percent."
+# %% ../nbs/25_figures.ipynb #947fa7f1
+def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, digits: int = 2) -> list[float]:
+    "Draw seeds, mean and spread of one row, `scale` times as large, at height `place`; return what has to be in sight."
     kind, values, mean, sd = _take(row, where, "kind", "values", "mean", "sd")
-    colour, values, mean, spread = _colour(kind, where), 100 * np.asarray(values, float), 100 * mean, 100 * (sd or 0)
+    colour, values, mean, spread = _colour(kind, where), scale * np.asarray(values, float), scale * mean, scale * (sd or 0)
     ax.errorbar(mean, place, xerr=spread if sd else None, fmt="o", color=colour, markersize=7, capsize=4)
     ax.plot(values, np.full(len(values), place - 0.26), "o", color=colour, markerfacecolor="white", markersize=5)
-    written = f"{mean:.2f}" + ("" if sd is None else f" ± {spread:.2f}")
+    written = f"{mean:.{digits}f}" + ("" if sd is None else f" ± {spread:.{digits}f}")
     ax.text(1.02, place, written, transform=ax.get_yaxis_transform(), va="center")
     return [*values, mean - spread, mean + spread]
 
-# %% ../nbs/25_figures.ipynb #8f700bdf
+# %% ../nbs/25_figures.ipynb #7db404c9
 @house_style()
 def plot_accuracy(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "metric", "chance" or None}; in 0..1
@@ -467,7 +467,7 @@ def plot_accuracy(
     labels = [label for (label,) in _take_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.1 + 0.42 * len(rows))
     ax = axes[0, 0]
-    low, high = _seen_range([x for i, row in enumerate(rows) for x in _accuracy_row(ax, i, row, f"data['rows'][{i}]")])
+    low, high = _seen_range([x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]")])
     by_chance = "" if chance is None else f"; chance is {100 * chance:g}"
     ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.6), xlabel=f"{metric} (%), shown from {low:g} to {high:g}{by_chance}",
            ylabel="model", yticks=range(len(rows)), yticklabels=labels)
@@ -676,3 +676,107 @@ def plot_ratios(
                      label=mark) for i, (shape, mark) in enumerate(zip(MARKS, marks, strict=False))]
     fig.legend(handles=shapes, loc="outside lower center", ncols=len(shapes), title="median over rounds; bar: quartiles")
     return fig
+
+# %% ../nbs/25_figures.ipynb #99d81c41
+@house_style()
+def plot_bits(
+    data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "baselines": [{"label", "value"}]}; in bits
+) -> Figure:
+    "Bits per dimension: every seed as a circle, their mean as a dot with a bar of one standard deviation; baselines as lines."
+    rows, baselines = _take(data, "data", "rows", "baselines")
+    labels = [label for (label,) in _take_each(rows, "data['rows']", "label")]
+    fig, axes = new_figure(1.6 + 0.42 * len(rows))
+    ax = axes[0, 0]
+    seen = [x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3)]
+    for label, value in _take_each(baselines, "data['baselines']", "label", "value"):
+        ax.axvline(value, color=COLOURS["neutral"], linewidth=1, linestyle="--")
+        ax.annotate(label, (value, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points", size=8, rotation=30,
+                    color=COLOURS["neutral"])
+        seen.append(value)
+    low, high = min(seen), max(seen)
+    room = 0.08 * (high - low) + 0.01
+    ax.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=labels, ylabel="model",
+           xlabel="bits per dimension of the test images, less is better\ncircle: one seed; dot and bar: mean ± standard deviation; "
+                  "dashed: tables of counts")
+    return fig
+
+# %% ../nbs/25_figures.ipynb #a5b3c4e6
+@house_style()
+def plot_bits_curves(
+    data: dict,  # {"series": [{"label", "kind", "held_out", "training": {"epochs", "mean", "sd"}}], "seeds"}; in bits
+) -> Figure:
+    "Bits per token of held-out and of training images over epochs: mean and standard deviation over seeds."
+    series, seeds = _take(data, "data", "series", "seeds")
+    fig, axes = new_figure(3.6, 1, 2, sharey=True)
+    for i, style in enumerate(_line_styles(series, "data['series']")):
+        for ax, part in zip(axes[0], ("held_out", "training"), strict=True):
+            where = f"data['series'][{i}]['{part}']"
+            (curve,) = _take(series[i], f"data['series'][{i}]", part)
+            _curve(ax, _take(curve, where, "epochs")[0], curve, where, style, marker="o" if part == "held_out" else None, markersize=3.5)
+    axes[0, 0].set(xlabel="epoch", ylabel="bits per token", title="held-out images")
+    axes[0, 1].set(xlabel="epoch", title="training images")
+    _legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
+    return fig
+
+# %% ../nbs/25_figures.ipynb #e3751edb
+def _picture(ax: Axes, image: np.ndarray, levels: int, colour: str | None = None) -> None:
+    "One image (C, H, W) of `levels` levels, in a frame of its model's colour."
+    shown = np.moveaxis(np.asarray(image), 0, -1) / (levels - 1)
+    ax.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1)
+    _bare(ax)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=colour or COLOURS["neutral"], linewidth=1.2 if colour else 0.6)
+
+
+@house_style()
+def plot_samples(
+    data: dict,  # {"rows": [{"label", "kind", "images": (N, C, H, W) integers}], "levels": number of levels}
+) -> Figure:
+    "Images that models made, a row for each model. Source: paper, Section 5."
+    rows, levels = _take(data, "data", "rows", "levels")
+    entries = _take_each(rows, "data['rows']", "label", "kind", "images")
+    columns = max(len(images) for _, _, images in entries)
+    fig, axes = new_figure(0.3 + len(rows) * (WIDTH - 1.2) / columns, len(rows), columns)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, (label, kind, images) in enumerate(entries):
+        for ax, image in zip(axes[i], images, strict=False):
+            ax.set_axis_on()
+            _picture(ax, image, levels, _colour(kind, f"data['rows'][{i}]"))
+        axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=_colour(kind, "data"), rotation=0, ha="right", va="center")
+    return fig
+
+
+@house_style()
+def plot_completions(
+    data: dict,  # {"originals": (N, C, H, W), "given": rows, "levels", "models": [{"label", "kind", "completed": (N, S, C, H, W)}]}
+) -> Figure:
+    "Images of which the upper rows are given, completed several times by each model. Source: paper, Figures 5 and 10."
+    originals, given, levels, models = _take(data, "data", "originals", "given", "levels", "models")
+    entries = _take_each(models, "data['models']", "label", "kind", "completed")
+    columns = 2 + sum(len(completed[0]) for _, _, completed in entries)
+    fig, axes = new_figure(0.6 + len(originals) * (WIDTH / columns + 0.03), len(originals), columns)
+    for i, original in enumerate(originals):
+        half = np.array(original, dtype=float)
+        half[:, given:] = np.nan
+        _picture(axes[i, 0], half, levels)
+        _cell_block(axes[i, 0], half.shape, given)
+        _picture(axes[i, -1], original, levels)
+        place = 1
+        for j, (_, kind, completed) in enumerate(entries):
+            for image in completed[i]:
+                _picture(axes[i, place], image, levels, _colour(kind, f"data['models'][{j}]"))
+                place += 1
+    place = 1
+    axes[0, 0].set_title("given", size=9)
+    axes[0, -1].set_title("original", size=9)
+    for label, kind, completed in entries:
+        axes[0, place].set_title(label, size=9, color=_colour(kind, "data"), loc="left")
+        place += len(completed[0])
+    return fig
+
+
+def _cell_block(ax: Axes, shape: tuple[int, ...], given: int) -> None:
+    "Hatch the rows of an image (C, H, W) that are not given."
+    ax.add_patch(Rectangle((-0.5, given - 0.5), shape[2], shape[1] - given, facecolor="#F4F4F4", edgecolor="#BDBDBD", hatch="////",
+                           linewidth=0))

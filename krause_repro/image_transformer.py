@@ -223,7 +223,7 @@ def image_cache(
     size = (config.positions,) if config.attention == "softmax" else ()
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
 
-# %% ../nbs/12_image_transformer.ipynb #f3692943
+# %% ../nbs/12_image_transformer.ipynb #fcfdf5fb
 class PixelAttention(nn.Module):
     "Causal self-attention of one layer: Krause, softmax or linear (paper's KARM, ARM and LARM)."
 
@@ -238,6 +238,11 @@ class PixelAttention(nn.Module):
         if self.kind == "krause":
             self.neighborhood, self.top_k = CausalWindow(config.krause_window), config.attention_top_k
             self.log_sigma = nn.Parameter(torch.full((self.heads,), math.log(config.sigma)))
+
+    @property
+    def sigma(self) -> Tensor | None:
+        "The current bandwidth of each head; None without a Krause score."
+        return self.log_sigma.exp() if self.kind == "krause" else None
 
     def attend(
         self,
@@ -256,7 +261,7 @@ class PixelAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if self.kind == "krause":
-            return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.log_sigma.exp())
+            return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.sigma)
         new, all_ = query.shape[2], key.shape[2]
         if new in (1, all_):
             return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)
@@ -318,13 +323,14 @@ def check_cache(
             f"got {len(cache.layers)} of {', '.join(sorted({type(layer).__name__ for layer in cache.layers})) or 'nothing'}"
         )
 
-# %% ../nbs/12_image_transformer.ipynb #74b88c20
+# %% ../nbs/12_image_transformer.ipynb #73c0b5bf
 class ImageTransformer(PreTrainedModel, GenerationMixin):
     "Token and position embeddings, pre-norm blocks, final norm and a linear head over the grey levels."
 
     config_class = ImageTransformerConfig
     base_model_prefix = "image_transformer"
     _no_split_modules = ["PixelBlock"]
+    accepts_loss_kwargs = False  # the loss is a mean; Trainer is not to scale it by numbers of tokens
 
     def __init__(
         self,
@@ -386,7 +392,8 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
         "🤗 generation, with the cache of the model's attention and from all grey levels, unless told otherwise."
         if kwargs.get("do_sample"):
             kwargs.setdefault("top_k", 0)  # the library's own default, 50, would leave the less likely levels out
-        if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+        kwargs.setdefault("use_cache", True)  # Trainer switches it off in the config that it saves
+        if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = image_cache(self.config)
         return super().generate(inputs, **kwargs)
 

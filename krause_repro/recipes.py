@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'DESK', 'SMOKE', 'IMAGE_DATA', 'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13',
-           'SWIN_DESK', 'SWIN_SMOKE', 'UNPUBLISHED_SWIN', 'PARTICLE_FIELDS', 'RECIPES', 'published_tables',
-           'check_profile', 'Recipe', 'ParticleRecipe', 'ImageClassificationRecipe', 'parse_row', 'image_settings',
-           'row_name', 'image_classification_recipes', 'RandomSupportRecipe', 'ablation_name', 'ablation_recipes',
-           'published_ablation_recipes', 'SwinRecipe', 'swin_recipes', 'PhotographRecipe', 'photograph_recipes',
-           'get_recipe']
+           'SWIN_DESK', 'SWIN_SMOKE', 'UNPUBLISHED_SWIN', 'GENERATION_DESK', 'GENERATION_SMOKE', 'GENERATION_DATA',
+           'GENERATION_TABLES', 'GENERATION_PLACES', 'COLOUR_PLACES', 'GENERATORS', 'WITHOUT', 'SMALL_GENERATION',
+           'CLASSIFIERS', 'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile', 'Recipe', 'ParticleRecipe',
+           'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name', 'image_classification_recipes',
+           'RandomSupportRecipe', 'ablation_name', 'ablation_recipes', 'published_ablation_recipes', 'SwinRecipe',
+           'swin_recipes', 'PhotographRecipe', 'photograph_recipes', 'ImageGenerationRecipe', 'SmallGenerationRecipe',
+           'feature_classifiers', 'generation_recipes', 'get_recipe']
 
-# %% ../nbs/20_recipes.ipynb #3ebcbdf4
+# %% ../nbs/20_recipes.ipynb #94eb33a4
 import difflib
 import hashlib
 import json
@@ -19,6 +21,7 @@ from functools import lru_cache
 from importlib.resources import files
 
 from .attention import SCORES
+from .image_transformer import ImageTransformerConfig
 from .swin import SWIN_SIZES, SwinClassifierConfig
 from .vision_transformer import SIZES, VisionTransformerConfig
 
@@ -376,7 +379,135 @@ def photograph_recipes() -> dict[str, PhotographRecipe]:
         recipes[name] = PhotographRecipe(**{**common, **changed, "name": name, "published": {}, "ours": tuple(changed)})
     return recipes
 
-# %% ../nbs/20_recipes.ipynb #23f94123
+# %% ../nbs/20_recipes.ipynb #6ba0e831
+@dataclass(frozen=True)
+class ImageGenerationRecipe(Recipe):
+    "One row of the paper's Tables 4, 5 or 16; defaults: KARM on MNIST (paper, Table 4 and appendix)."
+
+    dataset: str = "mnist"
+    image_shape: tuple[int, int, int] = (28, 28, 1)  # rows, columns, channels
+    levels: int = 256  # of grey, the vocabulary
+    width: int = 256
+    depth: int = 12
+    heads: int = 8
+    mlp_width: int = 1024
+    attention: str = "krause"  # "krause" (KARM), "softmax" (ARM) or "linear" (LARM)
+    window: int | None = 128  # W, in tokens; None: the whole past
+    top_k: int | None = 96  # keys kept inside the window; None keeps all
+    sigma: float = 2.5  # initial bandwidth, one per head
+    dropout: float = 0.1
+    start_token: bool = False  # model the first token, too, from a learned token before it?
+    epochs: float = 30
+    warmup_share: float = 0.05  # of all steps: linear from 0, then cosine
+    final_lr_share: float = 1e-6  # of lr, at the end
+    batch_size: int = 64  # over all devices
+    lr: float = 1e-3
+    weight_decay: float = 0.01  # not of σ, biases and norms (that choice is ours)
+    max_grad_norm: float | None = None  # the paper does not clip
+    train_images: int | None = None  # use only so many training images, drawn once; None: all that are not held out
+    test_images: int | None = None  # use only so many test images; None: all
+    held_out: int = 5000  # training images kept back to choose the best epoch (ours: the paper chose on the test set)
+    samples: int = 50_000  # images made to judge it by
+    bf16: bool = False  # bfloat16 autocast where the device has it
+
+    def changes(self, profile):
+        return GENERATION_DESK if profile == "desk" else GENERATION_SMOKE
+
+    @property
+    def config(self) -> ImageTransformerConfig:
+        "The model's settings."
+        krause = self.attention == "krause"
+        return ImageTransformerConfig(
+            vocab_size=self.levels, image_shape=self.image_shape, hidden_size=self.width, num_hidden_layers=self.depth,
+            num_attention_heads=self.heads, intermediate_size=self.mlp_width, attention=self.attention,
+            attention_window=self.window if krause else None, attention_top_k=self.top_k if krause else None, sigma=self.sigma,
+            dropout=self.dropout, start_token=self.start_token,
+        )
+
+# %% ../nbs/20_recipes.ipynb #3d030a9e
+GENERATION_DESK = {
+    "seeds": (0, 1, 2), "width": 64, "depth": 4, "heads": 4, "mlp_width": 256, "dropout": 0.0, "start_token": True, "epochs": 1,
+    "batch_size": 16, "lr": 2e-3, "train_images": 12_000, "test_images": 2000, "held_out": 500, "max_grad_norm": 1.0,
+    "samples": 500,
+}
+GENERATION_SMOKE = {
+    "seeds": (0, 1), "width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "dropout": 0.1, "start_token": True, "epochs": 2,
+    "batch_size": 32, "lr": 3e-3, "max_grad_norm": 1.0, "samples": 32,
+}
+
+# %% ../nbs/20_recipes.ipynb #0d2e90af
+GENERATION_DATA = {
+    "mnist": {},
+    "cifar10": {"image_shape": (32, 32, 3), "width": 512, "depth": 16, "mlp_width": 2048, "window": 256, "top_k": 192, "batch_size": 8,
+                "samples": 10_000},
+    "fashion_mnist": {},
+    "digits": {"image_shape": (8, 8, 1), "levels": 17, "window": 16, "top_k": 12, "held_out": 200},
+}
+GENERATION_DATA["photograph_tiles"] = {**GENERATION_DATA["cifar10"], "held_out": 32}
+GENERATION_TABLES = {"mnist": "table4_mnist_generation", "cifar10": "table5_cifar10_generation"}
+GENERATION_PLACES = {"smoke": "digits", "desk": "fashion_mnist", "paper": "mnist"}  # where the comparison is made under each profile
+COLOUR_PLACES = {"desk": "photograph_tiles", "paper": "cifar10"}  # and where in colour; smoke has no time for 3,072 tokens
+GENERATORS = {"karm": "krause", "arm": "softmax", "larm": "linear"}
+WITHOUT = {  # Table 16: what is taken away from KARM, and the row that prints it, if one does
+    "no_window": ({"window": None}, None), "no_top_k": ({"top_k": None}, None),
+    "no_window_no_top_k": ({"window": None, "top_k": None}, "KARM without window and top-k"),
+}
+
+
+@dataclass(frozen=True)
+class SmallGenerationRecipe(ImageGenerationRecipe):
+    "Data of which there is little: all of it is used under every profile."
+
+    def changes(self, profile):
+        return super().changes(profile) | SMALL_GENERATION[self.dataset]
+
+
+SMALL_GENERATION = {
+    "digits": {"train_images": None, "test_images": None, "held_out": 200, "batch_size": 32, "epochs": 4},
+    "photograph_tiles": {
+        "train_images": None, "test_images": None, "held_out": 32, "batch_size": 4, "epochs": 2, "seeds": (0,), "samples": 8,
+    },
+}
+
+# %% ../nbs/20_recipes.ipynb #77482b08
+def feature_classifiers() -> dict[str, ImageClassificationRecipe]:
+    "ViT-T on MNIST and on the digits (ours), whose features measure made images."
+    vit, recipes = image_classification_recipes()["vit_t/fashion_mnist"], {}
+    for dataset, change in {"mnist": {}, "digits": {"image_size": 8, "patch_size": 2, "held_out": 200}}.items():
+        name = f"vit_t/{dataset}"
+        ours = tuple(dict.fromkeys((*vit.ours, "dataset", *change)))
+        recipes[name] = replace(vit, name=name, dataset=dataset, published={}, ours=ours, **change)
+    return recipes
+
+
+CLASSIFIERS = {"mnist": "vit_t/mnist", "digits": "vit_t/digits", "fashion_mnist": "vit_t/fashion_mnist", "cifar10": "vit_s/cifar10"}
+
+# %% ../nbs/20_recipes.ipynb #d6fb6950
+def _generation_published(table, row):
+    table_rows = published_tables()[table]
+    found = next((r for r in table_rows["rows"] if r[0] == row), None)
+    return {"table": table, **dict(zip(table_rows["columns"], found, strict=True))} if found else {}
+
+
+def generation_recipes() -> dict[str, ImageGenerationRecipe]:
+    "KARM, ARM and LARM on the paper's data and on ours, and KARM without window, top-k or both (Table 16)."
+    recipes = {}
+    for dataset, settings in GENERATION_DATA.items():
+        kind, own = SmallGenerationRecipe if dataset in SMALL_GENERATION else ImageGenerationRecipe, dataset not in GENERATION_TABLES
+        ours = ("held_out", "dataset", *settings) if own else ("held_out",)
+        for model, attention in GENERATORS.items():
+            name = f"{model}/{dataset}"
+            published = {} if own else _generation_published(GENERATION_TABLES[dataset], model.upper())
+            common = {"dataset": dataset, "attention": attention, "published": published, "ours": tuple(dict.fromkeys(ours)), **settings}
+            recipes[name] = kind(name=name, **common)
+    for dataset in ("mnist", "fashion_mnist", "digits"):
+        for label, (change, row) in WITHOUT.items():
+            karm, name = recipes[f"karm/{dataset}"], f"karm_{label}/{dataset}"
+            published = _generation_published("table16_karm_ablation", row) if dataset == "mnist" and row else {}
+            recipes[name] = replace(karm, name=name, published=published, **change)
+    return recipes
+
+# %% ../nbs/20_recipes.ipynb #941e2688
 PARTICLE_FIELDS = tuple(f.name for f in fields(ParticleRecipe) if f.name not in {f.name for f in fields(Recipe)})
 RECIPES: dict[str, Recipe] = {
     "particles/circle": ParticleRecipe("particles/circle", seeds=(0,), ours=PARTICLE_FIELDS),
@@ -387,6 +518,8 @@ RECIPES: dict[str, Recipe] = {
     **ablation_recipes(),
     **swin_recipes(),
     **photograph_recipes(),
+    **feature_classifiers(),
+    **generation_recipes(),
 }
 
 # %% ../nbs/20_recipes.ipynb #0c5e8a21

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'TRAIN_CHOICES', 'project_root', 'replacing', 'write_json', 'read_json', 'package_versions', 'git_state',
-           'environment', 'summarise', 'summarise_curves', 'result_path', 'save_result', 'load_result', 'check_train',
-           'stale_recipes', 'obtain_result']
+           'environment', 'summarise', 'summarise_curves', 'pack_images', 'unpack_images', 'result_path', 'save_result',
+           'load_result', 'check_train', 'stale_recipes', 'obtain_result']
 
-# %% ../nbs/27_records.ipynb #0219e26f
+# %% ../nbs/27_records.ipynb #c525ff7a
+import base64
 import json
 import os
 import platform
 import statistics
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # %% ../nbs/27_records.ipynb #4b18e05e
 def project_root() -> Path:
@@ -126,6 +129,26 @@ def summarise_curves(
         raise ValueError(f"curves differ in length or are missing: {[len(curve) for curve in curves]}; give equally long ones")
     points = [summarise(list(column)) for column in zip(*curves, strict=True)]
     return {"mean": [p["mean"] for p in points], "sd": [p["sd"] or 0.0 for p in points]}
+
+# %% ../nbs/27_records.ipynb #c74893c0
+def pack_images(
+    images: Tensor,  # uint8 of any shape
+) -> dict[str, object]:  # "shape" and "bytes", for JSON
+    "Images as a short text."
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
+    return {"shape": list(images.shape), "bytes": base64.b64encode(zlib.compress(images.contiguous().numpy().tobytes(), 9)).decode()}
+
+
+def unpack_images(
+    packed: dict,  # from `pack_images`
+) -> Tensor:  # uint8
+    "The images again; a `ValueError` for a text that is damaged."
+    try:
+        raw = zlib.decompress(base64.b64decode(packed["bytes"], validate=True))
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(packed["shape"])
+    except (ValueError, RuntimeError, zlib.error) as error:
+        raise ValueError(f"packed images are damaged ({error}); make the result again") from error
 
 # %% ../nbs/27_records.ipynb #7d38e761
 def result_path(

@@ -7,8 +7,8 @@ __all__ = ['MATHJAX', 'NOTEBOOK_TEMPLATE', 'PARTS', 'MEANING', 'INDEX_TEMPLATE',
            'select', 'with_needs', 'settled_train', 'parameters_for', 'kernel_manager', 'first_line', 'execute',
            'run_page', 'ticking', 'run_pages', 'site_folder', 'run', 'copy_mathjax', 'notebook_html', 'copy_figures',
            'paired_figures', 'with_code', 'site_rows', 'duration', 'site_facts', 'site', 'clean', 'book',
-           'list_recipes', 'run_notebooks', 'train_recipe', 'fetch_data', 'make_report', 'build_site', 'execute_book',
-           'run_benchmark', 'prepare_kernels', 'usage', 'options', 'deliberate', 'main']
+           'list_recipes', 'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data', 'make_report', 'build_site',
+           'execute_book', 'run_benchmark', 'prepare_kernels', 'usage', 'options', 'deliberate', 'main']
 
 # %% ../nbs/26_runner.ipynb #6435aad2
 import importlib.util
@@ -660,6 +660,31 @@ def train_recipe(
 
     print(f"The run: {train(chosen, seed=seed, restart=restart, source=source, unreadable=unreadable).path}")
 
+# %% ../nbs/26_runner.ipynb #67ae2e04
+def sample_recipe(
+    recipe: str,  # a generator, such as karm/fashion_mnist
+    profile: str = "smoke",  # smoke, desk or paper
+    seed: int = 0,  # seed of the finished run
+    images: int = 64,  # how many to make; those made before are kept
+    image_seed: int = 0,  # seed of the images
+    temperature: float = 1.0,  # above 0; below 1 the likely levels become likelier
+    top_p: float = 1.0,  # at most 1: only the most likely levels that hold this much probability
+    batch: int = 32,  # images at a time
+) -> None:
+    "Let a trained generator make images, or more of them. Interrupted, it goes on where it stopped."
+    from krause_repro.recipes import ImageGenerationRecipe, get_recipe
+
+    chosen = get_recipe(recipe).at(profile)
+    if not isinstance(chosen, ImageGenerationRecipe):
+        raise ValueError(f"recipe {recipe!r} makes no images; generators do, such as karm/fashion_mnist")
+    from krause_repro.evaluation import contact_sheet, sample_run, samples_folder
+    from krause_repro.training import Run, check_run, run_path
+
+    run = Run(run_path(chosen, seed), chosen, seed)
+    check_run(run)
+    made = sample_run(run, images, image_seed, temperature, top_p, batch, progress=sys.stderr.isatty())
+    print(f"The images: {contact_sheet(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
+
 # %% ../nbs/26_runner.ipynb #1319dfa7
 def fetch_data(
     name: str,  # a data set, such as fashion_mnist
@@ -720,9 +745,9 @@ def prepare_kernels() -> None:
     except (OSError, RuntimeError) as error:  # nothing is lost: PyTorch's operations do the same, more slowly
         print(f"krause-repro: the C++ kernels cannot be built ({error}); PyTorch operations will be used", file=sys.stderr)
 
-# %% ../nbs/26_runner.ipynb #103f0c6c
-COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "data": fetch_data, "report": make_report,
-            "site": build_site, "book": execute_book, "bench": run_benchmark, "kernels": prepare_kernels}
+# %% ../nbs/26_runner.ipynb #8b7e1851
+COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "sample": sample_recipe, "data": fetch_data,
+            "report": make_report, "site": build_site, "book": execute_book, "bench": run_benchmark, "kernels": prepare_kernels}
 
 
 def usage() -> str:

@@ -26,6 +26,7 @@ from krause_repro.evaluation import (
     learned_sigma,
     obtain_cells,
     paired_difference,
+    plain_answers,
     paper_steps,
     percent,
     provenance_table,
@@ -296,6 +297,18 @@ def test_single_changes_take_the_right_cells():
         "dot product": 2, "dot product + key norm": 1.5, "full support": 1.5, "the window alone": 0.5, "pre-norm": 3,
         "random places + top-k": 1.5, "σ fixed": 0.5, "window − random places, no top-k": 2,
     }
+
+
+def test_plain_answers_say_what_helps_harms_or_is_not_shown():
+    results = cells_with(krause=0.005, local=0.02, post=-0.03, ablation_fixed_sigma=0.01)
+    lines = dict(line.removeprefix("- **").split("**: ") for line in plain_answers(results).splitlines())
+    assert {question: text.partition(".")[0] for question, text in lines.items()} == {
+        "Distance": "neither help nor harm is shown", "Locality": "helps", "Top-k": "harms", "Norm": "harms",
+        "Learning σ": "harms",
+    }
+    assert "window − full +2.00 (+2.00 to +2.00)" in lines["Locality"] and "post-norm − pre-norm -3.00" in lines["Norm"]
+    nothing = dict.fromkeys(results)
+    assert plain_answers(nothing).count("not trained yet") == 5
 
 
 def test_missing_cells_leave_their_lines_out():

@@ -7,8 +7,9 @@ import pytest
 from krause_repro.attention import SCORES
 from krause_repro.benchmarks import COST
 from krause_repro.counting import COUNTED
+from krause_repro.evaluation import GENERATOR_LABELS
 from krause_repro.figures import figure_index
-from krause_repro.recipes import SUPPORTS, ablation_name, get_recipe
+from krause_repro.recipes import GENERATORS, SUPPORTS, ablation_name, get_recipe
 from krause_repro.records import load_result, project_root, result_path, stale_recipes
 from krause_repro.runner import run
 
@@ -26,15 +27,25 @@ def cell_files(names):
     return {f"ablations/{name.partition('/')[0]}": [get_recipe(name)] for name in names}
 
 
+def generator_files(data):
+    files = {f"image_generation/{model}": [get_recipe(f"{model}/{data}")] for model in GENERATOR_LABELS}
+    return files | {"image_generation/baselines": [get_recipe(f"karm/{data}")]}
+
+
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "30_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
     "31_image_classification": {"image_classification": TRIO},
+    "32_image_generation": generator_files("fashion_mnist") | {
+        f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
+    },
     "35_ablations": cell_files(CELLS),
     "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
     "37_attention_maps": {"attention_maps": TRIO},
 }
-SMOKE = EXPERIMENTS | {"35_ablations": cell_files(SMOKE_CELLS)}  # smoke proves the path with a few cells
+SMOKE = EXPERIMENTS | {  # smoke proves the path with small data and a few cells
+    "32_image_generation": generator_files("digits"), "35_ablations": cell_files(SMOKE_CELLS),
+}
 
 
 def test_every_experiment_page_is_listed_here():
@@ -50,8 +61,8 @@ def test_no_committed_file_of_results_is_a_stranger():
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_committed_results_are_of_todays_recipes(page):
     for file, recipes in EXPERIMENTS[page].items():
-        if page == "35_ablations" and not result_path(file, "desk").is_file():
-            continue  # the page counts the cells that are finished
+        if page in ("32_image_generation", "35_ablations") and not result_path(file, "desk").is_file():
+            continue  # the page counts what is finished
         recipes, result = [recipe.at("desk") for recipe in recipes], load_result(file, "desk")
         assert set(result["recipes"]) == {recipe.name for recipe in recipes} and stale_recipes(result, recipes) == []
 

@@ -50,6 +50,15 @@ EXAMPLES = {
                                     {"label": "ViT", "kind": "softmax", "points": [None, {"ratio": 9, "low": 8, "high": 10}]}]},
         {"title": "long", "rows": [{"label": "ViT", "kind": "softmax", "points": [{"ratio": 1, "low": 1, "high": 1}, None]}]},
         {"title": "longer", "rows": [{**NAMED, "points": [{"ratio": 1, "low": 1, "high": 1}, None]}]}]},
+    "plot_bits": {"baselines": [{"label": "order 1", "value": 3.9}], "rows": [
+        {**NAMED, "values": [3.3, 3.4], "mean": 3.35, "sd": 0.07}, {**NAMED, "values": [3.5], "mean": 3.5, "sd": None}]},
+    "plot_bits_curves": {"seeds": 2, "series": [
+        {**NAMED, "held_out": {"epochs": [1, 2, 3], **CURVE}, "training": {"epochs": [0.5, 1, 2], **ONE_CURVE}}]},
+    "plot_samples": {"levels": 17, "rows": [
+        {**NAMED, "images": [[[[0, 16], [8, 4]]], [[[1, 2], [3, 4]]]]},
+        {"label": "ARM", "kind": "softmax", "images": [[[[0, 1], [2, 3]]]]}]},
+    "plot_completions": {"levels": 256, "given": 1, "originals": [[[[0, 255], [9, 8]]] * 3] * 2, "models": [
+        {**NAMED, "completed": [[[[[0, 255], [1, 2]]] * 3] * 2] * 2}]},
 }
 SAVE = {"caption": "Opinions ‖x‖ · an example.", "notebook": "25_figures", "seeds": 3}
 
@@ -117,6 +126,10 @@ def test_plot_names_each_missing_key(name):
         ("plot_particle_statistics", ["series", 0, "times"], [0, 1], r"different lengths.*'x': 2, 'mean': 3"),
         ("plot_mechanism", ["score"], [0.1], r"different lengths.*'score': 1"),
         ("plot_training_curves", ["series", 1, "train_loss"], {}, r"series'\]\[1\]\['train_loss'\] has no epochs"),
+        ("plot_bits", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
+        ("plot_bits_curves", ["series", 0, "training"], {}, r"series'\]\[0\]\['training'\] has no epochs"),
+        ("plot_samples", ["rows", 1, "images"], [], r"rows'\]\[1\] has nothing in images"),
+        ("plot_completions", ["models", 0, "kind"], "best", r"models'\]\[0\] has kind 'best'"),
         ("plot_accuracy", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
         ("plot_accuracy", ["rows", 1, "values"], [], r"rows'\]\[1\] has nothing in values"),
         ("plot_sigma", ["layers"], [1, 2], r"different lengths"),

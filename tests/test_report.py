@@ -11,6 +11,7 @@ from krause_repro.report import (
     format_published,
     our_results,
     readme_ablation,
+    readme_generation,
     report,
     update_readme,
 )
@@ -30,6 +31,21 @@ def test_without_results_only_the_parameters_of_our_models_are_ours(tmp_path):
     assert coverage("paper", tmp_path)["ours"] == 26
     rows = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KViT-T |")]
     assert rows[0] == "| KViT-T | 93.81 | — | 5,362,774 | 5,362,774 | 0.25 | — |" and rows[-1] == "| KViT-T | 94.65 | — |"
+
+
+def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
+    recipe, bits = get_recipe("karm/mnist"), summarise([0.56, 0.57])
+    result = {"recipes": {recipe.name: recipe.to_dict()}, "bits_per_dim": bits}
+    save_result("image_generation/karm", result, "paper", tmp_path)
+    lines = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM |")]
+    assert lines[0] == "| KARM | 0.5652 | 0.5650 ± 0.0071 (2 seeds) | 105.6037 | — |" and lines[1].startswith("| KARM | 3.0032 | — |")
+    assert coverage("paper", tmp_path)["ours"] == 27
+
+
+def test_the_readme_counts_trained_generators(tmp_path):
+    assert readme_generation(tmp_path).startswith("0 of 6 models are trained") and "| KARM (Krause) | — |" in readme_generation(tmp_path)
+    save_result("image_generation/baselines", {"bits": {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}}, "desk", tmp_path)
+    assert "| counts, order 1 | 3.900 | 3.800 |" in readme_generation(tmp_path)
 
 
 def test_unknown_profiles_and_stale_results_are_refused(root_with_results):

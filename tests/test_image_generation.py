@@ -1,0 +1,377 @@
+"""Generators end to end: the paper's recipes, small data, training by held-out bits, images that are kept, and their numbers."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from krause_repro import evaluation, runner
+from krause_repro.benchmarks import GenerationCase, bench_generation
+from krause_repro.data import ImageSet, Splits, TokenCollator, find_source, load, load_splits
+from krause_repro.evaluation import (
+    GENERATOR_LABELS,
+    bits_differences,
+    bits_table,
+    classifier_run,
+    contact_sheet,
+    context_baselines,
+    first_frequencies,
+    learned_sigma,
+    sample_run,
+    samples_folder,
+    summarise_generators,
+    test_bits,
+)
+from krause_repro.image_transformer import ImageTransformer
+from krause_repro.likelihood import bits_per_dimension
+from krause_repro.recipes import (
+    CLASSIFIERS,
+    GENERATION_DATA,
+    GENERATORS,
+    RECIPES,
+    WITHOUT,
+    ImageGenerationRecipe,
+    generation_recipes,
+    get_recipe,
+    published_tables,
+)
+from krause_repro.records import pack_images, summarise, unpack_images
+from krause_repro.training import Run, build_trainer, run_path, train, training_arguments
+
+MNIST = {
+    "image_shape": (28, 28, 1), "levels": 256, "width": 256, "depth": 12, "heads": 8, "mlp_width": 1024, "window": 128, "top_k": 96,
+    "sigma": 2.5, "dropout": 0.1, "epochs": 30, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": None,
+    "warmup_share": 0.05, "final_lr_share": 1e-6, "start_token": False, "samples": 50_000, "seeds": (3407,), "profile": "paper",
+    "train_images": None, "test_images": None,
+}
+CIFAR = MNIST | {
+    "image_shape": (32, 32, 3), "width": 512, "depth": 16, "mlp_width": 2048, "window": 256, "top_k": 192, "batch_size": 8,
+    "samples": 10_000,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    "KARM on few digits."
+    return replace(get_recipe("karm/digits").at("smoke"), train_images=64, held_out=40, test_images=30, epochs=1, samples=6, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    "A finished run; do not change its directory."
+    return train(tiny, 0, runs=tmp_path_factory.mktemp("runs"), progress=False)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(("data", "expected", "table"), [
+    ("mnist", MNIST, "table4_mnist_generation"), ("cifar10", CIFAR, "table5_cifar10_generation"),
+])
+@pytest.mark.parametrize("model", GENERATORS)
+def test_published_settings_are_exact(model, data, expected, table):
+    recipe = get_recipe(f"{model}/{data}")
+    found = asdict(recipe)
+    assert {key: found[key] for key in expected} == expected and recipe.ours == ("held_out",)
+    row = next(row for row in published_tables()[table]["rows"] if row[0] == model.upper())
+    assert recipe.published == {"table": table, **dict(zip(published_tables()[table]["columns"], row, strict=True))}
+    assert recipe.config.attention == GENERATORS[model] and recipe.config.tokens == math.prod(expected["image_shape"])
+
+
+@pytest.mark.parametrize("profile", ["smoke", "desk", "paper"])
+@pytest.mark.parametrize("data", GENERATION_DATA)
+def test_models_of_one_data_set_differ_by_their_attention_alone(data, profile):
+    ours = {name: asdict(recipe.at(profile)) for name, recipe in generation_recipes().items() if name.endswith(f"/{data}")}
+    karm = ours[f"karm/{data}"]
+    for name, recipe in ours.items():
+        model = name.partition("/")[0]
+        changed = {key for key in karm if recipe[key] != karm[key]} - {"name", "published"}
+        allowed = {"attention"} if model in GENERATORS else set(WITHOUT[model.removeprefix("karm_")][0])
+        assert changed == (set() if model == "karm" else allowed)
+        assert RECIPES[name].at(profile).config.start_token == (profile != "paper")
+
+
+def test_table_16_is_attached_to_what_it_prints():
+    assert get_recipe("karm_no_window_no_top_k/mnist").published["bits_per_dim"] == 0.5593
+    assert get_recipe("karm_no_window/mnist").published == {} and get_recipe("karm_no_top_k/mnist").published == {}
+
+
+def test_the_desk_keeps_the_papers_window():
+    for name in ("karm/fashion_mnist", "karm/photograph_tiles"):
+        paper, desk = get_recipe(name), get_recipe(name).at("desk")
+        assert (desk.window, desk.top_k, desk.levels, desk.image_shape) == (paper.window, paper.top_k, 256, paper.image_shape)
+        assert len(desk.seeds) == 3 and desk.config.attention_window == paper.window
+
+
+# Data
+
+
+def test_digits_and_tiles_come_with_scikit_learn(tmp_path):
+    for name, shape, levels in (("digits", (1, 8, 8), 17), ("photograph_tiles", (3, 32, 32), 256)):
+        train_part, test_part = load(name, "train"), load(name, "test")
+        assert train_part.images.shape[1:] == test_part.images.shape[1:] == shape
+        assert train_part.images.max().item() < levels and set(train_part.labels.tolist()) == set(test_part.labels.tolist())
+        assert train_part.images.float().std() > 0.2 * levels
+        with pytest.raises(ValueError, match=f"source must not be given for {name}"):
+            find_source(name, tmp_path)
+
+
+def test_tiles_are_squares_of_the_photographs_and_do_not_overlap():
+    from sklearn.datasets import load_sample_image
+
+    china = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+    parts = load("photograph_tiles", "train").images, load("photograph_tiles", "test").images
+    assert torch.equal(parts[0][16 + 2], china[:, 32:64, 64:96])  # second row, third column
+    assert torch.equal(parts[1][4 + 1], china[:, 32:64, 17 * 32:18 * 32])  # the last four columns are for testing
+    whole = torch.cat(parts).flatten(1)
+    assert len(whole) == 13 * 20 * 2 and len(torch.unique(whole, dim=0)) > 0.99 * len(whole)  # some of the sky may be alike
+
+
+def test_mnist_is_not_fashion_mnist(source, no_downloads):
+    raw = no_downloads / "MNIST" / "raw"
+    raw.parent.mkdir()
+    raw.symlink_to(source)
+    assert find_source("mnist") == raw
+    with pytest.raises(ValueError, match="another data set"):
+        load("mnist", "test")
+
+
+def test_a_batch_is_its_own_label():
+    recipe = get_recipe("karm/digits").at("smoke")
+    data = load("digits", "train")
+    batch = TokenCollator(recipe)([data[i] for i in range(3)])
+    assert batch["input_ids"] is batch["labels"] and batch["input_ids"].shape == (3, 65)
+    assert torch.equal(batch["input_ids"][1, 1:], data.images[1].flatten().long()) and (batch["input_ids"][:, 0] == 17).all()
+
+
+# Training
+
+
+def test_a_generator_is_chosen_by_held_out_bits(run, tiny):
+    losses = {line["epoch"]: line["eval_loss"] for line in run.metrics() if "eval_loss" in line}
+    assert len(losses) >= 4
+    end = run.summary()
+    assert end["held_out_loss"] == min(losses.values()) and losses[end["chosen_epoch"]] == min(losses.values())
+    model = run.model()
+    assert isinstance(model, ImageTransformer) and not model.training and model.config.image_shape == [8, 8, 1]
+    held_out = bits_per_dimension(model, load_splits(tiny).held_out.images)
+    assert held_out["bits_per_dim_all"] == pytest.approx(end["held_out_loss"] / math.log(2), abs=1e-4)
+    assert load_file(run.path / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_a_generator_continued_is_a_generator_uninterrupted(run, tiny, tmp_path):
+    from test_training import Killed, Stop
+
+    with pytest.raises(Killed):
+        train(tiny, 0, runs=tmp_path, progress=False, callbacks=(Stop(3),))
+    again = train(tiny, 0, runs=tmp_path, progress=False)
+    one, two = (load_file(r.path / "model.safetensors") for r in (run, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_papers_schedule(tmp_path):
+    recipe = get_recipe("karm/mnist")
+    arguments = training_arguments(recipe, tmp_path, 7, 860, progress=False)
+    assert arguments.max_grad_norm == 0 and arguments.warmup_steps == round(0.05 * 30 * 860)
+    assert (arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 1e-6})
+    assert (arguments.metric_for_best_model, arguments.greater_is_better, arguments.eval_steps) == ("loss", False, 860)
+    images = ImageSet(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    small = replace(get_recipe("karm/digits"), batch_size=2, epochs=5, width=16, depth=1, heads=2, mlp_width=16)
+    trainer = build_trainer(small, ImageTransformer(small.config), Splits(images, images, images), tmp_path, progress=False)
+    trainer.create_optimizer_and_scheduler(20)
+    rates = []
+    for _ in range(20):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[0] == 0 and max(rates) == pytest.approx(1e-3) == rates[1]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-9)
+    decayed = [group for group in trainer.optimizer.param_groups if group["weight_decay"]]
+    sigmas = {id(p) for name, p in trainer.model.named_parameters() if name.endswith("log_sigma")}
+    assert sigmas and not sigmas & {id(p) for group in decayed for p in group["params"]}
+    assert not trainer.model_accepts_loss_kwargs  # a mean is not to be divided by numbers of tokens
+
+
+# Numbers and images
+
+
+def test_test_bits_are_of_the_test_images_and_computed_once(run, tiny):
+    found = test_bits(run)
+    assert found == bits_per_dimension(run.model(), load_splits(tiny).test.images) and found["images"] == 30
+    assert json.loads((run.path / "test.json").read_text()) == found
+    kept = (run.path / "test.json").stat().st_mtime_ns
+    assert test_bits(run) == found and (run.path / "test.json").stat().st_mtime_ns == kept
+
+
+@pytest.fixture
+def moved(run, tmp_path):
+    "A copy of the run, to be spoiled."
+    import shutil
+
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "samples"))
+    return Run(tmp_path / "run", run.recipe, 0)
+
+
+def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch):
+    whole = sample_run(moved, 7, batch=7, seed=3, progress=False)
+    folder = samples_folder(moved, 3, 1.0, 1.0)
+    for path in folder.glob("images-*"):
+        path.unlink()
+    written, real = [], evaluation.written_batches
+
+    def interrupted(*arguments):
+        for batch in real(*arguments):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(batch[0])
+            yield batch
+
+    monkeypatch.setattr(evaluation, "written_batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(moved, 7, batch=2, seed=3, progress=False)
+    assert written == [[0, 1], [2, 3]] and len(list(folder.glob("images-*"))) == 2
+    monkeypatch.setattr(evaluation, "written_batches", real)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}
+    assert torch.equal(sample_run(moved, 7, batch=2, seed=3, progress=False), whole)
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}.items()
+    assert torch.equal(sample_run(moved, 5, seed=3, progress=False), whole[:5])
+    assert not torch.equal(sample_run(moved, 7, seed=4, progress=False), whole)
+
+
+def test_images_of_another_state_of_the_model_are_not_mixed(moved):
+    from krause_repro.training import save_model
+
+    sample_run(moved, 2, progress=False)
+    model = moved.model()
+    with torch.no_grad():
+        model.head.bias.add_(1.0)
+    save_model(model, moved.path)
+    with pytest.raises(ValueError, match="another state of this model"):
+        sample_run(moved, 3, progress=False)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"count": 0}, "count"), ({"temperature": 0.0}, "temperature"), ({"top_p": 2.0}, "top_p"), ({"batch": 0}, "batch"),
+    ({"seed": -1}, "seed"),
+])
+def test_sampling_settings_are_refused_before_anything_is_written(moved, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_run(moved, **{"count": 2, "progress": False, **options})
+    assert not (moved.path / "samples").exists()
+
+
+def test_an_unfinished_run_makes_nothing(tmp_path, tiny):
+    empty = Run(tmp_path / "none", tiny, 0)
+    for ask in (lambda: sample_run(empty, 2), lambda: test_bits(empty)):
+        with pytest.raises(ValueError, match="not finished; finish it with: krause-repro train karm/digits --seed 0"):
+            ask()
+
+
+def test_models_without_a_start_token_begin_as_the_training_images_do(tmp_path, tiny):
+    plain = replace(tiny, start_token=False)
+    made = sample_run(train(plain, 0, runs=tmp_path, progress=False), 4, progress=False)
+    images = load_splits(plain).train.images
+    assert set(made[:, 0, 0, 0].tolist()) <= set(images[:, 0, 0, 0].tolist())
+    assert torch.equal(first_frequencies(images, 17), torch.bincount(images[:, 0, 0, 0].long(), minlength=17))
+
+
+def test_a_summary_of_generators(run, tiny, tmp_path, monkeypatch):
+    vit = replace(get_recipe("vit_t/digits").at("smoke"), train_images=64, test_images=30, held_out=40, epochs=1)
+    judge = train(vit, 0, runs=tmp_path, progress=False)
+    monkeypatch.setattr(evaluation, "classifier_run", lambda *_: judge)
+    found = json.loads(json.dumps(summarise_generators([run, run]), allow_nan=False))
+    assert found["bits_per_dim"]["values"] == [test_bits(run)["bits_per_dim"]] * 2 and found["test_images"] == 30
+    assert found["held_out_bits"]["mean"] == pytest.approx(run.summary()["held_out_loss"] / math.log(2))
+    assert torch.equal(unpack_images(found["samples"]), sample_run(run, tiny.samples, progress=False)[:8])
+    assert found["completions"]["completed"]["shape"] == [6, 4, 1, 8, 8]
+    assert torch.equal(unpack_images(found["completions"]["originals"]), load_splits(tiny).test.images[:6])
+    assert found["frechet"]["n"] == 2 and found["frechet"]["real"] > 0 and found["frechet"]["classifier"] == "vit_t/digits"
+    assert found["sigma"]["mean"] == pytest.approx(learned_sigma(run)) and len(found["sigma"]["mean"]) == tiny.depth
+    curve = found["curves"]["held_out"]
+    assert min(curve["mean"]) == pytest.approx(found["held_out_bits"]["mean"]) and curve["sd"] == [0.0] * len(curve["mean"])
+    table = bits_table({"karm/digits": found, "arm/digits": None}, {"order 1": {"bits_per_dim": 2.7, "bits_per_dim_all": 2.71}})
+    assert f"| KARM (Krause) | {found['bits_per_dim']['mean']:.3f} ± 0.000 |" in table
+    assert "| ARM (softmax) | — |" in table and "| counts, order 1 | 2.700 | 2.710 |" in table
+
+
+def test_differences_in_words_leave_out_what_is_missing():
+    made = {"karm/mnist": [3.0, 3.1], "arm/mnist": [3.2, 3.3]}
+    results = {**{name: {"bits_per_dim": summarise(values)} for name, values in made.items()}, "larm/mnist": None}
+    told = bits_differences(results, (("karm/mnist", "arm/mnist"), ("karm/mnist", "larm/mnist")))
+    assert told.startswith("- KARM (Krause) minus ARM (softmax): -0.20 bits per dimension (mean of 2 seeds")
+    assert told.count("\n") == 0 and bits_differences(results, (("karm/mnist", "larm/mnist"),)) == "No pair is finished."
+
+
+def test_every_generator_has_a_label_and_every_data_set_but_the_tiles_a_judge():
+    models = {name.partition("/")[0] for name in generation_recipes()}
+    assert set(GENERATOR_LABELS) == models and set(CLASSIFIERS) == set(GENERATION_DATA) - {"photograph_tiles"}
+    assert classifier_run("photograph_tiles", "smoke") is None
+    for dataset, name in CLASSIFIERS.items():
+        assert get_recipe(name).dataset == dataset
+
+
+def test_baselines_are_of_the_same_images(tiny):
+    found = context_baselines(tiny)
+    assert list(found) == ["order 0", "order 1", "order 2", "above and left"]
+    assert found["order 1"]["bits_per_dim"] < found["order 0"]["bits_per_dim"] < math.log2(17) and found["order 1"]["images"] == 30
+
+
+# Packed images, sheets, the command, the benchmark
+
+
+def test_packed_images_are_the_images():
+    images = torch.randint(256, (3, 2, 3, 5, 4), dtype=torch.uint8)
+    packed = json.loads(json.dumps(pack_images(images)))
+    assert torch.equal(unpack_images(packed), images)
+    for damaged in ({**packed, "bytes": packed["bytes"][:-8]}, {**packed, "shape": [7]}, {**packed, "bytes": "ö"}):
+        with pytest.raises(ValueError, match="packed images are damaged"):
+            unpack_images(damaged)
+    with pytest.raises(ValueError, match="images must be uint8, got torch.int64"):
+        pack_images(images.long())
+
+
+def test_a_sheet_shows_every_image_from_black_to_white(tmp_path):
+    images = torch.stack([torch.full((1, 4, 4), level, dtype=torch.uint8) for level in range(17)])
+    picture = Image.open(contact_sheet(images, 17, tmp_path / "sheet.png", zoom=1)).convert("L")
+    assert picture.size == (8 * 5 + 1, 3 * 5 + 1)
+    assert [picture.getpixel((2 + 5 * (n % 8), 2 + 5 * (n // 8))) for n in (0, 8, 16)] == [0, 128, 255]
+
+
+def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
+    import shutil
+
+    monkeypatch.setitem(RECIPES, "karm/digits", replace(tiny, profile="paper"))
+    monkeypatch.setattr(ImageGenerationRecipe, "at", lambda self, profile: tiny)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run.path, run_path(tiny, 0, tmp_path / "runs"), ignore=shutil.ignore_patterns("samples"))
+    assert runner.main(["sample", "karm/digits", "--images", "3", "--top_p", "0.9"]) == 0
+    sheet = capsys.readouterr().out.strip().removeprefix("The images: ")
+    assert sheet.endswith("seed-0_temperature-1_top_p-0.9/sheet.png") and Image.open(sheet).size[0] > 8
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["sample", "kvit_t/fashion_mnist"], "makes no images; generators do, such as karm/fashion_mnist"),
+    (["sample", "karm/nothing"], "recipe must be one of"),
+    (["sample", "karm_no_window/digits", "--profile", "desk", "--seed", "77"], "is not finished; finish it with: krause-repro train"),
+])
+def test_the_command_names_what_is_wrong(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert runner.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_benchmark_times_every_model_on_the_same_tokens():
+    case = GenerationCase("digits", "digits", "smoke", 2)
+    result = bench_generation((case, replace(case, title="late", start=40, stop=60)), "digits", "smoke", 1, 0.1)
+    found = [(row["case"], row["name"]) for row in result["rows"][:6]]
+    assert found == [(title, name) for title in ("digits", "late") for name in ("KARM", "ARM", "LARM")]
+    whole, late = result["rows"][:3], result["rows"][3:6]
+    assert {row["rounds"] for row in whole} == {63} and {row["rounds"] for row in late} == {19}
+    assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "ARM")
+    assert all(row["images_per_second"] > 0 for row in whole + late)
+    assert {row["pass"] for row in result["rows"][6:]} == {"training step"} and len(result["notes"]) == 6
+    assert "times ARM's" in result["notes"][0]

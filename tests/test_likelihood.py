@@ -1,0 +1,175 @@
+"""Bits are what the definition says, by whatever batches and processes they are counted; tables of counts equal a loop over the tokens."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig
+from krause_repro.likelihood import ContextModel, bits_per_dimension, context_index, count_levels, fit_context_model, token_bits
+from krause_repro.sampling import image_tokens
+
+
+def small(attention="krause", start=True):
+    torch.manual_seed(2)
+    config = ImageTransformerConfig(
+        vocab_size=7, image_shape=(3, 4, 1), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        attention_window=5, attention_top_k=3, start_token=start, attention=attention)
+    model = ImageTransformer(config).eval()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def pictures(count=11):
+    return torch.randint(7, (count, 1, 3, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_bits_are_the_definition(attention, start):
+    model, images = small(attention, start), pictures()
+    tokens = image_tokens(images, model.config)
+    with torch.no_grad():
+        probabilities = model(tokens).logits.double().softmax(-1)
+    bits = [[-math.log2(probabilities[n, t, tokens[n, t + 1]]) for t in range(tokens.shape[1] - 1)] for n in range(len(images))]
+    if not start:
+        bits = [[math.log2(7), *row] for row in bits]
+    each = torch.tensor(bits, dtype=torch.float64)
+    assert each.shape == (11, 12)
+    torch.testing.assert_close(token_bits(model, images), each, rtol=0, atol=1e-5)
+    for batch in (1, 4, 11, 100):
+        found = bits_per_dimension(model, images, batch)
+        assert found["bits_per_dim"] == pytest.approx(each[:, 1:].mean().item(), abs=1e-5)
+        assert found["bits_per_dim_all"] == pytest.approx(each.mean().item(), abs=1e-5) and found["images"] == 11
+
+
+def test_the_loss_that_is_trained_is_the_bits_that_are_told():
+    for start, name in ((True, "bits_per_dim_all"), (False, "bits_per_dim")):
+        model, images = small(start=start), pictures()
+        tokens = image_tokens(images, model.config)
+        with torch.no_grad():
+            loss = model(tokens, labels=tokens).loss.item()
+        assert bits_per_dimension(model, images)[name] == pytest.approx(loss / math.log(2), abs=1e-5)
+
+
+def test_two_processes_count_each_image_once(tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import json, sys\nsys.path.insert(0, sys.argv[1])\nfrom test_likelihood import bits_per_dimension, pictures, small\n"
+        "from accelerate import PartialState\nfound = bits_per_dimension(small(), pictures(), 2)\n"
+        "state = PartialState()\nif state.is_main_process:\n    print(json.dumps({**found, 'processes': state.num_processes}))\n",
+        encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(script), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found.pop("processes") == 2 and found["images"] == 11
+    alone = bits_per_dimension(small(), pictures(), 2)
+    assert all(found[name] == pytest.approx(alone[name], abs=1e-6) for name in alone)
+
+
+@pytest.mark.parametrize(("images", "options", "message"), [
+    (pictures(0), {}, "N ≥ 1"), (pictures().float(), {}, "integers"), (pictures() + 7, {}, "levels 0…6"),
+    (pictures(), {"batch": 0}, "batch"),
+])
+def test_what_cannot_be_counted_is_refused(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        bits_per_dimension(small(), images, **options)
+    with pytest.raises(ValueError, match="model must be an ImageTransformer, got Linear"):
+        bits_per_dimension(torch.nn.Linear(1, 1), pictures())
+
+
+# Tables of counts
+
+
+def by_hand(train, offsets, levels, strengths, tokens):
+    "The same probabilities, token by token, from dictionaries."
+    def context(row, place, length):
+        return tuple(row[place - offset] if place >= offset else levels for offset in offsets[:length])
+
+    seen = [Counter() for _ in range(len(offsets) + 1)]
+    for row in train.tolist():
+        for place, level in enumerate(row):
+            for length, counter in enumerate(seen):
+                counter[context(row, place, length), level] += 1
+    totals = [Counter() for _ in seen]
+    for counter, total in zip(seen, totals, strict=True):
+        for (key, _), count in counter.items():
+            total[key] += count
+
+    def probability(row, place):
+        found = 1 / levels
+        for length, (counter, total, strength) in enumerate(zip(seen, totals, strengths, strict=True)):
+            key = context(row, place, length)
+            found = (counter[key, row[place]] + strength * found) / (total[key] + strength)
+        return found
+
+    return torch.tensor([[probability(row, place) for place in range(len(row))] for row in tokens.tolist()], dtype=torch.float64)
+
+
+OFFSETS = st.sampled_from([(), (1,), (1, 2), (3, 1), (2,), (9,)])
+
+
+@settings(max_examples=40)
+@given(OFFSETS, st.integers(2, 4), st.integers(2, 7), st.integers(0, 99))
+def test_tables_equal_a_loop(offsets, levels, length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    train, tokens = (torch.randint(levels, (count, length), generator=generator) for count in (6, 4))
+    strengths = tuple((0.5, 2.0, 7.0)[:len(offsets) + 1])
+    model = ContextModel(offsets, levels, tuple(count_levels(train, offsets[:n], levels) for n in range(len(offsets) + 1)), strengths)
+    want = by_hand(train, offsets, levels, strengths, tokens)
+    torch.testing.assert_close(model.probabilities(tokens), want, rtol=1e-12, atol=0)
+    assert model.bits(tokens)["bits_per_dim_all"] == pytest.approx(-want.log2().mean().item())
+    assert model.bits(tokens)["bits_per_dim"] == pytest.approx(-want[:, 1:].log2().mean().item())
+
+
+@settings(max_examples=40)
+@given(OFFSETS, st.integers(2, 4), st.integers(0, 99))
+def test_probabilities_of_all_levels_sum_to_one(offsets, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    train, start = torch.randint(levels, (6, 6), generator=generator), torch.randint(levels, (1, 5), generator=generator)
+    model = fit_context_model(train[:4], train[4:], offsets, levels)
+    options = torch.cat([start.expand(levels, -1), torch.arange(levels)[:, None]], 1)
+    assert model.probabilities(options)[:, -1].sum().item() == pytest.approx(1)
+
+
+def test_strengths_are_the_best_for_held_out_images_one_length_at_a_time():
+    train, held_out = torch.randint(4, (60, 9)), torch.randint(4, (40, 9))
+    choices = (0.1, 10.0, 1000.0)
+    model = fit_context_model(train, held_out, (1,), 4, choices)
+    for place in (0, 1):
+        counts = model.counts[:place + 1]
+        bits = {s: ContextModel((1,), 4, counts, (*model.strengths[:place], s)).bits(held_out)["bits_per_dim_all"] for s in choices}
+        assert model.strengths[place] == min(bits, key=bits.get)
+    assert model.strengths[1] == 1000.0  # there is nothing to learn from a context of noise
+
+
+def test_bytes_are_tokens_as_well():
+    "255 is a level of 256, although 256 is no byte."
+    tokens = torch.randint(256, (5, 6), dtype=torch.uint8)
+    model = fit_context_model(tokens, tokens, (1,), 256)
+    assert model.bits(tokens) == model.bits(tokens.long())
+
+
+def test_a_place_before_the_image_is_a_context_of_its_own():
+    assert context_index(torch.tensor([[1, 0, 2]]), (1, 2), 3).tolist() == [[3 * 4 + 3, 1 * 4 + 3, 0 * 4 + 1]]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"levels": 1}, "levels"), ({"offsets": (0,)}, "offsets"), ({"offsets": (1, 1)}, "different and few"),
+    ({"offsets": (1, 2, 3), "levels": 256}, "different and few"), ({"train": torch.full((2, 3), 4)}, "levels 0…3, got 4…4"),
+    ({"held_out": torch.zeros(2, 3)}, "tokens must be integers"), ({"train": torch.zeros(0, 3, dtype=torch.long)}, "N ≥ 1"),
+    ({"held_out": torch.zeros(2, 1, dtype=torch.long)}, "T ≥ 2"), ({"strengths": (0.0,)}, "strengths"),
+])
+def test_tables_that_cannot_be_are_refused(arguments, message):
+    usual = {"train": torch.zeros(2, 3, dtype=torch.long), "held_out": torch.zeros(2, 3, dtype=torch.long), "offsets": (1,), "levels": 4}
+    with pytest.raises(ValueError, match=message):
+        fit_context_model(**{**usual, **arguments})
