@@ -66,9 +66,9 @@ class Run:
         "The chosen model, in eval mode."
         return task_of(self.recipe).auto.from_pretrained(self.path).eval()
 
-# %% ../nbs/22_training.ipynb #96d8529d
+# %% ../nbs/22_training.ipynb #0d2b79a9
 def run_path(
-    recipe: ImageRecipe,
+    recipe: ImageRecipe,  # of a classifier or a generator
     seed: int,  # of the run
     runs: str | Path = "runs",  # relative to the project's folder
 ) -> Path:
@@ -109,9 +109,9 @@ class RecipeTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
-# %% ../nbs/22_training.ipynb #0ca905f4
+# %% ../nbs/22_training.ipynb #68259cbb
 def device_options(
-    recipe: ImageRecipe,
+    recipe: ImageRecipe,  # of a classifier or a generator
     cuda: bool,  # is there a GPU?
 ) -> dict[str, object]:  # "bf16", "torch_compile" and "optim" in Trainer's words, and "channels_last"
     "What of the paper's setting the device allows."
@@ -180,9 +180,9 @@ def task_of(
         raise ValueError(f"recipe {getattr(recipe, 'name', recipe)!r} has nothing to train; image classification and generation have")
     return found
 
-# %% ../nbs/22_training.ipynb #52de169b
+# %% ../nbs/22_training.ipynb #7c36a918
 def training_arguments(
-    recipe: ImageRecipe,
+    recipe: ImageRecipe,  # of a classifier or a generator
     folder: Path,  # for checkpoints
     seed: int,  # of initialisation, data order and augmentation
     steps_per_epoch: int,  # for warm-up and logging
@@ -203,9 +203,9 @@ def training_arguments(
         **device, **task.options(recipe, steps_per_epoch),
     )
 
-# %% ../nbs/22_training.ipynb #1f39ddef
+# %% ../nbs/22_training.ipynb #8d7f6182
 def build_trainer(
-    recipe: ImageRecipe,
+    recipe: ImageRecipe,  # of a classifier or a generator
     model: PreTrainedModel,
     splits: Splits,
     folder: Path,  # for checkpoints

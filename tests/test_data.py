@@ -616,7 +616,7 @@ def test_imagenet_training_erases_a_quarter_of_the_images():
 
 def test_collator_names_an_unknown_data_set(recipe):
     with pytest.raises(ValueError, match="dataset must be one of"):
-        Collator(replace(recipe, dataset="mnist"), training=True)
+        Collator(replace(recipe, dataset="svhn"), training=True)
 
 
 def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads, tmp_path, monkeypatch):
