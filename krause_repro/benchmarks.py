@@ -648,15 +648,17 @@ def generation_seconds(
     writers = {name: _writer(recipe, case) for name, recipe in recipes.items()}
     return interleave(writers, stop - case.start - 1, warmup=1)  # the first token takes the memory
 
-# %% ../nbs/28_benchmarks.ipynb #9464eacb
+# %% ../nbs/28_benchmarks.ipynb #766a0182
 def _generation_row(case, name, seconds, tokens):
     mine, rival = seconds[name], seconds["ARM"]
     tenth = max(1, len(mine) // 10)
     parts = [slice(k * tenth, (k + 1) * tenth) for k in range(min(10, len(mine)))]
     low, _, high = _quartiles([sum(mine[part]) / sum(rival[part]) for part in parts])
+    whole = case.start == 0 and case.stop in (None, tokens)
+    speed = case.batch * len(mine) / sum(mine)
     return {
         "case": case.title, "pass": "one token", "name": name, **summarise_times(mine), "ratio": sum(mine) / sum(rival),
-        "ratio_quartiles": [low, high], "images_per_second": case.batch * len(mine) / (sum(mine) * tokens),
+        "ratio_quartiles": [low, high], "tokens_per_second": speed, **({"images_per_second": speed / tokens} if whole else {}),
         "growth": statistics.median(mine[-tenth:]) / statistics.median(mine[tenth:2 * tenth] or mine),
     }
 
@@ -703,9 +705,13 @@ def bench_generation(
 def generation_notes(
     rows: list[dict],  # of `bench_generation`
 ) -> list[str]:
-    "A sentence for each model and case: images per second, how many times ARM's, and how a token's time grows."
-    return [f"{row['case']}: {row['name']} {row['images_per_second']:.3f} images per second, {1 / row['ratio']:.2f} times ARM's; "
-            f"a token at the end takes {row['growth']:.2f} times as long as early on" for row in rows if "growth" in row]
+    "A sentence for each model and case: images or tokens per second, how many times ARM's, and how a token's time grows."
+    def speed(row):
+        whole = "images_per_second" in row
+        return f"{row['images_per_second']:.3f} images" if whole else f"{row['tokens_per_second']:.0f} tokens"
+
+    return [f"{row['case']}: {row['name']} {speed(row)} per second, {1 / row['ratio']:.2f} times ARM's; "
+            f"the last tenth of tokens takes {row['growth']:.2f} times the second" for row in rows if "growth" in row]
 
 # %% ../nbs/28_benchmarks.ipynb #8ac3d072
 def bench_dynamics(

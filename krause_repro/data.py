@@ -566,7 +566,7 @@ class TokenCollator:
         tokens = image_tokens(torch.stack([e["pixel_values"] for e in examples]), self.config)
         return {"input_ids": tokens, "labels": tokens}
 
-# %% ../nbs/21_data.ipynb #96eb83bb
+# %% ../nbs/21_data.ipynb #8433cb1e
 @dataclass(frozen=True)
 class Splits:
     "The three parts of an experiment's data."
@@ -585,6 +585,8 @@ def load_splits(
     "Training, held-out and test images of a recipe; subsets are drawn once by a fixed seed."
     left_out = ()
     if check_dataset(recipe.dataset).folders:
+        if isinstance(recipe, ImageGenerationRecipe):
+            raise ValueError(f"dataset must be one of images in memory for a generator, got {recipe.dataset!r}, which comes as folders")
         jitter = recipe.augmentation == "imagenet_jitter"
         changing, fixed = (imagenet_transform(training, recipe.image_size, jitter) for training in (True, False))
         plain, test = (load(recipe.dataset, split, source, fixed, unreadable) for split in ("train", "test"))

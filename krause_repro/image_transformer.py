@@ -119,7 +119,7 @@ def check_image_config(
     check_positive("sigma", config.sigma)
     check_fraction("dropout", config.dropout)
 
-# %% ../nbs/12_image_transformer.ipynb #8f9144d3
+# %% ../nbs/12_image_transformer.ipynb #f101747c
 class PreallocatedLayer(CacheLayerMixin):
     "Keys and values of one layer in memory that is taken once: new ones are written in place, and a view of all is returned."
 
@@ -161,6 +161,11 @@ class PreallocatedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cumulative_length + query_length, 0
 
+    def reset(self) -> None:
+        "Forget everything; the next update may be of another batch."
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
+
     def get_seq_length(self) -> int:
         "Tokens seen so far."
         return self.cumulative_length
@@ -169,7 +174,7 @@ class PreallocatedLayer(CacheLayerMixin):
         "Tokens that fit."
         return self.length
 
-# %% ../nbs/12_image_transformer.ipynb #f0d8d78a
+# %% ../nbs/12_image_transformer.ipynb #1488b80d
 class RecurrentLayer(CacheLayerMixin):
     "The two sums of linear attention, kept as `keys` (B, H, D, Dv) and `values` (B, H, D)."
 
@@ -198,6 +203,11 @@ class RecurrentLayer(CacheLayerMixin):
     def sums(self) -> tuple[Tensor, Tensor] | None:
         "The sums so far; None before the first token."
         return (self.keys, self.values) if self.cumulative_length else None
+
+    def reset(self) -> None:
+        "Forget everything; the next update may be of another batch."
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -295,7 +305,7 @@ class PixelBlock(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-# %% ../nbs/12_image_transformer.ipynb #4c42e20b
+# %% ../nbs/12_image_transformer.ipynb #ef137ca0
 def check_tokens(
     input_ids: Tensor,  # must be (B, T) integers of the vocabulary
     config: ImageTransformerConfig,
@@ -307,23 +317,34 @@ def check_tokens(
     if past + input_ids.shape[1] > config.positions:
         raise ValueError(f"input_ids must end within the image's {config.positions} tokens, got {input_ids.shape[1]} after {past}")
     highest = config.vocab_size - (not config.start_token)
-    if input_ids.min() < 0 or input_ids.max() > highest:
-        raise ValueError(f"input_ids must be from 0 to {highest}, got {input_ids.min().item()} to {input_ids.max().item()}")
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high > highest:
+        raise ValueError(f"input_ids must be from 0 to {highest}, got {low} to {high}")
 
 
 def check_cache(
     cache: Cache,
     config: ImageTransformerConfig,
+    batch: int,  # sequences that go on
 ) -> None:
-    "Raise a `ValueError` if a cache is not one of `image_cache(config)`."
+    "Raise a `ValueError` if a cache is not one of `image_cache(config)`, or holds other sequences than those that go on."
     kind, count = CACHE_LAYERS[config.attention], config.num_hidden_layers
     if len(cache.layers) != count or any(type(layer) is not kind for layer in cache.layers):
         raise ValueError(
             f"past_key_values must be image_cache(model.config), {count} of {kind.__name__}, "
             f"got {len(cache.layers)} of {', '.join(sorted({type(layer).__name__ for layer in cache.layers})) or 'nothing'}"
         )
+    first, heads = cache.layers[0], config.num_attention_heads
+    for name, size in (("window", config.krause_window), ("length", config.positions)):
+        if getattr(first, name, size) != size:
+            raise ValueError(f"past_key_values must be image_cache(model.config), of {name} {size}, got {name} {getattr(first, name)}")
+    wanted = batch, heads, config.hidden_size // heads
+    held = (*first.keys.shape[:2], first.keys.shape[-1]) if first.is_initialized else wanted
+    if held != wanted:
+        told = "past_key_values must hold {} images of {} heads of dimension {}".format(*wanted)
+        raise ValueError(f"{told}, got {held[0]}, {held[1]} and {held[2]}; a cache serves one batch of one model")
 
-# %% ../nbs/12_image_transformer.ipynb #73c0b5bf
+# %% ../nbs/12_image_transformer.ipynb #10deb003
 class ImageTransformer(PreTrainedModel, GenerationMixin):
     "Token and position embeddings, pre-norm blocks, final norm and a linear head over the grey levels."
 
@@ -374,7 +395,7 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
         "Logits (B, T, vocab_size) of each next token, and the mean cross-entropy in nats when labels are given."
         cache = past_key_values if past_key_values is not None or not use_cache else image_cache(self.config)
         if cache is not None:
-            check_cache(cache, self.config)
+            check_cache(cache, self.config, len(input_ids))
         past = 0 if cache is None else cache.get_seq_length()
         check_tokens(input_ids, self.config, past)
         if attention_mask is not None and not attention_mask.all():
@@ -389,7 +410,14 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def generate(self, inputs=None, **kwargs):
-        "🤗 generation, with the cache of the model's attention and from all grey levels, unless told otherwise."
+        """🤗 generation, with the cache of the model's attention, from all grey levels and to the image's end, unless told otherwise.
+
+        Raises `ValueError`, before any work, for more new tokens than the image has left.
+        """
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        left = self.config.positions - (1 if prompt is None else prompt.shape[1])
+        if not kwargs.keys() & {"max_length", "generation_config"} and kwargs.setdefault("max_new_tokens", left) > left:
+            raise ValueError(f"max_new_tokens must be at most {left}, what is left of the image, got {kwargs['max_new_tokens']}")
         if kwargs.get("do_sample"):
             kwargs.setdefault("top_k", 0)  # the library's own default, 50, would leave the less likely levels out
         kwargs.setdefault("use_cache", True)  # Trainer switches it off in the config that it saves

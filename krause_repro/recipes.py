@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['PROFILES', 'DESK', 'SMOKE', 'IMAGE_DATA', 'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13',
            'SWIN_DESK', 'SWIN_SMOKE', 'UNPUBLISHED_SWIN', 'GENERATION_DESK', 'GENERATION_SMOKE', 'GENERATION_DATA',
-           'GENERATION_TABLES', 'GENERATION_PLACES', 'COLOUR_PLACES', 'GENERATORS', 'WITHOUT', 'SMALL_GENERATION',
-           'CLASSIFIERS', 'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile', 'Recipe', 'ParticleRecipe',
-           'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name', 'image_classification_recipes',
-           'RandomSupportRecipe', 'ablation_name', 'ablation_recipes', 'published_ablation_recipes', 'SwinRecipe',
-           'swin_recipes', 'PhotographRecipe', 'photograph_recipes', 'ImageGenerationRecipe', 'SmallGenerationRecipe',
-           'feature_classifiers', 'generation_recipes', 'get_recipe']
+           'GENERATION_TABLES', 'GENERATION_PLACES', 'COLOUR_PLACES', 'GENERATORS', 'KARM_ABLATIONS',
+           'SMALL_GENERATION', 'CLASSIFIERS', 'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile',
+           'Recipe', 'ParticleRecipe', 'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name',
+           'image_classification_recipes', 'RandomSupportRecipe', 'ablation_name', 'ablation_recipes',
+           'published_ablation_recipes', 'SwinRecipe', 'swin_recipes', 'PhotographRecipe', 'photograph_recipes',
+           'ImageGenerationRecipe', 'SmallGenerationRecipe', 'feature_classifiers', 'generation_recipes', 'get_recipe']
 
-# %% ../nbs/20_recipes.ipynb #94eb33a4
+# %% ../nbs/20_recipes.ipynb #ebae71e4
 import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
+from typing import ClassVar
 
 from .attention import SCORES
 from .image_transformer import ImageTransformerConfig
@@ -43,7 +44,7 @@ def check_profile(
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     return profile
 
-# %% ../nbs/20_recipes.ipynb #085840d9
+# %% ../nbs/20_recipes.ipynb #bfe74bd1
 @dataclass(frozen=True)
 class Recipe:
     "What decides a run before a seed is drawn."
@@ -53,6 +54,7 @@ class Recipe:
     seeds: tuple[int, ...] = (3407,)  # the paper trains one seed, 3407
     ours: tuple[str, ...] = ()  # fields whose values the paper does not publish
     published: dict = field(default_factory=dict, hash=False)  # the paper's result: table, row, numbers
+    remarks: ClassVar[tuple[str, ...]] = ("ours", "published", "seeds")  # fields that change no single run
 
     def to_dict(self) -> dict:
         "Plain data for JSON."
@@ -61,7 +63,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         "Hash of all fields that change a single run."
-        deciding = {k: v for k, v in self.to_dict().items() if k not in ("ours", "published", "seeds")}
+        deciding = {k: v for k, v in self.to_dict().items() if k not in self.remarks}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def at(self, profile: str) -> "Recipe":
@@ -379,7 +381,7 @@ def photograph_recipes() -> dict[str, PhotographRecipe]:
         recipes[name] = PhotographRecipe(**{**common, **changed, "name": name, "published": {}, "ours": tuple(changed)})
     return recipes
 
-# %% ../nbs/20_recipes.ipynb #6ba0e831
+# %% ../nbs/20_recipes.ipynb #5c7cc851
 @dataclass(frozen=True)
 class ImageGenerationRecipe(Recipe):
     "One row of the paper's Tables 4, 5 or 16; defaults: KARM on MNIST (paper, Table 4 and appendix)."
@@ -408,6 +410,7 @@ class ImageGenerationRecipe(Recipe):
     test_images: int | None = None  # use only so many test images; None: all
     held_out: int = 5000  # training images kept back to choose the best epoch (ours: the paper chose on the test set)
     samples: int = 50_000  # images made to judge it by
+    remarks: ClassVar[tuple[str, ...]] = (*Recipe.remarks, "samples")
     bf16: bool = False  # bfloat16 autocast where the device has it
 
     def changes(self, profile):
@@ -424,18 +427,18 @@ class ImageGenerationRecipe(Recipe):
             dropout=self.dropout, start_token=self.start_token,
         )
 
-# %% ../nbs/20_recipes.ipynb #3d030a9e
+# %% ../nbs/20_recipes.ipynb #b8116487
 GENERATION_DESK = {
     "seeds": (0, 1, 2), "width": 64, "depth": 4, "heads": 4, "mlp_width": 256, "dropout": 0.0, "start_token": True, "epochs": 1,
-    "batch_size": 16, "lr": 2e-3, "train_images": 12_000, "test_images": 2000, "held_out": 500, "max_grad_norm": 1.0,
+    "batch_size": 16, "lr": 2e-3, "train_images": 12_000, "held_out": 500, "max_grad_norm": 1.0,
     "samples": 500,
 }
 GENERATION_SMOKE = {
     "seeds": (0, 1), "width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "dropout": 0.1, "start_token": True, "epochs": 2,
-    "batch_size": 32, "lr": 3e-3, "max_grad_norm": 1.0, "samples": 32,
+    "batch_size": 32, "lr": 3e-3, "max_grad_norm": 1.0, "samples": 32, "train_images": 512, "test_images": 256, "held_out": 128,
 }
 
-# %% ../nbs/20_recipes.ipynb #0d2e90af
+# %% ../nbs/20_recipes.ipynb #ae2f29ac
 GENERATION_DATA = {
     "mnist": {},
     "cifar10": {"image_shape": (32, 32, 3), "width": 512, "depth": 16, "mlp_width": 2048, "window": 256, "top_k": 192, "batch_size": 8,
@@ -448,7 +451,7 @@ GENERATION_TABLES = {"mnist": "table4_mnist_generation", "cifar10": "table5_cifa
 GENERATION_PLACES = {"smoke": "digits", "desk": "fashion_mnist", "paper": "mnist"}  # where the comparison is made under each profile
 COLOUR_PLACES = {"desk": "photograph_tiles", "paper": "cifar10"}  # and where in colour; smoke has no time for 3,072 tokens
 GENERATORS = {"karm": "krause", "arm": "softmax", "larm": "linear"}
-WITHOUT = {  # Table 16: what is taken away from KARM, and the row that prints it, if one does
+KARM_ABLATIONS = {  # Table 16: what is taken away from KARM, and the row that prints it, if one does
     "no_window": ({"window": None}, None), "no_top_k": ({"top_k": None}, None),
     "no_window_no_top_k": ({"window": None, "top_k": None}, "KARM without window and top-k"),
 }
@@ -482,7 +485,7 @@ def feature_classifiers() -> dict[str, ImageClassificationRecipe]:
 
 CLASSIFIERS = {"mnist": "vit_t/mnist", "digits": "vit_t/digits", "fashion_mnist": "vit_t/fashion_mnist", "cifar10": "vit_s/cifar10"}
 
-# %% ../nbs/20_recipes.ipynb #d6fb6950
+# %% ../nbs/20_recipes.ipynb #cd535c0a
 def _generation_published(table, row):
     table_rows = published_tables()[table]
     found = next((r for r in table_rows["rows"] if r[0] == row), None)
@@ -501,7 +504,7 @@ def generation_recipes() -> dict[str, ImageGenerationRecipe]:
             common = {"dataset": dataset, "attention": attention, "published": published, "ours": tuple(dict.fromkeys(ours)), **settings}
             recipes[name] = kind(name=name, **common)
     for dataset in ("mnist", "fashion_mnist", "digits"):
-        for label, (change, row) in WITHOUT.items():
+        for label, (change, row) in KARM_ABLATIONS.items():
             karm, name = recipes[f"karm/{dataset}"], f"karm_{label}/{dataset}"
             published = _generation_published("table16_karm_ablation", row) if dataset == "mnist" and row else {}
             recipes[name] = replace(karm, name=name, published=published, **change)

@@ -660,7 +660,7 @@ def train_recipe(
 
     print(f"The run: {train(chosen, seed=seed, restart=restart, source=source, unreadable=unreadable).path}")
 
-# %% ../nbs/26_runner.ipynb #67ae2e04
+# %% ../nbs/26_runner.ipynb #6f0ad705
 def sample_recipe(
     recipe: str,  # a generator, such as karm/fashion_mnist
     profile: str = "smoke",  # smoke, desk or paper
@@ -670,6 +670,7 @@ def sample_recipe(
     temperature: float = 1.0,  # above 0; below 1 the likely levels become likelier
     top_p: float = 1.0,  # at most 1: only the most likely levels that hold this much probability
     batch: int = 32,  # images at a time
+    source: str = None,  # the folder that holds the data, where it is not found by itself
 ) -> None:
     "Let a trained generator make images, or more of them. Interrupted, it goes on where it stopped."
     from krause_repro.recipes import ImageGenerationRecipe, get_recipe
@@ -682,7 +683,7 @@ def sample_recipe(
 
     run = Run(run_path(chosen, seed), chosen, seed)
     check_run(run)
-    made = sample_run(run, images, image_seed, temperature, top_p, batch, progress=sys.stderr.isatty())
+    made = sample_run(run, images, image_seed, temperature, top_p, batch, sys.stderr.isatty(), source)
     print(f"The images: {contact_sheet(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
 
 # %% ../nbs/26_runner.ipynb #1319dfa7

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['frechet_distance', 'class_features', 'fidelity_fid']
 
-# %% ../nbs/18_sample_quality.ipynb #f71f1887
+# %% ../nbs/18_sample_quality.ipynb #f0094420
 import torch
 from torch import Tensor, nn
 
 from .attention import check_integer
+from .sampling import evaluating
 
 # %% ../nbs/18_sample_quality.ipynb #744c051f
 def frechet_distance(
@@ -26,7 +27,7 @@ def frechet_distance(
     inner = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * inner).item()
 
-# %% ../nbs/18_sample_quality.ipynb #2d8807ec
+# %% ../nbs/18_sample_quality.ipynb #bb5beedc
 @torch.no_grad()
 def class_features(
     model: nn.Module,  # a classifier of this book: its last layer is `head`
@@ -38,9 +39,9 @@ def class_features(
     found = []
     hook = model.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].cpu()))
     try:
-        model.eval()
-        for part in pixel_values.split(batch):
-            model(part)
+        with evaluating(model):
+            for part in pixel_values.split(batch):
+                model(part.to(next(model.parameters()).device))
     finally:
         hook.remove()
     return torch.cat(found)

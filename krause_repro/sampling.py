@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['check_images', 'image_tokens', 'start_tokens', 'token_images', 'SeededDraw', 'seeded_uniforms', 'check_sampling',
-           'check_generator', 'continue_tokens', 'written_batches', 'first_prompts', 'sample_images', 'complete_images']
+           'evaluating', 'check_generator', 'continue_tokens', 'written_batches', 'first_prompts', 'sample_images',
+           'complete_images']
 
-# %% ../nbs/16_sampling.ipynb #f2e73b52
-from collections.abc import Callable, Iterator
+# %% ../nbs/16_sampling.ipynb #fa9be574
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -51,27 +53,28 @@ def start_tokens(
     "What stands before the first token."
     return torch.full((count, int(config.start_token)), config.vocab_size)
 
-# %% ../nbs/16_sampling.ipynb #f30f0518
+# %% ../nbs/16_sampling.ipynb #b098ac99
 def token_images(
     tokens: Tensor,  # as from `image_tokens`
     config: ImageTransformerConfig,
-) -> Tensor:  # (N, C, H, W) uint8
+) -> Tensor:  # (N, C, H, W) uint8, or int64 where there are more than 256 levels
     "The images of whole sequences of tokens."
-    if tokens.shape[1] != config.positions:
+    if tokens.ndim != 2 or tokens.shape[1] != config.positions:
         raise ValueError(f"tokens must be whole images, sequences of {config.positions}, got {tuple(tokens.shape)}")
-    return tokens[:, int(config.start_token):].unflatten(1, tuple(config.image_shape)).permute(0, 3, 1, 2).to(torch.uint8)
+    images = tokens[:, int(config.start_token):].unflatten(1, tuple(config.image_shape)).permute(0, 3, 1, 2)
+    return images.to(torch.uint8 if config.vocab_size <= 256 else torch.int64)
 
-# %% ../nbs/16_sampling.ipynb #b3ee686d
+# %% ../nbs/16_sampling.ipynb #35475aa0
 class SeededDraw(LogitsProcessor):
     "Turns the logits of a batch into a choice, by one number in [0, 1) for each image and token."
 
     def __init__(
         self,
         uniforms: Tensor,  # (B, T) in [0, 1)
-        given: int,  # tokens of the prompt
-        tick: Callable[[], object] = lambda: None,  # called after each token
+        prompt_length: int,  # tokens that are given
+        on_token: Callable[[], object] = lambda: None,  # called after each token
     ):
-        self.uniforms, self.given, self.tick = uniforms, given, tick
+        self.uniforms, self.prompt_length, self.on_token = uniforms, prompt_length, on_token
 
     def __call__(
         self,
@@ -79,21 +82,23 @@ class SeededDraw(LogitsProcessor):
         scores: Tensor,  # (B, V) logits of token t
     ) -> Tensor:  # (B, V): 0 for the level that is drawn, −∞ for all others
         cumulated = scores.double().softmax(-1).cumsum(-1)
-        number = self.uniforms[:, input_ids.shape[1] - self.given, None] * cumulated[:, -1:]
+        if not cumulated[:, -1].isfinite().all():
+            raise ValueError("the model's logits must be finite after division by temperature; they are not: has its training diverged?")
+        number = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cumulated[:, -1:]
         level = (cumulated <= number).sum(-1, keepdim=True).clamp_max(scores.shape[1] - 1)
-        self.tick()
+        self.on_token()
         return torch.full_like(scores, -torch.inf).scatter_(1, level, 0.0)
 
 
 def seeded_uniforms(
-    numbers: list[int],  # of the images
+    numbers: Sequence[int | tuple[int, ...]],  # of the images
     length: int,  # tokens of each
     seed: int,  # of all images
 ) -> Tensor:  # (len(numbers), length) float64 in [0, 1)
-    "The stream of each image: a function of the seed and the image's number alone."
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, number]).random(length) for number in numbers]))
+    "The stream of each image: a function of the seed and the image's number (or numbers) alone."
+    return torch.from_numpy(np.stack([np.random.default_rng([seed, *np.atleast_1d(number)]).random(length) for number in numbers]))
 
-# %% ../nbs/16_sampling.ipynb #af61a663
+# %% ../nbs/16_sampling.ipynb #f81e4b93
 def check_sampling(
     seed: int,  # must be ≥ 0
     temperature: float,  # must be > 0
@@ -108,6 +113,18 @@ def check_sampling(
     check_integer("batch", batch, 1)
 
 
+@contextmanager
+def evaluating(
+    model: nn.Module,
+) -> Iterator[nn.Module]:
+    "The model in eval mode for as long as the block lasts."
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+
+
 def check_generator(
     model: ImageTransformer,
 ) -> None:
@@ -115,7 +132,7 @@ def check_generator(
     if not isinstance(model, ImageTransformer):
         raise ValueError(f"model must be an ImageTransformer, got {type(model).__name__}")
 
-# %% ../nbs/16_sampling.ipynb #9d0190ec
+# %% ../nbs/16_sampling.ipynb #4f39dda9
 @torch.no_grad()
 def continue_tokens(
     model: ImageTransformer,
@@ -123,47 +140,54 @@ def continue_tokens(
     uniforms: Tensor,  # (B, T) in [0, 1), one for each token to write
     temperature: float = 1.0,  # > 0
     top_p: float = 1.0,  # only the most likely levels that hold this much probability
-    tick: Callable[[], object] = lambda: None,  # called after each token
+    on_token: Callable[[], object] = lambda: None,  # called after each token
 ) -> Tensor:  # (B, positions)
-    "Write each sequence to its end."
-    if not 0 < prompts.shape[1] < model.config.positions:
-        raise ValueError(f"prompts must have 1…{model.config.positions - 1} tokens, fewer than an image, got {tuple(prompts.shape)}")
+    "Write each sequence to its end. Raises `ValueError`, before any work, for prompts that are no beginnings of images."
+    config = model.config
+    if prompts.ndim != 2 or not 0 < prompts.shape[1] < config.positions:
+        raise ValueError(f"prompts must have 1…{config.positions - 1} tokens, fewer than an image, got {tuple(prompts.shape)}")
+    after_start = prompts[:, int(config.start_token):]
+    if config.start_token and (prompts[:, 0] != config.vocab_size).any() or (after_start >= config.vocab_size).any():
+        raise ValueError(f"prompts must be levels below {config.vocab_size}, after the start token if the model has one")
+    if uniforms.shape != (len(prompts), config.positions - prompts.shape[1]):
+        wanted = len(prompts), config.positions - prompts.shape[1]
+        raise ValueError(f"uniforms must be one number for each token to write, {wanted}, got {tuple(uniforms.shape)}")
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-    processors = LogitsProcessorList([*warpers, SeededDraw(uniforms.to(model.device), prompts.shape[1], tick)])
+    processors = LogitsProcessorList([*warpers, SeededDraw(uniforms.to(model.device), prompts.shape[1], on_token)])
     prompts = prompts.to(model.device)
     return model.generate(prompts, max_new_tokens=model.config.positions - prompts.shape[1], do_sample=False, logits_processor=processors,
                           attention_mask=torch.ones_like(prompts))
 
-# %% ../nbs/16_sampling.ipynb #40ea33e4
+# %% ../nbs/16_sampling.ipynb #cf4fd17e
 def written_batches(
     model: ImageTransformer,
-    prompts: Callable[[list[int]], Tensor],  # from the numbers of images to (B, P) tokens
-    numbers: range,  # of the images to write
+    prompts: Callable[[list], Tensor],  # from the numbers of images to (B, P) tokens
+    numbers: Sequence[int | tuple[int, ...]],  # of the images to write
     seed: int = 0,  # of all images
     temperature: float = 1.0,  # > 0
     top_p: float = 1.0,  # in (0, 1]
     batch: int = 32,  # images at a time
     progress: bool = True,  # show a bar that counts images
-) -> Iterator[tuple[list[int], Tensor]]:  # numbers and (B, C, H, W) uint8
+) -> Iterator[tuple[list, Tensor]]:  # numbers and (B, C, H, W) uint8
     "Write images a batch at a time; the numbers, with the seed, decide what is drawn."
     check_generator(model)
     check_sampling(seed, temperature, top_p, batch)
-    model.eval()
     total, done = len(numbers), 0
-    with tqdm(total=total, disable=not progress, bar_format="{n:.1f} of {total} images |{bar}| {elapsed}<{remaining}") as bar:
+    form = "{n:.1f} of {total} images |{bar}| {elapsed}<{remaining}"
+    with evaluating(model), tqdm(total=total, disable=not progress, bar_format=form) as bar:
         for start in range(0, total, batch):
             some = list(numbers[start:start + batch])
             given = prompts(some)
             left = model.config.positions - given.shape[1]
             uniforms = seeded_uniforms(some, left, seed)
-            tokens = continue_tokens(model, given, uniforms, temperature, top_p, partial(bar.update, len(some) / left))
+            tokens = continue_tokens(model, given, uniforms, temperature, top_p, on_token=partial(bar.update, len(some) / left))
             done += len(some)
             bar.n = done  # sums of fractions are not whole
             bar.refresh()
             yield some, token_images(tokens, model.config)
 
-# %% ../nbs/16_sampling.ipynb #c045b2a6
+# %% ../nbs/16_sampling.ipynb #ff11fe43
 def first_prompts(
     config: ImageTransformerConfig,
     seed: int,  # of all images
@@ -175,6 +199,8 @@ def first_prompts(
     if first_levels is None or tuple(first_levels.shape) != (config.vocab_size,):
         shape = None if first_levels is None else tuple(first_levels.shape)
         raise ValueError(f"first_levels must be ({config.vocab_size},) frequencies: the model has no start token; got {shape}")
+    if not torch.isfinite(first_levels).all() or (first_levels < 0).any() or not first_levels.sum() > 0:
+        raise ValueError("first_levels must be finite, not negative, and not all zero")
     cumulated = first_levels.double().cumsum(0) / first_levels.double().sum()
 
     def drawn(numbers):
@@ -206,7 +232,7 @@ def sample_images(
     numbers = range(first, first + count)
     return torch.cat([x for _, x in written_batches(model, prompts, numbers, seed, temperature, top_p, batch, progress)])
 
-# %% ../nbs/16_sampling.ipynb #c2e48168
+# %% ../nbs/16_sampling.ipynb #6bb2c6b7
 def complete_images(
     model: ImageTransformer,
     images: Tensor,  # (N, C, H, W) integers
@@ -217,18 +243,22 @@ def complete_images(
     temperature: float = 1.0,  # > 0
     top_p: float = 1.0,  # in (0, 1]
     batch: int = 32,  # images at a time
+    first: int = 0,  # number of the first image: (seed, number, sample) decides what is drawn
     progress: bool = True,  # show a bar that counts images
 ) -> Tensor:  # (N, samples, C, H, W) uint8
-    "Complete each image from its upper rows (paper, Figures 5 and 10)."
+    "Complete each image from its upper rows (paper, Figures 5 and 10). A completion follows from seed, image and sample, up to rounding."
     check_generator(model)
     config = model.config
     check_images(images, config)
     check_integer("samples", samples, 1)
+    check_integer("first", first, 0)
+    check_sampling(seed, temperature, top_p, batch)
     height, width, channels = config.image_shape
     rows = height // 2 if rows is None else check_integer("rows", rows, 1)
     if rows >= height or rows < 1:
         raise ValueError(f"rows must be between 1 and {height - 1}, some but not all of the image, got {rows}")
     given = image_tokens(images, config)[:, :int(config.start_token) + rows * width * channels]
-    numbers = range(len(images) * samples)
-    written = written_batches(model, lambda some: given[[n // samples for n in some]], numbers, seed, temperature, top_p, batch, progress)
+    numbers = [(first + image, sample, 2) for image in range(len(images)) for sample in range(samples)]  # 2: not the streams of new images
+    written = written_batches(
+        model, lambda some: given[[image - first for image, *_ in some]], numbers, seed, temperature, top_p, batch, progress)
     return torch.cat([x for _, x in written]).unflatten(0, (len(images), samples))

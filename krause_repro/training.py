@@ -7,7 +7,7 @@ __all__ = ['ImageRecipe', 'TASKS', 'Run', 'run_path', 'check_run', 'RecipeTraine
            'task_of', 'training_arguments', 'build_trainer', 'RunWriter', 'last_checkpoint', 'relocate', 'save_model',
            'train']
 
-# %% ../nbs/22_training.ipynb #4371f6c4
+# %% ../nbs/22_training.ipynb #7e5080fa
 import json
 import math
 import os
@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalPrediction, set_seed
 from .data import Collator, Splits, TokenCollator, check_unreadable, load_splits
 from .recipes import ImageClassificationRecipe, ImageGenerationRecipe, Recipe
 from .records import environment, project_root, read_json, replacing, write_json
+from .sampling import check_images
 
 # %% ../nbs/22_training.ipynb #b664466e
 ImageRecipe = ImageClassificationRecipe | ImageGenerationRecipe  # what can be trained
@@ -75,7 +76,7 @@ def run_path(
     "The directory of a run."
     return project_root() / runs / recipe.profile / recipe.name / f"seed-{seed}"
 
-# %% ../nbs/22_training.ipynb #7e9e534d
+# %% ../nbs/22_training.ipynb #7187cf3c
 def check_run(
     run: Run,
 ) -> None:
@@ -87,7 +88,7 @@ def check_run(
     if saved.get("fingerprint") == run.recipe.fingerprint:
         return
     wanted = run.recipe.to_dict()
-    fields = [k for k in wanted if k not in ("ours", "published", "seeds") and saved["recipe"].get(k) != wanted[k]]
+    fields = [k for k in wanted if k not in run.recipe.remarks and saved["recipe"].get(k) != wanted[k]]
     differs = ", ".join(f"{k} is {saved['recipe'].get(k)!r} there and {wanted[k]!r} here" for k in fields[:4])
     raise ValueError(f"{run.path} holds a run of another recipe ({differs}); move it away, or train with restart=True")
 
@@ -125,7 +126,7 @@ def accuracy(
     "Share of images whose most likely class is the right one."
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
-# %% ../nbs/22_training.ipynb #dc83f1c7
+# %% ../nbs/22_training.ipynb #eb8c1b39
 def _classification_options(recipe: ImageClassificationRecipe, epoch: int) -> dict:
     return {
         "lr_scheduler_type": "cosine", "warmup_steps": round(recipe.warmup_epochs * epoch), "max_grad_norm": recipe.max_grad_norm,
@@ -148,15 +149,21 @@ def _classification_collators(recipe: ImageClassificationRecipe, channels_last: 
     return Collator(recipe, True, channels_last), Collator(recipe, False, channels_last)
 
 
+def _check_generation(recipe: ImageGenerationRecipe, splits: Splits) -> None:
+    for part in (splits.train, splits.held_out, splits.test):
+        check_images(part.images, recipe.config)
+
+
 def _generation_collators(recipe: ImageGenerationRecipe, channels_last: bool) -> tuple[TokenCollator, TokenCollator]:
     return (TokenCollator(recipe),) * 2
 
-# %% ../nbs/22_training.ipynb #02494d2c
+# %% ../nbs/22_training.ipynb #d07ff3db
 @dataclass(frozen=True)
 class Task:
     "What one kind of recipe needs that another does not."
 
     auto: type  # builds and loads its models
+    check: Callable[[Recipe, Splits], object]  # raises for data that do not fit the recipe
     metric: str  # on held-out images; decides which state of the model is kept
     more_is_better: bool
     options: Callable[[Recipe, int], dict]  # from the recipe and the steps of an epoch, in Trainer's words
@@ -166,8 +173,8 @@ class Task:
 
 TASKS: dict[type, Task] = {
     ImageClassificationRecipe: Task(
-        AutoModelForImageClassification, "accuracy", True, _classification_options, _classification_collators, accuracy),
-    ImageGenerationRecipe: Task(AutoModelForCausalLM, "loss", False, _generation_options, _generation_collators),
+        AutoModelForImageClassification, lambda *_: None, "accuracy", True, _classification_options, _classification_collators, accuracy),
+    ImageGenerationRecipe: Task(AutoModelForCausalLM, _check_generation, "loss", False, _generation_options, _generation_collators),
 }
 
 
@@ -305,7 +312,7 @@ def _start(run: Run, restart: bool, left_out: dict) -> None:
         write_json(run.path / "environment.json", {**environment(), **left_out})
         write_json(run.path / "recipe.json", {"fingerprint": run.recipe.fingerprint, "seed": run.seed, "recipe": run.recipe.to_dict()})
 
-# %% ../nbs/22_training.ipynb #31d2c616
+# %% ../nbs/22_training.ipynb #bc86828e
 def _finish(run: Run, trainer: RecipeTrainer, facts: dict) -> None:
     state = trainer.state
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -313,7 +320,9 @@ def _finish(run: Run, trainer: RecipeTrainer, facts: dict) -> None:
         return
     save_model(trainer.accelerator.unwrap_model(trainer.model), run.path, weights)
     metric = task_of(run.recipe).metric
-    best = next(line for line in state.log_history if line.get(f"eval_{metric}") == state.best_metric)
+    best = next((line for line in state.log_history if line.get(f"eval_{metric}") == state.best_metric), None)
+    if best is None:
+        raise ValueError(f"{run.path}: training diverged, no held-out {metric} is a number; lower lr, or set max_grad_norm")
     seconds = sum(line.get("seconds", 0.0) for line in state.log_history)
     write_json(run.path / "finished.json", {
         "seconds": seconds, "steps": state.global_step, "chosen_epoch": best["epoch"], f"held_out_{metric}": state.best_metric,
@@ -321,7 +330,7 @@ def _finish(run: Run, trainer: RecipeTrainer, facts: dict) -> None:
     })
     shutil.rmtree(_old(run), ignore_errors=True)
 
-# %% ../nbs/22_training.ipynb #71485b17
+# %% ../nbs/22_training.ipynb #78ca3a66
 def train(
     recipe: ImageRecipe,  # under the profile that is wanted: `get_recipe(name).at(profile)`
     seed: int = 0,  # of initialisation, data order and augmentation
@@ -350,6 +359,7 @@ def train(
     config, processes = recipe.config, PartialState(cpu=not torch.cuda.is_available())  # raises for settings that cannot be
     with processes.main_process_first():  # one process looks through the data and prepares the directory, the others find both done
         splits = load_splits(recipe, source, unreadable)  # raises for data that cannot be
+        task.check(recipe, splits)
         left_out = _left_out(splits, unreadable)
         _start(run, restart and processes.is_main_process, left_out)
     if splits.left_out and processes.is_main_process:

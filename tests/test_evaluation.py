@@ -83,7 +83,7 @@ def test_an_unfinished_run_has_no_test_accuracy(finished, source, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     (tmp_path / "run" / "finished.json").unlink()
     broken = Run(tmp_path / "run", finished.recipe, 0)
-    with pytest.raises(ValueError, match=f"{broken.path} is not finished.*krause-repro train kvit_t/fashion_mnist --seed 0"):
+    with pytest.raises(ValueError, match=f"{broken.path} is not finished.*krause-repro train kvit_t/fashion_mnist --profile smoke --seed 0"):
         test_accuracy(broken, source)
     assert not (broken.path / "test.json").exists()
 
@@ -302,11 +302,11 @@ def test_single_changes_take_the_right_cells():
 def test_plain_answers_say_what_helps_harms_or_is_not_shown():
     results = cells_with(krause=0.005, local=0.02, post=-0.03, ablation_fixed_sigma=0.01)
     lines = dict(line.removeprefix("- **").split("**: ") for line in plain_answers(results).splitlines())
-    assert {question: text.partition(".")[0] for question, text in lines.items()} == {
-        "Distance": "neither help nor harm is shown", "Locality": "helps", "Top-k": "harms", "Norm": "harms",
-        "Learning σ": "harms",
-    }
-    assert "window − full +2.00 (+2.00 to +2.00)" in lines["Locality"] and "post-norm − pre-norm -3.00" in lines["Norm"]
+    assert list(lines) == ["Distance", "Locality", "Top-k", "Norm", "Learning σ"]
+    assert lines["Distance"].startswith("RBF − dot product +0.50 (+0.50 to +0.50): *not shown*")
+    assert lines["Locality"].startswith("window − full +2.00 (+2.00 to +2.00): *helps*; window − random places, no top-k")
+    assert lines["Top-k"].startswith("window + top-k − window -2.00 (-2.00 to -2.00): *harms*")
+    assert lines["Norm"].count("*harms*") == 2 and lines["Learning σ"].count("*harms*") == 1
     nothing = dict.fromkeys(results)
     assert plain_answers(nothing).count("not trained yet") == 5
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from krause_repro import evaluation, runner
-from krause_repro.benchmarks import GenerationCase, bench_generation
+from krause_repro.benchmarks import GenerationCase, _generation_row, bench_generation
 from krause_repro.data import ImageSet, Splits, TokenCollator, find_source, load, load_splits
 from krause_repro.evaluation import (
     GENERATOR_LABELS,
@@ -32,8 +32,8 @@ from krause_repro.recipes import (
     CLASSIFIERS,
     GENERATION_DATA,
     GENERATORS,
+    KARM_ABLATIONS,
     RECIPES,
-    WITHOUT,
     ImageGenerationRecipe,
     generation_recipes,
     get_recipe,
@@ -90,7 +90,7 @@ def test_models_of_one_data_set_differ_by_their_attention_alone(data, profile):
     for name, recipe in ours.items():
         model = name.partition("/")[0]
         changed = {key for key in karm if recipe[key] != karm[key]} - {"name", "published"}
-        allowed = {"attention"} if model in GENERATORS else set(WITHOUT[model.removeprefix("karm_")][0])
+        allowed = {"attention"} if model in GENERATORS else set(KARM_ABLATIONS[model.removeprefix("karm_")][0])
         assert changed == (set() if model == "karm" else allowed)
         assert RECIPES[name].at(profile).config.start_token == (profile != "paper")
 
@@ -104,7 +104,8 @@ def test_the_desk_keeps_the_papers_window():
     for name in ("karm/fashion_mnist", "karm/photograph_tiles"):
         paper, desk = get_recipe(name), get_recipe(name).at("desk")
         assert (desk.window, desk.top_k, desk.levels, desk.image_shape) == (paper.window, paper.top_k, 256, paper.image_shape)
-        assert len(desk.seeds) == 3 and desk.config.attention_window == paper.window
+        assert desk.config.attention_window == paper.window and desk.test_images is None
+    assert len(get_recipe("karm/fashion_mnist").at("desk").seeds) == 3
 
 
 # Data
@@ -196,6 +197,23 @@ def test_the_papers_schedule(tmp_path):
     assert not trainer.model_accepts_loss_kwargs  # a mean is not to be divided by numbers of tokens
 
 
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(tiny, tmp_path):
+    for change, message in (({"levels": 16}, "levels 0…15, got 0…16"), ({"image_shape": (8, 4, 1)}, r"shape \(N, 1, 8, 4\)"),
+                            ({"dataset": "photographs"}, "comes as folders")):
+        with pytest.raises(ValueError, match=message):
+            train(replace(tiny, **change), 0, runs=tmp_path, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_generator_that_diverges_says_so(tiny, tmp_path):
+    with pytest.raises(ValueError, match="training diverged"):
+        train(replace(tiny, lr=1e30, max_grad_norm=None, warmup_share=0.0), 0, runs=tmp_path, progress=False)
+
+
+def test_more_samples_are_no_other_run(tiny):
+    assert replace(tiny, samples=1000).fingerprint == tiny.fingerprint != replace(tiny, lr=1.0).fingerprint
+
+
 # Numbers and images
 
 
@@ -242,6 +260,16 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
     assert not torch.equal(sample_run(moved, 7, seed=4, progress=False), whole)
 
 
+def test_gaps_and_torn_files_are_made_again(moved):
+    whole = sample_run(moved, 10, batch=2, progress=False)
+    folder = samples_folder(moved, 0, 1.0, 1.0)
+    (folder / "images-000004.safetensors").unlink()
+    assert torch.equal(sample_run(moved, 10, batch=4, progress=False), whole)
+    torn = folder / "images-000002.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert torch.equal(sample_run(moved, 10, batch=3, progress=False), whole)
+
+
 def test_images_of_another_state_of_the_model_are_not_mixed(moved):
     from krause_repro.training import save_model
 
@@ -267,7 +295,7 @@ def test_sampling_settings_are_refused_before_anything_is_written(moved, options
 def test_an_unfinished_run_makes_nothing(tmp_path, tiny):
     empty = Run(tmp_path / "none", tiny, 0)
     for ask in (lambda: sample_run(empty, 2), lambda: test_bits(empty)):
-        with pytest.raises(ValueError, match="not finished; finish it with: krause-repro train karm/digits --seed 0"):
+        with pytest.raises(ValueError, match="not finished; finish it with: krause-repro train karm/digits --profile smoke --seed 0"):
             ask()
 
 
@@ -279,10 +307,7 @@ def test_models_without_a_start_token_begin_as_the_training_images_do(tmp_path, 
     assert torch.equal(first_frequencies(images, 17), torch.bincount(images[:, 0, 0, 0].long(), minlength=17))
 
 
-def test_a_summary_of_generators(run, tiny, tmp_path, monkeypatch):
-    vit = replace(get_recipe("vit_t/digits").at("smoke"), train_images=64, test_images=30, held_out=40, epochs=1)
-    judge = train(vit, 0, runs=tmp_path, progress=False)
-    monkeypatch.setattr(evaluation, "classifier_run", lambda *_: judge)
+def test_a_summary_of_generators(run, tiny):
     found = json.loads(json.dumps(summarise_generators([run, run]), allow_nan=False))
     assert found["bits_per_dim"]["values"] == [test_bits(run)["bits_per_dim"]] * 2 and found["test_images"] == 30
     assert found["held_out_bits"]["mean"] == pytest.approx(run.summary()["held_out_loss"] / math.log(2))
@@ -290,11 +315,14 @@ def test_a_summary_of_generators(run, tiny, tmp_path, monkeypatch):
     assert found["completions"]["completed"]["shape"] == [6, 4, 1, 8, 8]
     assert torch.equal(unpack_images(found["completions"]["originals"]), load_splits(tiny).test.images[:6])
     assert found["frechet"]["n"] == 2 and found["frechet"]["real"] > 0 and found["frechet"]["classifier"] == "vit_t/digits"
+    assert (found["frechet"]["images"], found["frechet"]["real_images"]) == (6, 6)
+    assert (run_path(get_recipe("vit_t/digits").at("smoke"), 0, run.runs) / "finished.json").is_file()
     assert found["sigma"]["mean"] == pytest.approx(learned_sigma(run)) and len(found["sigma"]["mean"]) == tiny.depth
     curve = found["curves"]["held_out"]
     assert min(curve["mean"]) == pytest.approx(found["held_out_bits"]["mean"]) and curve["sd"] == [0.0] * len(curve["mean"])
     table = bits_table({"karm/digits": found, "arm/digits": None}, {"order 1": {"bits_per_dim": 2.7, "bits_per_dim_all": 2.71}})
     assert f"| KARM (Krause) | {found['bits_per_dim']['mean']:.3f} ± 0.000 |" in table
+    assert f"| held-out images, 6 | — | — | {found['frechet']['real']:.3f} |" in table
     assert "| ARM (softmax) | — |" in table and "| counts, order 1 | 2.700 | 2.710 |" in table
 
 
@@ -350,7 +378,7 @@ def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
     shutil.copytree(run.path, run_path(tiny, 0, tmp_path / "runs"), ignore=shutil.ignore_patterns("samples"))
     assert runner.main(["sample", "karm/digits", "--images", "3", "--top_p", "0.9"]) == 0
     sheet = capsys.readouterr().out.strip().removeprefix("The images: ")
-    assert sheet.endswith("seed-0_temperature-1_top_p-0.9/sheet.png") and Image.open(sheet).size[0] > 8
+    assert sheet.endswith("seed-0_temperature-1.0_top_p-0.9/sheet.png") and Image.open(sheet).size[0] > 8
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -372,6 +400,14 @@ def test_the_benchmark_times_every_model_on_the_same_tokens():
     whole, late = result["rows"][:3], result["rows"][3:6]
     assert {row["rounds"] for row in whole} == {63} and {row["rounds"] for row in late} == {19}
     assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "ARM")
-    assert all(row["images_per_second"] > 0 for row in whole + late)
+    assert all("images_per_second" in row for row in whole) and not any("images_per_second" in row for row in late)
     assert {row["pass"] for row in result["rows"][6:]} == {"training step"} and len(result["notes"]) == 6
-    assert "times ARM's" in result["notes"][0]
+    assert "images per second" in result["notes"][0] and "tokens per second" in result["notes"][3]
+
+
+def test_speeds_are_counts_over_seconds():
+    seconds = {"KARM": [0.1] * 10 + [0.2] * 10, "ARM": [0.4] * 20}
+    row = _generation_row(GenerationCase("case", "digits", "smoke", 4), "KARM", seconds, 20)
+    assert row["ratio"] == pytest.approx(3 / 8) and row["tokens_per_second"] == pytest.approx(4 * 20 / 3)
+    assert row["images_per_second"] == pytest.approx(4 / 3) and row["growth"] == pytest.approx(2)
+    assert row["ratio_quartiles"] == [pytest.approx(0.25), pytest.approx(0.5)]

@@ -261,6 +261,45 @@ def test_a_cache_of_another_model_is_refused(attention, cache):
         small(attention)(tokens(), past_key_values=cache)
 
 
+@pytest.mark.parametrize(("attention", "settings", "message"), [
+    ("krause", {"attention_window": 5}, "of window 6, got window 5"),
+    ("softmax", {"image_shape": (4, 4, 1)}, "of length 20, got length 16"),
+])
+def test_a_cache_of_another_size_is_refused(attention, settings, message):
+    with pytest.raises(ValueError, match=message):
+        small(attention)(tokens(), past_key_values=image_cache(small(attention, **settings).config))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_cache_goes_on_with_its_own_images_only(attention):
+    model, cache = small(attention), image_cache(small(attention).config)
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values must hold 2 images of 2 heads of dimension 8"):
+            model(tokens(2, 1), past_key_values=cache)
+        cache = image_cache(model.config)
+        small(attention, num_attention_heads=4)(tokens(length=3), past_key_values=cache)
+        with pytest.raises(ValueError, match="got 3, 4 and 4; a cache serves one batch of one model"):
+            model(tokens(length=1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_generation_ends_with_the_image(attention):
+    model = small(attention)
+    assert model.generate(tokens(2, 5), do_sample=False).shape == (2, 20)
+    with pytest.raises(ValueError, match="max_new_tokens must be at most 15, what is left of the image, got 16"):
+        model.generate(tokens(2, 5), max_new_tokens=16)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_cache_that_is_reset_takes_other_images(attention):
+    model, cache = small(attention), image_cache(small(attention).config)
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+        cache.reset()
+        assert_close(model(tokens(2), past_key_values=cache).logits, model(tokens(2)).logits, rtol=0, atol=1e-5)
+
+
 def test_padding_is_refused():
     with pytest.raises(ValueError, match="attention_mask must be all ones"):
         small("krause")(tokens(), attention_mask=torch.tensor([[0] + 19 * [1]] * 3))

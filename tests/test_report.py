@@ -39,12 +39,17 @@ def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
     save_result("image_generation/karm", result, "paper", tmp_path)
     lines = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM |")]
     assert lines[0] == "| KARM | 0.5652 | 0.5650 ± 0.0071 (2 seeds) | 105.6037 | — |" and lines[1].startswith("| KARM | 3.0032 | — |")
-    assert coverage("paper", tmp_path)["ours"] == 27
+    twice = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM (W=128, k=96) |")]
+    assert twice == ["| KARM (W=128, k=96) | 0.5652 | 0.5650 ± 0.0071 (2 seeds) |"] and coverage("paper", tmp_path)["ours"] == 28
+    colour = get_recipe("larm/cifar10")
+    save_result("image_generation_colour/larm", {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2])}, "paper", tmp_path)
+    assert "| LARM | 3.1836 | 3.2000 (1 seed) | 14.4032 | — |" in report("paper", tmp_path)
 
 
 def test_the_readme_counts_trained_generators(tmp_path):
     assert readme_generation(tmp_path).startswith("0 of 6 models are trained") and "| KARM (Krause) | — |" in readme_generation(tmp_path)
-    save_result("image_generation/baselines", {"bits": {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}}, "desk", tmp_path)
+    karm, bits = get_recipe("karm/fashion_mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
+    save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
     assert "| counts, order 1 | 3.900 | 3.800 |" in readme_generation(tmp_path)
 
 

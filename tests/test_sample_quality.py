@@ -49,9 +49,9 @@ def test_features_that_cannot_be_compared_are_refused(first, second):
 def test_features_are_what_the_last_layer_sees(model):
     pixels = torch.randn(7, 1, 8, 8)
     features = class_features(model.train(), pixels, batch=3)
+    assert model.training and not model.head._forward_pre_hooks
     with torch.no_grad():
-        torch.testing.assert_close(model.head(features), model(pixels).logits)
-    assert not model.head._forward_pre_hooks
+        torch.testing.assert_close(model.head(features), model.eval()(pixels).logits)
 
 
 def test_fid_says_what_it_needs(monkeypatch):

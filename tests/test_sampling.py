@@ -187,7 +187,15 @@ def test_completions_keep_what_is_given():
 
 def test_bars_count_images(capsys):
     assert len(list(written_batches(small(), first_prompts(small().config, 0), range(5), batch=2))) == 3
-    assert "5.0 of 5 images" in capsys.readouterr().err
+    drawn = capsys.readouterr().err
+    assert "5.0 of 5 images" in drawn and "0.0 of 5 images" in drawn
+
+
+def test_the_bar_moves_with_every_token(monkeypatch):
+    moves = []
+    monkeypatch.setattr(sampling.tqdm, "update", lambda self, n: moves.append(n))
+    list(written_batches(small(), first_prompts(small().config, 0), range(3), batch=2, progress=False))
+    assert moves == pytest.approx([2 / 12] * 12 + [1 / 12] * 12)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -208,6 +216,41 @@ def test_settings_that_cannot_be_are_refused_before_any_work(options, message, m
 def test_completions_that_cannot_be_are_refused(rows, samples, message):
     with pytest.raises(ValueError, match=message):
         complete_images(small(), pictures(small().config), samples, rows=rows, progress=False)
+
+
+def test_a_completion_follows_from_image_and_sample_alone():
+    model = small()
+    images = pictures(model.config, 4)
+    whole = complete_images(model, images, 3, progress=False)
+    assert torch.equal(complete_images(model, images, 5, progress=False)[:, :3], whole)
+    assert torch.equal(complete_images(model, images[2:], 3, first=2, progress=False), whole[2:])
+
+
+def test_the_mode_of_the_model_is_left_as_it_was():
+    for training in (True, False):
+        model = small().train(training)
+        sample_images(model, 1, progress=False)
+        complete_images(model, pictures(model.config, 1), 1, progress=False)
+        assert model.training is training
+
+
+def test_a_model_that_has_diverged_writes_no_image():
+    model = small()
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits must be finite"):
+        sample_images(model, 1, progress=False)
+    with pytest.raises(ValueError, match="first_levels must be finite"):
+        sample_images(small(start_token=False), 1, first_levels=torch.zeros(9), progress=False)
+
+
+@pytest.mark.parametrize(("prompts", "columns", "message"), [
+    (torch.zeros(2, 3, dtype=torch.long), 10, "after the start token"), (torch.tensor([[9, 9]]), 11, "levels below 9"),
+    (torch.tensor([[9, 1]]), 10, r"uniforms must be one number for each token to write, \(1, 11\)"),
+])
+def test_prompts_that_are_no_beginnings_are_refused(prompts, columns, message):
+    with pytest.raises(ValueError, match=message):
+        continue_tokens(small(), prompts, torch.zeros(len(prompts), columns))
 
 
 def test_other_models_and_whole_prompts_are_refused():
