@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EACH', 'GENERATOR_LABELS', 'ABLATION_CELLS',
            'ABLATION_CONTROLS', 'SMALLEST_DIFFERENCE', 'SCORE_LABELS', 'SUPPORT_LABELS', 'FACTORS', 'QUESTIONS',
-           'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma',
-           'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
-           'accuracy_differences', 'provenance_table', 'finished_model', 'test_bits', 'generation_curves',
-           'samples_folder', 'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
+           'finished_model', 'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance',
+           'summarise_sigma', 'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
+           'accuracy_differences', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
+           'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
            'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
            'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects', 'named_differences',
            'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table', 'plain_answers']
@@ -38,6 +38,16 @@ from .sample_quality import class_features, frechet_distance
 from .sampling import check_sampling, complete_images, first_prompts, image_tokens, written_batches
 from .swin import WindowAttention
 from .training import Run, build_trainer, train
+
+# %% ../nbs/23_evaluation.ipynb #909ca3f1
+def finished_model(
+    run: Run,
+) -> torch.nn.Module:  # in eval mode
+    "The chosen model of a run, on the GPU if there is one; a `ValueError` that says how to finish the run if it is not finished."
+    if not run.finished:
+        command = f"krause-repro train {run.recipe.name} --profile {run.recipe.profile} --seed {run.seed}"
+        raise ValueError(f"run {run.path} is not finished; finish it with: {command}")
+    return run.model().to("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/23_evaluation.ipynb #747f3fce
 def test_accuracy(
@@ -220,17 +230,7 @@ def provenance_table(
                          for m in models.values() for v in [m["versions"]])
     return "\n".join([head, *map(line, models.values())]) + "\n\n" + " · ".join(made)
 
-# %% ../nbs/23_evaluation.ipynb #6a94810c
-def finished_model(
-    run: Run,
-) -> torch.nn.Module:  # in eval mode
-    "The chosen model of a run, on the GPU if there is one; a `ValueError` that says how to finish the run if it is not finished."
-    if not run.finished:
-        command = f"krause-repro train {run.recipe.name} --profile {run.recipe.profile} --seed {run.seed}"
-        raise ValueError(f"run {run.path} is not finished; finish it with: {command}")
-    return run.model().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
+# %% ../nbs/23_evaluation.ipynb #f066036d
 def test_bits(
     run: Run,  # finished, of a generator
     source: str | Path | None = None,  # the user's data folder

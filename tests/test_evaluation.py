@@ -83,7 +83,8 @@ def test_an_unfinished_run_has_no_test_accuracy(finished, source, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     (tmp_path / "run" / "finished.json").unlink()
     broken = Run(tmp_path / "run", finished.recipe, 0)
-    with pytest.raises(ValueError, match=f"{broken.path} is not finished.*krause-repro train kvit_t/fashion_mnist --profile smoke --seed 0"):
+    command = "krause-repro train kvit_t/fashion_mnist --profile smoke --seed 0"
+    with pytest.raises(ValueError, match=f"{broken.path} is not finished.*{command}"):
         test_accuracy(broken, source)
     assert not (broken.path / "test.json").exists()
 

@@ -42,7 +42,8 @@ def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
     twice = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM (W=128, k=96) |")]
     assert twice == ["| KARM (W=128, k=96) | 0.5652 | 0.5650 ± 0.0071 (2 seeds) |"] and coverage("paper", tmp_path)["ours"] == 28
     colour = get_recipe("larm/cifar10")
-    save_result("image_generation_colour/larm", {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2])}, "paper", tmp_path)
+    result = {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2])}
+    save_result("image_generation_colour/larm", result, "paper", tmp_path)
     assert "| LARM | 3.1836 | 3.2000 (1 seed) | 14.4032 | — |" in report("paper", tmp_path)
 
 
