@@ -87,7 +87,11 @@ def model_parameters(
     with torch.device("meta"):
         return VisionTransformer(get_recipe(name).config).num_parameters()
 
-# %% ../nbs/40_report.ipynb #13e2f33b
+# %% ../nbs/40_report.ipynb #8f592b36
+def _seeds(count):
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
 def format_ours(
     measured: dict | None,  # a summary of `records.summarise`, in 0…1; None where there is nothing
 ) -> str:
@@ -113,17 +117,13 @@ def our_cell(
         return f"{model_parameters(name):,}"
     return format_ours(results[name]["test_accuracy"]) if column == "accuracy" and name in results else "—"
 
-# %% ../nbs/40_report.ipynb #d1e69ee6
+# %% ../nbs/40_report.ipynb #ae77bb01
 def _generator_cell(name, column, results):
     "Bits per dimension of a generator of the paper's data, or a dash; images per second are of another machine and not compared."
     if column != "bits_per_dim" or name not in results:
         return "—"
     bits = results[name]["bits_per_dim"]
     return f"{decimals(bits, 4)} ({_seeds(bits['n'])})"
-
-
-def _seeds(count):
-    return f"{count} seed{'s' if count > 1 else ''}"
 
 # %% ../nbs/40_report.ipynb #213ab770
 def format_published(

@@ -387,6 +387,8 @@ def test_gradients_lose_no_more_than_twice_the_dense_ones(problem):
             what = f"{name}: the gradient of {('query', 'key', 'value', 'sigma')[n]}"
             assert gradient.shape == true.shape and (n == 3 or gradient.dtype == problem.dtype), what
             error, limit = largest(gradient.double() - true), bound(problem, losses[n], scales[n])
+            if n == 3:  # it has σ's precision, which may be less than that of the tensors
+                limit += torch.finfo(gradient.dtype).eps * largest(true)
             assert error <= limit, f"{what} is off by {error:.3g}, allowed are {limit:.3g}"
 
 
