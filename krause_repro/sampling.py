@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from .attention import check_integer, check_positive
 from .image_transformer import ImageTransformer, ImageTransformerConfig
 
-# %% ../nbs/16_sampling.ipynb #74bd6618
+# %% ../nbs/16_sampling.ipynb #2b73a515
 def check_images(
     images: Tensor,  # must be (N, C, H, W) integers below vocab_size, not empty
     config: ImageTransformerConfig,
@@ -43,7 +43,7 @@ def image_tokens(
     "The tokens of images in raster order, the channels of a pixel side by side."
     check_images(images, config)
     tokens = images.permute(0, 2, 3, 1).flatten(1).long()
-    return torch.cat([start_tokens(len(images), config), tokens.cpu()], 1).to(images.device)
+    return torch.cat([start_tokens(len(images), config).to(tokens.device), tokens], 1)
 
 
 def start_tokens(
@@ -132,7 +132,7 @@ def check_generator(
     if not isinstance(model, ImageTransformer):
         raise ValueError(f"model must be an ImageTransformer, got {type(model).__name__}")
 
-# %% ../nbs/16_sampling.ipynb #4f39dda9
+# %% ../nbs/16_sampling.ipynb #781e562a
 @torch.no_grad()
 def continue_tokens(
     model: ImageTransformer,
@@ -149,15 +149,14 @@ def continue_tokens(
     after_start = prompts[:, int(config.start_token):]
     if config.start_token and (prompts[:, 0] != config.vocab_size).any() or (after_start >= config.vocab_size).any():
         raise ValueError(f"prompts must be levels below {config.vocab_size}, after the start token if the model has one")
-    if uniforms.shape != (len(prompts), config.positions - prompts.shape[1]):
-        wanted = len(prompts), config.positions - prompts.shape[1]
+    wanted = len(prompts), config.positions - prompts.shape[1]
+    if uniforms.shape != wanted:
         raise ValueError(f"uniforms must be one number for each token to write, {wanted}, got {tuple(uniforms.shape)}")
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     processors = LogitsProcessorList([*warpers, SeededDraw(uniforms.to(model.device), prompts.shape[1], on_token)])
     prompts = prompts.to(model.device)
-    return model.generate(prompts, max_new_tokens=model.config.positions - prompts.shape[1], do_sample=False, logits_processor=processors,
-                          attention_mask=torch.ones_like(prompts))
+    return model.generate(prompts, do_sample=False, logits_processor=processors, attention_mask=torch.ones_like(prompts))
 
 # %% ../nbs/16_sampling.ipynb #cf4fd17e
 def written_batches(
@@ -187,7 +186,7 @@ def written_batches(
             bar.refresh()
             yield some, token_images(tokens, model.config)
 
-# %% ../nbs/16_sampling.ipynb #ff11fe43
+# %% ../nbs/16_sampling.ipynb #d56edf3b
 def first_prompts(
     config: ImageTransformerConfig,
     seed: int,  # of all images
@@ -205,7 +204,7 @@ def first_prompts(
 
     def drawn(numbers):
         # of a stream of its own: the image's other numbers stay what they are
-        uniforms = torch.from_numpy(np.stack([np.random.default_rng([seed, number, 1]).random(1) for number in numbers]))
+        uniforms = seeded_uniforms([(number, 1) for number in numbers], 1, seed)
         return (cumulated <= uniforms).sum(-1, keepdim=True).clamp_max(config.vocab_size - 1)
 
     return drawn
