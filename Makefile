@@ -47,6 +47,6 @@ help:  ## this list
 # The stamp is written only by an installation that succeeded; new requirements install again.
 $(INSTALLED): settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install -e '.[dev,eval]'
 	$(COMMAND) kernels
 	touch $@

@@ -5,20 +5,25 @@
 # %% auto #0
 __all__ = ['WEIGHT_QUANTITIES', 'TOKEN_QUANTITIES', 'collect_attention', 'row_entropy', 'attention_entropy', 'head_diversity',
            'grid_places', 'attention_distance', 'token_cosine', 'rank_residual', 'effective_rank', 'token_clusters',
-           'analyse', 'test_pixels', 'summarise_analysis', 'query_token', 'map_row', 'query_rows']
+           'analyse', 'test_pixels', 'summarise_analysis', 'query_token', 'map_row', 'query_rows',
+           'first_token_attention', 'uniform_attention', 'received_attention', 'recorded_values', 'value_ratio',
+           'sink_quantities', 'sink_profile', 'summarise_sinks']
 
-# %% ../nbs/24_analysis.ipynb #f31da1b8
+# %% ../nbs/24_analysis.ipynb #bfc13e43
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from .attention import band_mask
 from .data import Collator
 from .dynamics import cluster_count
+from .llm_branch import attention_layers, branches, recorded_branches
 from .records import summarise_curves
 
 # %% ../nbs/24_analysis.ipynb #5c0ce766
@@ -207,3 +212,126 @@ def query_rows(
     token = query_token(query, recipe.image_size // recipe.patch_size)
     pixels = test_pixels(recipe, [{"pixel_values": image, "labels": torch.tensor(0)}], 1)
     return torch.stack([layer[0, :, token] for layer in collect_attention(model, pixel_values=pixels)])
+
+# %% ../nbs/24_analysis.ipynb #fce3f3df
+def first_token_attention(
+    weights: Tensor,  # (B, H, T, T), causal
+    window: int,  # W of the Krause branch, 2 … T − 1
+) -> dict[str, Tensor]:  # each (B,)
+    "Attention on token 0, averaged over heads and over all queries 1 … T − 1, the near ones 1 … W − 1 and the far ones W … T − 1."
+    if not 2 <= window < weights.shape[-1]:
+        raise ValueError(f"window must be between 2 and {weights.shape[-1] - 1}, the number of tokens less one, got {window}")
+    column = weights[..., 0].mean(1)  # (B, T)
+    return {"first_all": column[:, 1:].mean(1), "first_near": column[:, 1:window].mean(1), "first_far": column[:, window:].mean(1)}
+
+# %% ../nbs/24_analysis.ipynb #b5931ac0
+def uniform_attention(
+    length: int,  # tokens T
+    window: int | None = None,  # W; None: the whole past
+) -> Tensor:  # (1, 1, T, T)
+    "Causal attention that is the same on every key in the window."
+    seen = band_mask(window or length, length, length).double()
+    return (seen / seen.sum(-1, keepdim=True))[None, None]
+
+# %% ../nbs/24_analysis.ipynb #98ab37bb
+def received_attention(
+    weights: Tensor,  # (B, H, T, T), causal
+    window: int,  # W
+) -> Tensor:  # (B, T − W + 1)
+    "Mean attention that each token gets, over heads, from the W − 1 queries after it."
+    mean, count = weights.mean(1), weights.shape[-1] - window + 1
+    after = [mean.diagonal(-offset, 1, 2)[:, :count] for offset in range(1, window)]
+    return torch.stack(after).mean(0)
+
+# %% ../nbs/24_analysis.ipynb #dffa5e6b
+@contextmanager
+def recorded_values(
+    layers: list[nn.Module],  # attention layers, each with a `v_proj`
+) -> Iterator[list[Tensor]]:
+    "While it is open, what each layer's `v_proj` gives, (B, T, H·D), is added in the order of the layers."
+    found = []
+    hooks = [layer.v_proj.register_forward_hook(lambda module, args, output: found.append(output)) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def value_ratio(
+    values: Tensor,  # (B, T, H·D)
+    head_dim: int,  # D
+) -> Tensor:  # (B,)
+    "Norm of the first token's value over the mean norm of the others', averaged over heads."
+    norms = values.float().unflatten(-1, (-1, head_dim)).norm(dim=-1)  # (B, T, H)
+    return (norms[:, 0] / norms[:, 1:].mean(1)).mean(-1)
+
+
+def sink_quantities(
+    weights: Tensor,  # (B, H, T, T), causal
+    window: int,  # W
+) -> dict[str, Tensor]:  # each (B,)
+    "What is told of one attention: on the first token, received, entropy."
+    received = received_attention(weights, window)
+    return {**first_token_attention(weights, window), "entropy": attention_entropy(weights).mean(1), "place": received.argmax(1),
+            "most": received.amax(1), "most_later": received[:, 1:].amax(1)}
+
+
+def _attentions(softmax, values, record, branch_values):
+    "By kind of attention in one layer: weights (B, H, T, T) and values, if it has values of its own."
+    kinds = {"softmax": (softmax.float(), values)}
+    if record is not None:
+        krause, gate = record["weights"].float(), record["gate"].float()[:, None, :, None]
+        kinds |= {"krause": (krause, branch_values), "mixed": (torch.lerp(krause, kinds["softmax"][0], gate), None)}
+    return kinds
+
+
+def _passages(model, layers, tokens, window):
+    "For some passages, one after the other: each layer's place, kind of attention and quantities."
+    copies = [layer.krause_branch.attention for layer in layers if hasattr(layer, "krause_branch")]
+    with recorded_branches() as records, recorded_values(layers) as values, recorded_values(copies) as branch_values:
+        softmax = collect_attention(model, input_ids=tokens, use_cache=False)
+    for i, layer in enumerate(layers):
+        record, branch_value = (records[i], branch_values[i]) if copies else (None, None)
+        for kind, (weights, value) in _attentions(softmax[i], values[i], record, branch_value).items():
+            told = sink_quantities(weights, window)
+            told |= {"gate": record["gate"].float().mean(1)} if kind == "mixed" else {"value_ratio": value_ratio(value, layer.head_dim)}
+            yield i, kind, told
+
+
+@torch.no_grad()
+def sink_profile(
+    model: PreTrainedModel,  # a causal language model, with a Krause branch or without
+    tokens: Tensor,  # (N, T) passages of real text, T > W
+    window: int = 32,  # W, by which queries are told apart; a branch's own must be the same
+    batch: int = 2,  # passages at a time
+) -> dict[str, dict[str, Tensor]]:  # by attention ("softmax", "krause", "mixed") and quantity: (layers, N)
+    """First-token attention and its like, of each layer and passage (paper, Figures 7 and 11).
+
+    Raises `ValueError` for a window that is not the branch's.
+    """
+    if other := {branch.window for branch in branches(model)} - {window}:
+        raise ValueError(f"window must be {other.pop()}, the branch's, got {window}")
+    layers, found = list(attention_layers(model.get_decoder()).values()), {}
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the fused ones do not return their weights
+    try:
+        for part in tokens.split(batch):
+            for i, kind, told in _passages(model, layers, part, window):
+                for name, numbers in told.items():
+                    found.setdefault(kind, {}).setdefault(name, [[] for _ in layers])[i].append(numbers)
+    finally:
+        model.set_attn_implementation(implementation)
+    return {kind: {name: torch.stack([torch.cat(parts) for parts in rows]) for name, rows in told.items()} for kind, told in found.items()}
+
+
+def summarise_sinks(
+    profile: dict[str, dict[str, Tensor]],  # of `sink_profile`
+) -> dict[str, dict[str, dict]]:
+    "By attention and quantity: mean and standard deviation over passages of each layer; of `place` the share of passages with place 0."
+    def told(name, rows):
+        rows = rows.double() if name != "place" else (rows == 0).double()
+        return {"mean": rows.mean(1).tolist(), "sd": rows.std(1).tolist() if rows.shape[1] > 1 else [0.0] * len(rows), "n": rows.shape[1]}
+
+    return {kind: {"first_is_most" if name == "place" else name: told(name, rows) for name, rows in quantities.items()}
+            for kind, quantities in profile.items()}

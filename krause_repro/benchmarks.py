@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'COST', 'BASELINE', 'KINDS', 'DENSE_LENGTH',
-           'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'GENERATION_CASES', 'BENCHMARKS', 'interleave',
+           'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'GENERATION_SPEED', 'BENCHMARKS', 'interleave',
            'summarise_times', 'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'GridCase', 'ImageCase',
            'CostRecipe', 'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
            'bench_attention', 'bench_grids', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling',
            'fitted_exponent', 'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'TimedCollator',
-           'StepClock', 'bench_training', 'GenerationCase', 'generation_seconds', 'generator_step', 'bench_generation',
-           'generation_notes', 'bench_dynamics', 'bench_cost', 'format_rows', 'report_benchmark']
+           'StepClock', 'bench_training', 'GenerationCase', 'GenerationSpeedRecipe', 'generation_seconds',
+           'generator_step', 'bench_generation', 'generation_notes', 'generation_speed_table', 'bench_dynamics',
+           'bench_cost', 'format_rows', 'report_benchmark']
 
 # %% ../nbs/28_benchmarks.ipynb #2fd84d77
 import json
@@ -602,7 +603,7 @@ def bench_training(
     rows = [{"case": case, "name": "training step", "seconds": step}, {"case": case, "name": "its collator", "seconds": collate}]
     return {"benchmark": "training", "rows": rows, "steps": steps, "busy": processor / (wall * torch.get_num_threads())}
 
-# %% ../nbs/28_benchmarks.ipynb #ff849739
+# %% ../nbs/28_benchmarks.ipynb #5e4a1806
 @dataclass(frozen=True)
 class GenerationCase:
     "Part of an image that KARM, ARM and LARM write in turns."
@@ -615,10 +616,26 @@ class GenerationCase:
     stop: int | None = None  # the last token that is timed; None for the whole image
 
 
-GENERATION_CASES = (
-    GenerationCase("MNIST shape, whole images", "mnist", "paper", 32),
-    GenerationCase("CIFAR-10 shape, tokens 2,048 to 2,560", "cifar10", "paper", 8, 2048, 2560),
-)
+@dataclass(frozen=True)
+class GenerationSpeedRecipe(Recipe):
+    "How fast KARM, ARM and LARM write and train. Shapes and the batches: paper, Tables 4 and 5; the rest is ours."
+
+    cases: tuple[GenerationCase, ...] = (
+        GenerationCase("MNIST shape, whole images", "mnist", "paper", 32),
+        GenerationCase("CIFAR-10 shape, tokens 2,048 to 2,560", "cifar10", "paper", 8, 2048, 2560),
+    )
+    step_data: str = "cifar10"  # whose recipes take the training step
+    step_profile: str = "paper"  # of those recipes
+    step_depth: int = 2  # layers in the training step
+    budget: float = 60.0  # seconds for the training steps
+
+    def changes(self, profile):
+        smoke = {"cases": (GenerationCase("8×8 digits, whole images", "digits", "smoke", 4),), "step_data": "digits",
+                 "step_profile": "smoke", "step_depth": 1, "budget": 0.5}
+        return smoke if profile == "smoke" else {}
+
+
+GENERATION_SPEED = GenerationSpeedRecipe("generation_speed", seeds=(0,), ours=("cases", "step_depth", "budget"))
 
 # %% ../nbs/28_benchmarks.ipynb #908538cb
 def _writer(recipe, case):
@@ -648,7 +665,7 @@ def generation_seconds(
     writers = {name: _writer(recipe, case) for name, recipe in recipes.items()}
     return interleave(writers, stop - case.start - 1, warmup=1)  # the first token takes the memory
 
-# %% ../nbs/28_benchmarks.ipynb #766a0182
+# %% ../nbs/28_benchmarks.ipynb #74535196
 def _generation_row(case, name, seconds, tokens):
     mine, rival = seconds[name], seconds["ARM"]
     tenth = max(1, len(mine) // 10)
@@ -660,7 +677,16 @@ def _generation_row(case, name, seconds, tokens):
         "case": case.title, "pass": "one token", "name": name, **summarise_times(mine), "ratio": sum(mine) / sum(rival),
         "ratio_quartiles": [low, high], "tokens_per_second": speed, **({"images_per_second": speed / tokens} if whole else {}),
         "growth": statistics.median(mine[-tenth:]) / statistics.median(mine[tenth:2 * tenth] or mine),
+        "curve": _position_curve(mine, case.start + 1),
     }
+
+
+def _position_curve(seconds, first, points=24):
+    "Median milliseconds of a token in up to `points` equal stretches, at the middle position of each."
+    size = -(-len(seconds) // points)
+    parts = [slice(at, min(at + size, len(seconds))) for at in range(0, len(seconds), size)]
+    return {"positions": [first + (part.start + part.stop) / 2 for part in parts],
+            "milliseconds": [1000 * statistics.median(seconds[part]) for part in parts]}
 
 
 def generator_step(
@@ -683,22 +709,18 @@ def generator_step(
 
 
 def bench_generation(
-    cases: tuple[GenerationCase, ...] = GENERATION_CASES,
-    data: str = "cifar10",  # whose recipes take the training step
-    profile: str = "paper",  # of those recipes
-    depth: int = 2,  # layers in the training step
-    budget: float = 60.0,  # seconds for the training steps
+    recipe: GenerationSpeedRecipe = GENERATION_SPEED,
 ) -> dict:  # "rows" and "notes"
     "Seconds of a token and images per second of KARM, ARM and LARM, and of a step of training on one sequence, in turns."
-    rows = []
-    for case in cases:
+    rows, data, profile, depth = [], recipe.step_data, recipe.step_profile, recipe.step_depth
+    for case in recipe.cases:
         seconds, tokens = generation_seconds(case), get_recipe(f"karm/{case.data}").at(case.profile).config.tokens
         rows += [_generation_row(case, name, seconds, tokens) for name in seconds]
     recipes = {model.upper(): replace(get_recipe(f"{model}/{data}").at(profile), depth=depth) for model in GENERATORS}
     length = recipes["KARM"].config.tokens - 1
     steps = {name: generator_step(recipe, length, 1) for name, recipe in recipes.items()}
     title = f"{length:,} tokens, width {recipes['KARM'].width}, {depth} layers"
-    rows += [{"case": title, "pass": "training step", **row} for row in compare(in_turns(steps, budget), "ARM")]
+    rows += [{"case": title, "pass": "training step", **row} for row in compare(in_turns(steps, recipe.budget), "ARM")]
     return {"benchmark": "generation", "rows": rows, "notes": generation_notes(rows)}
 
 
@@ -712,6 +734,22 @@ def generation_notes(
 
     return [f"{row['case']}: {row['name']} {speed(row)} per second, {1 / row['ratio']:.2f} times ARM's; "
             f"the last tenth of tokens takes {row['growth']:.2f} times the second" for row in rows if "growth" in row]
+
+
+def generation_speed_table(
+    result: dict,  # of `bench_generation`
+) -> str:  # Markdown
+    "Time of a token and of a training step of each model, relative to ARM's, with images or tokens per second."
+    def line(row):
+        images = f"{row['images_per_second']:.2f} images" if "images_per_second" in row else ""
+        speed = images or (f"{row['tokens_per_second']:.0f} tokens" if "tokens_per_second" in row else f"{1 / row['seconds']:.2f} steps")
+        low, high = row.get("ratio_quartiles") or (row["ratio"],) * 2
+        growth = f"{row['growth']:.2f}" if "growth" in row else "—"
+        what = f"| {row['case']}, {row['pass']} | {row['name']} | {speed} | {1 / row['ratio']:.2f} | "
+        return f"{what}{row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {growth} |"
+
+    names = ("what", "model", "per second", "times ARM's speed", "time relative to ARM's (quartiles)", "last tenth : second tenth")
+    return "\n".join([f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *map(line, result["rows"])])
 
 # %% ../nbs/28_benchmarks.ipynb #8ac3d072
 def bench_dynamics(

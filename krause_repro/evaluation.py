@@ -5,22 +5,36 @@
 # %% auto #0
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EACH', 'GENERATOR_LABELS', 'ABLATION_CELLS',
            'ABLATION_CONTROLS', 'SMALLEST_DIFFERENCE', 'SCORE_LABELS', 'SUPPORT_LABELS', 'FACTORS', 'QUESTIONS',
-           'finished_model', 'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance',
-           'summarise_sigma', 'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
-           'accuracy_differences', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
-           'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
-           'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
-           'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects', 'named_differences',
-           'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table', 'plain_answers']
+           'ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'finished_model', 'test_accuracy', 'train_seeds', 'curve',
+           'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma', 'summarise_runs', 'paired_difference',
+           'describe_difference', 'percent', 'accuracy_table', 'accuracy_differences', 'provenance_table', 'test_bits',
+           'generation_curves', 'samples_folder', 'first_frequencies', 'sample_run', 'contact_sheet', 'image_features',
+           'classifier_run', 'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines',
+           'decimals', 'bits_table', 'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects',
+           'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
+           'plain_answers', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items',
+           'read_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides',
+           'answer_token', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1', 'constant_scores',
+           'chance_scores', 'swap_labels', 'check_ifeval', 'check_language_run', 'evaluate_language', 'language_table']
 
-# %% ../nbs/23_evaluation.ipynb #fe2eb500
+# %% ../nbs/23_evaluation.ipynb #8e46f78a
 import hashlib
+import json
+import logging
 import math
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 
 import torch
+import yaml
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -649,3 +663,484 @@ def plain_answers(
         return f"- **{question}**: {'; '.join(told(label) for label in labels if label in found) or 'not trained yet'}."
 
     return "\n".join(line(*item) for item in QUESTIONS.items())
+
+# %% ../nbs/23_evaluation.ipynb #5dde2272
+_PAIR = {"premise": str, "hypothesis": str, "label": range(3)}
+ITEM_FIELDS = {  # by task: the fields of an item, named as on the hub, and what each holds; a range is one of allowed labels
+    "boolq": {"passage": str, "question": str, "label": range(2)},
+    "cb": _PAIR, "anli_r1": _PAIR, "anli_r2": _PAIR, "anli_r3": _PAIR, "mnli": _PAIR,
+    "piqa": {"goal": str, "sol1": str, "sol2": str, "label": range(2)},
+    "mmlu_pro": {"question": str, "options": list, "answer_index": range(10)},
+    "ifeval": {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+}
+LANGUAGE_TASKS = tuple(ITEM_FIELDS)
+
+
+def check_language_tasks(
+    tasks: str | list[str] | tuple[str, ...],  # names, or one string with commas between them
+) -> list[str]:
+    "The names of the tasks, each once; a `ValueError` names the allowed ones if one is not among them."
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    for name in names:
+        if name not in ITEM_FIELDS:
+            raise ValueError(f"tasks: {name!r} is not a language benchmark; allowed: {', '.join(LANGUAGE_TASKS)}")
+    if not names:
+        raise ValueError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
+    return list(dict.fromkeys(names))
+
+# %% ../nbs/23_evaluation.ipynb #07264426
+def task_file(
+    task: str,  # one of `LANGUAGE_TASKS`
+) -> Path:
+    "The task's YAML file: of this package, or of lm-eval for IFEval."
+    if task == "ifeval":
+        return Path(import_lm_eval().__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"
+    return Path(str(files("krause_repro") / "tasks" / f"{task}.yaml"))
+
+
+def import_lm_eval():
+    "lm-eval; where it is not installed, an `ImportError` that says how to install it."
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ImportError("the language benchmarks need lm-eval; install it with: pip install 'krause_repro[eval]'") from error
+    return lm_eval
+
+
+class _TaskLoader(yaml.SafeLoader):
+    "Reads task files without importing the functions they name."
+
+
+_TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def task_config(
+    task: str,  # one of `LANGUAGE_TASKS`
+) -> dict[str, object]:
+    "What the task's YAML file says."
+    return yaml.load(task_file(task).read_text(encoding="utf-8"), Loader=_TaskLoader)
+
+# %% ../nbs/23_evaluation.ipynb #442c6ce4
+def _field_problem(field, kind, value):
+    "What is wrong with one field of an item, or None."
+    if isinstance(kind, range):
+        right = isinstance(value, int) and not isinstance(value, bool) and value in kind
+        return None if right else f"field {field!r} must be an integer from {kind[0]} to {kind[-1]}, got {value!r}"
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    return None if right else f"field {field!r} must be of type {kind.__name__}, got {value!r}"
+
+
+def _item_problem(task, item):
+    "What is wrong with an item of a task, or None."
+    if not isinstance(item, dict):
+        return f"must be an object with the fields {', '.join(ITEM_FIELDS[task])}"
+    for field, kind in ITEM_FIELDS[task].items():
+        problem = _field_problem(field, kind, item[field]) if field in item else f"field {field!r} is missing"
+        if problem:
+            return problem
+    if task == "mmlu_pro":
+        options = item["options"]
+        if not 2 <= len(options) <= 10 or not all(isinstance(option, str) for option in options):
+            return "field 'options' must hold 2 to 10 strings"
+        if item["answer_index"] >= len(options):
+            return f"field 'answer_index' must be below {len(options)}, the number of options, got {item['answer_index']}"
+    if task == "ifeval" and not 0 < len(item["instruction_id_list"]) == len(item["kwargs"]):
+        return "field 'kwargs' must hold one object for each entry of 'instruction_id_list', at least one"
+
+
+def check_items(
+    task: str,  # one of `LANGUAGE_TASKS`
+    items: object,  # what a file or a data set holds
+    place: str | Path,  # where it comes from, for the message
+) -> list[dict]:
+    "The items, or a `ValueError` that names place, item and field."
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{place} must hold a list of items of {task}, at least one")
+    for number, item in enumerate(items, 1):
+        if problem := _item_problem(task, item):
+            raise ValueError(f"{place}, item {number} of {len(items)}: {problem}")
+    return items
+
+
+def read_items(
+    path: str | Path,  # a JSON file of items, or a folder that holds <task>.json
+    task: str,  # one of `LANGUAGE_TASKS`
+) -> list[dict]:
+    "The items of a task in a JSON file; a `ValueError` that names what is wrong with it."
+    file = Path(path) / f"{task}.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"source: there is no file {file}; allowed: hub, local, a JSON file of items, or a folder with {task}.json")
+    try:
+        items = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return check_items(task, items, file)
+
+# %% ../nbs/23_evaluation.ipynb #2ea3e592
+def hub_answers(
+    seconds: float = 10,  # to wait for an answer
+) -> bool:
+    "Whether the Hugging Face hub can be reached now."
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True  # it refuses the question, so it is there
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _offline(offline):
+    "Keep the hub's libraries from the network, so that they look into their cache at once."
+    import datasets
+    import huggingface_hub.constants as hub
+
+    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (offline or was for was in before)
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def hub_items(
+    task: str,  # one of `LANGUAGE_TASKS`
+) -> list[dict]:
+    "The items of a task from the hub or its cache; a `FileNotFoundError` that says where it looked."
+    import datasets
+    import huggingface_hub.constants as hub
+
+    config = task_config(task)
+    split = config.get("test_split") or config["validation_split"]
+    place = f"data set {config['dataset_path']} ({config['dataset_name'] or 'default'}, {split})"
+    try:
+        with _offline(not hub_answers()), redirect_stderr(StringIO()):
+            data = datasets.load_dataset(config["dataset_path"], config["dataset_name"], split=split)
+    except (OSError, ValueError) as error:
+        looked = f"the hub at {hub.ENDPOINT} and the cache {datasets.config.HF_DATASETS_CACHE}"
+        raise FileNotFoundError(
+            f"{task}: {place} is not to be had; looked in {looked} ({error}). Without the hub: source 'local' for the items "
+            f"of this package, or a JSON file of items") from error
+    return check_items(task, data.to_list(), place)
+
+
+def language_items(
+    tasks: list[str],  # of `LANGUAGE_TASKS`
+    source: str | Path = "hub",  # "hub", "local" (of this package), a JSON file of one task's items, or a folder of <task>.json
+    limit: int | None = None,  # at most so many items of each task, the first ones
+) -> dict[str, list[dict]]:  # by task
+    "The checked items of each task."
+    if limit is not None:
+        check_integer("limit", limit, 1)
+    if source != "hub" and Path(source).is_file() and len(tasks) > 1:
+        raise ValueError(f"source={str(source)!r} is one file, but {len(tasks)} tasks are asked for; give a folder that holds <task>.json")
+    folder = files("krause_repro") / "tasks" / "items" if source == "local" else source
+    return {task: (hub_items(task) if source == "hub" else read_items(folder, task))[:limit] for task in tasks}
+
+# %% ../nbs/23_evaluation.ipynb #72001c37
+def task_prompt(
+    task: str,  # one of `LANGUAGE_TASKS`
+    item: dict,  # of that task
+) -> str:
+    "The prompt of an item, as the model gets it."
+    import_lm_eval()
+    from lm_eval.utils import apply_template
+
+    return apply_template(language_overrides(task).get("doc_to_text") or task_config(task)["doc_to_text"], item)
+
+
+ANLI_LABELS = ("correct", "swapped")
+
+
+def language_overrides(
+    task: str,  # one of `LANGUAGE_TASKS`
+    anli_labels: str = "correct",  # one of `ANLI_LABELS`
+    max_gen_toks: int = 1280,  # longest answer to an IFEval prompt, in tokens; lm-eval's own length by default
+) -> dict[str, object]:
+    "Where a run departs from the task's file: ANLI's labels if they are to be swapped, IFEval's prompt, which ends as all others."
+    if task == "ifeval":
+        greedy = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_gen_toks}
+        return {"doc_to_text": "{{prompt}}\n\n### Response:\n", "generation_kwargs": greedy}
+    return {"doc_to_target": "label"} if task.startswith("anli") and anli_labels == "swapped" else {}
+
+# %% ../nbs/23_evaluation.ipynb #fd87eddf
+def answer_token(
+    encode: Callable[[str], list[int]],  # a tokenizer's function from text to token numbers
+    prompt: str,
+    answer: str,
+) -> tuple[list[int], int]:  # the prompt's tokens, and the answer's
+    "The tokens of a prompt and the one token of an answer to it; a `ValueError` if the answer is none or several in this place."
+    before, whole = encode(prompt), encode(prompt + answer)
+    if whole[:len(before)] != before or len(whole) != len(before) + 1:
+        raise ValueError(f"tokenizer: the answer {answer!r} must be exactly one token after the prompt, got {whole[len(before) - 1:]} "
+                         f"after {before[-1:]}; next-token logits cannot be compared")
+    return before, whole[-1]
+
+
+def prompt_model(
+    model: torch.nn.Module,  # a causal language model of transformers, with or without adapters
+    tokenizer: object,  # of transformers
+    batch_size: int,  # prompts at a time
+):  # an `lm_eval.api.model.LM`
+    "The model as lm-eval asks it, with prompts encoded as they stand."
+    import_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    class PromptModel(HFLM):
+        "Compares the tokens that may follow a prompt."
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            prompt, token = answer_token(self.tok_encode, context, continuation)
+            return prompt, [token]
+
+    return PromptModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+
+# %% ../nbs/23_evaluation.ipynb #422fb79e
+def count_scores(
+    counts: list[list[float]],  # right answer × given answer
+) -> dict[str, float]:  # "accuracy" and "macro_f1", in 0…1
+    "Accuracy and macro-F1 of a table of counts."
+    total = sum(map(sum, counts))
+    ends = [sum(row) + sum(column) for row, column in zip(counts, zip(*counts, strict=True), strict=True)]
+    f1 = [2 * counts[i][i] / end for i, end in enumerate(ends) if end]
+    return {"accuracy": sum(counts[i][i] for i in range(len(counts))) / total, "macro_f1": sum(f1) / len(f1)}
+
+
+def count_answers(
+    pairs: list[tuple[int, int]],  # places of the right and of the given answer, one pair for each item
+    answers: int,  # how many answers there are
+) -> list[list[int]]:
+    "The table of counts, right answer × given answer."
+    counts = [[0] * answers for _ in range(answers)]
+    for right, given in pairs:
+        counts[right][given] += 1
+    return counts
+
+
+def macro_f1(
+    pairs: list[tuple[int, int]],  # places of the right and of the given answer, one pair for each item
+) -> float:
+    "Macro-F1 of answers: the aggregation that the task files name."
+    return count_scores(count_answers(pairs, 1 + max(map(max, pairs))))["macro_f1"]
+
+# %% ../nbs/23_evaluation.ipynb #ff5ad9e1
+def constant_scores(
+    right: list[int],  # how often each answer is right
+) -> list[dict[str, float]]:  # for each answer, what it scores if it is always given
+    "Accuracy and macro-F1 of answering every item alike."
+    return [count_scores([[n if column == given else 0 for column in range(len(right))] for n in right]) for given in range(len(right))]
+
+
+def chance_scores(
+    right: list[int],  # place of the right answer, one for each item
+    options: list[int],  # number of answers to choose from, one for each item
+) -> dict[str, float]:
+    "Accuracy of guessing evenly among an item's answers, and macro-F1 of the counts to be expected then."
+    counts = [[0.0] * max(options) for _ in range(max(options))]
+    for answer, number in zip(right, options, strict=True):
+        for given in range(number):
+            counts[answer][given] += 1 / number
+    return count_scores(counts)
+
+# %% ../nbs/23_evaluation.ipynb #0aab1e1d
+def swap_labels(
+    result: dict,  # of one ANLI task, from `evaluate_language`
+) -> dict:  # the same answers, scored again
+    "The result if neutral and contradiction were taken for each other in the labels, or the true one if they were."
+    if result["answers"] != ["A", "B", "C"]:
+        raise ValueError(f"result must be of a task with the answers A, B and C, got {', '.join(result['answers'])}")
+    entailment, contradiction, neutral = result["counts"]
+    counts, items = [entailment, neutral, contradiction], result["items"]
+    constant = dict(zip("ABC", constant_scores([sum(row) for row in counts]), strict=True))
+    accuracy = count_scores(counts)["accuracy"]
+    error = math.sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 else None
+    return {**result, "counts": counts, **count_scores(counts), "accuracy_stderr": error, "constant": constant}
+
+# %% ../nbs/23_evaluation.ipynb #1de651cb
+_NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
+
+def check_ifeval(
+    items: list[dict],  # of IFEval
+) -> None:
+    "Raise an error that says what to do if IFEval's checks cannot be carried out for these items."
+    import_lm_eval()
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # the import fetches punkt_tab, where it can, and talks
+            import nltk
+            from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    except ImportError as error:
+        raise ImportError(f"ifeval needs the package {error.name}; leave it out of tasks or run: pip install 'lm-eval[ifeval]'") from error
+    asked = {name for item in items for name in item["instruction_id_list"]}
+    if unknown := sorted(asked - set(INSTRUCTION_DICT)):
+        raise ValueError(f"ifeval: unknown instruction {unknown[0]!r} in 'instruction_id_list'; allowed: {', '.join(INSTRUCTION_DICT)}")
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        if needing := sorted(asked & _NEED_PUNKT):
+            raise FileNotFoundError(f"ifeval: {needing[0]} needs NLTK's punkt_tab, which is in none of {', '.join(nltk.data.path)}; "
+                                    "get it with: python -m nltk.downloader punkt_tab") from error
+
+# %% ../nbs/23_evaluation.ipynb #319ce69b
+def _given(sample):
+    "The place of the answer with the largest logit, the first of equals."
+    logits = [response[0] for response in sample["filtered_resps"]]
+    return logits.index(max(logits))
+
+
+def _choice_result(scores, samples, lm):
+    "What is kept of a task whose answers are single tokens."
+    right, options = [sample["target"] for sample in samples], [len(sample["arguments"]) for sample in samples]
+    longest = max(samples, key=lambda sample: len(sample["arguments"]))
+    answers = [answer for _, answer in longest["arguments"]]
+    counts = count_answers([(sample["target"], _given(sample)) for sample in samples], len(answers))
+    constant = dict(zip(answers, constant_scores([sum(row) for row in counts]), strict=True))
+    return {
+        "accuracy": scores["acc,none"], "accuracy_stderr": _number(scores["acc_stderr,none"]), "macro_f1": scores.get("f1,none"),
+        "items": len(samples), "truncated": _truncated(samples, lm), "answers": answers, "counts": counts,
+        "constant": constant, "chance": chance_scores(right, options),
+    }
+
+
+def _instruction_result(scores, samples, lm):
+    "What is kept of IFEval: strict accuracy by prompt and by instruction."
+    return {
+        "accuracy": scores["prompt_level_strict_acc,none"], "accuracy_stderr": _number(scores["prompt_level_strict_acc_stderr,none"]),
+        "instruction_accuracy": scores["inst_level_strict_acc,none"], "macro_f1": None,
+        "items": len(samples), "truncated": _truncated(samples, lm, samples[0]["arguments"][0][1]["max_gen_toks"]),
+        "instructions": sum(len(sample["doc"]["instruction_id_list"]) for sample in samples), "constant": {}, "chance": None,
+    }
+
+
+def _truncated(samples, lm, kept_free=0):
+    "How many prompts are longer than the model's room for them, so that lm-eval cuts their beginning off."
+    return sum(len(lm.tok_encode(sample["arguments"][0][0])) > lm.max_length - kept_free for sample in samples)
+
+
+def _number(value):
+    "A number, or None where lm-eval has only a word for it."
+    return None if isinstance(value, str) else value
+
+# %% ../nbs/23_evaluation.ipynb #cc86a2d2
+@contextmanager
+def _quietly(quiet):
+    "Keep lm-eval from advising and, if `quiet`, from drawing bars."
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO() if quiet else sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _task_spec(task, items, overrides):
+    "A task of lm-eval with these items in the place of its data set."
+    import datasets
+
+    config = task_config(task)
+    split, data = config.get("test_split") or config["validation_split"], datasets.Dataset.from_list(items)
+    return {"task": config["task"], "custom_dataset": lambda **_: {split: data}, **overrides}
+
+
+def check_language_run(
+    tasks: str | list[str] | tuple[str, ...],  # as of `evaluate_language`, like all that follow
+    source: str | Path,
+    batch_size: int,
+    limit: int | None,
+    anli_labels: str,
+    max_gen_toks: int,
+) -> dict[str, list[dict]]:  # the items by task
+    "Everything that can be checked before there is a model: tasks, source, batch_size, limit, anli_labels, max_gen_toks and the items."
+    tasks = check_language_tasks(tasks)
+    if anli_labels not in ANLI_LABELS:
+        raise ValueError(f"anli_labels={anli_labels!r} must be one of: {', '.join(ANLI_LABELS)}")
+    for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
+        check_integer(name, value, 1)
+    import_lm_eval()
+    items = language_items(tasks, source, limit)
+    if "ifeval" in tasks:
+        check_ifeval(items["ifeval"])
+    return items
+
+
+def evaluate_language(
+    model: torch.nn.Module,  # a causal language model of transformers, with or without adapters, where it is to run
+    tokenizer: object,  # of transformers
+    tasks: str | list[str] | tuple[str, ...] = LANGUAGE_TASKS,  # some of them, or one string with commas between
+    source: str | Path = "hub",  # of items: "hub", "local" (this package's own few), a JSON file of one task, or a folder of <task>.json
+    batch_size: int = 8,  # prompts at a time
+    limit: int | None = None,  # at most so many items of each task, the first ones; all by default
+    anli_labels: str = "correct",  # or "swapped": neutral and contradiction taken for each other
+    max_gen_toks: int = 1280,  # longest answer to an IFEval prompt, in tokens
+    progress: bool = False,  # show lm-eval's progress bars
+) -> dict[str, dict]:  # by task: "accuracy", "accuracy_stderr", "macro_f1" or None, "items", "truncated", "constant", "chance", …
+    "Zero-shot scores on the paper's language benchmarks (Tables 6, 17 and 18), beside those of constant answers and of chance."
+    items = check_language_run(tasks, source, batch_size, limit, anli_labels, max_gen_toks)
+    specs = {task: _task_spec(task, items[task], language_overrides(task, anli_labels, max_gen_toks)) for task in items}
+    training = model.training
+    try:
+        with _quietly(not progress):
+            return _ask(prompt_model(model, tokenizer, batch_size), specs)
+    finally:
+        model.train(training)
+
+
+def _ask(lm, specs):
+    "Results by task."
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if "ifeval" in specs and (longest := specs["ifeval"]["generation_kwargs"]["max_gen_toks"]) >= lm.max_length:
+        raise ValueError(f"max_gen_toks={longest} must be below {lm.max_length}, the longest text of this model")
+    folders = {str(task_file(task).parent) for task in specs}
+    manager = TaskManager(include_path=sorted(folders), include_defaults=False)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # no score is drawn, so the seeds stay the user's
+    group = {"group": "krause", "task": list(specs.values())}  # in a group, a known task may be named with changes
+    done = simple_evaluate(lm, tasks=[group], task_manager=manager, **seeds)
+    found = {task: (done["results"][spec["task"]], done["samples"][spec["task"]], lm) for task, spec in specs.items()}
+    return {task: _instruction_result(*pair) if task == "ifeval" else _choice_result(*pair) for task, pair in found.items()}
+
+# %% ../nbs/23_evaluation.ipynb #f748d7d0
+def _score_cells(scores, error=None):
+    "Accuracy and macro-F1 in percent; a dash where there is none."
+    spread = "" if error is None else f" ± {100 * error:.2f}"
+    f1 = scores.get("macro_f1")
+    return f"{100 * scores['accuracy']:.2f}{spread} | {'—' if f1 is None else f'{100 * f1:.2f}'}"
+
+
+def _item_cell(result):
+    "The number of items, and how many prompts did not fit."
+    return f"{result['items']:,}" + (f" ({result['truncated']:,} cut)" if result["truncated"] else "")
+
+
+def _baselines(result):
+    "Chance and constant answers; of more than three only the best, since the others say no more."
+    constants = sorted(result["constant"].items(), key=lambda item: -item[1]["accuracy"])
+    kept = [answer for answer, _ in constants[:1 if len(constants) > 3 else 3]]
+    rows = {"chance": result["chance"]} if result["chance"] else {}
+    return rows | {f"always {answer}": scores for answer, scores in result["constant"].items() if answer in kept}
+
+
+def language_table(
+    models: dict[str, dict[str, dict]],  # by label: what `evaluate_language` gives, on the same items
+) -> str:  # Markdown
+    "Accuracy ± its standard error and macro-F1 of each model on each task, beside chance and constant answers."
+    tasks = list(dict.fromkeys(task for results in models.values() for task in results))
+    rows = []
+    for task in tasks:
+        judged = {label: results[task] for label, results in models.items() if task in results}
+        first = next(iter(judged.values()))
+        asked = first["macro_f1"] is not None
+        rows += [f"| {task} | {label} | {_item_cell(r)} | {_score_cells(r, r['accuracy_stderr'])} |" for label, r in judged.items()]
+        rows += [f"| {task}, by instruction | {label} | {r['instructions']:,} | {_score_cells({'accuracy': r['instruction_accuracy']})} |"
+                 for label, r in judged.items() if "instruction_accuracy" in r]
+        rows += [f"| {task} | {label} | {first['items']:,} | {_score_cells(s if asked else {'accuracy': s['accuracy']})} |"
+                 for label, s in _baselines(first).items()]
+    return "\n".join(["| task | answered by | items | accuracy, % | macro-F1, % |", "|" + " --- |" * 5, *rows])

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGU
            'STAGES', 'MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
            'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves',
            'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps', 'plot_depth', 'plot_scaling',
-           'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_samples', 'plot_completions']
+           'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_token_time', 'plot_samples', 'plot_completions']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -716,6 +716,25 @@ def plot_bits_curves(
     axes[0, 0].set(xlabel="epoch", ylabel="bits per token", title="held-out images")
     axes[0, 1].set(xlabel="epoch", title="training images")
     _legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
+    return fig
+
+# %% ../nbs/25_figures.ipynb #a765a576
+@house_style()
+def plot_token_time(
+    data: dict,  # {"cases": [{"title", "series": [{"label", "kind", "positions", "milliseconds"}]}], "made": str}
+) -> Figure:
+    "Median time of one token over its position, one panel for each case."
+    cases, made = _take(data, "data", "cases", "made")
+    fig, axes = new_figure(3.6, 1, len(cases))
+    for i, (title, series) in enumerate(_take_each(cases, "data['cases']", "title", "series")):
+        where = f"data['cases'][{i}]['series']"
+        numbers = _take_each(series, where, "positions", "milliseconds")
+        for style, (positions, times) in zip(_line_styles(series, where), numbers, strict=True):
+            _same_length(where, positions=positions, milliseconds=times)
+            axes[0, i].plot(positions, times, **style)
+        axes[0, i].set(xlabel="position of the token", ylabel="time of a token (ms)", title=title)
+        axes[0, i].set_ylim(bottom=0)
+    _legend(fig, axes[0, 0], made)
     return fig
 
 # %% ../nbs/25_figures.ipynb #e3751edb

@@ -8,13 +8,13 @@ __all__ = ['IMAGE_TABLES', 'GENERATOR_ROWS', 'README_BLOCKS', 'our_results', 'ge
            'report', 'readme_results', 'readme_performance', 'readme_ablation', 'readme_generation', 'block_marks',
            'update_readme', 'coverage']
 
-# %% ../nbs/40_report.ipynb #ada89463
+# %% ../nbs/40_report.ipynb #ccfa89cb
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from .benchmarks import PASSES
+from .benchmarks import PASSES, generation_speed_table
 from krause_repro.evaluation import (
     ABLATION_CELLS, ABLATION_CONTROLS, GENERATOR_LABELS, IMAGE_COMPARISONS, SMALLEST_DIFFERENCE, accuracy_differences, accuracy_table,
     averaged_effects, bits_table, cell_table, decimals, difference_table, obtain_cells, percent, plain_answers, single_changes,
@@ -254,7 +254,7 @@ def readme_ablation(
         difference_table(averaged_effects(results) + single_changes(results)),
     ])
 
-# %% ../nbs/40_report.ipynb #ab5c1bd5
+# %% ../nbs/40_report.ipynb #7f88dad9
 def readme_generation(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
@@ -266,7 +266,14 @@ def readme_generation(
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     told = (f"{len(finished)} of {len(results)} models are trained. Fashion-MNIST, 784 tokens of 256 levels, desk profile: "
             f"{karm.train_images:,} training images seen {_times(karm.epochs)}, the whole test set, {_seeds(len(karm.seeds))}{made}:")
-    return f"{told}\n\n{bits_table(results, baselines)}"
+    speed = load_result("generation_speed", "desk", root) if result_path("generation_speed", "desk", root).is_file() else None
+    return "\n\n".join([told, bits_table(results, baselines), *(_speed_lines(speed) if speed else [])])
+
+
+def _speed_lines(speed):
+    made = f"{speed['threads']} threads, {speed['device']}, torch {speed['versions']['torch']}, float32"
+    return [f"Speed at the paper's sizes, KARM, ARM and LARM in turns ({made}). ARM has fused attention and a cache that is taken once:",
+            generation_speed_table(speed)]
 
 # %% ../nbs/40_report.ipynb #0105ca50
 def _times(epochs):

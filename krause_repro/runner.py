@@ -8,7 +8,8 @@ __all__ = ['MATHJAX', 'NOTEBOOK_TEMPLATE', 'PARTS', 'MEANING', 'INDEX_TEMPLATE',
            'run_page', 'ticking', 'run_pages', 'site_folder', 'run', 'copy_mathjax', 'notebook_html', 'copy_figures',
            'paired_figures', 'with_code', 'site_rows', 'duration', 'site_facts', 'site', 'clean', 'book',
            'list_recipes', 'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data', 'make_report', 'build_site',
-           'execute_book', 'run_benchmark', 'prepare_kernels', 'usage', 'options', 'deliberate', 'main']
+           'execute_book', 'run_benchmark', 'prepare_kernels', 'evaluate_model', 'usage', 'options', 'deliberate',
+           'main']
 
 # %% ../nbs/26_runner.ipynb #6435aad2
 import importlib.util
@@ -746,9 +747,40 @@ def prepare_kernels() -> None:
     except (OSError, RuntimeError) as error:  # nothing is lost: PyTorch's operations do the same, more slowly
         print(f"krause-repro: the C++ kernels cannot be built ({error}); PyTorch operations will be used", file=sys.stderr)
 
-# %% ../nbs/26_runner.ipynb #8b7e1851
+# %% ../nbs/26_runner.ipynb #8755afc8
+def evaluate_model(
+    model: str,  # a folder, a GGUF file or a name on the hub
+    tasks: str = None,  # commas between, such as boolq,cb; all of the paper's if not given
+    adapter: str = None,  # a folder with a trained adapter
+    source: str = "hub",  # of items: hub, local (this package's own few), a JSON file, or a folder of TASK.json
+    limit: int = None,  # at most so many items of each task
+    batch_size: int = 8,  # prompts at a time
+    anli_labels: str = "correct",  # correct or swapped, as the released evaluation appears to have them
+    max_gen_toks: int = 1280,  # longest answer to an IFEval prompt, in tokens
+    output: str = None,  # a JSON file for the results; if not given they are only shown
+) -> None:
+    "Ask a language model the paper's benchmarks, and show its scores beside chance and constant answers."
+    from krause_repro.evaluation import LANGUAGE_TASKS, check_language_run, evaluate_language, language_table
+    from krause_repro.records import environment, write_json
+
+    given = {"tasks": tasks or LANGUAGE_TASKS, "source": source, "batch_size": batch_size, "limit": limit, "anli_labels": anli_labels,
+             "max_gen_toks": max_gen_toks}
+    check_language_run(**given)  # a large model takes minutes to load
+    import torch
+    from krause_repro.llm_branch import load_language_model
+
+    network, tokenizer = load_language_model(model, adapter)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    results = evaluate_language(network, tokenizer, **given, progress=sys.stderr.isatty())
+    if output is not None:
+        record = {"model": model, "adapter": adapter, **given, "tasks": list(results), "results": results, **environment()}
+        print(f"The results: {write_json(output, record)}")
+    print(language_table({Path(model).name: results}))
+
+# %% ../nbs/26_runner.ipynb #8978db6f
 COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "sample": sample_recipe, "data": fetch_data,
-            "report": make_report, "site": build_site, "book": execute_book, "bench": run_benchmark, "kernels": prepare_kernels}
+            "report": make_report, "site": build_site, "book": execute_book, "bench": run_benchmark, "kernels": prepare_kernels,
+            "evaluate": evaluate_model}
 
 
 def usage() -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from krause_repro.analysis import (
@@ -15,17 +16,26 @@ from krause_repro.analysis import (
     attention_entropy,
     collect_attention,
     effective_rank,
+    first_token_attention,
     grid_places,
     head_diversity,
     map_row,
     query_rows,
     query_token,
     rank_residual,
+    received_attention,
+    sink_profile,
+    sink_quantities,
     summarise_analysis,
+    summarise_sinks,
     test_pixels,
     token_clusters,
     token_cosine,
+    uniform_attention,
+    value_ratio,
 )
+from krause_repro.attention import CausalWindow
+from krause_repro.llm_branch import add_krause_branch, recorded_branches
 from krause_repro.recipes import get_recipe
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
@@ -215,3 +225,87 @@ def test_more_images_than_there_are_cannot_be_taken(count):
     example = {"pixel_values": torch.zeros(1, 28, 28, dtype=torch.uint8), "labels": torch.tensor(0)}
     with pytest.raises(ValueError, match="count must be between 1 and 2"):
         test_pixels(RECIPE, [example, example], count)
+
+
+def sinky(length=20, share=0.6, place=0):
+    "Causal attention that gives `share` to one token, from that token on, and the rest to the query itself."
+    weights = torch.eye(length, dtype=torch.float64) * (1 - share)
+    weights[place:, place] += share
+    weights[:place] = torch.eye(length, dtype=torch.float64)[:place]
+    weights[place] = torch.eye(length, dtype=torch.float64)[place]
+    return weights.expand(2, 3, length, length)
+
+
+def test_first_token_attention_tells_a_sink_from_a_window():
+    window = CausalWindow(5).mask(20)
+    whole = sinky()
+    cut = whole * window
+    cut = cut / cut.sum(-1, keepdim=True)
+    for weights, far in ((whole, 0.6), (cut, 0.0)):
+        told = first_token_attention(weights, 5)
+        assert_close(told["first_near"], torch.full((2,), 0.6, dtype=torch.float64))
+        assert_close(told["first_far"], torch.full((2,), far, dtype=torch.float64))
+        assert_close(told["first_all"], torch.full((2,), (4 * 0.6 + 15 * far) / 19, dtype=torch.float64))
+    for wrong in (1, 20):
+        with pytest.raises(ValueError, match="window must be between 2 and 19"):
+            first_token_attention(whole, wrong)
+
+
+def test_uniform_attention_in_closed_form():
+    told = first_token_attention(uniform_attention(10), 4)
+    assert told["first_near"].item() == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert told["first_all"].item() == pytest.approx(sum(1 / n for n in range(2, 11)) / 9)
+    assert first_token_attention(uniform_attention(10, 4), 4)["first_far"].item() == 0
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_received_attention_finds_the_sink_wherever_it_is(place):
+    weights = sinky(place=place)
+    received = received_attention(weights, 5)
+    expected = torch.zeros(16, dtype=torch.float64)
+    expected[place] = 0.6
+    assert_close(received, expected.expand(2, 16))
+    told = sink_quantities(weights, 5)
+    assert told["place"].tolist() == [place] * 2 and told["most"].tolist() == [0.6] * 2
+    assert told["most_later"].tolist() == [0.6 if place else 0.0] * 2
+
+
+def test_received_attention_is_the_sum_written_out():
+    weights = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double().tril()
+    expected = torch.stack([weights.mean(1)[:, j + 1:j + 4, j].mean(1) for j in range(9)], 1)
+    assert_close(received_attention(weights, 4), expected)
+
+
+def test_sink_profile_is_what_the_layers_do():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=2)).eval()
+    tokens = torch.randint(61, (5, 24))
+    base = sink_profile(model, tokens, window=6)
+    assert set(base) == {"softmax"} and model.config._attn_implementation != "eager"
+    add_krause_branch(model, window=6, top_k=3, gate_start=0.6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    profile = sink_profile(model, tokens, window=6, batch=2)
+    assert all(rows.shape == (2, 5) for told in profile.values() for rows in told.values())
+    assert not profile["krause"]["first_far"].any() and (profile["softmax"]["first_far"] > 0).all()
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), recorded_branches() as records:
+        weights = model(tokens, output_attentions=True).attentions
+    for i in range(2):
+        assert_close(profile["softmax"]["first_all"][i], weights[i][..., 1:, 0].mean((1, 2)))
+        mixed = records[i]["gate"][:, None] * weights[i][..., 0] + (1 - records[i]["gate"][:, None]) * records[i]["weights"][..., 0]
+        assert_close(profile["mixed"]["first_all"][i], mixed[..., 1:].mean((1, 2)))
+        assert_close(profile["mixed"]["gate"][i], records[i]["gate"].mean(1))
+    summary = summarise_sinks(profile)
+    assert summary["krause"]["first_near"]["n"] == 5 and 0 <= summary["softmax"]["first_is_most"]["mean"][0] <= 1
+    assert summary["softmax"]["first_all"]["mean"] == pytest.approx(profile["softmax"]["first_all"].double().mean(1).tolist())
+    with pytest.raises(ValueError, match="window must be 6, the branch's, got 32"):
+        sink_profile(model, tokens)
+
+
+def test_value_ratio_of_a_small_first_value():
+    values = torch.ones(1, 4, 6)
+    values[:, 0] = 0.5
+    assert_close(value_ratio(values, 3), torch.tensor([0.5]))

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from krause_repro.attention import SCORES
-from krause_repro.benchmarks import COST
+from krause_repro.benchmarks import COST, GENERATION_SPEED
 from krause_repro.counting import COUNTED
 from krause_repro.evaluation import GENERATOR_LABELS
 from krause_repro.figures import figure_index
@@ -29,7 +29,7 @@ def cell_files(names):
 
 def generator_files(data):
     files = {f"image_generation/{model}": [get_recipe(f"{model}/{data}")] for model in GENERATOR_LABELS}
-    return files | {"image_generation/baselines": [get_recipe(f"karm/{data}")]}
+    return files | {"image_generation/baselines": [get_recipe(f"karm/{data}")], "generation_speed": [GENERATION_SPEED]}
 
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]

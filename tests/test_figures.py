@@ -54,6 +54,9 @@ EXAMPLES = {
         {**NAMED, "values": [3.3, 3.4], "mean": 3.35, "sd": 0.07}, {**NAMED, "values": [3.5], "mean": 3.5, "sd": None}]},
     "plot_bits_curves": {"seeds": 2, "series": [
         {**NAMED, "held_out": {"epochs": [1, 2, 3], **CURVE}, "training": {"epochs": [0.5, 1, 2], **ONE_CURVE}}]},
+    "plot_token_time": {"made": "medians", "cases": [
+        {"title": "short", "series": [{**NAMED, "positions": [1, 2], "milliseconds": [3, 4]}]},
+        {"title": "long", "series": [{"label": "ARM", "kind": "softmax", "positions": [9], "milliseconds": [3]}]}]},
     "plot_samples": {"levels": 17, "rows": [
         {**NAMED, "images": [[[[0, 16], [8, 4]]], [[[1, 2], [3, 4]]]]},
         {"label": "ARM", "kind": "softmax", "images": [[[[0, 1], [2, 3]]]]}]},
@@ -128,6 +131,7 @@ def test_plot_names_each_missing_key(name):
         ("plot_training_curves", ["series", 1, "train_loss"], {}, r"series'\]\[1\]\['train_loss'\] has no epochs"),
         ("plot_bits", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
         ("plot_bits_curves", ["series", 0, "training"], {}, r"series'\]\[0\]\['training'\] has no epochs"),
+        ("plot_token_time", ["cases", 0, "series", 0, "positions"], [1], r"different lengths.*'positions': 1, 'milliseconds': 2"),
         ("plot_samples", ["rows", 1, "images"], [], r"rows'\]\[1\] has nothing in images"),
         ("plot_completions", ["models", 0, "kind"], "best", r"models'\]\[0\] has kind 'best'"),
         ("plot_accuracy", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),

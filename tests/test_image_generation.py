@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from krause_repro import evaluation, runner
-from krause_repro.benchmarks import GenerationCase, _generation_row, bench_generation
+from krause_repro.benchmarks import GENERATION_SPEED, GenerationCase, _generation_row, bench_generation, generation_speed_table
 from krause_repro.data import ImageSet, Splits, TokenCollator, find_source, load, load_splits
 from krause_repro.evaluation import (
     GENERATOR_LABELS,
@@ -394,7 +394,8 @@ def test_the_command_names_what_is_wrong(arguments, message, capsys, monkeypatch
 
 def test_the_benchmark_times_every_model_on_the_same_tokens():
     case = GenerationCase("digits", "digits", "smoke", 2)
-    result = bench_generation((case, replace(case, title="late", start=40, stop=60)), "digits", "smoke", 1, 0.1)
+    settings = replace(GENERATION_SPEED.at("smoke"), cases=(case, replace(case, title="late", start=40, stop=60)), budget=0.1)
+    result = bench_generation(settings)
     found = [(row["case"], row["name"]) for row in result["rows"][:6]]
     assert found == [(title, name) for title in ("digits", "late") for name in ("KARM", "ARM", "LARM")]
     whole, late = result["rows"][:3], result["rows"][3:6]
@@ -403,6 +404,8 @@ def test_the_benchmark_times_every_model_on_the_same_tokens():
     assert all("images_per_second" in row for row in whole) and not any("images_per_second" in row for row in late)
     assert {row["pass"] for row in result["rows"][6:]} == {"training step"} and len(result["notes"]) == 6
     assert "images per second" in result["notes"][0] and "tokens per second" in result["notes"][3]
+    lines = generation_speed_table(result).splitlines()
+    assert len(lines) == 2 + 9 and lines[3].startswith("| digits, one token | ARM | ") and " | 1.00 | 1.00 (1.00 to 1.00) | " in lines[3]
 
 
 def test_speeds_are_counts_over_seconds():
@@ -411,3 +414,5 @@ def test_speeds_are_counts_over_seconds():
     assert row["ratio"] == pytest.approx(3 / 8) and row["tokens_per_second"] == pytest.approx(4 * 20 / 3)
     assert row["images_per_second"] == pytest.approx(4 / 3) and row["growth"] == pytest.approx(2)
     assert row["ratio_quartiles"] == [pytest.approx(0.25), pytest.approx(0.5)]
+    assert row["curve"]["positions"] == [at + 1.5 for at in range(20)]
+    assert row["curve"]["milliseconds"] == pytest.approx([100] * 10 + [200] * 10)

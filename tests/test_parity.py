@@ -69,7 +69,37 @@ def test_module_gives_the_authors_numbers(kind, given, tmp_path):
 
 def test_every_kind_of_one_module_has_a_parity_file():
     files = {path.stem for path in FOLDER.glob("*.safetensors")}
-    assert files >= {*VISION, *WINDOWS, "functional_causal_band"} and len(VISION) == len(WINDOWS) == 3
+    assert files == {*KINDS, "functional_causal_band"} - {"kswin", "swin_baseline"} and len(VISION) == len(WINDOWS) == 3
+
+
+@pytest.mark.parametrize("prefix", [None, "module."])
+@pytest.mark.parametrize("kind", ["krause_llama_attention", "krause_lm_attention"])
+def test_language_attention_gives_the_authors_numbers(kind, prefix):
+    path, tensors, config = parity(kind)
+    attention = load_author_checkpoint(kind, path if prefix is None else author_state(tensors, prefix), **config)
+    assert not attention.training
+    with torch.no_grad():
+        output = attention(tensors["input"], output_attentions=True)
+        assert_close(attention(tensors["input"]), tensors["output"], rtol=0, atol=1e-5)
+        assert_close(output.logits, tensors["output"], rtol=0, atol=1e-5)
+        if "standard_branch_weights" in tensors:
+            assert_close(output.attentions[0], tensors["standard_branch_weights"], rtol=0, atol=1e-5)
+        # the settings are what the numbers need
+        for wrong in ({"window_size": 7}, {"top_k": 3}):
+            other = load_author_checkpoint(kind, path, **{**config, **wrong})
+            assert not torch.allclose(other(tensors["input"]), tensors["output"], atol=1e-5)
+
+
+def test_a_language_attention_without_biases_loads_with_zeros():
+    path, tensors, config = parity("krause_llama_attention")
+    state = author_state(tensors)
+    zeros = {name: torch.zeros_like(t) if name.endswith("_proj.bias") or name.endswith("_proj_krause.bias") and "gate" not in name else t
+             for name, t in state.items()}
+    without = {name: t for name, t in state.items() if zeros[name] is t}
+    assert len(without) == len(state) - 6
+    with torch.no_grad():
+        a, b = (load_author_checkpoint("krause_llama_attention", s, **config)(tensors["input"]) for s in (zeros, without))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("prefix", [None, "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

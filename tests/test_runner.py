@@ -259,7 +259,7 @@ def command(*arguments):
 def test_help_and_version_of_the_command():
     helped, bare, version = command("--help"), command(), command("--version")
     assert helped == bare and helped[0] == 0 and helped[2] == ""
-    commands = ["list", "run", "train", "sample", "data", "report", "site", "book", "bench", "kernels"]
+    commands = ["list", "run", "train", "sample", "data", "report", "site", "book", "bench", "kernels", "evaluate"]
     assert re.findall(r"^  (\w+) ", helped[1], re.MULTILINE) == commands
     assert re.fullmatch(r"krause-repro \d+\.\d+\.\d+\n", version[1])
     code, text, _ = command("run", "--help")

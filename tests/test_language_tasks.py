@@ -1,0 +1,555 @@
+"""Language benchmarks: prompts to the letter, labels, scores in closed form, baselines beside scikit-learn, and bad input."""
+import io
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import types
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants as hub
+import lm_eval.evaluator
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from sklearn.metrics import accuracy_score, f1_score
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from krause_repro import evaluation, runner
+from krause_repro.evaluation import (
+    ITEM_FIELDS,
+    LANGUAGE_TASKS,
+    answer_token,
+    chance_scores,
+    check_ifeval,
+    check_items,
+    constant_scores,
+    count_answers,
+    count_scores,
+    evaluate_language,
+    hub_answers,
+    hub_items,
+    language_items,
+    language_table,
+    macro_f1,
+    read_items,
+    swap_labels,
+    task_config,
+    task_file,
+    task_prompt,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CHOICE_TASKS = LANGUAGE_TASKS[:-1]
+OWN = {task: read_items(ROOT / "krause_repro" / "tasks" / "items", task) for task in LANGUAGE_TASKS}
+ANSWERS = {"boolq": ["No", "Yes"], "piqa": ["A", "B"], "mmlu_pro": list("ABCDEFGHIJ"),
+           **dict.fromkeys(("cb", "anli_r1", "anli_r2", "anli_r3", "mnli"), ["A", "B", "C"])}
+# What each label of the data set means, and the letter that the prompt gives to this meaning.
+MEANINGS = {"cb": ("entailment", "contradiction", "neutral"),
+            **dict.fromkeys(("anli_r1", "anli_r2", "anli_r3", "mnli"), ("entailment", "neutral", "contradiction"))}
+LETTERS = {"entailment": "A", "contradiction": "B", "neutral": "C"}
+PAIR = "Premise: {premise}\nHypothesis: {hypothesis}\nA. entailment\nB. contradiction\nC. neutral\n\n### Response:\n"
+RAIN = {"premise": "It rains.", "hypothesis": "The street is wet."}
+
+
+def right_answer(task, item):
+    "The token that is right, by the data set's own words."
+    if task in MEANINGS:
+        return LETTERS[MEANINGS[task][item["label"]]]
+    return item["answer"] if task == "mmlu_pro" else ANSWERS[task][item["label"]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    "A word is a token, so is a line break, and so is each answer."
+    split = pre_tokenizers.Split(Regex(r"\w+|\n|[^\w\s]| "), "isolated")
+    texts = [task_prompt(task, item) for task, items in OWN.items() for item in items]
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)} | {"Yes", "No", *"ABCDEFGHIJ"}
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<eos>", "<unk>", *sorted(words)])}, "<unk>"))
+    plain.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+
+
+class Told(LlamaForCausalLM):
+    "Answers each prompt with the token it was told, right after the prompt's last token, and knows nothing of other texts."
+
+    def tell(self, tokenizer, answers):
+        "Prompts and the answers to them."
+        self.told = {tuple(tokenizer.encode(prompt)): tokenizer.convert_tokens_to_ids(answer) for prompt, answer in answers.items()}
+        return self
+
+    def forward(self, input_ids, **_):
+        "Logits of 0, but for the answer."
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            (prompt,) = [prompt for prompt in self.told if tuple(ids[:len(prompt)]) == prompt and not any(ids[len(prompt):])]
+            logits[row, len(prompt) - 1, self.told[prompt]] = 1
+        return types.SimpleNamespace(logits=logits)
+
+
+def build(kind, tokenizer, **options):
+    torch.manual_seed(0)
+    return kind(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                            num_attention_heads=2, **options))
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    return build(LlamaForCausalLM, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def random_weights(tokenizer):
+    "A model of random weights and its results."
+    model = build(LlamaForCausalLM, tokenizer)
+    return model, evaluate_language(model, tokenizer, CHOICE_TASKS, "local", batch_size=4)
+
+
+@pytest.fixture
+def told(tokenizer):
+    "A model that gives the answers of a rule: from task, number and item to a token."
+    def make(rule, tasks=CHOICE_TASKS):
+        answers = {task_prompt(task, item): rule(task, i, item) for task in tasks for i, item in enumerate(OWN[task])}
+        return build(Told, tokenizer).tell(tokenizer, answers)
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_questions_to_the_machine(monkeypatch):
+    "lm-eval describes the machine after each evaluation, with a second of subprocesses."
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+
+
+@pytest.mark.parametrize(("task", "item", "prompt"), [
+    ("boolq", {"passage": "Ice floats.", "question": "does ice float"},
+     "Passage: Ice floats.\nQuestion: does ice float?\n\n### Response:\n"),
+    *((task, RAIN, PAIR.format(**RAIN)) for task in MEANINGS),
+    ("piqa", {"goal": "To cool tea,", "sol1": "wait.", "sol2": "boil it."},
+     "Question: To cool tea,\nA. wait.\nB. boil it.\n\n### Response:\n"),
+    ("mmlu_pro", {"question": "Which is even?", "options": list("1234567890")},
+     "Question: Which is even?\nA. 1\nB. 2\nC. 3\nD. 4\nE. 5\nF. 6\nG. 7\nH. 8\nI. 9\nJ. 0\n\n### Response:\n"),
+    ("mmlu_pro", {"question": "Which is even?", "options": ["1", "{{2}}"]}, "Question: Which is even?\nA. 1\nB. {{2}}\n\n### Response:\n"),
+    ("ifeval", {"prompt": "Write in capitals."}, "Write in capitals.\n\n### Response:\n"),
+])
+def test_prompts_are_the_papers_to_the_letter(task, item, prompt):
+    assert task_prompt(task, item) == prompt
+
+
+def test_task_files_name_the_usual_data():
+    assert sorted(path.stem for path in task_file("cb").parent.glob("*.yaml")) == sorted(CHOICE_TASKS)
+    found = {task: task_config(task) for task in LANGUAGE_TASKS}
+    assert {config["num_fewshot"] for config in found.values()} == {0}
+    assert {config["target_delimiter"] for task, config in found.items() if task != "ifeval"} == {""}
+    assert [(found[task]["dataset_path"], found[task]["dataset_name"]) for task in LANGUAGE_TASKS] == [
+        ("aps/super_glue", "boolq"), ("aps/super_glue", "cb"), *[("facebook/anli", None)] * 3, ("nyu-mll/glue", "mnli"),
+        ("baber/piqa", None), ("TIGER-Lab/MMLU-Pro", None), ("google/IFEval", None)]
+
+
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_own_items_hold_every_label_and_are_all_different(task):
+    prompts = [task_prompt(task, item) for item in OWN[task]]
+    assert 8 <= len(prompts) == len(set(prompts)) <= 12
+    assert {right_answer(task, item) for item in OWN[task]} == set(ANSWERS[task])
+    if task == "mmlu_pro":
+        assert all("ABCDEFGHIJ"[item["answer_index"]] == item["answer"] for item in OWN[task])
+
+
+def test_a_model_that_is_always_right_scores_one(told, tokenizer):
+    results = evaluate_language(told(lambda task, i, item: right_answer(task, item)), tokenizer, CHOICE_TASKS, "local")
+    assert list(results) == list(CHOICE_TASKS)
+    for task, result in results.items():
+        assert (result["accuracy"], result["items"], result["answers"]) == (1.0, len(OWN[task]), ANSWERS[task])
+        assert result["macro_f1"] == (1.0 if task in MEANINGS else None)
+        assert [sum(row) for row in result["counts"]] == [sum(right_answer(task, item) == a for item in OWN[task]) for a in ANSWERS[task]]
+
+
+def test_a_known_rule_scores_what_follows_from_it(told, tokenizer):
+    def rule(task, i, item):
+        choices = ANSWERS[task][:len(item.get("options", ANSWERS[task]))]
+        return choices[(i // 2) % len(choices)]
+
+    results = evaluate_language(told(rule), tokenizer, CHOICE_TASKS, "local", batch_size=3)
+    for task, result in results.items():
+        right = [right_answer(task, item) for item in OWN[task]]
+        given = [rule(task, i, item) for i, item in enumerate(OWN[task])]
+        share, n = sum(a == b for a, b in zip(right, given, strict=True)) / len(right), len(right)
+        assert result["accuracy"] == pytest.approx(share, abs=1e-12)
+        assert result["accuracy_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (n - 1)), abs=1e-12)
+        expected = f1_score(right, given, average="macro")
+        assert count_scores(result["counts"])["macro_f1"] == pytest.approx(expected, abs=1e-12)
+        assert result["macro_f1"] == (pytest.approx(expected, abs=1e-12) if task in MEANINGS else None)
+        assert 0 < share < 1
+
+
+def test_a_model_of_random_weights_agrees_with_its_own_logits(random_weights, tokenizer):
+    model, results = random_weights
+    model.eval()
+    for task, result in results.items():
+        pairs = []
+        for item in OWN[task]:
+            choices = ANSWERS[task][:len(item.get("options", ANSWERS[task]))]
+            with torch.no_grad():
+                last = model(torch.tensor([tokenizer.encode(task_prompt(task, item))])).logits[0, -1]
+            given = last[tokenizer.convert_tokens_to_ids(choices)].argmax().item()
+            pairs.append((ANSWERS[task].index(right_answer(task, item)), given))
+        assert result["counts"] == count_answers(pairs, len(ANSWERS[task]))
+        assert result["accuracy"] == pytest.approx(count_scores(result["counts"])["accuracy"], abs=1e-12)
+
+
+def test_swapped_labels_deny_a_model_that_is_always_right(told, tokenizer):
+    rounds = ("anli_r1", "anli_r2", "anli_r3")
+    perfect = told(lambda task, i, item: right_answer(task, item), (*rounds, "mnli"))
+    correct, swapped = (evaluate_language(perfect, tokenizer, (*rounds, "mnli"), "local", anli_labels=labels)
+                        for labels in ("correct", "swapped"))
+    for task in rounds:
+        assert (correct[task]["accuracy"], correct[task]["macro_f1"]) == (1.0, 1.0)
+        assert swapped[task]["accuracy"] == swapped[task]["macro_f1"] == pytest.approx(1 / 3)  # entailment is right, all else wrong
+    assert swapped["mnli"] == correct["mnli"]
+
+
+def test_swapping_labels_afterwards_is_asking_again(told, tokenizer):
+    answers = told(lambda task, i, item: "ABCCB"[i % 5], ("anli_r2",))
+    correct, swapped = (evaluate_language(answers, tokenizer, "anli_r2", "local", limit=7, anli_labels=labels)["anli_r2"]
+                        for labels in ("correct", "swapped"))
+    again = swap_labels(correct)
+    assert again["counts"] == swapped["counts"] != correct["counts"]
+    assert again["constant"] == swapped["constant"]
+    for key in ("accuracy", "accuracy_stderr", "macro_f1"):
+        assert again[key] == pytest.approx(swapped[key], abs=1e-12)
+        assert again[key] != pytest.approx(correct[key], abs=1e-3)
+    assert swap_labels(again)["counts"] == correct["counts"]
+    with pytest.raises(ValueError, match="answers A, B and C"):
+        swap_labels({**correct, "answers": ["A", "B"]})
+
+
+def test_constant_answers_score_what_scikit_learn_says(random_weights):
+    for task, result in random_weights[1].items():
+        right = [right_answer(task, item) for item in OWN[task]]
+        assert list(result["constant"]) == ANSWERS[task]
+        for answer, scores in result["constant"].items():
+            given = [answer] * len(right)
+            assert scores["accuracy"] == pytest.approx(accuracy_score(right, given), abs=1e-12)
+            assert scores["macro_f1"] == pytest.approx(f1_score(right, given, average="macro", zero_division=0), abs=1e-12)
+        options = [len(item.get("options", ANSWERS[task])) for item in OWN[task]]
+        assert result["chance"]["accuracy"] == pytest.approx(sum(1 / n for n in options) / len(options))
+
+
+def test_constant_answers_are_the_papers_base_model():
+    def rounded(right):
+        scores = constant_scores(right)[0]
+        return round(100 * scores["accuracy"], 2), round(100 * scores["macro_f1"], 2)
+
+    assert rounded([23, 28, 5]) == (41.07, 19.41)
+    assert rounded([334, 333, 333]) == (33.40, 16.69)
+
+
+def test_macro_f1_is_scikit_learns():
+    draw = random.Random(0)
+    for _ in range(40):
+        labels = draw.sample(range(5), draw.randint(1, 5))
+        pairs = [(draw.choice(labels), draw.choice(labels)) for _ in range(draw.randint(1, 12))]
+        assert macro_f1(pairs) == pytest.approx(f1_score(*zip(*pairs, strict=True), average="macro", zero_division=0), abs=1e-12)
+
+
+def test_chance_is_the_mean_over_many_even_guesses():
+    right, options, draw = [0, 0, 1, 2, 2, 2], [3, 3, 3, 3, 3, 3], random.Random(0)
+    many = [(a, draw.randrange(n)) for _ in range(4000) for a, n in zip(right, options, strict=True)]
+    found, expected = count_scores(count_answers(many, 3)), chance_scores(right, options)
+    assert expected["accuracy"] == pytest.approx(1 / 3)
+    assert [found[key] for key in expected] == pytest.approx(list(expected.values()), abs=0.01)
+    assert chance_scores([0, 1], [2, 4])["accuracy"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+def test_an_answer_must_be_one_token_after_the_prompt(tokenizer, tiny):
+    prompt = task_prompt("boolq", OWN["boolq"][0])
+    before, token = answer_token(tokenizer.encode, prompt, "Yes")
+    assert before == tokenizer.encode(prompt) and tokenizer.convert_ids_to_tokens([before[-1], token]) == ["\n", "Yes"]
+    characters = [ord(letter) for letter in prompt]
+    assert answer_token(lambda text: [ord(letter) for letter in text], prompt, "A") == (characters, ord("A"))
+    with pytest.raises(ValueError, match="'Yes' must be exactly one token"):
+        answer_token(lambda text: [ord(letter) for letter in text], prompt, "Yes")
+    with pytest.raises(ValueError, match="'A' must be exactly one token"):  # here it melts into the line break
+        answer_token(lambda text: [hash(text[i:i + 2]) for i in range(0, len(text), 2)], "odd\n\n", "A")
+    plain = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(["?", *map(chr, range(32, 127)), "\n"])}, "?"))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="?", unk_token="?", pad_token="?")
+    with pytest.raises(ValueError, match="answer 'No' must be exactly one token"):
+        evaluate_language(tiny, letters, "boolq", "local")
+
+
+def test_prompts_that_do_not_fit_are_counted(tokenizer):
+    lengths = [len(tokenizer.encode(task_prompt("boolq", item))) for item in OWN["boolq"]]
+    longest = sorted(lengths)[4]
+    short = build(LlamaForCausalLM, tokenizer, max_position_embeddings=longest)
+    result = evaluate_language(short, tokenizer, "boolq", "local")
+    assert 0 < result["boolq"]["truncated"] == sum(length > longest for length in lengths) < len(lengths)
+    assert f"| boolq | short | 10 ({result['boolq']['truncated']} cut) |" in language_table({"short": result})
+
+
+def test_an_evaluation_leaves_no_trace(tiny, tokenizer, capsys):
+    tiny.train()
+    tokenizer.padding_side = "right"
+    state, special = torch.get_rng_state(), dict(tokenizer.special_tokens_map)
+    first, second = (evaluate_language(tiny, tokenizer, "piqa,cb", "local") for _ in range(2))
+    assert first == second
+    assert tiny.training and tokenizer.padding_side == "right" and tokenizer.special_tokens_map == special
+    assert torch.equal(state, torch.get_rng_state())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_limit_takes_the_first_items_and_one_has_no_error(tiny, tokenizer):
+    result = evaluate_language(tiny, tokenizer, "cb", "local", limit=1)["cb"]
+    assert (result["items"], result["accuracy_stderr"]) == (1, None)
+    assert [sum(row) for row in result["counts"]] == [1, 0, 0]
+
+
+def test_items_may_come_from_a_file_or_a_folder(tiny, tokenizer, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(OWN["piqa"][:3]), encoding="utf-8")
+    assert evaluate_language(tiny, tokenizer, ["piqa"], tmp_path / "mine.json")["piqa"]["items"] == 3
+    (tmp_path / "piqa.json").write_text(json.dumps(OWN["piqa"][:2]), encoding="utf-8")
+    assert {task: len(items) for task, items in language_items(["piqa"], tmp_path).items()} == {"piqa": 2}
+    with pytest.raises(ValueError, match="is one file, but 2 tasks"):
+        language_items(["piqa", "cb"], tmp_path / "mine.json")
+    with pytest.raises(FileNotFoundError, match="cb.json"):
+        language_items(["piqa", "cb"], tmp_path)
+
+
+PIQA, MMLU, IFEVAL = OWN["piqa"][0], OWN["mmlu_pro"][0], OWN["ifeval"][0]
+
+
+@pytest.mark.parametrize(("task", "content", "message"), [
+    ("piqa", "[", "items.json is not valid JSON"),
+    ("piqa", "{}", "must hold a list of items of piqa"),
+    ("piqa", "[]", "must hold a list of items of piqa"),
+    ("piqa", [PIQA, 3], "item 2 of 2: must be an object with the fields goal, sol1, sol2, label"),
+    ("piqa", [PIQA, {key: value for key, value in PIQA.items() if key != "sol2"}], "item 2 of 2: field 'sol2' is missing"),
+    ("piqa", [{**PIQA, "label": 2}], "item 1 of 1: field 'label' must be an integer from 0 to 1, got 2"),
+    ("piqa", [{**PIQA, "label": -1}], "must be an integer from 0 to 1, got -1"),
+    ("piqa", [{**PIQA, "label": True}], "must be an integer from 0 to 1, got True"),
+    ("piqa", [{**PIQA, "label": "0"}], "must be an integer from 0 to 1, got '0'"),
+    ("piqa", [{**PIQA, "goal": None}], "field 'goal' must be of type str, got None"),
+    ("mmlu_pro", [{**MMLU, "options": ["1"]}], "field 'options' must hold 2 to 10 strings"),
+    ("mmlu_pro", [{**MMLU, "options": list("12345678901")}], "field 'options' must hold 2 to 10 strings"),
+    ("mmlu_pro", [{**MMLU, "options": ["1", 2]}], "field 'options' must hold 2 to 10 strings"),
+    ("mmlu_pro", [{**MMLU, "answer_index": 4}], "field 'answer_index' must be below 4, the number of options, got 4"),
+    ("ifeval", [{**IFEVAL, "kwargs": []}], "field 'kwargs' must hold one object for each entry"),
+    ("ifeval", [{**IFEVAL, "key": True}], "field 'key' must be of type int"),
+])
+def test_malformed_items_are_refused_by_name(task, content, message, tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        read_items(path, task)
+    assert message in str(error.value) and "items.json" in str(error.value)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"tasks": "boolq,winogrande"}, "'winogrande' is not a language benchmark; allowed: boolq, cb, anli_r1"),
+    ({"tasks": []}, "tasks must name at least one"),
+    ({"anli_labels": "mnli"}, "anli_labels='mnli' must be one of: correct, swapped"),
+    ({"limit": 0}, "limit must be an integer ≥ 1"),
+    ({"limit": 1.5}, "limit must be an integer ≥ 1"),
+    ({"batch_size": 0}, "batch_size must be an integer ≥ 1"),
+    ({"max_gen_toks": "many"}, "max_gen_toks must be an integer ≥ 1"),
+])
+def test_bad_arguments_are_refused_before_the_model_is_touched(options, message):
+    with pytest.raises(ValueError) as error:
+        evaluate_language(None, None, **{"tasks": "cb", "source": "local", **options})
+    assert message in str(error.value)
+
+
+def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'krause_repro\[eval\]'"):
+        evaluate_language(None, None, "cb", "local")
+
+
+def test_without_the_hub_the_error_says_where_it_looked(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    seen = []
+
+    def load(*arguments, **options):
+        seen.append((hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(FileNotFoundError) as error:
+        evaluate_language(None, None, "cb")
+    for part in ("aps/super_glue (cb, validation)", "http://127.0.0.1:9", str(tmp_path), "source 'local'", "no network"):
+        assert part in str(error.value)
+    assert seen == [(True, True)] and (hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == before
+
+
+def test_the_hub_is_there_if_it_answers_at_all(monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+
+    def answer(error):
+        def urlopen(request, timeout):
+            if error:
+                raise error
+            return io.BytesIO()
+        return urlopen
+
+    refused = urllib.error.HTTPError("https://hub", 403, "forbidden", None, None)
+    for error, there in ((None, True), (refused, True), (urllib.error.URLError("nothing"), False), (TimeoutError(), False)):
+        monkeypatch.setattr(urllib.request, "urlopen", answer(error))
+        assert hub_answers() is there
+    monkeypatch.setattr(urllib.request, "urlopen", answer(None))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    assert hub_answers() is False
+
+
+def test_items_of_the_hub_are_asked_for_by_name_and_checked(monkeypatch, tiny, tokenizer):
+    asked, sets = [], {"aps/super_glue": OWN["cb"], "facebook/anli": OWN["anli_r3"], "google/IFEval": [{**IFEVAL, "prompt": None}]}
+
+    def load(path, name, split):
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(sets[path])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(evaluation, "hub_answers", lambda: True)
+    results = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"])
+    assert asked == [("aps/super_glue", "cb", "validation"), ("facebook/anli", None, "test_r3")]
+    assert results == evaluate_language(tiny, tokenizer, ["cb", "anli_r3"], "local")
+    with pytest.raises(ValueError, match=r"google/IFEval \(default, train\), item 1 of 1: field 'prompt'"):
+        hub_items("ifeval")
+
+
+IFEVAL_MODULES = ["lm_eval.tasks.ifeval", *(f"lm_eval.tasks.ifeval.{name}"
+                  for name in ("instructions", "instructions_registry", "instructions_util", "utils"))]
+
+
+@pytest.fixture
+def checkers(monkeypatch):
+    "IFEval's checks, without their packages and without NLTK's data: own items need neither."
+    import nltk
+
+    immutable, detect = types.ModuleType("immutabledict"), types.ModuleType("langdetect")
+    immutable.immutabledict = dict
+    monkeypatch.setitem(sys.modules, "immutabledict", immutable)
+    monkeypatch.setitem(sys.modules, "langdetect", detect)
+    for name in IFEVAL_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(nltk, "download", lambda *names: False)
+    monkeypatch.setattr(nltk.data, "path", [])
+
+
+def test_ifeval_counts_prompts_and_instructions_strictly(checkers, monkeypatch, tiny, tokenizer):
+    answers = [
+        "It rained and we walked.", "one, two, three", "The ladder is back. Thanks!", "A bridge, and no stream.", '{"monday": "9 to 5"}',
+        "* a\n* b\n* c", '"Ash"', "<<a quiet day>>\nGo to the museum. See you there.",
+    ]  # the fourth has a comma but no river, the sixth one bullet too few
+    replies, asked = {f"{item['prompt']}\n\n### Response:\n": answer for item, answer in zip(OWN["ifeval"], answers, strict=True)}, []
+
+    def generate_until(self, requests, **_):
+        asked.extend(request.args[1] for request in requests)
+        return [replies[request.args[0]] for request in requests]
+
+    monkeypatch.setattr(HFLM, "generate_until", generate_until)
+    result = evaluate_language(tiny, tokenizer, "ifeval", "local", max_gen_toks=50)["ifeval"]
+    assert (result["items"], result["instructions"], result["accuracy"]) == (8, 10, 6 / 8)
+    assert result["instruction_accuracy"] == pytest.approx(8 / 10)
+    assert {kwargs["max_gen_toks"] for kwargs in asked} == {50} and {kwargs["do_sample"] for kwargs in asked} == {False}
+    table = language_table({"tiny": {"ifeval": result}})
+    assert "| ifeval | tiny | 8 | 75.00 ± 16.37 | — |\n| ifeval, by instruction | tiny | 10 | 80.00 | — |" in table
+
+
+def test_ifeval_lets_a_model_write(checkers, tiny, tokenizer):
+    result = evaluate_language(tiny, tokenizer, "ifeval", "local", limit=2, max_gen_toks=4, batch_size=2)["ifeval"]
+    assert (result["items"], result["truncated"]) == (2, 0)
+    assert result["accuracy"] in (0, 0.5, 1)
+    with pytest.raises(ValueError, match="max_gen_toks=2048 must be below 2048"):
+        evaluate_language(tiny, tokenizer, "ifeval", "local", max_gen_toks=2048)
+
+
+def test_ifeval_says_what_it_lacks(checkers, monkeypatch):
+    check_ifeval(OWN["ifeval"])
+    with pytest.raises(FileNotFoundError, match="number_sentences needs NLTK's punkt_tab.*python -m nltk.downloader punkt_tab"):
+        check_ifeval([{**IFEVAL, "instruction_id_list": ["length_constraints:number_sentences"]}])
+    with pytest.raises(ValueError, match="unknown instruction 'startend:middle'"):
+        check_ifeval([{**IFEVAL, "instruction_id_list": ["startend:middle"]}])
+    for name in IFEVAL_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(ImportError, match=r"ifeval needs the package langdetect.*pip install 'lm-eval\[ifeval\]'"):
+        check_ifeval(OWN["ifeval"])
+
+
+def test_the_table_shows_scores_beside_chance_and_constant_answers(told, tokenizer):
+    constant = told(lambda task, i, item: "No" if task == "boolq" else "A")
+    results = evaluate_language(constant, tokenizer, "boolq,cb,mmlu_pro", "local")
+    assert language_table({"constant": results}).splitlines()[2:] == [
+        "| boolq | constant | 10 | 50.00 ± 16.67 | — |", "| boolq | chance | 10 | 50.00 | — |",
+        "| boolq | always No | 10 | 50.00 | — |", "| boolq | always Yes | 10 | 50.00 | — |",
+        "| cb | constant | 10 | 40.00 ± 16.33 | 19.05 |", "| cb | chance | 10 | 33.33 | 33.17 |", "| cb | always A | 10 | 40.00 | 19.05 |",
+        "| cb | always B | 10 | 30.00 | 15.38 |", "| cb | always C | 10 | 30.00 | 15.38 |",
+        "| mmlu_pro | constant | 10 | 10.00 ± 10.00 | — |", "| mmlu_pro | chance | 10 | 12.60 | — |",
+        "| mmlu_pro | always A | 10 | 10.00 | — |",
+    ]
+
+
+@pytest.fixture
+def branch(monkeypatch, tiny, tokenizer):
+    "The loader of language models, which notes what it is asked for."
+    loaded, module = [], types.ModuleType("krause_repro.llm_branch")
+
+    def load_language_model(model, adapter=None):
+        loaded.append((model, adapter))
+        return tiny, tokenizer
+
+    module.load_language_model = load_language_model
+    monkeypatch.setitem(sys.modules, "krause_repro.llm_branch", module)
+    return loaded
+
+
+def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_path, capsys):
+    output = tmp_path / "made" / "scores.json"
+    arguments = ["evaluate", "some/model", "--tasks", "piqa,anli_r1", "--adapter", "tuned", "--source", "local", "--limit", "5",
+                 "--anli_labels", "swapped", "--output", str(output)]
+    assert runner.main(arguments) == 0
+    assert branch == [("some/model", "tuned")]
+    record = json.loads(output.read_text(encoding="utf-8"))
+    expected = evaluate_language(tiny, tokenizer, "piqa,anli_r1", "local", limit=5, anli_labels="swapped")
+    assert record["results"] == json.loads(json.dumps(expected))
+    assert [record[key] for key in ("model", "adapter", "tasks", "source", "limit", "anli_labels")] == [
+        "some/model", "tuned", ["piqa", "anli_r1"], "local", 5, "swapped"]
+    assert {"versions", "commit", "device"} <= set(record)
+    shown = capsys.readouterr().out
+    assert str(output) in shown and language_table({"model": expected}) in shown
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--tasks", "boolq,lambada"], "'lambada' is not a language benchmark"),
+    (["--tasks", "cb", "--source", "nowhere.json"], "there is no file nowhere.json"),
+    (["--tasks", "cb", "--source", "local", "--limit", "0"], "limit must be an integer"),
+    (["--limit", "few"], "krause-repro evaluate --help"),
+])
+def test_the_command_refuses_before_it_loads_a_model(arguments, message, branch, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    assert runner.main(["evaluate", "model", *arguments, "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert branch == [] and not output.exists()
+
+
+def test_task_files_and_items_are_built_into_the_package(tmp_path):
+    shutil.copytree(ROOT / "krause_repro", tmp_path / "krause_repro", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "built"], cwd=tmp_path, check=True, capture_output=True)
+    built = tmp_path / "built" / "krause_repro" / "tasks"
+    assert {path.stem for path in built.glob("*.yaml")} == set(CHOICE_TASKS)
+    assert {path.stem for path in (built / "items").glob("*.json")} == set(ITEM_FIELDS)
+
+
+def test_checked_items_are_returned_as_they_are():
+    assert check_items("cb", OWN["cb"], "here") is OWN["cb"]

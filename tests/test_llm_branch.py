@@ -1,0 +1,407 @@
+"The Krause branch of language models: against a formula written down apart from it, cached against uncached, saved against loaded."
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.testing import assert_close
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+from krause_repro.attention import CausalWindow
+from krause_repro.llm_branch import (
+    BranchSettings,
+    add_adapter,
+    add_krause_branch,
+    attention_layers,
+    branches,
+    load_language_model,
+    lora_config,
+    parameter_counts,
+    recorded_branches,
+    remove_krause_branch,
+    save_adapter,
+)
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "smollm": lambda: LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_attention_heads": 6, "hidden_size": 48}, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=11)),
+}
+BRANCH = {"window": 6, "top_k": 3, "sigma": 1.5, "gate_start": 0.7}
+
+
+def small(family="llama", branch=True, **changes):
+    "A model whose parameters are all away from their start, so that none is zero, one or equal to another."
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    if branch:
+        add_krause_branch(model, **{**BRANCH, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(length=29, batch=2, seed=1):
+    return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def in_pieces(model, ids, sizes, cache=None, mask=None):
+    "Logits of a sequence that is given to the model in pieces."
+    logits, past = [], 0
+    for size in sizes:
+        seen = None if mask is None else mask[:, :past + size]
+        step = model(ids[:, past:past + size], attention_mask=seen, past_key_values=cache, use_cache=True)
+        logits, cache, past = [*logits, step.logits], step.past_key_values, past + size
+    return torch.cat(logits, 1)
+
+
+def rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm", "qwen2", "mistral"])
+def test_layer_is_the_mixture_written_down_in_full(family):
+    "Projections, rotation, distances, window, top-k and gate from the weights alone, in float64."
+    model = small(family).double()
+    layer, ids = next(iter(attention_layers(model).values())), tokens()
+    seen = {}
+    layer.register_forward_hook(lambda m, args, kwargs, out: seen.update(hidden=kwargs["hidden_states"], mixed=out[0],
+                                cos=kwargs["position_embeddings"][0][:, None], sin=kwargs["position_embeddings"][1][:, None]),
+                                with_kwargs=True)
+    with torch.no_grad():
+        model(ids)
+        branch, hidden, mixed = layer.krause_branch, seen["hidden"], seen["mixed"]
+        own, heads = branch.attention, layer.config.num_attention_heads
+        q, k, v = (p(hidden).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for p in (own.q_proj, own.k_proj, own.v_proj))
+        q, k = rotate(q, seen["cos"], seen["sin"]), rotate(k, seen["cos"], seen["sin"])
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        sigma, window = branch.bandwidth.log_sigma.exp(), CausalWindow(branch.window)
+        squared = (q[:, :, :, None] - k[:, :, None]).square().sum(-1)
+        score = (-squared / (2 * sigma[:, None, None] ** 2)).masked_fill(~window.mask(ids.shape[1]), -torch.inf)
+        kept = score >= score.topk(branch.top_k, -1).values[..., -1:]
+        weights = score.masked_fill(~kept, -torch.inf).softmax(-1)
+        krause = own.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        remove_krause_branch(model)
+        standard = {}
+        layer.register_forward_hook(lambda m, args, out: standard.update(output=out[0]))
+        model(ids)
+        logits = branch.token_gate.proj(torch.cat([standard["output"], krause], -1))
+        share = torch.sigmoid(logits[..., :1] - logits[..., 1:])
+    assert_close(mixed, share * standard["output"] + (1 - share) * krause, rtol=0, atol=1e-10)
+    assert 0.1 < share.mean() < 0.95 and share.std() > 1e-3
+
+
+def test_at_the_start_it_is_the_base_model_but_for_the_gate():
+    model = small(branch=False)
+    layer = next(iter(attention_layers(model).values()))
+    base = {name: p.clone() for name, p in model.state_dict().items()}
+    add_krause_branch(model, window=32, top_k=32, sigma=1e3, gate_start=0.999999)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], p) for name, p in base.items())
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        copied = getattr(layer.krause_branch.attention, name)
+        assert torch.equal(copied.weight, getattr(layer, name).weight) and copied.weight is not getattr(layer, name).weight
+    added = sum(p.numel() for p in branches(model)[0].parameters())
+    width, heads = 32, 4
+    assert added == 2 * width * width + 2 * width * 16 + heads + 2 * 2 * width + 2
+    with torch.no_grad():
+        mixed = model(tokens()).logits
+        plain = remove_krause_branch(model)(tokens()).logits
+    assert_close(mixed, plain, rtol=0, atol=1e-4)
+
+
+def test_gate_starts_where_it_is_told():
+    torch.manual_seed(0)
+    model = add_krause_branch(FAMILIES["llama"]().eval(), gate_start=0.8)
+    with torch.no_grad(), recorded_branches() as records:
+        model(tokens())
+    assert [r["layer"] for r in records] == [0, 1]
+    for record in records:
+        assert_close(record["gate"], torch.full((2, 29), 0.8), rtol=0, atol=0.01)
+        assert_close(record["weights"].sum(-1), torch.ones(2, 4, 29), rtol=0, atol=1e-5)
+        rows, columns = torch.arange(29)[:, None], torch.arange(29)
+        assert not record["weights"][..., (columns > rows) | (columns <= rows - 32)].any()
+        assert ((record["weights"] > 0).sum(-1) == (torch.arange(29) + 1).clamp(max=16)).all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_equals_uncached_at_every_position(family, attention):
+    model, ids = small(family), tokens()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        whole = model(ids).logits
+    static = StaticCache(model.config, max_cache_len=40)
+    for sizes, cache in (([1] * 29, None), ([9, 1, 1, 7, 11], None), ([5] + [1] * 24, DynamicCache()), ([4, 3] + [1] * 22, static)):
+        assert_close(in_pieces(model, ids, sizes, cache), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_left_padding_changes_nothing(family, attention):
+    model, ids, pad = small(family), tokens(17), 5
+    model.set_attn_implementation(attention)
+    padded = torch.cat([torch.full((2, pad), 7), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[0, :pad] = 0
+    with torch.no_grad():
+        alone, other = model(ids[:1]).logits, model(padded[1:]).logits
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        together = model(padded, attention_mask=mask, position_ids=positions).logits
+    assert_close(together[:1, pad:], alone, rtol=0, atol=1e-5)
+    assert_close(together[1:], other, rtol=0, atol=1e-5)
+    cached = model.generate(padded, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    by_itself = model.generate(ids[:1], max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(cached[:1, pad:], by_itself)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"num_beams": 3, "num_return_sequences": 2},
+                                     {"cache_implementation": "static", "num_beams": 2}])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_generate_is_the_same_with_and_without_a_cache(family, options):
+    model, prompt = small(family), tokens(9)
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    common = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    without = model.generate(prompt, use_cache=False, **common, **{k: v for k, v in options.items() if k != "cache_implementation"})
+    assert torch.equal(model.generate(prompt, **common, **options), without)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    model, ids = small(), tokens()
+    other = ids.clone()
+    other[:, 20] = (other[:, 20] + 1) % 61
+    with torch.no_grad():
+        difference = (model(ids).logits - model(other).logits).abs().amax((0, 2))
+    assert not difference[:20].any() and difference[20] > 1e-3
+
+
+def test_without_its_ring_cached_decoding_is_another_function():
+    model, ids = small(ignore_cache=True), tokens()
+    with torch.no_grad():
+        whole = model(ids).logits
+    assert (in_pieces(model, ids, [1] * 29) - whole).abs().max() > 1e-3
+    assert_close(in_pieces(model, ids, [29]), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removing_gives_the_base_model_back(family):
+    model = small(family, branch=False)
+    names, config, ids = set(model.state_dict()), model.config.to_dict(), tokens()
+    with torch.no_grad():
+        before = model(ids).logits
+        add_krause_branch(model, **BRANCH)
+        assert not torch.equal(model(ids).logits, before) and len(branches(model)) == 2
+        remove_krause_branch(model)
+        assert torch.equal(model(ids).logits, before)
+    assert set(model.state_dict()) == names and model.config.to_dict() == config and not branches(model)
+    add_krause_branch(model, **BRANCH)  # and again
+
+
+def test_a_copy_is_independent():
+    model, ids = small(), tokens()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        branches(twin)[0].token_gate.proj.bias += 1
+        changed = twin(ids).logits
+        assert not torch.equal(changed, model(ids).logits)
+        remove_krause_branch(twin)
+    assert len(branches(model)) == 2 and not branches(twin)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model, ids = small().train(), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[1, 25:] = 0
+
+    def gradients():
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for name, gradient in gradients().items():
+        assert_close(gradient, plain[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert all(plain[name].any() for name in plain if "krause_branch" in name)
+
+
+def test_attentions_are_the_base_models_and_the_branchs_apart():
+    model, ids = small(), tokens()
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), recorded_branches() as records:
+        output = model(ids, output_attentions=True)
+    assert len(output.attentions) == len(records) == 2
+    for weights, record in zip(output.attentions, records, strict=True):
+        assert weights.shape == record["weights"].shape and (weights[:, :, -1] > 0).all()
+    layer = branches(model)[0]
+    assert layer.window == 6 and ((records[0]["weights"][:, :, -1] > 0).sum(-1) == 3).all()
+
+
+def test_bfloat16_stays_near_float32():
+    model, ids = small(), tokens()
+    half = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        exact, rounded, plain = model(ids).logits, half(ids).logits, remove_krause_branch(copy.deepcopy(half))(ids).logits
+        base = remove_krause_branch(copy.deepcopy(model))(ids).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).abs().mean() < 3 * (plain - base).abs().mean()
+
+
+def test_sigma_and_gate_are_trained_and_saved(tmp_path):
+    branched = add_krause_branch(small(branch=False), **BRANCH)
+    model = get_peft_model(branched, lora_config(branched, rank=4, dropout=0.0)).train()
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    counts = parameter_counts(model)
+    assert counts["trainable"] + counts["frozen"] == counts["total"] == sum(p.numel() for p in model.parameters())
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(tokens(), labels=tokens()).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    for end in ("bandwidth.modules_to_save.default.log_sigma", "token_gate.modules_to_save.default.proj.weight",
+                "krause_branch.attention.q_proj.lora_B.default.weight", "self_attn.q_proj.lora_B.default.weight"):
+        assert sum(name.endswith(end) for name in moved) == 2, end
+    assert not any("base_layer" in name for name in moved)
+    save_adapter(model, tmp_path / "adapter")
+    small(branch=False).save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        expected = model.eval()(tokens()).logits
+    torch.save(expected, tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; from transformers import LlamaForCausalLM; from krause_repro.llm_branch import add_adapter; "
+        "folder = sys.argv[1]; model = add_adapter(LlamaForCausalLM.from_pretrained(folder + '/base'), folder + '/adapter').eval(); "
+        "ids = torch.randint(61, (2, 29), generator=torch.Generator().manual_seed(1)); "
+        "torch.testing.assert_close(model(ids).logits, torch.load(folder + '/expected.pt', weights_only=True), rtol=0, atol=1e-5)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_frozen_sigma_and_random_biases_are_what_the_released_code_does():
+    model = small(freeze_sigma=True, random_biases=True)
+    lora = get_peft_model(model, lora_config(model, rank=4))
+    trained = {name for name, p in lora.named_parameters() if p.requires_grad}
+    assert not any("bandwidth" in name for name in trained) and any("token_gate" in name for name in trained)
+    biases = [p for name, p in lora.named_parameters() if name.endswith("bias") and "krause_branch.attention" in name]
+    assert len(biases) == 6 and not any(p.requires_grad for p in biases)
+    assert all(p.any() for p in biases)
+
+
+def test_a_model_saved_with_its_branch_loads_with_it(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    loaded, _ = load_language_model(tmp_path)
+    assert type(loaded) is LlamaForCausalLM and not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert len(branches(remove_krause_branch(loaded))) == 0
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"window": 0}, "window must be an integer ≥ 1, got 0"), ({"window": 2.5}, "window must be an integer"),
+    ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"), ({"window": 8, "top_k": 9}, "top_k must be at most window = 8, got 9"),
+    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_start": 1.0}, "gate_start must be between 0 and 1"),
+    ({"gate_start": "0.8"}, "gate_start must be between 0 and 1"),
+])
+def test_settings_are_refused_before_anything_is_changed(arguments, message):
+    model = small(branch=False)
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        add_krause_branch(model, **arguments)
+    assert set(model.state_dict()) == names
+
+
+def test_what_cannot_have_a_branch_is_refused():
+    with pytest.raises(ValueError, match="q_proj, k_proj, v_proj, o_proj, and GPT2Model has none"):
+        add_krause_branch(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=2)))
+    with pytest.raises(ValueError, match="has a Krause branch already"):
+        add_krause_branch(small())
+    with pytest.raises(ValueError, match="model has no Krause branch"):
+        remove_krause_branch(small(branch=False))
+    base = small(branch=False)
+    with pytest.raises(ValueError, match="add the Krause branch to the base model first"):
+        add_krause_branch(get_peft_model(base, lora_config(base)))
+
+
+def test_masks_and_caches_that_do_not_fit_are_refused():
+    model, ids = small(), tokens(12)
+    with pytest.raises(ValueError, match="position_ids must go up by one"):
+        model(ids, position_ids=torch.arange(6).repeat(2)[None].expand(2, -1))
+    documents = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
+    documents[:, :, :6, :6] = documents[:, :, 6:, 6:] = torch.ones(6, 6, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="attention_mask must be causality and padding"):
+        model(ids, attention_mask=documents)
+    with pytest.raises(ValueError, match="attention_mask must have 12 columns, one for each token so far, got 9"):
+        model(ids, attention_mask=torch.ones(2, 9, dtype=torch.long))
+    filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values was filled without this Krause branch"):
+        model(ids[:, :1], past_key_values=filled)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
+    with torch.no_grad():
+        assert_close(model(ids, attention_mask=causal).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path):
+    model = get_peft_model(small(), lora_config(small(), rank=4))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is of another base model: its hidden_size is 32, this model's is 48"):
+        add_adapter(small("smollm", branch=False), tmp_path / "adapter")
+    other = small(branch=False)
+    with torch.no_grad():
+        next(iter(attention_layers(other).values())).q_proj.weight *= 1.1
+    with pytest.raises(ValueError, match="is of another base model: its weights"):
+        add_adapter(other, tmp_path / "adapter")
+    assert not branches(other)
+    (tmp_path / "adapter" / "krause_branch.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no krause_branch.json"):
+        add_adapter(small(branch=False), tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match="there is no folder or file .*nowhere/at-all"):
+        load_language_model("nowhere/at-all")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text(json.dumps(LlamaConfig(**SMALL).to_dict()))
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="has no .safetensors; pickled weights are not read"):
+        load_language_model(pickled)
+    with pytest.raises(FileNotFoundError, match="neither config.json nor a .gguf file"):
+        load_language_model(tmp_path)
+
+
+def test_settings_are_the_papers():
+    assert BranchSettings() == BranchSettings(32, 16, 5.5, 0.8, False, False, False)
+    config = lora_config(small())
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0.1)
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert lora_config(small(branch=False)).modules_to_save is None
+    assert isinstance(get_peft_model(small(), config), PeftModel)
