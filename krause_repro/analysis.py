@@ -6,8 +6,8 @@
 __all__ = ['WEIGHT_QUANTITIES', 'TOKEN_QUANTITIES', 'collect_attention', 'row_entropy', 'attention_entropy', 'head_diversity',
            'grid_places', 'attention_distance', 'token_cosine', 'rank_residual', 'effective_rank', 'token_clusters',
            'analyse', 'test_pixels', 'summarise_analysis', 'query_token', 'map_row', 'query_rows',
-           'first_token_attention', 'uniform_attention', 'received_attention', 'recorded_values', 'value_ratio',
-           'sink_quantities', 'sink_profile', 'summarise_sinks']
+           'first_token_attention', 'uniform_attention', 'uniform_share', 'received_attention', 'recorded_values',
+           'value_ratio', 'sink_quantities', 'sink_profile', 'summarise_sinks']
 
 # %% ../nbs/24_analysis.ipynb #bfc13e43
 import math
@@ -233,17 +233,26 @@ def uniform_attention(
     seen = band_mask(window or length, length, length).double()
     return (seen / seen.sum(-1, keepdim=True))[None, None]
 
-# %% ../nbs/24_analysis.ipynb #98ab37bb
+# %% ../nbs/24_analysis.ipynb #95ce7c28
+def uniform_share(
+    length: int,  # tokens T
+    window: int | None = None,  # W; None: the whole past
+) -> Tensor:  # (T,)
+    "What each key that a query sees gets from it in uniform causal attention."
+    return 1 / torch.arange(1, length + 1).clamp(max=window or length)
+
+
 def received_attention(
     weights: Tensor,  # (B, H, T, T), causal
     window: int,  # W
-) -> Tensor:  # (B, T − W + 1)
-    "Mean attention that each token gets, over heads, from the W − 1 queries after it."
-    mean, count = weights.mean(1), weights.shape[-1] - window + 1
+    uniform: Tensor,  # (T,) or (B, T), `uniform_share` of each query
+) -> Tensor:  # (B, T − W + 1), in units of uniform attention
+    "Attention that each token gets from the W − 1 queries after it, over heads, as a multiple of what uniform attention would give."
+    mean, count = weights.mean(1) / uniform[..., None].to(weights), weights.shape[-1] - window + 1
     after = [mean.diagonal(-offset, 1, 2)[:, :count] for offset in range(1, window)]
     return torch.stack(after).mean(0)
 
-# %% ../nbs/24_analysis.ipynb #dffa5e6b
+# %% ../nbs/24_analysis.ipynb #4d4d7e2d
 @contextmanager
 def recorded_values(
     layers: list[nn.Module],  # attention layers, each with a `v_proj`
@@ -270,19 +279,23 @@ def value_ratio(
 def sink_quantities(
     weights: Tensor,  # (B, H, T, T), causal
     window: int,  # W
+    uniform: Tensor,  # (T,) or (B, T), `uniform_share` of each query
 ) -> dict[str, Tensor]:  # each (B,)
-    "What is told of one attention: on the first token, received, entropy."
-    received = received_attention(weights, window)
+    "What is told of one attention: on the first token, entropy, and by `most` and `most_later` what is received."
+    received = received_attention(weights, window, uniform)
     return {**first_token_attention(weights, window), "entropy": attention_entropy(weights).mean(1), "place": received.argmax(1),
             "most": received.amax(1), "most_later": received[:, 1:].amax(1)}
 
 
-def _attentions(softmax, values, record, branch_values):
-    "By kind of attention in one layer: weights (B, H, T, T) and values, if it has values of its own."
-    kinds = {"softmax": (softmax.float(), values)}
+def _attentions(softmax, values, record, branch_values, window):
+    "By kind of attention in one layer: weights (B, H, T, T), uniform shares (T,) or (B, T), and values, if it has values of its own."
+    softmax, length = softmax.float(), softmax.shape[-1]
+    whole, near = uniform_share(length).to(softmax), uniform_share(length, window).to(softmax)
+    kinds = {"softmax": (softmax, whole, values)}
     if record is not None:
-        krause, gate = record["weights"].float(), record["gate"].float()[:, None, :, None]
-        kinds |= {"krause": (krause, branch_values), "mixed": (torch.lerp(krause, kinds["softmax"][0], gate), None)}
+        krause, gate = record["weights"].float(), record["gate"].float()  # (B, H, T, T), (B, T)
+        mixed = torch.lerp(krause, softmax, gate[:, None, :, None])
+        kinds |= {"krause": (krause, near, branch_values), "mixed": (mixed, torch.lerp(near, whole, gate), None)}
     return kinds
 
 
@@ -293,8 +306,8 @@ def _passages(model, layers, tokens, window):
         softmax = collect_attention(model, input_ids=tokens, use_cache=False)
     for i, layer in enumerate(layers):
         record, branch_value = (records[i], branch_values[i]) if copies else (None, None)
-        for kind, (weights, value) in _attentions(softmax[i], values[i], record, branch_value).items():
-            told = sink_quantities(weights, window)
+        for kind, (weights, uniform, value) in _attentions(softmax[i], values[i], record, branch_value, window).items():
+            told = sink_quantities(weights, window, uniform)
             told |= {"gate": record["gate"].float().mean(1)} if kind == "mixed" else {"value_ratio": value_ratio(value, layer.head_dim)}
             yield i, kind, told
 
@@ -306,14 +319,14 @@ def sink_profile(
     window: int = 32,  # W, by which queries are told apart; a branch's own must be the same
     batch: int = 2,  # passages at a time
 ) -> dict[str, dict[str, Tensor]]:  # by attention ("softmax", "krause", "mixed") and quantity: (layers, N)
-    """First-token attention and its like, of each layer and passage (paper, Figures 7 and 11).
+    """First-token attention and its like, of each layer and passage (paper, Figures 7 and 11), in eval mode.
 
     Raises `ValueError` for a window that is not the branch's.
     """
     if other := {branch.window for branch in branches(model)} - {window}:
         raise ValueError(f"window must be {other.pop()}, the branch's, got {window}")
     layers, found = list(attention_layers(model.get_decoder()).values()), {}
-    implementation = model.config._attn_implementation
+    implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")  # the fused ones do not return their weights
     try:
         for part in tokens.split(batch):
@@ -322,6 +335,7 @@ def sink_profile(
                     found.setdefault(kind, {}).setdefault(name, [[] for _ in layers])[i].append(numbers)
     finally:
         model.set_attn_implementation(implementation)
+        model.train(training)
     return {kind: {name: torch.stack([torch.cat(parts) for parts in rows]) for name, rows in told.items()} for kind, told in found.items()}
 
 

@@ -357,8 +357,9 @@ KINDS: dict[str, tuple[Callable, Callable]] = {  # kind: (constructor arguments 
     "krause_lm_attention": (lambda **c: branched_attention(False, **c), convert_branch),
 }
 
-# %% ../nbs/15_checkpoints.ipynb #94ea58d4
+# %% ../nbs/15_checkpoints.ipynb #42e2aec3
 SIGNS = (  # ends of names that only this architecture has, what it is, and the kinds that take it; the most telling first
+    (("self_attn.q_proj_krause.weight",), "a language model with a Krause branch, which no kind takes", ()),
     (("q_proj_krause.weight",), "an attention with a Krause branch beside it", ("krause_llama_attention", "krause_lm_attention")),
     (("token_emb.weight", "attn.log_sigma"), "a KARM", ("karm",)),
     (("token_emb.weight", "attn.q_proj.weight"), "an ARM or LARM", ("arm", "larm")),

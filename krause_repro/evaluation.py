@@ -13,15 +13,17 @@ __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EAC
            'decimals', 'bits_table', 'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects',
            'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
            'plain_answers', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items',
-           'read_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides',
-           'answer_token', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1', 'constant_scores',
-           'chance_scores', 'swap_labels', 'check_ifeval', 'check_language_run', 'evaluate_language', 'language_table']
+           'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides',
+           'answer_token', 'task_answers', 'check_answers', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1',
+           'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval', 'check_language_run', 'evaluate_language',
+           'language_table']
 
-# %% ../nbs/23_evaluation.ipynb #8e46f78a
+# %% ../nbs/23_evaluation.ipynb #7560ce29
 import hashlib
 import json
 import logging
 import math
+import random
 import sys
 import time
 import urllib.error
@@ -44,6 +46,7 @@ from torchvision.utils import make_grid
 from .attention import SCORES, KrauseAttention, check_integer
 from .data import Collator, ImageSet, load_splits
 from .image_transformer import PixelAttention
+from .language_data import MARKER, hub_errors
 from .likelihood import bits_per_dimension, fit_context_model
 from .recipes import CLASSIFIERS, SUPPORTS, ImageGenerationRecipe, ablation_name, get_recipe
 from .records import (
@@ -688,7 +691,7 @@ def check_language_tasks(
         raise ValueError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
     return list(dict.fromkeys(names))
 
-# %% ../nbs/23_evaluation.ipynb #07264426
+# %% ../nbs/23_evaluation.ipynb #ea875864
 def task_file(
     task: str,  # one of `LANGUAGE_TASKS`
 ) -> Path:
@@ -720,7 +723,12 @@ def task_config(
     "What the task's YAML file says."
     return yaml.load(task_file(task).read_text(encoding="utf-8"), Loader=_TaskLoader)
 
-# %% ../nbs/23_evaluation.ipynb #442c6ce4
+
+def _split_name(config):
+    "The part of the data set that a task asks."
+    return config.get("test_split") or config["validation_split"]
+
+# %% ../nbs/23_evaluation.ipynb #d9253783
 def _field_problem(field, kind, value):
     "What is wrong with one field of an item, or None."
     if isinstance(kind, range):
@@ -744,8 +752,12 @@ def _item_problem(task, item):
             return "field 'options' must hold 2 to 10 strings"
         if item["answer_index"] >= len(options):
             return f"field 'answer_index' must be below {len(options)}, the number of options, got {item['answer_index']}"
-    if task == "ifeval" and not 0 < len(item["instruction_id_list"]) == len(item["kwargs"]):
-        return "field 'kwargs' must hold one object for each entry of 'instruction_id_list', at least one"
+    if task == "ifeval":
+        names, objects = item["instruction_id_list"], item["kwargs"]
+        if not all(isinstance(name, str) for name in names):
+            return "field 'instruction_id_list' must hold strings"
+        if not 0 < len(names) == len(objects) or not all(isinstance(given, dict) for given in objects):
+            return "field 'kwargs' must hold one object for each entry of 'instruction_id_list', at least one"
 
 
 def check_items(
@@ -753,16 +765,16 @@ def check_items(
     items: object,  # what a file or a data set holds
     place: str | Path,  # where it comes from, for the message
 ) -> list[dict]:
-    "The items, or a `ValueError` that names place, item and field."
+    "The items with the fields of `ITEM_FIELDS` and no others, or a `ValueError` that names place, item and field."
     if not isinstance(items, list) or not items:
         raise ValueError(f"{place} must hold a list of items of {task}, at least one")
     for number, item in enumerate(items, 1):
         if problem := _item_problem(task, item):
             raise ValueError(f"{place}, item {number} of {len(items)}: {problem}")
-    return items
+    return [{field: item[field] for field in ITEM_FIELDS[task]} for item in items]
 
 
-def read_items(
+def read_task_items(
     path: str | Path,  # a JSON file of items, or a folder that holds <task>.json
     task: str,  # one of `LANGUAGE_TASKS`
 ) -> list[dict]:
@@ -776,7 +788,7 @@ def read_items(
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     return check_items(task, items, file)
 
-# %% ../nbs/23_evaluation.ipynb #2ea3e592
+# %% ../nbs/23_evaluation.ipynb #2f5287e7
 def hub_answers(
     seconds: float = 10,  # to wait for an answer
 ) -> bool:
@@ -816,12 +828,12 @@ def hub_items(
     import huggingface_hub.constants as hub
 
     config = task_config(task)
-    split = config.get("test_split") or config["validation_split"]
+    split = _split_name(config)
     place = f"data set {config['dataset_path']} ({config['dataset_name'] or 'default'}, {split})"
     try:
         with _offline(not hub_answers()), redirect_stderr(StringIO()):
             data = datasets.load_dataset(config["dataset_path"], config["dataset_name"], split=split)
-    except (OSError, ValueError) as error:
+    except (*hub_errors(), ValueError) as error:
         looked = f"the hub at {hub.ENDPOINT} and the cache {datasets.config.HF_DATASETS_CACHE}"
         raise FileNotFoundError(
             f"{task}: {place} is not to be had; looked in {looked} ({error}). Without the hub: source 'local' for the items "
@@ -840,9 +852,9 @@ def language_items(
     if source != "hub" and Path(source).is_file() and len(tasks) > 1:
         raise ValueError(f"source={str(source)!r} is one file, but {len(tasks)} tasks are asked for; give a folder that holds <task>.json")
     folder = files("krause_repro") / "tasks" / "items" if source == "local" else source
-    return {task: (hub_items(task) if source == "hub" else read_items(folder, task))[:limit] for task in tasks}
+    return {task: (hub_items(task) if source == "hub" else read_task_items(folder, task))[:limit] for task in tasks}
 
-# %% ../nbs/23_evaluation.ipynb #72001c37
+# %% ../nbs/23_evaluation.ipynb #94a71fac
 def task_prompt(
     task: str,  # one of `LANGUAGE_TASKS`
     item: dict,  # of that task
@@ -865,14 +877,14 @@ def language_overrides(
     "Where a run departs from the task's file: ANLI's labels if they are to be swapped, IFEval's prompt, which ends as all others."
     if task == "ifeval":
         greedy = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_gen_toks}
-        return {"doc_to_text": "{{prompt}}\n\n### Response:\n", "generation_kwargs": greedy}
+        return {"doc_to_text": f"{{{{prompt}}}}{MARKER}", "generation_kwargs": greedy}
     return {"doc_to_target": "label"} if task.startswith("anli") and anli_labels == "swapped" else {}
 
-# %% ../nbs/23_evaluation.ipynb #fd87eddf
+# %% ../nbs/23_evaluation.ipynb #492512b3
 def answer_token(
     encode: Callable[[str], list[int]],  # a tokenizer's function from text to token numbers
-    prompt: str,
-    answer: str,
+    prompt: str,  # as the model gets it
+    answer: str,  # one of those to choose from
 ) -> tuple[list[int], int]:  # the prompt's tokens, and the answer's
     "The tokens of a prompt and the one token of an answer to it; a `ValueError` if the answer is none or several in this place."
     before, whole = encode(prompt), encode(prompt + answer)
@@ -880,6 +892,27 @@ def answer_token(
         raise ValueError(f"tokenizer: the answer {answer!r} must be exactly one token after the prompt, got {whole[len(before) - 1:]} "
                          f"after {before[-1:]}; next-token logits cannot be compared")
     return before, whole[-1]
+
+
+def task_answers(
+    task: str,  # one of `LANGUAGE_TASKS`
+    item: dict,  # of that task
+) -> list[str]:  # none for IFEval
+    "The answers to choose from, in the order of the prompt."
+    if task == "mmlu_pro":
+        return list("ABCDEFGHIJ"[:len(item["options"])])
+    return task_config(task).get("doc_to_choice", [])
+
+
+def check_answers(
+    encode: Callable[[str], list[int]],  # a tokenizer's function from text to token numbers
+    items: dict[str, list[dict]],  # by task, as of `check_language_run`
+) -> None:
+    "Raise a `ValueError` if an answer of any task is not one token, before the first task is asked: all prompts end alike."
+    for task, asked in items.items():
+        item = max(asked, key=lambda item: len(task_answers(task, item)))
+        for answer in task_answers(task, item):
+            answer_token(encode, task_prompt(task, item), answer)
 
 
 def prompt_model(
@@ -947,38 +980,94 @@ def chance_scores(
             counts[answer][given] += 1 / number
     return count_scores(counts)
 
-# %% ../nbs/23_evaluation.ipynb #0aab1e1d
+# %% ../nbs/23_evaluation.ipynb #804c4cce
 def swap_labels(
     result: dict,  # of one ANLI task, from `evaluate_language`
 ) -> dict:  # the same answers, scored again
     "The result if neutral and contradiction were taken for each other in the labels, or the true one if they were."
-    if result["answers"] != ["A", "B", "C"]:
-        raise ValueError(f"result must be of a task with the answers A, B and C, got {', '.join(result['answers'])}")
+    if result["answers"] != ["A", "B", "C"] or result.get("anli_labels") not in ANLI_LABELS:
+        raise ValueError(f"result must be of an ANLI task, with the answers A, B and C and its labels, got {', '.join(result['answers'])}")
     entailment, contradiction, neutral = result["counts"]
     counts, items = [entailment, neutral, contradiction], result["items"]
     constant = dict(zip("ABC", constant_scores([sum(row) for row in counts]), strict=True))
     accuracy = count_scores(counts)["accuracy"]
     error = math.sqrt(accuracy * (1 - accuracy) / (items - 1)) if items > 1 else None
-    return {**result, "counts": counts, **count_scores(counts), "accuracy_stderr": error, "constant": constant}
+    labels = next(labels for labels in ANLI_LABELS if labels != result["anli_labels"])
+    return {**result, "anli_labels": labels, "counts": counts, **count_scores(counts), "accuracy_stderr": error, "constant": constant}
 
-# %% ../nbs/23_evaluation.ipynb #1de651cb
+# %% ../nbs/23_evaluation.ipynb #9383b64d
 _NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
+
+_LISTS = ("keywords", "forbidden_words")
+
+
+def _argument_problem(name, value):
+    "What is wrong with an argument of an instruction, or None. lm-eval takes 0 and empty for missing."
+    if name in _LISTS:
+        right, kind = isinstance(value, list) and value and all(isinstance(word, str) for word in value), "a list of strings"
+    elif name.startswith(("num_", "nth_")) or name.endswith("frequency"):
+        right, kind = isinstance(value, int) and not isinstance(value, bool) and value > 0, "an integer ≥ 1"
+    else:
+        right, kind = isinstance(value, str) and value, "a string that is not empty"
+    return None if right else f"argument {name!r} must be {kind}, got {value!r}"
+
+
+def _instruction_problem(kind, given):
+    "What is wrong with the arguments of an instruction, or None."
+    instruction, given = kind("instruction"), {name: value for name, value in given.items() if value is not None}
+    names = instruction.get_instruction_args_keys()
+    if missing := [name for name in names if name not in given]:
+        return f"argument {missing[0]!r} is missing, and would be drawn at random"
+    if extra := [name for name in given if name not in names]:
+        return f"argument {extra[0]!r} is none of its own; allowed: {', '.join(names) or 'none'}"
+    if problem := next(filter(None, (_argument_problem(name, value) for name, value in given.items())), None):
+        return problem
+    try:
+        instruction.build_description(**given)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _fixed_draws():
+    "Python's random numbers from a fixed place on, and afterwards as if none had been drawn."
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _import_ifeval():
+    "IFEval's instructions by name, with the detection of languages made repeatable."
+    import_lm_eval()
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # the import fetches punkt_tab, where it can, and talks
+            import langdetect
+            from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    except ImportError as error:
+        raise ImportError(f"ifeval needs the package {error.name}; leave it out of tasks or run: pip install 'lm-eval[ifeval]'") from error
+    langdetect.DetectorFactory.seed = 0
+    return INSTRUCTION_DICT
 
 
 def check_ifeval(
     items: list[dict],  # of IFEval
 ) -> None:
     "Raise an error that says what to do if IFEval's checks cannot be carried out for these items."
-    import_lm_eval()
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # the import fetches punkt_tab, where it can, and talks
-            import nltk
-            from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
-    except ImportError as error:
-        raise ImportError(f"ifeval needs the package {error.name}; leave it out of tasks or run: pip install 'lm-eval[ifeval]'") from error
+    known = _import_ifeval()
     asked = {name for item in items for name in item["instruction_id_list"]}
-    if unknown := sorted(asked - set(INSTRUCTION_DICT)):
-        raise ValueError(f"ifeval: unknown instruction {unknown[0]!r} in 'instruction_id_list'; allowed: {', '.join(INSTRUCTION_DICT)}")
+    if unknown := sorted(asked - set(known)):
+        raise ValueError(f"ifeval: unknown instruction {unknown[0]!r} in 'instruction_id_list'; allowed: {', '.join(known)}")
+    with _fixed_draws():
+        for item in items:
+            for name, given in zip(item["instruction_id_list"], item["kwargs"], strict=True):
+                if problem := _instruction_problem(known[name], given):
+                    raise ValueError(f"ifeval: item with key {item['key']}, instruction {name!r}: {problem}")
+    import nltk
+
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as error:
@@ -1026,7 +1115,7 @@ def _number(value):
     "A number, or None where lm-eval has only a word for it."
     return None if isinstance(value, str) else value
 
-# %% ../nbs/23_evaluation.ipynb #cc86a2d2
+# %% ../nbs/23_evaluation.ipynb #37f6175d
 @contextmanager
 def _quietly(quiet):
     "Keep lm-eval from advising and, if `quiet`, from drawing bars."
@@ -1045,8 +1134,8 @@ def _task_spec(task, items, overrides):
     import datasets
 
     config = task_config(task)
-    split, data = config.get("test_split") or config["validation_split"], datasets.Dataset.from_list(items)
-    return {"task": config["task"], "custom_dataset": lambda **_: {split: data}, **overrides}
+    data = {_split_name(config): datasets.Dataset.from_list(items)}
+    return {"task": config["task"], "custom_dataset": lambda **_: data, **overrides}
 
 
 def check_language_run(
@@ -1080,16 +1169,24 @@ def evaluate_language(
     anli_labels: str = "correct",  # or "swapped": neutral and contradiction taken for each other
     max_gen_toks: int = 1280,  # longest answer to an IFEval prompt, in tokens
     progress: bool = False,  # show lm-eval's progress bars
+    items: dict[str, list[dict]] | None = None,  # what `check_language_run` gave for the same arguments, if it was asked already
 ) -> dict[str, dict]:  # by task: "accuracy", "accuracy_stderr", "macro_f1" or None, "items", "truncated", "constant", "chance", …
     "Zero-shot scores on the paper's language benchmarks (Tables 6, 17 and 18), beside those of constant answers and of chance."
-    items = check_language_run(tasks, source, batch_size, limit, anli_labels, max_gen_toks)
+    if items is None:
+        items = check_language_run(tasks, source, batch_size, limit, anli_labels, max_gen_toks)
+    else:
+        items = {task: items[task] for task in check_language_tasks(tasks)}
     specs = {task: _task_spec(task, items[task], language_overrides(task, anli_labels, max_gen_toks)) for task in items}
     training = model.training
     try:
-        with _quietly(not progress):
-            return _ask(prompt_model(model, tokenizer, batch_size), specs)
+        with _quietly(not progress), _fixed_draws():
+            lm = prompt_model(model, tokenizer, batch_size)
+            check_answers(lm.tok_encode, items)
+            found = _ask(lm, specs)
     finally:
         model.train(training)
+    made = {"source": str(source), "limit": limit}
+    return {task: {**result, **made, **({"anli_labels": anli_labels} if task.startswith("anli") else {})} for task, result in found.items()}
 
 
 def _ask(lm, specs):
@@ -1107,7 +1204,7 @@ def _ask(lm, specs):
     found = {task: (done["results"][spec["task"]], done["samples"][spec["task"]], lm) for task, spec in specs.items()}
     return {task: _instruction_result(*pair) if task == "ifeval" else _choice_result(*pair) for task, pair in found.items()}
 
-# %% ../nbs/23_evaluation.ipynb #f748d7d0
+# %% ../nbs/23_evaluation.ipynb #b91a40b6
 def _score_cells(scores, error=None):
     "Accuracy and macro-F1 in percent; a dash where there is none."
     spread = "" if error is None else f" ± {100 * error:.2f}"
@@ -1128,14 +1225,35 @@ def _baselines(result):
     return rows | {f"always {answer}": scores for answer, scores in result["constant"].items() if answer in kept}
 
 
+def _caption(models):
+    "What the items were: source, limit, and labels of ANLI."
+    results = [result for found in models.values() for result in found.values()]
+    sources, limits, labels = (dict.fromkeys(r[key] for r in results if key in r) for key in ("source", "limit", "anli_labels"))
+    parts = [f"items: {', '.join(sources)}", *(f"at most {limit} of each task" for limit in limits if limit is not None)]
+    parts += [f"ANLI labels: {', '.join(labels)}"] * bool(labels)
+    parts += ["local items were written for testing and mean nothing"] * ("local" in sources)
+    return "; ".join(parts)
+
+
+def _check_same_items(task, judged):
+    "Raise a `ValueError` if models were scored on different items: in number, or in how often each answer is right."
+    seen = {label: (r["items"], [sum(row) for row in r.get("counts", [])], r.get("instructions")) for label, r in judged.items()}
+    first, *others = seen
+    for label in others:
+        if seen[label] != seen[first]:
+            raise ValueError(f"models must be scored on the same items, but on {task} {label!r} was not scored on those of {first!r}: "
+                             f"{seen[label]} and {seen[first]} (items, of each right answer, instructions)")
+
+
 def language_table(
     models: dict[str, dict[str, dict]],  # by label: what `evaluate_language` gives, on the same items
 ) -> str:  # Markdown
-    "Accuracy ± its standard error and macro-F1 of each model on each task, beside chance and constant answers."
+    "Accuracy ± its standard error and macro-F1 of each model on each task, beside chance and constant answers, below what the items were."
     tasks = list(dict.fromkeys(task for results in models.values() for task in results))
     rows = []
     for task in tasks:
         judged = {label: results[task] for label, results in models.items() if task in results}
+        _check_same_items(task, judged)
         first = next(iter(judged.values()))
         asked = first["macro_f1"] is not None
         rows += [f"| {task} | {label} | {_item_cell(r)} | {_score_cells(r, r['accuracy_stderr'])} |" for label, r in judged.items()]
@@ -1143,4 +1261,4 @@ def language_table(
                  for label, r in judged.items() if "instruction_accuracy" in r]
         rows += [f"| {task} | {label} | {first['items']:,} | {_score_cells(s if asked else {'accuracy': s['accuracy']})} |"
                  for label, s in _baselines(first).items()]
-    return "\n".join(["| task | answered by | items | accuracy, % | macro-F1, % |", "|" + " --- |" * 5, *rows])
+    return "\n".join([_caption(models), "", "| task | answered by | items | accuracy, % | macro-F1, % |", "|" + " --- |" * 5, *rows])

