@@ -438,7 +438,7 @@ GENERATION_SMOKE = {
     "batch_size": 32, "lr": 3e-3, "max_grad_norm": 1.0, "samples": 32, "train_images": 512, "test_images": 256, "held_out": 128,
 }
 
-# %% ../nbs/20_recipes.ipynb #ae2f29ac
+# %% ../nbs/20_recipes.ipynb #2c58ce39
 GENERATION_DATA = {
     "mnist": {},
     "cifar10": {"image_shape": (32, 32, 3), "width": 512, "depth": 16, "mlp_width": 2048, "window": 256, "top_k": 192, "batch_size": 8,
@@ -466,7 +466,7 @@ class SmallGenerationRecipe(ImageGenerationRecipe):
 
 
 SMALL_GENERATION = {
-    "digits": {"train_images": None, "test_images": None, "held_out": 200, "batch_size": 32, "epochs": 4},
+    "digits": {"train_images": None, "test_images": None, "held_out": 200, "batch_size": 32, "epochs": 2},
     "photograph_tiles": {
         "train_images": None, "test_images": None, "held_out": 32, "batch_size": 4, "epochs": 2, "seeds": (0,), "samples": 8,
     },
