@@ -395,7 +395,8 @@ def test_masks_and_caches_that_do_not_fit_are_refused():
         assert_close(model(ids, attention_mask=causal).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path):
+def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the hub is not to be waited for
     adapter_on(small(branch=False), tmp_path / "adapter")
     with pytest.raises(ValueError, match="is of another base model: its hidden_size is 32, this model's is 48"):
         add_adapter(small("smollm", branch=False), tmp_path / "adapter")
