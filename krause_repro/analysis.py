@@ -252,7 +252,7 @@ def received_attention(
     after = [mean.diagonal(-offset, 1, 2)[:, :count] for offset in range(1, window)]
     return torch.stack(after).mean(0)
 
-# %% ../nbs/24_analysis.ipynb #4d4d7e2d
+# %% ../nbs/24_analysis.ipynb #eca5f35d
 @contextmanager
 def recorded_values(
     layers: list[nn.Module],  # attention layers, each with a `v_proj`
@@ -345,7 +345,7 @@ def summarise_sinks(
     "By attention and quantity: mean and standard deviation over passages of each layer; of `place` the share of passages with place 0."
     def told(name, rows):
         rows = rows.double() if name != "place" else (rows == 0).double()
-        return {"mean": rows.mean(1).tolist(), "sd": rows.std(1).tolist() if rows.shape[1] > 1 else [0.0] * len(rows), "n": rows.shape[1]}
+        return {**summarise_curves(rows.T.tolist()), "n": rows.shape[1]}
 
     return {kind: {"first_is_most" if name == "place" else name: told(name, rows) for name, rows in quantities.items()}
             for kind, quantities in profile.items()}

@@ -9,8 +9,7 @@ __all__ = ['KVIT_NAMES', 'KVIT_BUFFERS', 'VIT_NAMES', 'IMAGE_NAMES', 'ATTENTION_
            'image_config', 'BranchedAttention', 'branched_attention', 'convert_branch', 'recognise', 'hint',
            'load_into', 'load_author_checkpoint']
 
-# %% ../nbs/15_checkpoints.ipynb #aaa5eb3f
-import copy
+# %% ../nbs/15_checkpoints.ipynb #54aab79e
 import math
 import re
 from collections.abc import Callable
@@ -266,7 +265,7 @@ def image_config(
         dropout=dropout,
     )
 
-# %% ../nbs/15_checkpoints.ipynb #e85727b1
+# %% ../nbs/15_checkpoints.ipynb #bde6dde3
 class BranchedAttention(nn.Module):
     "One attention layer with a Krause branch, on hidden states (B, T, d): causal, positions 0 … T − 1."
 
@@ -278,10 +277,8 @@ class BranchedAttention(nn.Module):
     ):
         super().__init__()
         config._attn_implementation = "eager"
-        branch_config = copy.copy(config)
-        branch_config._attn_implementation = "krause_branch"
         self.attention, self.rotary = LlamaAttention(config, 0), LlamaRotaryEmbedding(config) if rotary else None
-        attach_branch(self.attention, branch_config, settings)
+        attach_branch(self.attention, settings)
 
     def positions(self, hidden):
         "Cosines and sines (B, T, D); without rotary positions those of angle 0."

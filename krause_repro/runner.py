@@ -748,16 +748,15 @@ def prepare_kernels() -> None:
     except (OSError, RuntimeError) as error:  # nothing is lost: PyTorch's operations do the same, more slowly
         print(f"krause-repro: the C++ kernels cannot be built ({error}); PyTorch operations will be used", file=sys.stderr)
 
-# %% ../nbs/26_runner.ipynb #36e0ff95
+# %% ../nbs/26_runner.ipynb #d0884765
 def check_evaluation_files(
     adapter: str | None,  # a folder with a trained adapter
     output: str | None,  # a file that is to be written
 ) -> None:
     "Raise an error if the adapter's files are not there, or the output is a folder or cannot be made."
-    from krause_repro.llm_branch import BRANCH_FILE
+    from krause_repro.llm_branch import ADAPTER_FILES
 
-    names = ("adapter_config.json", "adapter_model.safetensors", BRANCH_FILE)
-    if adapter is not None and (missing := [name for name in names if not (Path(adapter) / name).is_file()]):
+    if adapter is not None and (missing := [name for name in ADAPTER_FILES if not (Path(adapter) / name).is_file()]):
         raise FileNotFoundError(f"adapter={adapter!r} must be a folder written by save_adapter, but has no {' and no '.join(missing)}")
     if output is None:
         return

@@ -48,6 +48,7 @@ from krause_repro.evaluation import (
     task_file,
     task_prompt,
 )
+from krause_repro.llm_branch import ADAPTER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = LANGUAGE_TASKS[:-1]
@@ -637,7 +638,7 @@ def branch(monkeypatch, tiny, tokenizer):
         loaded.append((model, adapter))
         return tiny, tokenizer
 
-    module.load_language_model, module.BRANCH_FILE = load_language_model, "krause_branch.json"
+    module.load_language_model, module.ADAPTER_FILES = load_language_model, ADAPTER_FILES
     monkeypatch.setitem(sys.modules, "krause_repro.llm_branch", module)
     return loaded
 
