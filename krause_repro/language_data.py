@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'QUESTIONS', 'FLAN', 'FLAN_TRAIN', 'FLAN_HELD_OUT', 'SPLIT_SEED', 'MARKER', 'IGNORED', 'PackagedFiles',
            'check_packaged_files', 'read_packaged_files', 'language_folder', 'find_packaged_files',
-           'fetch_packaged_files', 'smollm2_path', 'clean_work', 'shakespeare_text', 'split_works', 'answer_letter',
-           'question_answers', 'read_item_lines', 'hub_errors', 'flan_items', 'split_item', 'split_items',
-           'check_tokenizer', 'encode_prompt', 'encode_items', 'ResponseCollator', 'text_blocks']
+           'fetch_packaged_files', 'smollm2_path', 'smollm2_folder', 'clean_work', 'shakespeare_text', 'split_works',
+           'answer_letter', 'question_answers', 'read_item_lines', 'hub_errors', 'flan_items', 'split_item',
+           'split_items', 'check_tokenizer', 'encode_prompt', 'encode_items', 'ResponseCollator', 'text_blocks']
 
 # %% ../nbs/19_language_data.ipynb #845c5d0a
 import gzip
@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .attention import check_integer
+from .llm_branch import load_language_model
 
 # %% ../nbs/19_language_data.ipynb #f91eefd0
 @dataclass(frozen=True)
@@ -209,6 +210,25 @@ def smollm2_path(
         Path(work, name).write_bytes(content)
         os.replace(Path(work, name), language_folder() / name)
     return language_folder() / name
+
+# %% ../nbs/19_language_data.ipynb #9e3b2236
+def smollm2_folder(
+    download: bool = True,  # get the GGUF file from the package registry if it is not on this machine?
+) -> Path:
+    "A folder with SmolLM2-135M-Instruct, dequantised from its GGUF file, for `load_language_model`."
+    folder = language_folder() / "SmolLM2-135M-Instruct"
+    if not (folder / "provenance.json").is_file():
+        gguf = smollm2_path(download=download)
+        model, tokenizer = load_language_model(gguf)
+        with tempfile.TemporaryDirectory(dir=language_folder()) as work:
+            whole = Path(work, folder.name)
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            made = {"from": PACKAGED["smollm2"].requirement, "sha256": PACKAGED["smollm2"].sha256, "dequantised": str(model.dtype)}
+            Path(whole, "provenance.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
+            if not folder.exists():  # another process may have been first
+                os.replace(whole, folder)
+    return folder
 
 # %% ../nbs/19_language_data.ipynb #d615abed
 def clean_work(

@@ -8,7 +8,7 @@ __all__ = ['GOING_BACK', 'PROJECTIONS', 'LORA_TARGETS', 'BRANCH_FILE', 'ADAPTER_
            'padding_of_keys', 'attention_layers', 'branches', 'branch_config', 'attach_branch', 'add_krause_branch',
            'remove_krause_branch', 'lora_config', 'parameter_counts', 'recorded_branches', 'weight_samples',
            'base_facts', 'check_base', 'save_adapter', 'read_branch_file', 'check_adapter_tensors', 'add_adapter',
-           'hub_options', 'load_language_model', 'saved_settings', 'load_with_branch']
+           'hub_options', 'load_tokenizer', 'load_language_model', 'saved_settings', 'load_with_branch']
 
 # %% ../nbs/13_llm_branch.ipynb #5aef9302
 import copy
@@ -549,13 +549,15 @@ def _relative_distance(values, others):
 def save_adapter(
     model: PeftModel,  # LoRA on a model with a branch, or without
     folder: str | Path,  # made if need be
+    weights: dict[str, Tensor] | None = None,  # under the model's names, if the model itself holds only a part of them
+    base: dict | None = None,  # `base_facts` of its base model, if they cannot be read off it any more
 ) -> Path:
     "Save an adapter, σ and gate of a branch included, with the settings of the branch and the facts of its base model beside it."
     folder = Path(folder)
     settings = model.config.krause_branch if branches(model) else None  # a model read without its branch still has them
     with tempfile.TemporaryDirectory(dir=folder.parent if folder.parent.is_dir() else None) as aside:
-        model.save_pretrained(aside, save_embedding_layers=False)
-        facts = {"settings": settings, "base": base_facts(model.get_base_model())}
+        model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
+        facts = {"settings": settings, "base": base or base_facts(model.get_base_model())}
         (Path(aside) / BRANCH_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BRANCH_FILE).unlink(missing_ok=True)
@@ -648,6 +650,15 @@ def hub_options(
     "Those that say where and how files are looked up, and hold for every file of a model."
     return {name: options[name] for name in HUB_OPTIONS if name in options}
 
+# %% ../nbs/13_llm_branch.ipynb #824be135
+def load_tokenizer(
+    model: str | Path,  # as for `load_language_model`
+    **options,  # such as revision and token
+) -> PreTrainedTokenizerBase:
+    "The tokenizer of a language model. Raises as `load_language_model`."
+    source, gguf = _checked_source(model, options)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf, **hub_options(options))
+
 # %% ../nbs/13_llm_branch.ipynb #912d68c5
 def _gguf_of(path: Path) -> Path | None:
     "The GGUF file that is meant by a path, if one is."
@@ -691,13 +702,17 @@ def load_language_model(
 
     Raises `FileNotFoundError` that says where it looked, and `ValueError` for pickled weights and an adapter of another base model.
     """
+    given = dict(options)
     source, gguf = _checked_source(model, options)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf, **hub_options(options))
+    tokenizer = load_tokenizer(model, **given)
     if not gguf and saved_settings(source, **hub_options(options)):
         loaded = load_with_branch(source, **options)
     else:
         whole = {} if gguf else {"use_safetensors": True}
         loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **whole, **gguf, **options)
+        reader = getattr(loaded, "hf_quantizer", None)
+        if gguf and getattr(getattr(reader, "quantization_config", None), "dequantize", False):
+            reader.remove_quantization_config(loaded)  # its weights are plain numbers now, and can be trained and saved
     return (loaded if adapter is None else add_adapter(loaded, adapter)).eval(), tokenizer
 
 

@@ -6,11 +6,12 @@
 __all__ = ['PROFILES', 'DESK', 'SMOKE', 'IMAGE_DATA', 'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13',
            'SWIN_DESK', 'SWIN_SMOKE', 'UNPUBLISHED_SWIN', 'GENERATION_DESK', 'GENERATION_SMOKE', 'GENERATION_DATA',
            'GENERATION_TABLES', 'GENERATION_PLACES', 'COLOUR_PLACES', 'GENERATORS', 'KARM_ABLATIONS',
-           'SMALL_GENERATION', 'CLASSIFIERS', 'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile',
-           'Recipe', 'ParticleRecipe', 'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name',
-           'image_classification_recipes', 'RandomSupportRecipe', 'ablation_name', 'ablation_recipes',
-           'published_ablation_recipes', 'SwinRecipe', 'swin_recipes', 'PhotographRecipe', 'photograph_recipes',
-           'ImageGenerationRecipe', 'SmallGenerationRecipe', 'feature_classifiers', 'generation_recipes', 'get_recipe']
+           'SMALL_GENERATION', 'CLASSIFIERS', 'FINE_TUNING_PROFILES', 'FINE_TUNING_DATA', 'BASES', 'FINE_TUNING_PLACES',
+           'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile', 'Recipe', 'ParticleRecipe',
+           'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name', 'image_classification_recipes',
+           'RandomSupportRecipe', 'ablation_name', 'ablation_recipes', 'published_ablation_recipes', 'SwinRecipe',
+           'swin_recipes', 'PhotographRecipe', 'photograph_recipes', 'ImageGenerationRecipe', 'SmallGenerationRecipe',
+           'feature_classifiers', 'generation_recipes', 'FineTuningRecipe', 'fine_tuning_recipes', 'get_recipe']
 
 # %% ../nbs/20_recipes.ipynb #ebae71e4
 import difflib
@@ -23,6 +24,8 @@ from typing import ClassVar
 
 from .attention import SCORES
 from .image_transformer import ImageTransformerConfig
+from .language_data import FLAN_HELD_OUT, FLAN_TRAIN
+from .llm_branch import BranchSettings
 from .swin import SWIN_SIZES, SwinClassifierConfig
 from .vision_transformer import SIZES, VisionTransformerConfig
 
@@ -486,10 +489,11 @@ def feature_classifiers() -> dict[str, ImageClassificationRecipe]:
 CLASSIFIERS = {"mnist": "vit_t/mnist", "digits": "vit_t/digits", "fashion_mnist": "vit_t/fashion_mnist", "cifar10": "vit_s/cifar10"}
 
 # %% ../nbs/20_recipes.ipynb #cd535c0a
-def _generation_published(table, row):
-    table_rows = published_tables()[table]
-    found = next((r for r in table_rows["rows"] if r[0] == row), None)
-    return {"table": table, **dict(zip(table_rows["columns"], found, strict=True))} if found else {}
+def _published_row(table, row):
+    "A row of a published table by its first column; empty if there is none."
+    published = published_tables().get(table, {"rows": []})
+    found = next((r for r in published["rows"] if r[0] == row), None)
+    return {"table": table, **dict(zip(published["columns"], found, strict=True))} if found else {}
 
 
 def generation_recipes() -> dict[str, ImageGenerationRecipe]:
@@ -500,14 +504,90 @@ def generation_recipes() -> dict[str, ImageGenerationRecipe]:
         ours = ("held_out", "dataset", *settings) if own else ("held_out",)
         for model, attention in GENERATORS.items():
             name = f"{model}/{dataset}"
-            published = {} if own else _generation_published(GENERATION_TABLES[dataset], model.upper())
+            published = {} if own else _published_row(GENERATION_TABLES[dataset], model.upper())
             common = {"dataset": dataset, "attention": attention, "published": published, "ours": tuple(dict.fromkeys(ours)), **settings}
             recipes[name] = kind(name=name, **common)
     for dataset in ("mnist", "fashion_mnist", "digits"):
         for label, (change, row) in KARM_ABLATIONS.items():
             karm, name = recipes[f"karm/{dataset}"], f"karm_{label}/{dataset}"
-            published = _generation_published("table16_karm_ablation", row) if dataset == "mnist" and row else {}
+            published = _published_row("table16_karm_ablation", row) if dataset == "mnist" and row else {}
             recipes[name] = replace(karm, name=name, published=published, **change)
+    return recipes
+
+# %% ../nbs/20_recipes.ipynb #bec6dcfe
+@dataclass(frozen=True)
+class FineTuningRecipe(Recipe):
+    "LoRA of a pretrained language model, with a Krause branch or without; defaults: Krause-Llama3-8B (paper, Table 6 and appendix)."
+
+    base: str = "meta-llama/Meta-Llama-3-8B"  # on the hub, a folder or a .gguf file; "smollm2" comes in a package (notebook 19)
+    base_layers: int | None = None  # keep the first so many layers alone; None: all
+    dataset: str = "flan"  # "flan" or "questions", items with a response, or "shakespeare", running text
+    branch: bool = True  # a Krause branch beside each attention?
+    window: int = 32  # W of the branch, in tokens
+    top_k: int = 16  # keys kept inside the window
+    sigma: float = 5.5  # initial bandwidth, one per head
+    gate_start: float = 0.8  # share of the pretrained attention at the start
+    rank: int = 16  # r of LoRA
+    alpha: int = 32  # scale α of LoRA
+    lora_dropout: float = 0.1
+    epochs: float = 2
+    warmup_share: float = 0.1  # of all steps: linear from 0, then cosine to 0
+    batch_size: int = 128  # sequences of a step, over all devices
+    micro_batch: int = 4  # sequences at a time on one device
+    lr: float = 5e-5
+    weight_decay: float = 0.01  # not of σ, biases and norms (that choice is ours)
+    max_grad_norm: float = 1.0
+    max_length: int = 2048  # tokens of an item at most, or of a block of running text
+    gradient_checkpointing: bool = True
+    train_items: int | None = FLAN_TRAIN  # items or blocks, drawn once; None: all that are not held out
+    held_out: int = FLAN_HELD_OUT  # items or blocks to judge by
+    bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
+
+    def changes(self, profile):
+        return FINE_TUNING_PROFILES[profile] | (FINE_TUNING_DATA[self.dataset].get(profile, {}))
+
+    @property
+    def config(self) -> BranchSettings | None:
+        "The settings of the branch, checked; None without one."
+        return BranchSettings(self.window, self.top_k, self.sigma, self.gate_start) if self.branch else None
+
+# %% ../nbs/20_recipes.ipynb #4e7d132f
+FINE_TUNING_PROFILES = {
+    "desk": {"seeds": (0, 1, 2), "batch_size": 8, "micro_batch": 2, "lr": 5e-4, "max_length": 768, "gradient_checkpointing": False},
+    "smoke": {
+        "seeds": (0, 1), "base_layers": 2, "rank": 4, "epochs": 1, "batch_size": 4, "micro_batch": 2, "lr": 2e-3, "max_length": 96,
+        "gradient_checkpointing": False, "train_items": 16, "held_out": 8, "bf16": False,
+    },
+}
+FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itself and for its profiles
+    "flan": {},
+    "questions": {"recipe": {"train_items": None, "held_out": 82}},
+    "shakespeare": {"recipe": {"train_items": None, "held_out": 50},
+                    "desk": {"epochs": 1, "train_items": 320, "held_out": 100, "max_length": 256},
+                    "smoke": {"max_length": 48}},
+}
+BASES = {  # by the model's name: the base, and the first column of its published rows with the branch and without
+    "llama3_8b": ("meta-llama/Meta-Llama-3-8B", "table6_llama", "Krause-Llama3-8B", "Llama3-8B + LoRA"),
+    "qwen1.5_7b": ("Qwen/Qwen1.5-7B", None, None, None),
+    "smollm2": ("smollm2", None, None, None),
+}
+FINE_TUNING_PLACES = {  # base and data sets of the comparison under each profile
+    "smoke": ("smollm2", ("questions", "shakespeare")), "desk": ("smollm2", ("questions", "shakespeare")),
+    "paper": ("llama3_8b", ("flan",)),
+}
+
+# %% ../nbs/20_recipes.ipynb #c76e5b87
+def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
+    "LoRA alone and LoRA with a Krause branch for each base on its data: `krause_llama3_8b/flan`, `lora_smollm2/questions`, …"
+    recipes, unpublished = {}, ("max_grad_norm", "micro_batch")
+    for model, (base, table, *rows) in BASES.items():
+        for dataset in ("questions", "shakespeare") if model == "smollm2" else ("flan",):
+            own = FINE_TUNING_DATA[dataset].get("recipe", {})
+            ours = ("base", "dataset", *own, *unpublished) if model == "smollm2" else unpublished
+            for kind, row in zip(("krause", "lora"), rows, strict=True):
+                name, published = f"{kind}_{model}/{dataset}", _published_row(table, row)
+                recipes[name] = FineTuningRecipe(
+                    name=name, base=base, dataset=dataset, branch=kind == "krause", published=published, ours=ours, **own)
     return recipes
 
 # %% ../nbs/20_recipes.ipynb #941e2688
@@ -523,6 +603,7 @@ RECIPES: dict[str, Recipe] = {
     **photograph_recipes(),
     **feature_classifiers(),
     **generation_recipes(),
+    **fine_tuning_recipes(),
 }
 
 # %% ../nbs/20_recipes.ipynb #0c5e8a21
