@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'STATISTICS',
-           'STAGES', 'MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'figure_index',
-           'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves',
-           'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps', 'plot_depth', 'plot_scaling',
-           'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_token_time', 'plot_samples', 'plot_completions']
+           'STAGES', 'MARKS', 'LINE_MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure',
+           'figure_index', 'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism',
+           'plot_training_curves', 'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps',
+           'plot_depth', 'plot_scaling', 'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_token_time',
+           'plot_samples', 'plot_completions', 'plot_sinks', 'plot_fine_tuning', 'plot_gate']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -38,6 +39,7 @@ COLOURS = {
     "softmax_local": "#CC79A7",  # dot product on the window and top-k of Krause attention
     "krause_full": "#56B4E9",  # distance score over all tokens
     "linear": "#009E73",  # linear attention
+    "mixed": "#000000",  # a softmax branch and a Krause branch, mixed by a gate
     "neutral": "#5A5A5A",  # anything that is not one of the attentions
 }
 
@@ -239,10 +241,10 @@ def _curve(ax: Axes, x: list[float], summary: dict, where: str, style: dict, sca
     ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
 
 # %% ../nbs/25_figures.ipynb #cc4a645f
-def _legend(fig: Figure, ax: Axes, spread: str, columns: int = 3) -> None:
+def _legend(fig: Figure, axes: Axes | np.ndarray, spread: str, columns: int = 3) -> None:
     "One legend below all axes, headed by what lines and bands are."
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), title=spread)
+    named = {label: handle for ax in np.ravel(axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), columns), title=spread)
 
 # %% ../nbs/25_figures.ipynb #a1b903cf
 def _merged(points: np.ndarray, decimals: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -497,21 +499,26 @@ def plot_differences(
     return fig
 
 # %% ../nbs/25_figures.ipynb #23aff15b
+def _by_layer(data: dict, ylabel: str, start: str, dashes: str | tuple, over: str) -> Figure:
+    "Lines over the layers with bands, and their initial values as lines across, written by the format `start`."
+    layers, series = _take(data, "data", "layers", "series")
+    fig, axes = new_figure(3.4)
+    for i, style in enumerate(_line_styles(series, "data['series']")):
+        _curve(axes[0, 0], layers, series[i], f"data['series'][{i}]", style, marker="o", markersize=5)
+    for initial in sorted({initial for (initial,) in _take_each(series, "data['series']", "initial")}):
+        axes[0, 0].axhline(initial, color=COLOURS["neutral"], linestyle=dashes, linewidth=1.2, label=start.format(initial))
+    axes[0, 0].set(xlabel="layer", ylabel=ylabel, xticks=layers)
+    _legend(fig, axes, f"mean, and band of one standard deviation, over {over}", 4)
+    return fig
+
+
 @house_style()
 def plot_sigma(
     data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "seeds"}
 ) -> Figure:
     r"Learned $\sigma$ per layer: mean and standard deviation over seeds, the initial value dashed. Source: paper, Section 4.2."
-    layers, series, seeds = _take(data, "data", "layers", "series", "seeds")
-    fig, axes = new_figure(3.4)
-    for i, style in enumerate(_line_styles(series, "data['series']")):
-        _curve(axes[0, 0], layers, series[i], f"data['series'][{i}]", style, marker="o", markersize=5)
-    for initial in sorted({initial for (initial,) in _take_each(series, "data['series']", "initial")}):
-        axes[0, 0].axhline(initial, color=COLOURS["neutral"], linestyle=(0, (5, 4)), linewidth=1.2,
-                           label=rf"start, $\sigma_0 = {initial:g}$")
-    axes[0, 0].set(xlabel="layer", ylabel=r"learned $\sigma$", xticks=layers)
-    _legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}", 4)
-    return fig
+    seeds = _take(data, "data", "seeds")[0]
+    return _by_layer(data, r"learned $\sigma$", r"start, $\sigma_0 = {:g}$", (0, (5, 4)), _counted(seeds, "seed"))
 
 # %% ../nbs/25_figures.ipynb #fe71450c
 def _mark_query(ax: Axes, query: list[int] | str, height: float = 1, width: float = 1) -> None:
@@ -680,9 +687,9 @@ def plot_ratios(
 # %% ../nbs/25_figures.ipynb #99d81c41
 @house_style()
 def plot_bits(
-    data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "baselines": [{"label", "value"}]}; in bits
+    data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "baselines": [{"label", "value"}]}, see above
 ) -> Figure:
-    "Bits per dimension: every seed as a circle, their mean as a dot with a bar of one standard deviation; baselines as lines."
+    "Bits per dimension, or `quantity`: every seed as a circle, mean as a dot with a bar of one standard deviation; baselines as lines."
     rows, baselines = _take(data, "data", "rows", "baselines")
     labels = [label for (label,) in _take_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.6 + 0.42 * len(rows))
@@ -696,8 +703,8 @@ def plot_bits(
     low, high = min(seen), max(seen)
     room = 0.08 * (high - low) + 0.01
     ax.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=labels, ylabel="model",
-           xlabel="bits per dimension of the test images, less is better\ncircle: one seed; dot and bar: mean ± standard deviation; "
-                  "dashed: tables of counts")
+           xlabel=f"{data.get('quantity', 'bits per dimension of the test images')}, less is better\n"
+                  f"circle: one seed; dot and bar: mean ± standard deviation; dashed: {data.get('dashed', 'tables of counts')}")
     return fig
 
 # %% ../nbs/25_figures.ipynb #a5b3c4e6
@@ -799,3 +806,97 @@ def _cell_block(ax: Axes, shape: tuple[int, ...], given: int) -> None:
     "Hatch the rows of an image (C, H, W) that are not given."
     ax.add_patch(Rectangle((-0.5, given - 0.5), shape[2], shape[1] - given, facecolor="#F4F4F4", edgecolor="#BDBDBD", hatch="////",
                            linewidth=0))
+
+# %% ../nbs/25_figures.ipynb #d7e05b83
+LINE_MARKS = ("o", "s", "^", "D", "v")
+
+
+def _shared_styles(panels: list[dict], where: str) -> dict[tuple[str, str], dict]:
+    "Keywords of `Axes.plot` by label and kind, the same in all panels, so that one legend serves them."
+    named = {}
+    for p, (series,) in enumerate(_take_each(panels, where, "series")):
+        for i, (label, kind) in enumerate(_take_each(series, f"{where}[{p}]['series']", "label", "kind")):
+            _colour(kind, f"{where}[{p}]['series'][{i}]")
+            named[label, kind] = {"label": label, "kind": kind}
+    styles = _line_styles(list(named.values()), where)
+    for i, style in enumerate(styles):
+        middle = style["color"] if style["linestyle"] == "-" else "white"
+        style |= {"marker": LINE_MARKS[i % len(LINE_MARKS)], "markerfacecolor": middle}
+    return dict(zip(named, styles, strict=True))
+
+# %% ../nbs/25_figures.ipynb #3ea8c7f0
+def _apart(values: list[float], gap: float) -> np.ndarray:
+    "Places in 0..1 for texts at `values`, in their order, as near as a distance of `gap` allows."
+    order, steps = np.argsort(values, kind="stable"), gap * np.arange(len(values))
+    wanted = np.asarray(values, float)[order] - steps
+    ends = range(len(values))
+    level = [max(min(wanted[j:k + 1].mean() for k in ends[i:]) for j in ends[:i + 1]) for i in ends]
+    places = np.empty(len(values))
+    places[order] = np.clip(level, 0, 1 - steps[-1]) + steps
+    return places
+
+# %% ../nbs/25_figures.ipynb #6f904d1e
+def _sink_panel(ax: Axes, series: list[dict], where: str, styles: dict) -> None:
+    "Lines over the layers; the mean of each over the layers as a dashed line across, with its mark and number on the right."
+    drawn = []
+    for i, (label, kind, layers) in enumerate(_take_each(series, where, "label", "kind", "layers")):
+        mean, style = _take(layers, f"{where}[{i}]['layers']", "mean")[0], styles[label, kind]
+        _curve(ax, range(1, len(mean) + 1), layers, f"{where}[{i}]['layers']", style, markersize=4, linewidth=1.3,
+               markevery=(i % 3, 3) if len(mean) > 12 else 1, clip_on=False)  # marks of lines close to each other do not meet
+        ax.axhline(np.mean(mean), color=style["color"], linestyle=(0, (5, 4)), linewidth=0.9)
+        drawn.append((np.mean(mean), style))
+    ax.set_xlim(0.5, len(mean) + 0.5)
+    beside = ax.get_yaxis_transform()
+    for place, (mean, style) in zip(_apart([mean for mean, _ in drawn], 0.06), drawn, strict=True):
+        ax.plot(1.05, place, markersize=4, **style | {"linestyle": "", "label": None}, transform=beside, clip_on=False)
+        ax.annotate(f"{mean:.2f}", (1.05, place), (6, 0), xycoords=beside, textcoords="offset points", va="center", size=8,
+                    color=style["color"])
+
+
+@house_style()
+def plot_sinks(
+    data: dict,  # {"panels": [{"title", "series": [{"label", "kind", "layers": {"mean": [L], "sd": [L]}}]}], "ylabel", "passages"}
+) -> Figure:
+    "Attention on the first token by layer, in 0..1: mean and standard deviation over passages. Source: paper, Figures 7 and 11."
+    panels, ylabel, passages = _take(data, "data", "panels", "ylabel", "passages")
+    styles = _shared_styles(panels, "data['panels']")
+    fig, axes = new_figure(4.4, 1, len(panels), sharey=True)
+    for p, (title, series) in enumerate(_take_each(panels, "data['panels']", "title", "series")):
+        _sink_panel(axes[0, p], series, f"data['panels'][{p}]['series']", styles)
+        axes[0, p].set(title=title, xlabel="layer", ylabel=ylabel, ylim=(0, 1))
+        axes[0, p].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes[0, p].label_outer()
+    _legend(fig, axes, f"mean, and band of one standard deviation, over {_counted(passages, 'passage')}; "
+                       "dashed, with its number: mean over the layers")
+    return fig
+
+# %% ../nbs/25_figures.ipynb #57ca90e3
+@house_style()
+def plot_fine_tuning(
+    data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "seeds"}, see above
+) -> Figure:
+    "Held-out loss over steps, a panel for each data set: mean and standard deviation over seeds, baselines dotted."
+    panels, seeds = _take(data, "data", "panels", "seeds")
+    styles, dots = _shared_styles(panels, "data['panels']"), {}
+    fig, axes = new_figure(3.8, 1, len(panels))
+    entries = _take_each(panels, "data['panels']", "title", "ylabel", "series", "baselines")
+    for p, (title, ylabel, series, baselines) in enumerate(entries):
+        ax, where = axes[0, p], f"data['panels'][{p}]"
+        for i, (label, kind, steps) in enumerate(_take_each(series, f"{where}['series']", "label", "kind", "steps")):
+            _curve(ax, steps, series[i], f"{where}['series'][{i}]", styles[label, kind], markersize=4)
+        for label, value in _take_each(baselines, f"{where}['baselines']", "label", "value"):
+            spacing = dots.setdefault(label, 1.5 + 2.5 * len(dots))  # a baseline has the same dots in every panel
+            ax.axhline(value, color=COLOURS["neutral"], linestyle=(0, (1, spacing)), label=label)
+        ax.set(title=title, xlabel="step", ylabel=ylabel)
+    _legend(fig, axes, f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
+    return fig
+
+# %% ../nbs/25_figures.ipynb #f60e29a7
+@house_style()
+def plot_gate(
+    data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "over": such as "3 seeds"}
+) -> Figure:
+    "Share of the softmax branch by layer, in 0..1: mean and standard deviation `over` what is said, the initial value dotted."
+    fig = _by_layer(data, "share of the softmax branch", "start, {:g}", (0, (1, 1.5)), _take(data, "data", "over")[0])
+    fig.axes[0].set_ylim(0, 1)
+    return fig

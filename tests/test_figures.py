@@ -54,6 +54,16 @@ EXAMPLES = {
         {**NAMED, "values": [3.3, 3.4], "mean": 3.35, "sd": 0.07}, {**NAMED, "values": [3.5], "mean": 3.5, "sd": None}]},
     "plot_bits_curves": {"seeds": 2, "series": [
         {**NAMED, "held_out": {"epochs": [1, 2, 3], **CURVE}, "training": {"epochs": [0.5, 1, 2], **ONE_CURVE}}]},
+    "plot_sinks": {"ylabel": "attention on the first token", "passages": 2, "panels": [
+        {"title": "all", "series": [{**NAMED, "layers": CURVE}, {"label": "base", "kind": "softmax", "layers": ONE_CURVE}]},
+        {"title": "far", "series": [
+            {"label": "after", "kind": "softmax", "layers": CURVE}, {**NAMED, "layers": {"mean": [0, 0], "sd": None}}]}]},
+    "plot_fine_tuning": {"seeds": 2, "panels": [
+        {"title": "answers", "ylabel": "nats", "baselines": [{"label": "base", "value": 3}], "series": [
+            {**NAMED, "steps": [0, 5, 9], **CURVE}]},
+        {"title": "plays", "ylabel": "nats", "baselines": [{"label": "counts", "value": 4}, {"label": "base", "value": 2}], "series": [
+            {"label": "LoRA", "kind": "mixed", "steps": [0, 5, 9], **ONE_CURVE}, {**NAMED, "steps": [1, 2, 3], **CURVE}]}]},
+    "plot_gate": {"layers": [1, 2, 3], "over": "2 seeds", "series": [{**NAMED, "initial": 0.8, **CURVE}]},
     "plot_token_time": {"made": "medians", "cases": [
         {"title": "short", "series": [{**NAMED, "positions": [1, 2], "milliseconds": [3, 4]}]},
         {"title": "long", "series": [{"label": "ARM", "kind": "softmax", "positions": [9], "milliseconds": [3]}]}]},
@@ -138,6 +148,15 @@ def test_plot_names_each_missing_key(name):
         ("plot_accuracy", ["rows", 1, "values"], [], r"rows'\]\[1\] has nothing in values"),
         ("plot_sigma", ["layers"], [1, 2], r"different lengths"),
         ("plot_sigma", ["series", 0], {**NAMED, **CURVE}, r"series'\]\[0\] has no initial"),
+        ("plot_gate", ["layers"], [1, 2], r"different lengths"),
+        ("plot_gate", ["series", 0], {**NAMED, **CURVE}, r"series'\]\[0\] has no initial"),
+        ("plot_sinks", ["panels", 1], {"title": "far"}, r"panels'\]\[1\] has no series; it needs"),
+        ("plot_sinks", ["panels", 1, "series", 0], {**NAMED}, r"panels'\]\[1\]\['series'\]\[0\] has no layers"),
+        ("plot_sinks", ["panels", 0, "series", 1, "layers"], {"mean": [1]}, r"series'\]\[1\]\['layers'\] has no sd"),
+        ("plot_sinks", ["panels", 0, "series", 1, "kind"], "best", r"panels'\]\[0\]\['series'\]\[1\] has kind 'best'"),
+        ("plot_fine_tuning", ["panels", 0, "series", 0, "steps"], [1], r"panels'\]\[0\]\['series'\]\[0\] has lists of different lengths"),
+        ("plot_fine_tuning", ["panels", 1, "baselines", 0], {"label": "base"}, r"panels'\]\[1\]\['baselines'\]\[0\] has no value"),
+        ("plot_fine_tuning", ["panels", 1, "series"], [], r"panels'\]\[1\] has nothing in series"),
         ("plot_attention_maps", ["rows", 0, "image"], [0.0, 1.0], r"image has shape \(2,\)"),
         ("plot_attention_maps", ["rows", 0, "query"], [2, 0], r"query is \[2, 0\]; give 'cls'"),
         ("plot_attention_maps", ["rows", 0, "maps", 0], [1.0], r"rows'\]\[0\] has maps of \[1, 4\] weights"),
@@ -215,7 +234,64 @@ def test_depth_starts_where_the_quantity_does():
     assert [list(ax.lines[0].get_xdata()) for ax in axes] == [[1, 2, 3], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps"])
+def legend(fig):
+    "What the legend below a figure says, and its title."
+    return [text.get_text() for text in fig.legends[0].get_texts()], fig.legends[0].get_title().get_text()
+
+
+def look(line):
+    "What tells a line from another."
+    return line.get_color(), line.get_linestyle(), line.get_marker(), line.get_markerfacecolor()
+
+
+def test_sinks_are_read_with_their_means_in_every_panel():
+    fig = draw("plot_sinks")
+    assert [text.get_text() for ax in fig.axes for text in ax.texts] == ["0.43", "0.43", "0.43", "0.00"]
+    labels, title = legend(fig)
+    assert labels == ["KViT", "base", "after"] and "over 2 passages" in title and "dashed" in title
+    one, two = fig.axes
+    assert len(one.lines) == len(two.lines) == 6  # two curves, their means, their marks beside the numbers
+    assert one.get_ylim() == two.get_ylim() == (0, 1) and one.get_ylabel() and not two.get_ylabel()
+    assert list(one.lines[0].get_xdata()) == [1, 2, 3] and list(two.lines[2].get_xdata()) == [1, 2]
+    assert look(one.lines[0]) == look(two.lines[2])
+    assert len({look(line)[1:] for line in (one.lines[0], one.lines[2], two.lines[0])}) == 3
+    assert {line.get_linestyle() for line in (one.lines[1], one.lines[3])} == {"--"}
+
+
+def test_a_base_model_is_a_dotted_line_of_the_same_look_in_every_panel():
+    fig = draw("plot_fine_tuning")
+    assert legend(fig) == (["KViT", "base", "LoRA", "counts"], "mean, and band of one standard deviation, over 2 seeds")
+    lines = [{line.get_label(): line for line in ax.lines} for ax in fig.axes]
+    assert [set(found) for found in lines] == [{"KViT", "base"}, {"LoRA", "KViT", "counts", "base"}]
+    assert look(lines[0]["KViT"]) == look(lines[1]["KViT"]) and lines[0]["KViT"].get_marker() != lines[1]["LoRA"].get_marker()
+    assert [found["base"].get_ydata()[0] for found in lines] == [3, 2]
+    dots = [found[name]._unscaled_dash_pattern for found, name in zip(lines[:1] + lines[1:] * 2, ("base", "base", "counts"), strict=True)]
+    assert dots[0] == dots[1] != dots[2]
+
+
+def test_a_gate_keeps_its_whole_scale_and_says_where_it_started():
+    fig = draw("plot_gate")
+    assert fig.axes[0].get_ylim() == (0, 1)
+    assert legend(fig) == (["KViT", "start, 0.8"], "mean, and band of one standard deviation, over 2 seeds")
+    assert legend(draw("plot_sigma"))[0] == ["KViT", r"start, $\sigma_0 = 2.5$"]
+
+
+def test_seeds_in_a_row_can_show_another_quantity_than_bits():
+    assert draw("plot_bits").axes[0].get_xlabel().startswith("bits per dimension of the test images, less is better\n")
+    other = figures.plot_bits(EXAMPLES["plot_bits"] | {"quantity": "held-out loss (nats)", "dashed": "no training"}).axes[0].get_xlabel()
+    assert other.startswith("held-out loss (nats), less is better\n") and other.endswith("; dashed: no training")
+
+
+def test_numbers_beside_lines_keep_their_order_and_their_distance():
+    rng = np.random.default_rng(0)
+    for values in (rng.random(5), np.zeros(5), np.ones(5), np.array([0.4]), rng.random(5) / 10 + 0.4):
+        places = figures._apart(values.tolist(), 0.06)
+        assert places.min() >= 0 and places.max() <= 1
+        assert (np.diff(places[np.argsort(values, kind="stable")]) > 0.06 - 1e-9).all()
+    np.testing.assert_allclose(figures._apart([0.9, 0.1, 0.5], 0.06), [0.9, 0.1, 0.5])
+
+
+@pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps", "plot_sinks"])
 def test_same_numbers_give_the_same_bytes(tmp_path, name):
     fig, shown = draw(name), draw(name)
     shown._repr_png_()
