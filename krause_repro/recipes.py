@@ -563,7 +563,7 @@ FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itsel
     "flan": {},
     "questions": {"recipe": {"train_items": None, "held_out": 82}},
     "shakespeare": {"recipe": {"train_items": None, "held_out": 50},
-                    "desk": {"epochs": 1, "train_items": 320, "held_out": 100, "max_length": 256},
+                    "desk": {"epochs": 1, "train_items": 160, "held_out": 50, "max_length": 256},
                     "smoke": {"max_length": 48}},
 }
 BASES = {  # by the model's name: the base, and the first column of its published rows with the branch and without

@@ -22,6 +22,7 @@ from krause_repro.recipes import (
     SwinRecipe,
     ablation_name,
     ablation_recipes,
+    fine_tuning_recipes,
     generation_recipes,
     get_recipe,
     parse_row,
@@ -143,7 +144,7 @@ def test_rows_are_all_and_have_names_of_their_own():
         "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "kvit_s_local/cifar10", "kvit_s_full/cifar10",
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
-    } | set(generation_recipes())
+    } | set(generation_recipes()) | set(fine_tuning_recipes())
 
 
 def test_ablation_varies_one_thing_at_a_time():
