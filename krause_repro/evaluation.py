@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EACH', 'GENERATOR_LABELS', 'ABLATION_CELLS',
            'ABLATION_CONTROLS', 'SMALLEST_DIFFERENCE', 'SCORE_LABELS', 'SUPPORT_LABELS', 'FACTORS', 'QUESTIONS',
-           'ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'finished_model', 'test_accuracy', 'train_seeds', 'curve',
-           'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma', 'summarise_runs', 'paired_difference',
-           'describe_difference', 'percent', 'accuracy_table', 'accuracy_differences', 'provenance_table', 'test_bits',
-           'generation_curves', 'samples_folder', 'first_frequencies', 'sample_run', 'contact_sheet', 'image_features',
-           'classifier_run', 'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines',
-           'decimals', 'bits_table', 'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects',
-           'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
-           'plain_answers', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items',
-           'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides',
-           'answer_token', 'task_answers', 'check_answers', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1',
+           'ANSWER_BEGINS', 'FINE_TUNED_LABELS', 'ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'finished_model',
+           'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma',
+           'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
+           'accuracy_differences', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
+           'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
+           'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
+           'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects', 'named_differences',
+           'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table', 'plain_answers',
+           'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines', 'letter_accuracy',
+           'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning', 'letter_summary',
+           'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'fine_tuning_differences',
+           'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items', 'read_task_items',
+           'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides', 'answer_token',
+           'task_answers', 'check_answers', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1',
            'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval', 'check_language_run', 'evaluate_language',
            'language_table']
 
@@ -24,10 +28,12 @@ import json
 import logging
 import math
 import random
+import re
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -42,19 +48,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.utils import make_grid
+from transformers import PreTrainedTokenizerBase
 
 from .attention import SCORES, KrauseAttention, check_integer
 from .data import Collator, ImageSet, load_splits
 from .image_transformer import PixelAttention
-from .language_data import MARKER, hub_errors
+from .language_data import MARKER, encode_prompt, hub_errors, question_answers, split_items
+from .llm_branch import branches, load_tokenizer
 from .likelihood import bits_per_dimension, fit_context_model
-from .recipes import CLASSIFIERS, SUPPORTS, ImageGenerationRecipe, ablation_name, get_recipe
+from .recipes import CLASSIFIERS, SUPPORTS, FineTuningRecipe, ImageGenerationRecipe, ablation_name, get_recipe
 from .records import (
     check_train, obtain_result, pack_images, read_json, replacing, result_path, summarise, summarise_curves, write_json)
 from .sample_quality import class_features, frechet_distance
 from .sampling import check_sampling, complete_images, first_prompts, image_tokens, written_batches
 from .swin import WindowAttention
-from .training import Run, build_trainer, train
+from .training import Run, base_model, base_source, build_trainer, train
 
 # %% ../nbs/23_evaluation.ipynb #909ca3f1
 def finished_model(
@@ -666,6 +674,189 @@ def plain_answers(
         return f"- **{question}**: {'; '.join(told(label) for label in labels if label in found) or 'not trained yet'}."
 
     return "\n".join(line(*item) for item in QUESTIONS.items())
+
+# %% ../nbs/23_evaluation.ipynb #17fd8d8a
+ANSWER_BEGINS = "The answer is ("
+
+
+def offered_letters(
+    item: dict,  # of `question_answers`
+) -> list[str]:
+    "The letters of a question's choices, in order."
+    return sorted(set(re.findall(r"\(([A-J])\)", item["inputs"])))
+
+
+@torch.no_grad()
+def answer_letters(
+    model: torch.nn.Module,  # a causal language model of transformers
+    tokenizer: PreTrainedTokenizerBase,  # of this model
+    items: list[dict],  # of `question_answers`
+) -> list[str]:  # one letter for each item
+    "The letter that the model puts behind prompt and “The answer is (”: the most likely of those offered."
+    begin = tokenizer(ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
+    letter = {name: tokenizer(ANSWER_BEGINS + name, add_special_tokens=False)["input_ids"] for name in "ABCDEFGHIJ"}
+    if wrong := [name for name, ids in letter.items() if ids[:-1] != begin]:
+        raise ValueError(f"tokenizer must give each letter a token of its own behind {ANSWER_BEGINS!r}, not so for {', '.join(wrong)}")
+    training, found = model.training, []
+    model.eval()
+    try:
+        for item in items:
+            ids = torch.tensor([encode_prompt(tokenizer, item["inputs"]) + begin], device=model.device)
+            logits, offered = model(input_ids=ids, use_cache=False).logits[0, -1], offered_letters(item)
+            found.append(offered[logits[[letter[name][-1] for name in offered]].argmax()])
+    finally:
+        model.train(training)
+    return found
+
+
+def held_out_questions(
+    recipe: FineTuningRecipe,  # under its profile
+    source: str | Path | None = None,  # the user's file or folder of questions
+) -> tuple[list[dict], list[dict]]:
+    "The training and the held-out questions of a recipe, as they are split for training."
+    return split_items(question_answers(source), recipe.held_out)
+
+
+def letter_baselines(
+    train: list[dict],  # of `question_answers`
+    held_out: list[dict],  # to be answered
+) -> dict[str, float]:  # "chance", and "constant": always the letter that is right most often in `train`
+    "Accuracies of those who do not read the question."
+    most = Counter(item["answer"] for item in train).most_common(1)[0][0]
+    return {"chance": sum(1 / len(offered_letters(item)) for item in held_out) / len(held_out),
+            "constant": sum(item["answer"] == most for item in held_out) / len(held_out)}
+
+
+def letter_accuracy(
+    model: torch.nn.Module,  # a causal language model of transformers
+    tokenizer: PreTrainedTokenizerBase,  # of this model
+    items: list[dict],  # of `question_answers`
+) -> float:
+    "Share of the questions whose letter the model names."
+    letters = answer_letters(model, tokenizer, items)
+    return sum(letter == item["answer"] for letter, item in zip(letters, items, strict=True)) / len(items)
+
+# %% ../nbs/23_evaluation.ipynb #61bf8f89
+def test_letters(
+    run: Run,  # finished, on questions
+    source: str | Path | None = None,  # the user's file or folder of questions
+) -> float:
+    "Accuracy of a run's model on the held-out questions' letters; computed once and kept as `letters.json` in the run's directory."
+    path = run.path / "letters.json"
+    if not path.is_file():
+        _, items = held_out_questions(run.recipe, source)
+        tokenizer = load_tokenizer(base_source(run.recipe))
+        write_json(path, {"accuracy": letter_accuracy(finished_model(run), tokenizer, items), "items": len(items)})
+    return read_json(path)["accuracy"]
+
+
+test_letters.__test__ = False  # it is no unit test, whatever its name begins with
+
+
+def fine_tuning_curves(
+    runs: list[Run],  # of one recipe, one for each seed
+) -> dict[str, dict]:  # "held_out" and "training": steps, mean and sd, nats per token
+    "Loss of held-out tokens from before the first step on, and of training tokens, over steps."
+    def told(key):
+        logs = [[(line["step"], line[key]) for line in run.metrics() if key in line] for run in runs]
+        return {"steps": [step for step, _ in logs[0]], **summarise_curves([[value for _, value in log] for log in logs])}
+
+    return {"held_out": told("eval_token_loss"), "training": told("loss")}
+
+
+def branch_sigma(
+    run: Run,  # finished
+) -> list[float] | None:  # one per layer; None without a branch
+    "The bandwidth of each layer's branch, averaged over heads."
+    found = branches(run.model())
+    return [branch.bandwidth(torch.empty(0)).mean().item() for branch in found] if found else None
+
+
+def summarise_fine_tuning(
+    runs: list[Run],  # of one recipe, one for each seed
+    source: str | Path | None = None,  # the user's file or folder of texts or items
+) -> dict:
+    "What is kept of fine-tuning: loss and accuracy on held-out tokens before and after, letters, σ, sizes, and where it comes from."
+    recipe, ends = runs[0].recipe, [run.summary() for run in runs]
+    starts = [next(line for line in run.metrics() if "eval_token_loss" in line) for run in runs]
+    sigmas, questions = [branch_sigma(run) for run in runs], recipe.dataset == "questions"
+    return {
+        **{name: summarise([end[f"held_out_{name}"] for end in ends]) for name in ("token_loss", "token_accuracy")},
+        "before": {name: summarise([start[f"eval_{name}"] for start in starts]) for name in ("token_loss", "token_accuracy")},
+        "letter_accuracy": summarise([test_letters(run, source) for run in runs]) if questions else None,
+        "letters": letter_summary(recipe, source) if questions else None,
+        "curves": fine_tuning_curves(runs), "sigma": None if sigmas[0] is None else summarise_curves(sigmas),
+        "steps": ends[0]["steps"], "bf16": ends[0]["bf16"], **{name: ends[0][name] for name in ("trainable", "frozen", "data")},
+        **provenance(runs),
+    }
+
+
+def letter_summary(
+    recipe: FineTuningRecipe,  # under its profile
+    source: str | Path | None = None,  # the user's file or folder of questions
+) -> dict[str, float]:  # accuracies: "base", "chance", "constant"; and the number of "items"
+    "What a recipe's accuracy on letters is to be read beside: the base model untrained, chance, and one letter always."
+    train, held_out = held_out_questions(recipe, source)
+    base = letter_accuracy(base_model(recipe), load_tokenizer(base_source(recipe)), held_out)
+    return {"base": base, **letter_baselines(train, held_out), "items": len(held_out)}
+
+# %% ../nbs/23_evaluation.ipynb #24f48aa0
+FINE_TUNED_LABELS = {"lora": ("LoRA", "softmax"), "krause": ("LoRA + Krause branch", "mixed")}
+
+
+def fine_tuned_label(
+    name: str,  # key of `RECIPES`, such as krause_smollm2/questions
+) -> tuple[str, str]:
+    "Label and kind of colour of a fine-tuned model."
+    return FINE_TUNED_LABELS[name.partition("_")[0]]
+
+
+def fine_tuning_table(
+    results: dict[str, dict | None],  # by recipe: what `summarise_fine_tuning` gives; None where there is none
+) -> str:  # Markdown
+    "Loss, perplexity and accuracies of each model on each data set, before training and after; a dash where there is no result."
+    def line(name, result):
+        label, data = fine_tuned_label(name)[0], name.partition("/")[2]
+        if result is None:
+            return f"| {data} | {label} |" + " — |" * 7
+        loss, letters = result["token_loss"], result["letter_accuracy"]
+        return (f"| {data} | {label} | {result['before']['token_loss']['mean']:.3f} | {decimals(loss)} | {math.exp(loss['mean']):.2f} | "
+                f"{percent(result['token_accuracy'])} | {percent(letters) if letters else '—'} | {result['steps']} | {loss['n']} |")
+
+    head = ("data", "model", "held-out loss before training", "after, nats per token", "perplexity", "tokens right, %", "letters right, %",
+            "steps", "seeds")
+    return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *(line(*item) for item in results.items()),
+                      *_letter_lines(results)])
+
+
+def _letter_lines(results):
+    "Those who answer letters without having been trained for it."
+    letters = next((result["letters"] for result in results.values() if result and result["letters"]), None)
+    named = {"base": "base model", "chance": "chance", "constant": "one letter always"} if letters else {}
+    return [f"| questions | {label} | — | — | — | — | {100 * letters[name]:.2f} | — | — |" for name, label in named.items()]
+
+
+def parameter_table(
+    results: dict[str, dict | None],  # by recipe: what `summarise_fine_tuning` gives; None where there is none
+) -> str:  # Markdown
+    "Trainable, frozen and total parameters of each model, once for each kind; and what text it was trained on and judged by."
+    kinds = {fine_tuned_label(name)[0]: result for name, result in results.items() if result}
+    rows = [f"| {label} | {r['trainable']:,} | {r['frozen']:,} | {r['parameters']:,} |" for label, r in kinds.items()]
+    return "\n".join(["| model | trainable | frozen | in all |", "|" + " --- |" * 4, *rows])
+
+
+def fine_tuning_differences(
+    results: dict[str, dict | None],  # by recipe: what `summarise_fine_tuning` gives; None where there is none
+) -> str:  # a Markdown list
+    "A plain sentence for each data set of which both models are finished: whose held-out loss is lower, and whether chance can explain it."
+    def sentence(data, name, rival):
+        values = [results[each]["token_loss"]["values"] for each in (name, rival)]
+        labels = [fine_tuned_label(each)[0] for each in (name, rival)]
+        return f"- {data}: {describe_difference(*labels, paired_difference(*values), 'nats per token', 1)}."
+
+    pairs = [(name.partition("/")[2], name, name.replace("krause_", "lora_", 1)) for name in results if name.startswith("krause_")]
+    found = [sentence(*pair) for pair in pairs if results[pair[1]] and results.get(pair[2])]
+    return "\n".join(found) or "No pair is finished."
 
 # %% ../nbs/23_evaluation.ipynb #5dde2272
 _PAIR = {"premise": str, "hypothesis": str, "label": range(3)}
