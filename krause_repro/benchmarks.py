@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'COST', 'BASELINE', 'KINDS', 'DENSE_LENGTH',
-           'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'GENERATION_SPEED', 'BENCHMARKS', 'interleave',
-           'summarise_times', 'compare', 'in_turns', 'compare_in_pairs', 'AttentionCase', 'GridCase', 'ImageCase',
-           'CostRecipe', 'attention_contenders', 'attention_calls', 'peak_beyond', 'peak_memory', 'add_peak_memory',
-           'bench_attention', 'bench_grids', 'kth_largest', 'compiled_selector', 'bench_selection', 'bench_scaling',
-           'fitted_exponent', 'scaling_series', 'forward_pass', 'training_step', 'bench_images', 'TimedCollator',
-           'StepClock', 'bench_training', 'GenerationCase', 'GenerationSpeedRecipe', 'generation_seconds',
-           'generator_step', 'bench_generation', 'generation_notes', 'generation_speed_table', 'bench_dynamics',
-           'bench_cost', 'format_rows', 'report_benchmark']
+           'PASSES', 'SELECTORS', 'OPERATOR_SHARE', 'IMAGE_PASSES', 'GENERATION_SPEED', 'LANGUAGE_SPEED',
+           'LANGUAGE_GOALS', 'BENCHMARKS', 'interleave', 'summarise_times', 'compare', 'in_turns', 'compare_in_pairs',
+           'AttentionCase', 'GridCase', 'ImageCase', 'CostRecipe', 'attention_contenders', 'attention_calls',
+           'peak_beyond', 'peak_memory', 'add_peak_memory', 'bench_attention', 'bench_grids', 'kth_largest',
+           'compiled_selector', 'bench_selection', 'bench_scaling', 'fitted_exponent', 'scaling_series', 'forward_pass',
+           'training_step', 'bench_images', 'TimedCollator', 'StepClock', 'bench_training', 'GenerationCase',
+           'GenerationSpeedRecipe', 'generation_seconds', 'generator_step', 'bench_generation', 'generation_notes',
+           'generation_speed_table', 'LanguageCase', 'LanguageSpeedRecipe', 'benchmark_language_model',
+           'deployed_models', 'reader_and_writer', 'lora_step', 'resident_growth', 'branch_memory', 'bench_language',
+           'language_notes', 'language_speed_table', 'bench_dynamics', 'bench_cost', 'format_rows', 'report_benchmark']
 
 # %% ../nbs/28_benchmarks.ipynb #2fd84d77
+import copy
+import ctypes
 import json
 import math
 import multiprocessing
@@ -31,14 +35,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from .attention import CausalWindow, GridWindow, attend
+from .counting import branch_macs
 from .data import load_splits
 from .dynamics import flow, uniform_sphere
 from .fast_attention import banded_tiles, gathered_rows, sdpa_attention
 from .image_transformer import ImageTransformer, image_cache
+from .language_data import smollm2_path
+from .llm_branch import add_krause_branch, branches, cache_argument, load_language_model, lora_config
 from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import GENERATORS, ImageClassificationRecipe, ImageGenerationRecipe, Recipe, get_recipe
 from .records import environment, project_root, write_json
@@ -751,6 +759,208 @@ def generation_speed_table(
     names = ("what", "model", "per second", "times ARM's speed", "time relative to ARM's (quartiles)", "last tenth : second tenth")
     return "\n".join([f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *map(line, result["rows"])])
 
+# %% ../nbs/28_benchmarks.ipynb #1016d14d
+@dataclass(frozen=True)
+class LanguageCase:
+    "Sequences of one length that language models read."
+
+    batch: int  # sequences
+    context: int  # tokens of each
+    rounds: int  # that are timed, after one that is not where there are more than `LONG_ROUNDS`
+
+    @property
+    def title(self) -> str:
+        "As tables show it."
+        return f"batch {self.batch}, {self.context:,} tokens"
+
+
+@dataclass(frozen=True)
+class LanguageSpeedRecipe(Recipe):
+    "How fast a language model with a Krause branch reads, writes and is fine-tuned. Branch and LoRA: paper, Section 5."
+
+    base: str = "smollm2"  # SmolLM2-135M-Instruct; "random" is a tiny Llama
+    cases: tuple[LanguageCase, ...] = (
+        LanguageCase(1, 128, 9), LanguageCase(1, 512, 5), LanguageCase(1, 2048, 3),
+        LanguageCase(8, 128, 5), LanguageCase(8, 512, 3), LanguageCase(8, 2048, 2),
+    )
+    tokens: int = 24  # written after each context and timed, one more before them not
+    step: LanguageCase = LanguageCase(4, 256, 4)  # the batch of a training step
+    lr: float = 5e-5  # paper, Section 5
+    weight_decay: float = 0.01  # paper, Section 5
+    max_grad_norm: float = 1.0
+
+    def changes(self, profile):
+        smoke = {"base": "random", "cases": (LanguageCase(1, 40, 2), LanguageCase(2, 8, 2)), "tokens": 3, "step": LanguageCase(2, 8, 2)}
+        return smoke if profile == "smoke" else {}
+
+
+LANGUAGE_SPEED = LanguageSpeedRecipe("language_speed", seeds=(0,), ours=("base", "cases", "tokens", "step", "max_grad_norm"))
+LANGUAGE_GOALS = {"prefill": 0.75, "decode": 0.78, "training step": 1 / 1.6}  # the least speed with a branch, in times the speed without
+
+# %% ../nbs/28_benchmarks.ipynb #d2725228
+def benchmark_language_model(
+    base: str,  # "smollm2", or "random" for a tiny Llama
+) -> PreTrainedModel:  # float32
+    "The base model of a recipe."
+    if base == "smollm2":
+        return load_language_model(smollm2_path())[0].float()
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                        num_key_value_heads=2)).eval()
+
+
+def deployed_models(
+    base: PreTrainedModel,  # not changed
+) -> dict[str, PreTrainedModel]:  # "base" itself, "LoRA merged" and "Krause"
+    "The base model, a copy with LoRA merged in, and a copy with a Krause branch and LoRA merged in."
+    def merged(model):
+        return get_peft_model(model, lora_config(model)).merge_and_unload().eval()
+
+    return {"base": base, "LoRA merged": merged(copy.deepcopy(base)), "Krause": merged(add_krause_branch(copy.deepcopy(base)))}
+
+# %% ../nbs/28_benchmarks.ipynb #ada43695
+def reader_and_writer(
+    model: PreTrainedModel,  # with a branch or without
+    tokens: Tensor,  # (B, n) int64, the context
+    more: int,  # tokens that can be written after it
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    "Two functions: one reads the context into a new cache, the other adds the likeliest token to each sequence."
+    mask, name = torch.ones(len(tokens), tokens.shape[1] + more, dtype=torch.long), cache_argument(model)
+    held = {"out": None, "seen": 0}
+
+    @torch.no_grad()
+    def step(new, cache, seen):
+        held["out"] = model(new, attention_mask=mask[:, :seen], use_cache=True, logits_to_keep=1, **{name: cache})
+        held["seen"] = seen
+
+    def read():
+        held["out"] = None  # the cache of the round before
+        step(tokens, None, tokens.shape[1])
+
+    def write():
+        step(held["out"].logits[:, -1:].argmax(-1), held["out"][name], held["seen"] + 1)
+
+    return read, write
+
+
+def lora_step(
+    model: PreTrainedModel,  # with a branch or without; gets LoRA
+    recipe: LanguageSpeedRecipe,
+) -> Callable[[], None]:
+    "A function that takes one step of fine-tuning by LoRA on fixed random tokens."
+    torch.manual_seed(0)
+    model = get_peft_model(model, lora_config(model)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    tokens = torch.randint(model.config.vocab_size, (recipe.step.batch, recipe.step.context))
+
+    def step():
+        model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+# %% ../nbs/28_benchmarks.ipynb #8a31a797
+def resident_growth(
+    call: Callable[[], object],  # what it returns is kept until the second look
+) -> int | None:  # bytes; None where the system does not say (anywhere but on Linux with the GNU C library)
+    "How much larger this process's resident memory is after a call."
+    try:
+        give_back = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+    give_back(0)
+    before, kept = _resident("VmRSS"), call()
+    give_back(0)
+    grown = _resident("VmRSS") - before
+    del kept
+    return grown
+
+
+def branch_memory(
+    base: PreTrainedModel,  # not changed
+) -> dict[str, int | None]:  # bytes: "base_parameters", "branch_parameters", "resident_growth"
+    "What a Krause branch adds to the memory of a model, by its parameters and as measured."
+    model = copy.deepcopy(base)
+    grown = resident_growth(lambda: add_krause_branch(model))
+    parameters = [parameter for branch in branches(model) for parameter in branch.parameters()]
+    whole, own = (sum(p.numel() * p.element_size() for p in group) for group in (base.parameters(), parameters))
+    return {"base_parameters": whole, "branch_parameters": own, "resident_growth": grown}
+
+# %% ../nbs/28_benchmarks.ipynb #47833187
+def _language_rows(case, step, tokens, seconds):
+    "Rows of one case and pass, with the tokens of a round per second, and the speed in times that of the first contender."
+    rows, shape = [], {"case": case.title, "batch": case.batch, "context": case.context, "pass": step}
+    for row in compare(seconds, next(iter(seconds))):
+        low, high = row["ratio_quartiles"]
+        speeds = {"speed_ratio": 1 / row["ratio"], "speed_ratio_quartiles": [1 / high, 1 / low]}
+        rows.append({**shape, **row, "tokens_per_second": tokens / row["seconds"], **speeds})
+    return rows
+
+
+def _reading_and_writing(models, case, count):
+    "Rows of prefill and decode of one case, all models in turn."
+    vocabulary = models["base"].config.vocab_size
+    tokens = torch.randint(vocabulary, (case.batch, case.context), generator=torch.Generator().manual_seed(0))
+    pairs = {name: reader_and_writer(model, tokens, count + 1) for name, model in models.items()}
+    read, write = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    rows = _language_rows(case, "prefill", tokens.numel(), interleave(read, case.rounds, int(case.rounds > LONG_ROUNDS)))
+    return rows + _language_rows(case, "decode", case.batch, interleave(write, count, 1))
+
+
+def _fine_tuning(base, recipe):
+    "Rows of the training step of LoRA, with a branch and without."
+    models = {"LoRA": copy.deepcopy(base), "LoRA + Krause": add_krause_branch(copy.deepcopy(base))}
+    steps = {name: lora_step(model, recipe) for name, model in models.items()}
+    seconds = interleave(steps, recipe.step.rounds, int(recipe.step.rounds > LONG_ROUNDS))
+    return _language_rows(recipe.step, "training step", recipe.step.batch * recipe.step.context, seconds)
+
+
+def bench_language(
+    recipe: LanguageSpeedRecipe = LANGUAGE_SPEED,
+) -> dict:  # "rows", "notes", "memory" in bytes, "macs" for each context, "goals" for each pass
+    "Tokens per second of a language model with a Krause branch and without, in turns, and what the branch adds in memory and in products."
+    base = benchmark_language_model(recipe.base)
+    memory, models = branch_memory(base), deployed_models(base)
+    macs = [{"context": n, **branch_macs(models["Krause"], n)} for n in sorted({case.context for case in recipe.cases})]
+    rows = [row for case in recipe.cases for row in _reading_and_writing(models, case, recipe.tokens)]
+    del models
+    rows += _fine_tuning(base, recipe)
+    return {"benchmark": "language", "rows": rows, "notes": language_notes(rows, memory), "memory": memory, "macs": macs,
+            "goals": LANGUAGE_GOALS}
+
+# %% ../nbs/28_benchmarks.ipynb #e5386e40
+def language_notes(
+    rows: list[dict],  # of `bench_language`
+    memory: dict,  # of `branch_memory`
+) -> list[str]:
+    "A sentence for each case and pass with a branch: tokens per second, times the speed without, and the goal; and one on memory."
+    def sentence(row):
+        goal, speed = LANGUAGE_GOALS[row["pass"]], row["speed_ratio"]
+        return (f"{row['pass']}, {row['case']}: with the branch {row['tokens_per_second']:.1f} tokens per second, {speed:.2f} times the "
+                f"speed without; the goal of {goal:.3g} is {'met' if speed >= goal else 'missed'}")
+
+    grown = "not known" if memory["resident_growth"] is None else f"{memory['resident_growth'] / 1e6:.1f} MB"
+    return [sentence(row) for row in rows if "Krause" in row["name"]] + [
+        f"the branch has {memory['branch_parameters'] / 1e6:.1f} MB of parameters beside the base's "
+        f"{memory['base_parameters'] / 1e6:.1f} MB; the resident size grew by {grown}"]
+
+
+def language_speed_table(
+    result: dict,  # of `bench_language`
+) -> str:  # Markdown
+    "Tokens per second of each contender, and its speed in times that of the first, with the goal for those with a branch."
+    def line(row):
+        low, high = row["speed_ratio_quartiles"]
+        goal = f"≥ {result['goals'][row['pass']]:.3g}" if "Krause" in row["name"] else ""
+        speed = f"{row['tokens_per_second']:,.1f} | {row['speed_ratio']:.2f} ({low:.2f} to {high:.2f}) | {goal}"
+        return f"| {row['pass']}, {row['case']} | {row['name']} | {speed} | {row['rounds']} |"
+
+    names = ("what", "model", "tokens per second", "times the speed without a branch (quartiles)", "goal", "rounds")
+    return "\n".join([f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *map(line, result["rows"])])
+
 # %% ../nbs/28_benchmarks.ipynb #8ac3d072
 def bench_dynamics(
     steps: int = 1000,  # of the integrator
@@ -828,5 +1038,6 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "training-step": lambda: report_benchmark(lambda: bench_images(passes=("training step",)) | {"benchmark": "training-step"}),
     "training": lambda: report_benchmark(bench_training),
     "generation": lambda: report_benchmark(bench_generation),
+    "language": lambda: report_benchmark(bench_language),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }

@@ -728,7 +728,7 @@ def run_benchmark(
     name: str,  # a benchmark; an unknown name lists them
     threads: int = 2,  # that PyTorch may use
 ) -> None:
-    "Run a benchmark of the attention implementations, print what it measures, save it under runs/bench."
+    "Run a benchmark of attention, training, generation or a language model, print what it measures, save it under runs/bench."
     import torch
     from krause_repro.attention import check_integer
     from krause_repro.benchmarks import BENCHMARKS

@@ -17,6 +17,8 @@ from krause_repro.benchmarks import (
     COST,
     DENSE_LENGTH,
     KINDS,
+    LANGUAGE_GOALS,
+    LANGUAGE_SPEED,
     LONG_ROUNDS,
     PASSES,
     ROUNDS,
@@ -29,26 +31,36 @@ from krause_repro.benchmarks import (
     bench_cost,
     bench_grids,
     bench_images,
+    bench_language,
     bench_scaling,
     bench_selection,
     bench_training,
+    benchmark_language_model,
+    branch_memory,
     compare,
     compare_in_pairs,
     compiled_selector,
+    deployed_models,
     fitted_exponent,
     format_rows,
     forward_pass,
     in_turns,
     interleave,
     kth_largest,
+    language_speed_table,
+    lora_step,
     peak_beyond,
     peak_memory,
+    reader_and_writer,
     report_benchmark,
+    resident_growth,
     scaling_series,
     summarise_times,
     training_step,
 )
+from krause_repro.counting import language_mac_table
 from krause_repro.figures import COLOURS
+from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, stale_recipes
 from krause_repro.training import build_trainer
@@ -300,6 +312,73 @@ def test_the_training_that_is_timed_is_real_training(monkeypatch):
     assert 0 < collator < step and found["busy"] > 0
 
 
+def test_profiles_of_the_language_recipe():
+    smoke = LANGUAGE_SPEED.at("smoke")
+    assert LANGUAGE_SPEED.at("desk").to_dict() | {"profile": "paper"} == LANGUAGE_SPEED.to_dict() and LANGUAGE_SPEED.base == "smollm2"
+    assert {(case.batch, case.context) for case in LANGUAGE_SPEED.cases} == {(b, n) for b in (1, 8) for n in (128, 512, 2048)}
+    assert (LANGUAGE_SPEED.step.batch, LANGUAGE_SPEED.step.context) == (4, 256) and smoke.base == "random"
+    saved = {"recipes": json.loads(json.dumps({"language_speed": smoke.to_dict()}))}
+    assert stale_recipes(saved, [smoke]) == [] and stale_recipes(saved, [replace(smoke, tokens=4)]) == ["language_speed"]
+
+
+def test_deployed_models_differ_in_the_branch_alone():
+    models = deployed_models(benchmark_language_model("random"))
+    assert [len(branches(model)) for model in models.values()] == [0, 0, 2] and not any(model.training for model in models.values())
+    assert not [name for model in models.values() for name, _ in model.named_parameters() if "lora" in name or "modules_to_save" in name]
+    ids = torch.randint(61, (1, 9))
+    base, merged, krause = (model(ids).logits for model in models.values())
+    assert torch.equal(base, merged) and not torch.allclose(base, krause)
+
+
+@pytest.mark.parametrize("name", ["base", "Krause"])
+def test_what_is_timed_writes_what_generate_writes(name):
+    model = deployed_models(benchmark_language_model("random"))[name]
+    ids, written = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0)), []
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    read, write = reader_and_writer(model, ids, 6)
+    model.register_forward_hook(lambda module, args, output: written.append(output.logits[:, -1].argmax(-1)))
+    for _ in range(2):  # a second reading begins anew
+        written.clear()
+        read()
+        for _ in range(5):
+            write()
+        assert torch.equal(torch.stack(written, 1), whole[:, 40:])
+
+
+def test_a_lora_step_trains_lora_gate_and_sigma():
+    model = deployed_models(benchmark_language_model("random"))["Krause"]
+    step = lora_step(model, LANGUAGE_SPEED.at("smoke"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step()
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert all(any(part in name for name in moved) for part in ("lora_B", "token_gate", "log_sigma"))
+    assert all("lora" in name or "modules_to_save" in name for name in moved) and all(p.grad is None for p in model.parameters())
+
+
+def test_speeds_of_language_models_are_tokens_over_seconds():
+    result = json.loads(json.dumps(bench_language(LANGUAGE_SPEED.at("smoke")), allow_nan=False))
+    assert list(result) == ["benchmark", "rows", "notes", "memory", "macs", "goals"] and result["goals"] == LANGUAGE_GOALS
+    assert [(row["pass"], row["name"]) for row in result["rows"]] == [
+        (step, name) for step in ("prefill", "decode") * 2 for name in ("base", "LoRA merged", "Krause")] + [
+        ("training step", "LoRA"), ("training step", "LoRA + Krause")]
+    for row in result["rows"]:
+        tokens = row["batch"] * (1 if row["pass"] == "decode" else row["context"])
+        assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
+        assert row["speed_ratio"] == pytest.approx(1 / row["ratio"]) and row["speed_ratio"] == 1 or row["name"] not in ("base", "LoRA")
+    assert len(result["notes"]) == 5 + 1 and [each["context"] for each in result["macs"]] == [8, 40]
+    lines = language_speed_table(result).splitlines()
+    assert len(lines) == 2 + 14 and lines[2].startswith("| prefill, batch 1, 40 tokens | base | ")
+    assert [line.count("≥") for line in lines[2:5]] == [0, 0, 1] and len(language_mac_table(result).splitlines()) == 2 + 6 + 5 + 2
+
+
+@on_linux
+def test_resident_growth_is_that_of_what_is_kept():
+    grown = resident_growth(lambda: torch.ones(16_000_000))
+    assert grown is None or grown == pytest.approx(64_000_000, abs=3_000_000)
+    memory = branch_memory(benchmark_language_model("random"))
+    assert memory["branch_parameters"] < memory["base_parameters"]
+
+
 def test_attention_rows_hold_shapes_and_ratios():
     rows = bench_attention(replace(SMOKE, cases=SMOKE.cases[:1]))["rows"]
     baselines = [row for row in rows if row["name"] == BASELINE]
@@ -343,5 +422,5 @@ def test_a_report_is_printed_and_saved_with_its_environment(tmp_path, monkeypatc
 
 
 def test_benchmarks_are_callables_by_name():
-    assert set(BENCHMARKS) >= {"attention", "selection", "scaling", "training-step", "dynamics"}
+    assert set(BENCHMARKS) >= {"attention", "selection", "scaling", "training-step", "generation", "language", "dynamics"}
     assert all(callable(make) for make in BENCHMARKS.values())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ptflops import get_model_complexity_info
 from torchvision.models import VisionTransformer as TorchvisionTransformer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from krause_repro.attention import GridWindow
 from krause_repro.benchmarks import COST
@@ -13,17 +14,20 @@ from krause_repro.counting import (
     ENTRY_OPERATIONS,
     as_printed,
     attention_pairs,
+    branch_macs,
     component_macs,
     count_models,
     count_row,
     counted_macs,
     counter_macs,
+    language_mac_table,
     measured_macs,
     ptflops_macs,
     swin_row,
     token_count,
     try_entry_operations,
 )
+from krause_repro.llm_branch import add_krause_branch
 from krause_repro.recipes import get_recipe
 from krause_repro.swin import SwinClassifierConfig
 from krause_repro.vision_transformer import SIZES, VisionTransformerConfig
@@ -213,3 +217,24 @@ def test_a_model_that_ptflops_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr("ptflops.get_model_complexity_info", lambda *arguments, **options: (None, None))
     with pytest.raises(RuntimeError, match="ptflops could not run the model"):
         ptflops_macs(tiny())
+
+
+def test_products_of_a_language_model_and_its_branch():
+    "2 layers, width 12, 3 heads of 4 with one key head, an MLP of 20, 7 words; a window of 6, of which 2 are kept."
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=7, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
+                                         num_key_value_heads=1))
+    with pytest.raises(ValueError, match="model must have a Krause branch"):
+        branch_macs(model, 4)
+    add_krause_branch(model, window=6, top_k=2)
+    projections = 2 * (12 * 12 + 2 * 12 * 4 + 12 * 12)
+    assert branch_macs(model, 10) == {
+        "base": {"projections": projections, "scores": 240, "weighted sum": 240, "MLP": 2 * 3 * 240, "head": 84},
+        "branch": {"projections": projections, "gate": 2 * 48, "scores": 2 * 72, "weighted sum": 2 * 24},
+    }
+    assert branch_macs(model, 1)["branch"] == {"projections": projections, "gate": 2 * 48, "scores": 24, "weighted sum": 24}
+    with pytest.raises(ValueError, match="context must be an integer ≥ 1, got 0"):
+        branch_macs(model, 0)
+    lines = language_mac_table({"macs": [{"context": n, **branch_macs(model, n)} for n in (1, 2000)]}).splitlines()
+    assert lines[0] == "| part | n = 1 | n = 2,000 |" and "**base** | 0.00234 (100.0%) | " in lines[7]
+    short, long = map(float, lines[-2].split("|")[2:4])
+    assert short == pytest.approx(2340 / (2340 + projections + 96 + 48), abs=0.01) and long > 0.98
