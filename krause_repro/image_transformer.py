@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR_EPS', 'ATTENTIONS', 'CACHE_LAYERS', 'linear_attention', 'ImageTransformerConfig', 'check_image_config',
-           'PreallocatedLayer', 'RecurrentLayer', 'image_cache', 'PixelAttention', 'PixelBlock', 'check_tokens',
-           'check_cache', 'ImageTransformer']
+           'PreallocatedLayer', 'RecurrentLayer', 'image_cache', 'StepLinear', 'PixelAttention', 'PixelBlock',
+           'check_tokens', 'check_cache', 'ImageTransformer']
 
 # %% ../nbs/12_image_transformer.ipynb #7373fa58
 import math
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import CausalWindow, check_fraction, check_integer, check_positive, merge_heads
 from .fast_attention import banded_attention
+from .native_kernels import few_rows, native_linear
 from .ring_cache import RingCache, RingLayer
 
 # %% ../nbs/12_image_transformer.ipynb #fa95dba1
@@ -234,6 +235,14 @@ def image_cache(
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
 
 # %% ../nbs/12_image_transformer.ipynb #fcfdf5fb
+class StepLinear(nn.Linear):
+    "`nn.Linear`, which for the few rows of a step of generation reads its weights at the speed of the memory."
+
+    def forward(self, x):
+        weight = self.weight
+        return native_linear(x, weight, self.bias) if few_rows(x, weight) else super().forward(x)
+
+
 class PixelAttention(nn.Module):
     "Causal self-attention of one layer: Krause, softmax or linear (paper's KARM, ARM and LARM)."
 
@@ -244,7 +253,7 @@ class PixelAttention(nn.Module):
     ):
         super().__init__()
         self.kind, self.layer_idx, self.heads = config.attention, layer_idx, config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (StepLinear(config.hidden_size, config.hidden_size) for _ in range(4))
         if self.kind == "krause":
             self.neighborhood, self.top_k = CausalWindow(config.krause_window), config.attention_top_k
             self.log_sigma = nn.Parameter(torch.full((self.heads,), math.log(config.sigma)))
@@ -268,10 +277,12 @@ class PixelAttention(nn.Module):
             if layer is not None:
                 layer.update(*sums, tokens=query.shape[2])
             return output
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        if self.kind == "krause" and cache is not None:
+            return cache.layers[self.layer_idx].attend(query, key, value, self.top_k, self.sigma)
         if self.kind == "krause":
             return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.sigma)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         new, all_ = query.shape[2], key.shape[2]
         if new in (1, all_):
             return F.scaled_dot_product_attention(query, key, value, is_causal=new > 1)
@@ -297,7 +308,7 @@ class PixelBlock(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
         self.attention = PixelAttention(config, layer_idx)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.mlp = nn.Sequential(StepLinear(width, inner), nn.GELU(), StepLinear(inner, width))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
@@ -363,7 +374,7 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([PixelBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.head = StepLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @torch.no_grad()

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .attention import check_integer
+from .attention import CausalWindow, check_integer
+from .fast_attention import banded_attention
+from .native_kernels import native_step, step_applies
 
 # %% ../nbs/04_ring_cache.ipynb #4f42f7d2
 def ring_positions(
@@ -61,12 +63,16 @@ class RingLayer(CacheLayerMixin):
                     f"got {tuple(new.shape)} of {new.dtype}; a cache serves one batch of one model: reset() it, or make a new one"
                 )
 
-    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        "Put the last tokens, W at most, into their slots."
-        start, new = self.cumulative_length, key_states.shape[2]
-        self.cumulative_length = start + new
+    def _advance(self, new: int) -> None:
+        "Count new tokens, and make the ring one that may be written to."
+        self.cumulative_length += new
         if self._lent:
             self.keys, self.values, self._lent = self.keys.clone(), self.values.clone(), False
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        "Put the last tokens, W at most, into their slots."
+        new = key_states.shape[2]
+        self._advance(new)
         kept = min(new, self.window)
         first = (self.cumulative_length - kept) % self.window
         slots = slice(first, first + 1) if kept == 1 else (first + torch.arange(kept, device=self.device)) % self.window
@@ -104,6 +110,25 @@ class RingLayer(CacheLayerMixin):
             keys, values = (torch.cat([*self._recent(old), new], 2) for old, new in ((self.keys, keys), (self.values, values)))
         self._write(key_states, value_states)
         return keys, values
+
+    def attend(
+        self,
+        query: Tensor,  # (B, H, T, D), of the new tokens
+        key_states: Tensor,  # (B, Hk, T, D)
+        value_states: Tensor,  # (B, Hk, T, Dv)
+        top_k: int | None,  # keys kept in each row; None keeps the whole window
+        sigma: Tensor | float,  # bandwidth, a number or (H,)
+    ) -> Tensor:  # (B, H, T, Dv)
+        "`update`, and the new tokens' attention with the Krause score to what it returns; one token's is one C++ operator."
+        if not step_applies(query, key_states, value_states):
+            keys, values = self.update(key_states, value_states)
+            return banded_attention(query, keys, values, CausalWindow(self.window), top_k, sigma=sigma)
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._advance(1)
+        slot, held = (self.cumulative_length - 1) % self.window, min(self.cumulative_length, self.window)
+        return native_step(query, key_states, value_states, self.keys, self.values, slot, held, top_k, sigma)
 
     def get_mask_sizes(
         self,

@@ -54,7 +54,17 @@ from krause_repro.fast_attention import (
     row_thresholds,
     sdpa_attention,
 )
-from krause_repro.native_kernels import build_kernels, candidate_lists, kernels_available, library_path, native_band, native_lists
+from krause_repro.native_kernels import (
+    MOST_ROWS,
+    build_kernels,
+    candidate_lists,
+    few_rows,
+    kernels_available,
+    library_path,
+    native_band,
+    native_linear,
+    native_lists,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -729,6 +739,35 @@ def test_one_query_reads_a_ring_of_transposed_keys_and_nothing_beside_them(score
     sigma = None if sigma is None else sigma.double()
     want = attend(*(x.double() for x in tensors), CausalWindow(window), top_k, score=score, sigma=sigma)
     assert_close(got.double(), want, rtol=0, atol=2e-5)
+
+
+@needs_kernels
+@torch.no_grad()
+@given(st.integers(1, MOST_ROWS), st.sampled_from([16, 48, 256]), st.sampled_from([4, 20, 128]), st.booleans(), st.booleans())
+def test_a_product_of_few_rows_is_the_product(count, size, outputs, biased, strided):
+    "As exact as PyTorch's, and each row the same whatever stands beside it."
+    x, weight, bias = normal(0, count, 1, size), normal(1, outputs, size), normal(2, outputs) if biased else None
+    x = normal(0, 1, size, count).transpose(0, 2).transpose(1, 2) if strided else x
+    assert few_rows(x, weight)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
+    got = native_linear(x, weight, bias)
+    assert_close(got.double(), exact, rtol=0, atol=1e-6 * size)
+    assert torch.equal(native_linear(x[-1:], weight, bias), got[-1:])
+
+
+@needs_kernels
+def test_a_product_of_few_rows_is_taken_where_it_is_right():
+    x, weight = normal(0, MOST_ROWS, 32), normal(1, 8, 32)
+    assert not few_rows(x, weight)  # gradients are recorded
+    with torch.no_grad():
+        assert few_rows(x, weight) and few_rows(x.unsqueeze(1), weight)
+        assert not few_rows(normal(0, MOST_ROWS + 1, 32), weight) and not few_rows(x[:0], weight)
+        assert not few_rows(x.double(), weight.double()) and not few_rows(x.bfloat16(), weight)
+        assert not few_rows(x[:, :24], weight[:, :24]) and not few_rows(x, weight[:6])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not few_rows(x, weight)
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            native_linear(x, normal(1, 8, 48))
 
 
 @needs_kernels

@@ -19,6 +19,7 @@ from krause_repro.image_transformer import (
     ImageTransformer,
     ImageTransformerConfig,
     PreallocatedLayer,
+    StepLinear,
     image_cache,
     linear_attention,
 )
@@ -157,6 +158,16 @@ def test_parts_through_a_cache_equal_the_whole(attention, cuts, settings):
     model, images = small(attention, **settings), tokens()
     with torch.no_grad():
         assert_close(in_parts(model, images, cuts), model(images).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_operators_of_a_step_change_nothing(attention):
+    "With heads and layers of whole vectors, which the C++ operators take."
+    model, images = small(attention, hidden_size=64, intermediate_size=128, vocab_size=20), tokens()
+    assert sum(isinstance(module, StepLinear) for module in model.modules()) == 2 * 6 + 1
+    with torch.no_grad():
+        assert_close(in_parts(model, images, list(range(1, 20))), model(images).logits, rtol=1e-5, atol=1e-5)
+    assert_close(model(images[:, :1]).logits, in_parts(model, images[:, :1], []), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -89,6 +89,49 @@ def test_decoding_writes_in_place_and_copies_nothing():
     assert places == {(layer.keys.data_ptr(), layer.values.data_ptr())}
 
 
+@torch.no_grad()
+@given(steps_of, st.integers(1, 40), st.none() | st.integers(1, 9), st.sampled_from([8, 16, 32, 80]), st.integers(1, 2), st.booleans())
+def test_storing_and_attending_in_one_is_attention_with_all_keys(steps, window, top_k, dim, group, reordered):
+    "Also with shared keys, with dimensions that no operator takes, and after a choice of sequences, which changes the layout."
+    steps = [*steps, *[1] * 12]
+    keys, values = states(length=sum(steps), dim=dim)
+    queries = states(heads=2 * group, length=sum(steps), dim=dim, seed=1)[0]
+    sigma, layer = torch.linspace(1, 2, 2 * group) * dim**0.5 / 2, RingLayer(window)
+    outputs = []
+    for number, new in enumerate(pieces(steps)):
+        if reordered and number:
+            layer.batch_select_indices(torch.arange(2))
+        outputs.append(layer.attend(queries[:, :, new], keys[:, :, new], values[:, :, new], top_k, sigma))
+    assert layer.get_seq_length() == sum(steps)
+    assert_close(torch.cat(outputs, 2), attend(queries, keys, values, CausalWindow(window), top_k, sigma=sigma), **SINGLE)
+
+
+def test_storing_and_attending_in_one_leaves_the_ring_as_an_update_does():
+    keys, values = states(dim=16)
+    one, two = RingLayer(5), RingLayer(5)
+    with torch.no_grad():
+        for new in pieces([1] * 13):
+            one.attend(keys[:, :, new], keys[:, :, new], values[:, :, new], 3, 1.5)
+            two.update(keys[:, :, new], values[:, :, new])
+            assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
+        with pytest.raises(ValueError, match="a cache serves one batch of one model"):
+            one.attend(*(x[:1, :, :1] for x in (keys, keys, values)), 3, 1.5)
+    assert one.get_seq_length() == 13
+
+
+def test_storing_and_attending_in_one_has_gradients_and_spares_an_earlier_graph():
+    keys, values = states(dim=16, length=8)
+    leaf = keys.clone().requires_grad_()
+    layer = RingLayer(3)
+    kept = [layer.attend(leaf[:, :, t:t + 1], leaf[:, :, t:t + 1], values[:, :, t:t + 1], 2, 1.5) for t in range(7)]
+    with torch.no_grad():
+        layer.attend(keys[:, :, 7:], keys[:, :, 7:], values[:, :, 7:], 2, 1.5)
+    (got,) = torch.autograd.grad(torch.cat(kept, 2).square().sum(), leaf)
+    whole = attend(leaf[:, :, :7], leaf[:, :, :7], values[:, :, :7], CausalWindow(3), 2, sigma=1.5)
+    (want,) = torch.autograd.grad(whole.square().sum(), leaf)
+    assert_close(got, want, **SINGLE)
+
+
 def test_memory_does_not_depend_on_the_position():
     config = LlamaConfig(num_hidden_layers=2, krause_window=16)
     ring, growing, sizes = RingCache(config), DynamicCache(), []
