@@ -57,8 +57,9 @@ def krause_branch_forward(
 ) -> tuple[Tensor, None]:  # (B, T, H, D)
     "The attention function of a branch: Krause Attention (paper, Section 4) in a causal window."
     window, top_k, sigma = krause_branch.neighborhood, krause_branch.top_k, krause_branch.bandwidth(query)
-    dtype = torch.promote_types(query.dtype, value.dtype)  # autocast and rotary embeddings leave them different
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:  # autocast and rotary embeddings leave them different
+        dtype = torch.promote_types(query.dtype, value.dtype)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if (records := _records.get()) is not None:
         if query.shape[2] != key.shape[2]:
             raise ValueError("recorded_branches needs all tokens in one step; use use_cache=False")
@@ -102,8 +103,10 @@ class TokenGate(nn.Module):
 
     def forward(self, standard, krause):
         "Mix two tensors (B, T, d)."
-        logits = self.proj(torch.cat([standard, krause], -1).to(self.proj.weight.dtype))
-        share = (logits[..., :1] - logits[..., 1:]).sigmoid().to(standard.dtype)  # (B, T, 1), the first of a softmax over two
+        weight = self.proj.weight
+        for_standard, for_krause = weight.chunk(2, 1)  # not [standard, krause]: it would be a copy, and kept for the backward pass
+        logits = F.linear(standard.to(weight.dtype), for_standard, self.proj.bias) + F.linear(krause.to(weight.dtype), for_krause)
+        share = logits.softmax(-1).narrow(-1, 0, 1).to(standard.dtype)  # (B, T, 1)
         if (records := _records.get()) is not None:
             records[-1]["gate"] = share.squeeze(-1)
         return torch.lerp(krause, standard, share)
@@ -204,7 +207,7 @@ class KrauseBranch(nn.Module):
 # %% ../nbs/13_llm_branch.ipynb #db661d95
 def _by_name(module, args, kwargs):
     "All arguments of a call by name, in a dict of its own: other hooks read `kwargs` too."
-    return {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs}
+    return {**dict(zip(_parameter_names(type(module)), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
 def _mix(module, args, kwargs, output):
