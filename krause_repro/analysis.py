@@ -8,13 +8,13 @@ __all__ = ['WEIGHT_QUANTITIES', 'TOKEN_QUANTITIES', 'SINKS', 'collect_attention'
            'token_clusters', 'analyse', 'test_pixels', 'summarise_analysis', 'query_token', 'map_row', 'query_rows',
            'first_token_attention', 'uniform_attention', 'uniform_share', 'received_attention', 'recorded_values',
            'value_ratio', 'sink_quantities', 'sink_profile', 'summarise_sinks', 'SinkRecipe', 'sink_passages',
-           'measure_sinks', 'cut_off', 'sink_answer', 'sink_table']
+           'measure_sinks', 'cut_off', 'sink_answer', 'sink_table', 'sink_models', 'sink_model']
 
 # %% ../nbs/24_analysis.ipynb #bfc13e43
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,14 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
 
 from .attention import band_mask
 from .data import Collator
 from .dynamics import cluster_count
+from .evaluation import FINE_TUNED_LABELS
 from .language_data import shakespeare_text, split_works, text_blocks
-from .llm_branch import attention_layers, branches, recorded_branches
-from .recipes import Recipe
+from .llm_branch import add_krause_branch, attention_layers, branches, recorded_branches
+from .recipes import FINE_TUNING_PLACES, FineTuningRecipe, Recipe, check_profile, get_recipe
 from .records import summarise, summarise_curves
+from .training import base_model, train
 
 # %% ../nbs/24_analysis.ipynb #5c0ce766
 @torch.no_grad()
@@ -460,3 +463,28 @@ def sink_table(
 
     rows = [line(label, kind, quantities) for label, result in results.items() for kind, quantities in result["sinks"].items()]
     return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows])
+
+# %% ../nbs/24_analysis.ipynb #87428b30
+def sink_models(
+    profile: str,  # "smoke", "desk" or "paper"
+) -> dict[str, tuple[str, FineTuningRecipe]]:  # by file of results: label, and the recipe whose model it is, or whose base
+    "The models of which first-token attention is measured."
+    model, datasets = FINE_TUNING_PLACES[check_profile(profile)]
+    recipes = {(kind, data): get_recipe(f"{kind}_{model}/{data}").at(profile) for data in datasets for kind in FINE_TUNED_LABELS}
+    base, branch = (recipes[kind, datasets[0]] for kind in ("lora", "krause"))
+    return {"base": ("base model", base), "untrained_branch": ("untrained branch", branch)} | {
+        f"{kind}_{data}": (f"{FINE_TUNED_LABELS[kind][0]}, {data}", recipe) for (kind, data), recipe in recipes.items()}
+
+
+def sink_model(
+    file: str,  # key of `sink_models`
+    recipe: FineTuningRecipe,  # its recipe
+    runs: str | Path = "runs",  # folder of run directories, relative to the project
+) -> PreTrainedModel:
+    "The model itself; a fine-tuned one with its first seed, trained if it is not there."
+    if file == "base":
+        return base_model(recipe)
+    if file == "untrained_branch":
+        set_seed(recipe.seeds[0])  # of the gate's first weights
+        return add_krause_branch(base_model(recipe), **asdict(recipe.config))
+    return train(recipe, recipe.seeds[0], runs, progress=False).model()

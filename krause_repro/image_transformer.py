@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import CausalWindow, check_fraction, check_integer, check_positive, merge_heads
 from .fast_attention import banded_attention
 from .native_kernels import few_rows, native_linear
-from .ring_cache import RingCache, RingLayer
+from .ring_cache import CACHE_NAME, RingCache, RingLayer, take_cache
 
 # %% ../nbs/12_image_transformer.ipynb #fa95dba1
 LINEAR_EPS = 1e-6
@@ -396,7 +396,7 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor,  # (B, T) grey levels, the start token before them if there is one
-        past_key_values: Cache | None = None,  # `image_cache(config)`, with the tokens before
+        past_key_values: Cache | None = None,  # `image_cache(config)`, with the tokens before; also as `cache`
         labels: Tensor | None = None,  # (B, T) the same tokens; each is to be predicted from those before it
         use_cache: bool | None = None,  # return a cache? By default only if one is given
         attention_mask: Tensor | None = None,  # (B, T) must be all ones: images are not padded
@@ -404,7 +404,8 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
         **kwargs,  # of `generate`, not used
     ) -> CausalLMOutputWithPast:
         "Logits (B, T, vocab_size) of each next token, and the mean cross-entropy in nats when labels are given."
-        cache = past_key_values if past_key_values is not None or not use_cache else image_cache(self.config)
+        given = take_cache(kwargs | {"past_key_values": past_key_values})
+        cache = image_cache(self.config) if given is None and use_cache else given
         if cache is not None:
             check_cache(cache, self.config, len(input_ids))
         past = 0 if cache is None else cache.get_seq_length()
@@ -417,7 +418,7 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
             x = block(x, cache)
         logits = self.head(self.norm(x))
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
         return output if return_dict else output.to_tuple()
 
     def generate(self, inputs=None, **kwargs):
@@ -432,8 +433,8 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
         if kwargs.get("do_sample"):
             kwargs.setdefault("top_k", 0)  # the library's own default, 50, would leave the less likely levels out
         kwargs.setdefault("use_cache", True)  # Trainer switches it off in the config that it saves
-        if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = image_cache(self.config)
+        cache = take_cache(kwargs)
+        kwargs[CACHE_NAME] = image_cache(self.config) if cache is None and kwargs["use_cache"] else cache
         return super().generate(inputs, **kwargs)
 
 # %% ../nbs/12_image_transformer.ipynb #96438504

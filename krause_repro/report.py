@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TABLES', 'GENERATOR_ROWS', 'README_BLOCKS', 'our_results', 'generator_results', 'colour_results',
-           'classifier_results', 'model_parameters', 'format_ours', 'our_cell', 'format_published', 'report_table',
-           'report', 'readme_results', 'readme_performance', 'readme_ablation', 'readme_generation', 'block_marks',
-           'update_readme', 'coverage']
+           'language_results', 'sink_results', 'classifier_results', 'model_parameters', 'format_ours', 'our_cell',
+           'format_published', 'report_table', 'report', 'readme_results', 'readme_performance', 'readme_ablation',
+           'readme_generation', 'readme_fine_tuning', 'block_marks', 'update_readme', 'coverage']
 
 # %% ../nbs/40_report.ipynb #ccfa89cb
 from functools import lru_cache
@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from .benchmarks import PASSES, generation_speed_table
-from krause_repro.evaluation import (
-    ABLATION_CELLS, ABLATION_CONTROLS, GENERATOR_LABELS, IMAGE_COMPARISONS, SMALLEST_DIFFERENCE, accuracy_differences, accuracy_table,
-    averaged_effects, bits_table, cell_table, decimals, difference_table, obtain_cells, percent, plain_answers, single_changes,
-    summarise_generators)
+from .analysis import SINKS, sink_answer, sink_models
+from .benchmarks import PASSES, generation_speed_table, language_speed_table
+from .evaluation import (
+    ABLATION_CELLS, ABLATION_CONTROLS, FINE_TUNED_LABELS, GENERATOR_LABELS, IMAGE_COMPARISONS, SMALLEST_DIFFERENCE, accuracy_differences,
+    accuracy_table, averaged_effects, bits_table, cell_table, decimals, difference_table, fine_tuning_differences, fine_tuning_table,
+    obtain_cells, parameter_table, percent, plain_answers, single_changes, summarise_fine_tuning, summarise_generators)
 from .recipes import (
-    COLOUR_PLACES, GENERATION_PLACES, GENERATORS, IMAGE_DATA, check_profile, generation_recipes, get_recipe, published_tables, row_name)
+    COLOUR_PLACES, FINE_TUNING_PLACES, GENERATION_PLACES, GENERATORS, IMAGE_DATA, check_profile, generation_recipes, get_recipe,
+    published_tables, row_name)
 from .records import load_result, obtain_result, project_root, replacing, result_path, stale_recipes
 from .vision_transformer import VisionTransformer
 
@@ -40,7 +42,8 @@ def our_results(
 ) -> dict[str, dict]:
     "By recipe, what the runs of a profile measured; empty without results. Stale ones raise `ValueError`."
     generators = {**generator_results(profile, root), **colour_results(profile, root)}
-    return {**classifier_results(profile, root), **{name: result for name, result in generators.items() if result}}
+    language = language_results(profile, root)
+    return {**classifier_results(profile, root), **{name: result for name, result in (generators | language).items() if result}}
 
 
 def generator_results(
@@ -60,6 +63,28 @@ def colour_results(
     place = COLOUR_PLACES.get(check_profile(profile))
     names = [f"{model}/{place}" for model in GENERATORS] if place else []
     return obtain_cells("image_generation_colour", names, profile, "never", root=root, summary=summarise_generators)
+
+
+def language_results(
+    profile: str,  # "smoke", "desk" or "paper"
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict | None]:
+    "By recipe, what the fine-tuning runs of a profile measured, None where there is no result."
+    model, datasets = FINE_TUNING_PLACES[check_profile(profile)]
+    cells = {}
+    for data in datasets:
+        names = [f"{kind}_{model}/{data}" for kind in FINE_TUNED_LABELS]
+        cells |= obtain_cells(f"fine_tuning_{data}", names, profile, "never", root=root, summary=summarise_fine_tuning)
+    return cells
+
+
+def sink_results(
+    profile: str,  # "smoke", "desk" or "paper"
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict]:
+    "By file, the first-token attention that was measured under a profile."
+    return {file: obtain_result(f"sinks/{file}", profile, "never", [SINKS.at(profile), recipe], dict, root)
+            for file, (_, recipe) in sink_models(profile).items() if result_path(f"sinks/{file}", profile, root).is_file()}
 
 
 def classifier_results(
@@ -275,13 +300,44 @@ def _speed_lines(speed):
     return [f"Speed at the paper's sizes, KARM, ARM and LARM in turns ({made}). ARM has fused attention and a cache that is taken once:",
             generation_speed_table(speed)]
 
+# %% ../nbs/40_report.ipynb #4616c736
+def _sink_lines(root):
+    found, recipe = sink_results("desk", root), SINKS.at("desk")
+    trained = [data for data in FINE_TUNING_PLACES["desk"][1] if {"base", f"krause_{data}"} <= found.keys()]
+    if not trained:
+        return []
+    told = f"Is the attention sink removed? First-token attention on {recipe.passages} passages of {recipe.length} tokens, first seed:"
+    answers = [f"After training on {data}:\n\n{sink_answer(found['base'], found[f'krause_{data}'], recipe)}" for data in trained]
+    return [told, *answers]
+
+
+def readme_fine_tuning(
+    root: Path | None = None,  # the project's folder
+) -> str:  # Markdown
+    "The fine-tuned models of notebook 33 as the README shows them, the answer on sinks, and speed; a dash where there is no run yet."
+    results = language_results("desk", root)
+    finished = [result for result in results.values() if result]
+    one = finished[0] if finished else None
+    made = f"; {one['device']}, torch {one['versions']['torch']}, {'bfloat16' if one['bf16'] else 'float32'}" if one else ""
+    told = f"{len(finished)} of {len(results)} models are tuned. SmolLM2-135M-Instruct, desk profile, held-out items{made}:"
+    speed = load_result("language_speed", "desk", root) if result_path("language_speed", "desk", root).is_file() else None
+    tables = [fine_tuning_table(results), *([fine_tuning_differences(results), parameter_table(results)] if finished else [])]
+    return "\n\n".join([told, *tables, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
+
+
+def _language_speed_lines(speed):
+    made = f"{speed['threads']} threads, {speed['device']}, torch {speed['versions']['torch']}, float32"
+    return [f"Speed, models in turns ({made}):", language_speed_table(speed)]
+
+
 # %% ../nbs/40_report.ipynb #0105ca50
 def _times(epochs):
     return "once" if epochs == 1 else f"{epochs:g} times"
 
 
 README_BLOCKS = {
-    "results": readme_results, "ablation": readme_ablation, "generation": readme_generation, "performance": readme_performance,
+    "results": readme_results, "ablation": readme_ablation, "generation": readme_generation, "fine_tuning": readme_fine_tuning,
+    "performance": readme_performance,
 }
 
 

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 
+from krause_repro.analysis import SINKS, sink_models
 from krause_repro.attention import SCORES
-from krause_repro.benchmarks import COST, GENERATION_SPEED
+from krause_repro.benchmarks import COST, GENERATION_SPEED, LANGUAGE_SPEED
 from krause_repro.counting import COUNTED
 from krause_repro.evaluation import GENERATOR_LABELS
 from krause_repro.figures import figure_index
-from krause_repro.recipes import GENERATORS, SUPPORTS, ablation_name, get_recipe
+from krause_repro.recipes import FINE_TUNING_PLACES, GENERATORS, SUPPORTS, ablation_name, get_recipe
 from krause_repro.records import load_result, project_root, result_path, stale_recipes
 from krause_repro.runner import run
 
@@ -28,6 +29,14 @@ def generator_files(data):
     return files | {"image_generation/baselines": [get_recipe(f"karm/{data}")], "generation_speed": [GENERATION_SPEED]}
 
 
+def fine_tuning_files(profile):
+    model, datasets = FINE_TUNING_PLACES[profile]
+    names = [(data, f"{kind}_{model}") for data in datasets for kind in ("lora", "krause")]
+    tuned = {f"fine_tuning_{data}/{name}": [get_recipe(f"{name}/{data}")] for data, name in names}
+    sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
+    return tuned | sinks | {"language_speed": [LANGUAGE_SPEED]}
+
+
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "30_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
@@ -35,6 +44,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "32_image_generation": generator_files("fashion_mnist") | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
+    "33_llm_finetuning": fine_tuning_files("desk"),
     "35_ablations": cell_files(CELLS),
     "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
     "37_attention_maps": {"attention_maps": TRIO},
@@ -54,7 +64,7 @@ def test_no_committed_file_of_results_is_a_stranger():
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_committed_results_are_of_todays_recipes(page):
     for file, recipes in EXPERIMENTS[page].items():
-        if page == "32_image_generation" and not result_path(file, "desk").is_file():
+        if page in ("32_image_generation", "33_llm_finetuning") and not result_path(file, "desk").is_file():
             continue  # the page counts what is finished
         recipes, result = [recipe.at("desk") for recipe in recipes], load_result(file, "desk")
         assert set(result["recipes"]) == {recipe.name for recipe in recipes} and stale_recipes(result, recipes) == []
