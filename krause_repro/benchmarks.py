@@ -803,7 +803,7 @@ def benchmark_language_model(
 ) -> PreTrainedModel:  # float32
     "The base model of a recipe."
     if base == "smollm2":
-        return load_language_model(smollm2_path())[0].float()
+        return load_language_model(smollm2_path(), dtype=torch.float32)[0]  # what comes from GGUF refuses .float()
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                                         num_key_value_heads=2)).eval()
