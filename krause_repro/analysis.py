@@ -380,7 +380,7 @@ SINKS = SinkRecipe("sinks", seeds=(0,), ours=("passages", "length"))
 
 def sink_passages(
     recipe: SinkRecipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,  # of the model
     source: str | Path | None = None,  # the user's archive of Shakespeare's works, or a folder with it or with its texts
 ) -> Tensor:  # (passages, length)
     "Passages of the test works."

@@ -45,7 +45,7 @@ from .data import load_splits
 from .dynamics import flow, uniform_sphere
 from .fast_attention import banded_tiles, gathered_rows, sdpa_attention
 from .image_transformer import ImageTransformer, image_cache
-from .language_data import smollm2_path
+from .language_data import smollm2_folder
 from .llm_branch import add_krause_branch, branches, cache_argument, load_language_model, lora_config
 from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import GENERATORS, ImageClassificationRecipe, ImageGenerationRecipe, Recipe, get_recipe
@@ -803,7 +803,7 @@ def benchmark_language_model(
 ) -> PreTrainedModel:  # float32
     "The base model of a recipe."
     if base == "smollm2":
-        return load_language_model(smollm2_path(), dtype=torch.float32)[0]  # what comes from GGUF refuses .float()
+        return load_language_model(smollm2_folder(), dtype=torch.float32)[0]
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                                         num_key_value_heads=2)).eval()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINEAR_EPS', 'ATTENTIONS', 'CACHE_LAYERS', 'linear_attention', 'ImageTransformerConfig', 'check_image_config',
-           'PreallocatedLayer', 'RecurrentLayer', 'image_cache', 'StepLinear', 'PixelAttention', 'PixelBlock',
-           'check_tokens', 'check_cache', 'ImageTransformer']
+           'PreallocatedLayer', 'RecurrentLayer', 'image_cache', 'PixelAttention', 'PixelBlock', 'check_tokens',
+           'check_cache', 'ImageTransformer']
 
 # %% ../nbs/12_image_transformer.ipynb #7373fa58
 import math
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import CausalWindow, check_fraction, check_integer, check_positive, merge_heads
 from .fast_attention import banded_attention
-from .native_kernels import few_rows, native_linear
+from .native_kernels import StepLinear
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, take_cache
 
 # %% ../nbs/12_image_transformer.ipynb #fa95dba1
@@ -235,14 +235,6 @@ def image_cache(
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
 
 # %% ../nbs/12_image_transformer.ipynb #fcfdf5fb
-class StepLinear(nn.Linear):
-    "`nn.Linear`, which for the few rows of a step of generation reads its weights at the speed of the memory."
-
-    def forward(self, x):
-        weight = self.weight
-        return native_linear(x, weight, self.bias) if few_rows(x, weight) else super().forward(x)
-
-
 class PixelAttention(nn.Module):
     "Causal self-attention of one layer: Krause, softmax or linear (paper's KARM, ARM and LARM)."
 
@@ -434,7 +426,10 @@ class ImageTransformer(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("top_k", 0)  # the library's own default, 50, would leave the less likely levels out
         kwargs.setdefault("use_cache", True)  # Trainer switches it off in the config that it saves
         cache = take_cache(kwargs)
-        kwargs[CACHE_NAME] = image_cache(self.config) if cache is None and kwargs["use_cache"] else cache
+        if kwargs["use_cache"] and cache is None:
+            cache = image_cache(self.config)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         return super().generate(inputs, **kwargs)
 
 # %% ../nbs/12_image_transformer.ipynb #96438504

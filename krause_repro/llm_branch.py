@@ -36,6 +36,7 @@ from transformers.cache_utils import Cache
 
 from .attention import CausalWindow, check_integer, check_positive, krause_attention_weights
 from .fast_attention import banded_attention
+from .native_kernels import StepLinear
 from .ring_cache import CACHE_NAMES, RingLayer, ring_positions, take_cache
 from .transformers_attention import check_positions
 
@@ -46,11 +47,12 @@ _records: ContextVar[list | None] = ContextVar("krause_branch_records", default=
 def krause_branch_forward(
     module: nn.Module,  # the branch's copy of the attention layer
     query: Tensor,  # (B, H, T, D), the new tokens
-    key: Tensor,  # (B, Hk, Tk, D), the new tokens and those of the ring
-    value: Tensor,  # (B, Hk, Tk, D)
-    attention_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    key: Tensor,  # (B, Hk, T, D)
+    value: Tensor,  # (B, Hk, T, D)
+    attention_mask: Tensor | None,  # (B, Tk) bool, False = padding; a column for each new token and each that the ring returns
     *,
     krause_branch: nn.Module,  # `KrauseBranch`
+    krause_ring: RingLayer | None = None,  # with the tokens before
     dropout: float = 0.0,  # probability of dropping a weight
     **kwargs,  # meant for the base model's attention
 ) -> tuple[Tensor, None]:  # (B, T, H, D)
@@ -60,9 +62,13 @@ def krause_branch_forward(
         dtype = torch.promote_types(query.dtype, value.dtype)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if (records := _records.get()) is not None:
-        if query.shape[2] != key.shape[2]:
+        if krause_ring is not None and krause_ring.get_seq_length():
             raise ValueError("recorded_branches needs all tokens in one step; use use_cache=False")
         records.append({"layer": module.layer_idx, "weights": krause_attention_weights(query, key, sigma, window, top_k, attention_mask)})
+    if krause_ring is not None and attention_mask is None and not dropout:
+        return krause_ring.attend(query, key, value, top_k, sigma).transpose(1, 2), None
+    if krause_ring is not None:
+        key, value = krause_ring.update(key, value)
     output = banded_attention(query, key, value, window, top_k, sigma=sigma, key_mask=attention_mask, dropout=dropout)
     return output.transpose(1, 2), None
 
@@ -160,6 +166,9 @@ class KrauseBranch(nn.Module):
         self.window, self.top_k, self.ignore_cache = settings.window, settings.top_k, settings.ignore_cache
         self.neighborhood, self.told_by = CausalWindow(settings.window), told_by
         self.attention, self.cache_name = copy.deepcopy(attention, {id(attention.config): config}), cache_argument(attention)
+        for name in PROJECTIONS:  # a step of generation reads the weights faster this way; quantised layers stay what they are
+            if type(proj := getattr(self.attention, name)) is nn.Linear:
+                proj.__class__ = StepLinear
         # sizes are not taken from weights: those of a quantised layer are packed
         device = next(itertools.chain(attention.parameters(), attention.buffers())).device
         self.bandwidth = Bandwidth(config.num_attention_heads, settings.sigma).to(device)
@@ -189,7 +198,8 @@ class KrauseBranch(nn.Module):
         padding, cache = self.padding(kwargs), take_cache(kwargs)
         ring = None if cache is None or self.ignore_cache else ring_of(cache, self.attention.layer_idx, self.window)
         # not self.attention(...): hooks on the copy would report its weights among the base model's
-        krause, _ = self.attention.forward(hidden_states, attention_mask=padding, krause_branch=self, **{self.cache_name: ring}, **kwargs)
+        own = {"krause_branch": self, "krause_ring": ring, self.cache_name: None}  # the ring is the attention function's own business
+        krause, _ = self.attention.forward(hidden_states, attention_mask=padding, **own, **kwargs)
         return self.token_gate(standard, krause)
 
 # %% ../nbs/13_llm_branch.ipynb #db661d95

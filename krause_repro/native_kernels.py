@@ -6,7 +6,7 @@
 __all__ = ['VECTORS', 'EXPONENTIAL', 'PRODUCTS', 'SELECTION', 'WEIGHTS', 'LAYOUT', 'BAND_FORWARD', 'ONE_QUERY', 'FEW_ROWS',
            'BAND_BACKWARD', 'LISTS', 'OPERATORS', 'SOURCE', 'OPTIONS', 'MOST_ROWS', 'library_path', 'build_kernels',
            'kernels_available', 'kernels_apply', 'step_applies', 'native_step', 'native_band', 'candidate_lists',
-           'native_lists', 'few_rows', 'native_linear']
+           'native_lists', 'few_rows', 'native_linear', 'StepLinear']
 
 # %% ../nbs/03_native_kernels.ipynb #e7036578
 import hashlib
@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
 
@@ -1364,3 +1364,10 @@ def native_linear(
     "`F.linear` by the C++ operator, where `few_rows(x, weight)`: the weights are read at the speed of the memory."
     return torch.ops.krause_repro.few_rows(x, weight, bias)
 
+
+class StepLinear(nn.Linear):
+    "`nn.Linear`, which for the few rows of a step of generation reads its weights at the speed of the memory."
+
+    def forward(self, x):
+        weight = self.weight
+        return native_linear(x, weight, self.bias) if few_rows(x, weight) else super().forward(x)
