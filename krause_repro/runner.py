@@ -786,7 +786,7 @@ def show_evaluation(
 
 # %% ../nbs/26_runner.ipynb #98012aac
 def evaluate_model(
-    model: str,  # a folder, a GGUF file or a name on the hub
+    model: str,  # a folder, a GGUF file, a name on the hub, or smollm2, which comes in a package
     tasks: str = None,  # commas between, such as boolq,cb; all of the paper's if not given
     adapter: str = None,  # a folder with a trained adapter
     source: str = "hub",  # of items: hub, local (this package's own few), a JSON file, or a folder of TASK.json
@@ -804,9 +804,10 @@ def evaluate_model(
     check_evaluation_files(adapter, output)  # a large model takes minutes to load
     items = check_language_run(**given)
     import torch
+    from krause_repro.language_data import pretrained_source
     from krause_repro.llm_branch import load_language_model
 
-    network, tokenizer = load_language_model(model, adapter)
+    network, tokenizer = load_language_model(pretrained_source(model), adapter)
     check_answers(lambda text: tokenizer.encode(text, add_special_tokens=False), items)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     results = {}

@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalPrediction, set_seed
 
 from .data import Collator, Splits, TokenCollator, check_unreadable, load_splits
 from krause_repro.language_data import (
-    IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, shakespeare_text, smollm2_folder, split_items,
+    IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, pretrained_source, question_answers, shakespeare_text, split_items,
     split_works, text_blocks)
 from .llm_branch import (
     add_adapter, add_krause_branch, base_facts, load_language_model, load_tokenizer, lora_config, parameter_counts, save_adapter)
@@ -183,12 +183,13 @@ def _generation_options(recipe: ImageGenerationRecipe, epoch: int) -> dict:
 def _fine_tuning_options(recipe: FineTuningRecipe, epoch: int) -> dict:
     steps, processes = math.ceil(recipe.epochs * epoch), int(os.environ.get("WORLD_SIZE", 1))
     part = math.ceil(steps / max(2, recipe.epochs))  # steps between evaluations
+    less_memory = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return {
         "lr_scheduler_type": "cosine", "warmup_steps": round(recipe.warmup_share * steps), "max_grad_norm": recipe.max_grad_norm,
         "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part, "eval_on_start": True,
         "per_device_train_batch_size": recipe.micro_batch, "per_device_eval_batch_size": recipe.micro_batch,
         "gradient_accumulation_steps": recipe.batch_size // (processes * recipe.micro_batch), "logging_steps": max(1, steps // 20),
-        "gradient_checkpointing": recipe.gradient_checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        **(less_memory if recipe.gradient_checkpointing else {}),
     }
 
 # %% ../nbs/22_training.ipynb #ec3982fd
@@ -223,7 +224,7 @@ def base_source(
     recipe: FineTuningRecipe,
 ) -> str | Path:
     "Where the base model of a recipe is."
-    return smollm2_folder() if recipe.base == "smollm2" else recipe.base
+    return pretrained_source(recipe.base)
 
 
 def base_model(
