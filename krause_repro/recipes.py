@@ -553,7 +553,10 @@ class FineTuningRecipe(Recipe):
 
 # %% ../nbs/20_recipes.ipynb #4e7d132f
 FINE_TUNING_PROFILES = {
-    "desk": {"seeds": (0, 1, 2), "batch_size": 8, "micro_batch": 2, "lr": 5e-4, "max_length": 768, "gradient_checkpointing": False},
+    "desk": {
+        "seeds": (0, 1, 2), "epochs": 1, "batch_size": 8, "micro_batch": 4, "lr": 5e-4, "max_length": 768,
+        "gradient_checkpointing": False,
+    },
     "smoke": {
         "seeds": (0, 1), "base_layers": 2, "rank": 4, "epochs": 1, "batch_size": 4, "micro_batch": 2, "lr": 2e-3, "max_length": 96,
         "gradient_checkpointing": False, "train_items": 16, "held_out": 8, "bf16": False,
@@ -563,7 +566,7 @@ FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itsel
     "flan": {},
     "questions": {"recipe": {"train_items": None, "held_out": 82}},
     "shakespeare": {"recipe": {"train_items": None, "held_out": 50},
-                    "desk": {"epochs": 1, "train_items": 160, "held_out": 50, "max_length": 256},
+                    "desk": {"train_items": 160, "held_out": 50, "max_length": 256},
                     "smoke": {"max_length": 48}},
 }
 BASES = {  # by the model's name: the base, and the first column of its published rows with the branch and without
