@@ -34,7 +34,8 @@ def fine_tuning_files(profile):
     names = [(data, f"{kind}_{model}") for data in datasets for kind in ("lora", "krause")]
     tuned = {f"fine_tuning_{data}/{name}": [get_recipe(f"{name}/{data}")] for data, name in names}
     sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
-    return tuned | sinks | {"language_speed": [LANGUAGE_SPEED]}
+    asked = [recipe for each in list(tuned.values())[:2] for recipe in each]
+    return tuned | sinks | {"language_speed": [LANGUAGE_SPEED], "language_tasks": asked}
 
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
