@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EACH', 'GENERATOR_LABELS', 'ABLATION_CELLS',
            'ABLATION_CONTROLS', 'SMALLEST_DIFFERENCE', 'SCORE_LABELS', 'SUPPORT_LABELS', 'FACTORS', 'QUESTIONS',
-           'ANSWER_BEGINS', 'FINE_TUNED_LABELS', 'ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'finished_model',
-           'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma',
-           'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
+           'ANSWER_BEGINS', 'FINE_TUNED_LABELS', 'ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'on_device',
+           'finished_model', 'test_accuracy', 'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance',
+           'summarise_sigma', 'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
            'accuracy_differences', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
            'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
            'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
@@ -15,7 +15,7 @@ __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EAC
            'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table', 'plain_answers',
            'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines', 'letter_accuracy',
            'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning', 'letter_summary',
-           'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'fine_tuning_differences',
+           'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'data_table', 'fine_tuning_differences',
            'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items', 'read_task_items',
            'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides', 'answer_token',
            'task_answers', 'check_answers', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1',
@@ -65,6 +65,13 @@ from .swin import WindowAttention
 from .training import Run, base_model, base_source, build_trainer, train
 
 # %% ../nbs/23_evaluation.ipynb #909ca3f1
+def on_device(
+    model: torch.nn.Module,  # any
+) -> torch.nn.Module:  # the same
+    "Put a model on the GPU if there is one."
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def finished_model(
     run: Run,
 ) -> torch.nn.Module:  # in eval mode
@@ -72,7 +79,7 @@ def finished_model(
     if not run.finished:
         command = f"krause-repro train {run.recipe.name} --profile {run.recipe.profile} --seed {run.seed}"
         raise ValueError(f"run {run.path} is not finished; finish it with: {command}")
-    return run.model().to("cuda" if torch.cuda.is_available() else "cpu")
+    return on_device(run.model())
 
 # %% ../nbs/23_evaluation.ipynb #747f3fce
 def test_accuracy(
@@ -191,15 +198,16 @@ def describe_difference(
     difference: dict,  # from `paired_difference`
     unit: str = "points of accuracy",  # of what is told
     scale: float = 100,  # by which differences are multiplied before they are told
+    digits: int = 2,  # after the point
 ) -> str:
     "One plain sentence: who is ahead by how much, with how many seeds, and whether chance can explain it."
     mean, n = scale * difference["mean"], difference["n"]
-    told = f"{first} minus {second}: {mean:+.2f} {unit} (mean of {n} seed{'s' if n > 1 else ''}"
+    told = f"{first} minus {second}: {mean:+.{digits}f} {unit} (mean of {n} seed{'s' if n > 1 else ''}"
     if difference["interval"] is None:
         return f"{told}; one seed tells nothing about chance)"
     low, high = (scale * bound for bound in difference["interval"])
     verdict = "zero lies inside, so these seeds do not separate the two" if low <= 0 <= high else "zero lies outside"
-    return f"{told}; 95% interval {low:+.2f} to {high:+.2f}: {verdict})"
+    return f"{told}; 95% interval {low:+.{digits}f} to {high:+.{digits}f}: {verdict})"
 
 # %% ../nbs/23_evaluation.ipynb #c527f9ea
 def percent(
@@ -758,8 +766,8 @@ def fine_tuning_curves(
 ) -> dict[str, dict]:  # "held_out" and "training": steps, mean and sd, nats per token
     "Loss of held-out tokens from before the first step on, and of training tokens, over steps."
     def told(key):
-        logs = [[(line["step"], line[key]) for line in run.metrics() if key in line] for run in runs]
-        return {"steps": [step for step, _ in logs[0]], **summarise_curves([[value for _, value in log] for log in logs])}
+        logs = [{line["step"]: line[key] for line in run.metrics() if key in line} for run in runs]  # a continued run tells a step twice
+        return {"steps": list(logs[0]), **summarise_curves([list(log.values()) for log in logs])}
 
     return {"held_out": told("eval_token_loss"), "training": told("loss")}
 
@@ -797,7 +805,7 @@ def letter_summary(
 ) -> dict[str, float]:  # accuracies: "base", "chance", "constant"; and the number of "items"
     "What a recipe's accuracy on letters is to be read beside: the base model untrained, chance, and one letter always."
     train, held_out = held_out_questions(recipe, source)
-    base = letter_accuracy(base_model(recipe), load_tokenizer(base_source(recipe)), held_out)
+    base = letter_accuracy(on_device(base_model(recipe)), load_tokenizer(base_source(recipe)), held_out)
     return {"base": base, **letter_baselines(train, held_out), "items": len(held_out)}
 
 # %% ../nbs/23_evaluation.ipynb #24f48aa0
@@ -839,20 +847,31 @@ def _letter_lines(results):
 def parameter_table(
     results: dict[str, dict | None],  # by recipe: what `summarise_fine_tuning` gives; None where there is none
 ) -> str:  # Markdown
-    "Trainable, frozen and total parameters of each model, once for each kind; and what text it was trained on and judged by."
+    "Trainable, frozen and total parameters of each kind of model."
     kinds = {fine_tuned_label(name)[0]: result for name, result in results.items() if result}
     rows = [f"| {label} | {r['trainable']:,} | {r['frozen']:,} | {r['parameters']:,} |" for label, r in kinds.items()]
     return "\n".join(["| model | trainable | frozen | in all |", "|" + " --- |" * 4, *rows])
 
 
+def data_table(
+    results: dict[str, dict | None],  # by recipe: what `summarise_fine_tuning` gives; None where there is none
+) -> str:  # Markdown
+    "What was trained on and judged by in each data set: items or blocks, how many were cut or dropped to fit, and tokens."
+    seen = {name.partition("/")[2]: result["data"] for name, result in results.items() if result}
+    rows = [f"| {data} | {part.replace('_', ' ')} | {c['items']:,} | {c.get('truncated', 0):,} | {c.get('dropped', 0):,} | "
+            f"{c['tokens']:,} | {c.get('response_tokens', c['tokens']):,} |" for data, parts in seen.items() for part, c in parts.items()]
+    head = ("data", "part", "items", "cut", "dropped", "tokens", "of them with a loss")
+    return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows])
+
+
 def fine_tuning_differences(
     results: dict[str, dict | None],  # by recipe: what `summarise_fine_tuning` gives; None where there is none
 ) -> str:  # a Markdown list
-    "A plain sentence for each data set of which both models are finished: whose held-out loss is lower, and whether chance can explain it."
+    "A plain sentence for each data set of which both models are finished: loss with a branch minus without, and what chance explains."
     def sentence(data, name, rival):
         values = [results[each]["token_loss"]["values"] for each in (name, rival)]
         labels = [fine_tuned_label(each)[0] for each in (name, rival)]
-        return f"- {data}: {describe_difference(*labels, paired_difference(*values), 'nats per token', 1)}."
+        return f"- {data}: {describe_difference(*labels, paired_difference(*values), 'nats per token', 1, 3)}."
 
     pairs = [(name.partition("/")[2], name, name.replace("krause_", "lora_", 1)) for name in results if name.startswith("krause_")]
     found = [sentence(*pair) for pair in pairs if results[pair[1]] and results.get(pair[2])]

@@ -7,8 +7,8 @@ __all__ = ['PACKAGED', 'QUESTIONS', 'FLAN', 'FLAN_TRAIN', 'FLAN_HELD_OUT', 'SPLI
            'check_packaged_files', 'read_packaged_files', 'language_folder', 'find_packaged_files',
            'fetch_packaged_files', 'smollm2_path', 'smollm2_folder', 'pretrained_source', 'clean_work',
            'shakespeare_text', 'split_works', 'answer_letter', 'question_answers', 'read_item_lines', 'hub_errors',
-           'flan_items', 'split_item', 'split_items', 'check_tokenizer', 'encode_prompt', 'encode_items',
-           'ResponseCollator', 'text_blocks']
+           'flan_items', 'split_item', 'split_items', 'start_tokens', 'check_tokenizer', 'encode_prompt',
+           'encode_items', 'ResponseCollator', 'text_blocks']
 
 # %% ../nbs/19_language_data.ipynb #845c5d0a
 import gzip
@@ -213,21 +213,31 @@ def smollm2_path(
     return language_folder() / name
 
 # %% ../nbs/19_language_data.ipynb #9e3b2236
+def _is_made_of(folder: Path, package: PackagedFiles) -> bool:
+    "Is this a whole folder that was made of this package's file?"
+    try:
+        made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return made.get("sha256") == package.sha256 and all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
 def smollm2_folder(
     download: bool = True,  # get the GGUF file from the package registry if it is not on this machine?
 ) -> Path:
     "A folder with SmolLM2-135M-Instruct, dequantised from its GGUF file, for `load_language_model`."
-    folder = language_folder() / "SmolLM2-135M-Instruct"
-    if not (folder / "provenance.json").is_file():
-        gguf = smollm2_path(download=download)
-        model, tokenizer = load_language_model(gguf)
+    folder, package = language_folder() / "SmolLM2-135M-Instruct", PACKAGED["smollm2"]
+    if not _is_made_of(folder, package):
+        model, tokenizer = load_language_model(smollm2_path(download=download))
         with tempfile.TemporaryDirectory(dir=language_folder()) as work:
             whole = Path(work, folder.name)
             model.save_pretrained(whole)
             tokenizer.save_pretrained(whole)
-            made = {"from": PACKAGED["smollm2"].requirement, "sha256": PACKAGED["smollm2"].sha256, "dequantised": str(model.dtype)}
+            made = {"from": package.requirement, "sha256": package.sha256, "dequantised": str(model.dtype)}
             Path(whole, "provenance.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
-            if not folder.exists():  # another process may have been first
+            if folder.exists() and not _is_made_of(folder, package):
+                os.replace(folder, Path(work, "old"))  # damaged, or of another version; gone with the temporary folder
+            if not folder.exists():  # else another process was first
                 os.replace(whole, folder)
     return folder
 
@@ -451,7 +461,9 @@ def _response(tokenizer: PreTrainedTokenizerBase, targets: str, lead: str) -> li
     return whole[len(before):]
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(
+    tokenizer: PreTrainedTokenizerBase,  # any
+) -> list[int]:
     "The token that this tokenizer puts before every text, if it does."
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
@@ -481,7 +493,7 @@ def encode_prompt(
     marker: str = MARKER,  # put behind it
 ) -> list[int]:
     "The tokens of a prompt up to and including the marker: the same for training and for generation."
-    return _start(tokenizer) + _ids(tokenizer, inputs + marker)
+    return start_tokens(tokenizer) + _ids(tokenizer, inputs + marker)
 
 # %% ../nbs/19_language_data.ipynb #20419358
 IGNORED = -100  # a label that the loss passes over
@@ -494,7 +506,7 @@ class _ItemEncoder:
         check_tokenizer(tokenizer, marker)
         check_integer("max_length", max_length, 2)
         self.tokenizer, self.max_length, self.marker = tokenizer, max_length, marker
-        self.start, self.lead = _start(tokenizer), _lead(tokenizer, marker)
+        self.start, self.lead = start_tokens(tokenizer), _lead(tokenizer, marker)
 
     def __call__(self, item: dict) -> tuple[dict[str, list[int]] | None, bool]:
         "`input_ids` and `labels`, or None if there is no room for marker and response; and whether the prompt was cut."

@@ -108,9 +108,12 @@ class TokenGate(nn.Module):
 
     def forward(self, standard, krause):
         "Mix two tensors (B, T, d)."
-        weight = self.proj.weight
-        for_standard, for_krause = weight.chunk(2, 1)  # not [standard, krause]: it would be a copy, and kept for the backward pass
-        logits = F.linear(standard.to(weight.dtype), for_standard, self.proj.bias) + F.linear(krause.to(weight.dtype), for_krause)
+        dtype = self.proj.weight.dtype
+        if type(self.proj) is nn.Linear:  # not [standard, krause]: it would be a copy, and kept for the backward pass
+            for_standard, for_krause = self.proj.weight.chunk(2, 1)
+            logits = F.linear(standard.to(dtype), for_standard, self.proj.bias) + F.linear(krause.to(dtype), for_krause)
+        else:  # wrapped, by LoRA on all linear layers for one
+            logits = self.proj(torch.cat([standard, krause], -1).to(dtype))
         share = logits.softmax(-1).narrow(-1, 0, 1).to(standard.dtype)  # (B, T, 1)
         if (records := _records.get()) is not None:
             records[-1]["gate"] = share.squeeze(-1)

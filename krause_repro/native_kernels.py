@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
@@ -965,6 +966,7 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
 Tensor ring_step_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
                     const Tensor& sigma, int64_t slot, int64_t held, int64_t top_k) {
   TORCH_CHECK(query.size(2) == 1 && key.size(2) == 1 && value.size(2) == 1, "ring_step: one token only");
+  TORCH_CHECK(keys.size(1) > 0 && keys.sizes().slice(0, 3) == values.sizes().slice(0, 3), "ring_step: keys and values must agree");
   TORCH_CHECK(query.size(0) == keys.size(0) && query.size(1) % keys.size(1) == 0 && query.size(3) == keys.size(3) &&
                   key.sizes() == keys.narrow(2, 0, 1).sizes() && value.sizes() == values.narrow(2, 0, 1).sizes(),
               "ring_step: query, key and value must fit the ring");
@@ -1072,6 +1074,7 @@ Tensor few_rows_op(const Tensor& input, const Tensor& weight, const OptionalTens
   const int64_t size = weight.size(1), outputs = weight.size(0);
   TORCH_CHECK(input.size(-1) == size && size % kLanes == 0 && outputs % kOutputs == 0, "few_rows: shapes do not fit");
   TORCH_CHECK(input.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat, "few_rows: float32 only");
+  TORCH_CHECK(size > 0 && (!bias || (bias->numel() == outputs && bias->scalar_type() == at::kFloat)), "few_rows: the bias does not fit");
   const Tensor x = input.contiguous(), w = weight.contiguous(), b = bias ? bias->contiguous() : Tensor();
   auto sizes = input.sizes().vec();
   sizes.back() = outputs;
@@ -1260,7 +1263,7 @@ def step_applies(
 ) -> bool:
     "Is this a token for `native_step`? (One, float32, on a CPU, no gradient, whole vectors.)"
     return (
-        query.shape[2] == 1
+        query.shape[2] == key.shape[2] == 1 and query.shape[3] == key.shape[3] and query.shape[1] % key.shape[1] == 0
         and query.dtype == key.dtype == value.dtype == torch.float32
         and not (torch.is_grad_enabled() or query.shape[3] % 16 or value.shape[3] % 16)
         and kernels_apply(query)
@@ -1347,10 +1350,12 @@ def few_rows(
     x: Tensor,  # (..., K)
     weight: Tensor,  # (N, K)
 ) -> bool:
-    "Is `x @ weight.mT` a product for `native_linear`? (Few rows, float32, on a CPU, no gradient, whole vectors.)"
+    "Is `x @ weight.mT` a product for `native_linear`? (Few rows, plain float32 in one piece, on a CPU, no gradient, whole vectors.)"
     return (
         0 < x.numel() <= MOST_ROWS * x.shape[-1]
         and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)  # a quantised or divided weight is another class
+        and weight.device == x.device and weight.is_contiguous()
         and not (torch.is_grad_enabled() or weight.shape[1] % 16 or weight.shape[0] % 4 or torch.is_autocast_enabled("cpu"))
         and kernels_apply(x)
     )
@@ -1370,4 +1375,4 @@ class StepLinear(nn.Linear):
 
     def forward(self, x):
         weight = self.weight
-        return native_linear(x, weight, self.bias) if few_rows(x, weight) else super().forward(x)
+        return native_linear(x, weight, self.bias) if few_rows(x, weight) else F.linear(x, weight, self.bias)

@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import ClassVar
 
-from .attention import SCORES
+from .attention import SCORES, check_fraction, check_integer, check_positive
 from .image_transformer import ImageTransformerConfig
 from .language_data import FLAN_HELD_OUT, FLAN_TRAIN
 from .llm_branch import BranchSettings
@@ -548,7 +548,13 @@ class FineTuningRecipe(Recipe):
 
     @property
     def config(self) -> BranchSettings | None:
-        "The settings of the branch, checked; None without one."
+        "The settings of the branch; None without one. `ValueError` for any setting that is not allowed."
+        for name in ("rank", "alpha", "batch_size", "micro_batch", "held_out"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("max_length", self.max_length, 2)
+        check_positive("epochs", self.epochs)
+        check_positive("lr", self.lr)
+        check_fraction("lora_dropout", self.lora_dropout)
         return BranchSettings(self.window, self.top_k, self.sigma, self.gate_start) if self.branch else None
 
 # %% ../nbs/20_recipes.ipynb #4e7d132f

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .analysis import SINKS, sink_answer, sink_models
+from .analysis import SINKS, branch_files, sink_answer, sink_models
 from .benchmarks import PASSES, generation_speed_table, language_speed_table
 from .evaluation import (
     ABLATION_CELLS, ABLATION_CONTROLS, FINE_TUNED_LABELS, GENERATOR_LABELS, IMAGE_COMPARISONS, SMALLEST_DIFFERENCE, accuracy_differences,
@@ -56,7 +56,8 @@ def _first_token(profile, root):
     "Mean first-token attention of the base model and of the branch, over layers, as the paper measures it."
     sinks, data = sink_results(profile, root), FINE_TUNING_PLACES[profile][1][0]
     files = {"softmax": "base", "krause": f"krause_{data}"}
-    return {f"sinks/{kind}": sinks[file]["sinks"][kind]["first_all"]["all_layers"] for kind, file in files.items() if file in sinks}
+    shown = {"base": get_recipe(f"lora_{FINE_TUNING_PLACES[profile][0]}/{data}").base, "length": SINKS.at(profile).length}
+    return {f"sinks/{kind}": sinks[file]["sinks"][kind]["first_all"]["all_layers"] | shown for kind, file in files.items() if file in sinks}
 
 
 def generator_results(
@@ -149,7 +150,8 @@ def our_cell(
     if (table, row[0]) in GENERATOR_ROWS:
         return _generator_cell(GENERATOR_ROWS[table, row[0]], column, results)
     if (table, row[0]) in SINK_ROWS:
-        return decimals(results[SINK_ROWS[table, row[0]]]) if SINK_ROWS[table, row[0]] in results else "—"
+        found = results.get(SINK_ROWS[table, row[0]])
+        return f"{decimals(found)} (another model: {found['base']}, {found['n']} passages of {found['length']} tokens)" if found else "—"
     if table not in IMAGE_TABLES:
         return "—"
     name = row_name(IMAGE_TABLES[table], row[0])
@@ -199,7 +201,7 @@ def _speed_statement(profile, root):
         return "—"
     rows = load_result("language_speed", profile, root)["rows"]
     ratios = [row["speed_ratio"] for row in rows if (row["pass"], row["name"]) == ("decode", "Krause")]
-    return f"{profile}: with a branch {min(ratios):.2f} to {max(ratios):.2f} times the tokens per second, writing, of the base model"
+    return f"SmolLM2, writing: with a branch {min(ratios):.2f} to {max(ratios):.2f} times the tokens per second of the base model"
 
 
 def report(
@@ -328,11 +330,11 @@ def _speed_lines(speed):
 # %% ../nbs/40_report.ipynb #4616c736
 def _sink_lines(root):
     found, recipe = sink_results("desk", root), SINKS.at("desk")
-    trained = [data for data in FINE_TUNING_PLACES["desk"][1] if {"base", f"krause_{data}"} <= found.keys()]
-    if not trained:
+    asked = branch_files(found)
+    if not asked:
         return []
     told = f"Is the attention sink removed? First-token attention on {recipe.passages} passages of {recipe.length} tokens, first seed:"
-    answers = [f"After training on {data}:\n\n{sink_answer(found['base'], found[f'krause_{data}'], recipe)}" for data in trained]
+    answers = [f"The branch {when}:\n\n{sink_answer(found['base'], found[file], recipe)}" for file, when in asked.items()]
     return [told, *answers]
 
 

@@ -64,16 +64,16 @@ class RingLayer(CacheLayerMixin):
                     f"got {tuple(new.shape)} of {new.dtype}; a cache serves one batch of one model: reset() it, or make a new one"
                 )
 
-    def _advance(self, new: int) -> None:
-        "Count new tokens, and make the ring one that may be written to."
-        self.cumulative_length += new
+    def _own(self) -> None:
+        "Make the ring one that may be written to."
         if self._lent:
             self.keys, self.values, self._lent = self.keys.clone(), self.values.clone(), False
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         "Put the last tokens, W at most, into their slots."
         new = key_states.shape[2]
-        self._advance(new)
+        self._own()
+        self.cumulative_length += new
         kept = min(new, self.window)
         first = (self.cumulative_length - kept) % self.window
         slots = slice(first, first + 1) if kept == 1 else (first + torch.arange(kept, device=self.device)) % self.window
@@ -127,9 +127,11 @@ class RingLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._advance(1)
-        slot, held = (self.cumulative_length - 1) % self.window, min(self.cumulative_length, self.window)
-        return native_step(query, key_states, value_states, self.keys, self.values, slot, held, top_k, sigma)
+        self._own()
+        slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
+        output = native_step(query, key_states, value_states, self.keys, self.values, slot, held, top_k, sigma)
+        self.cumulative_length += 1  # a step that fails is not counted
+        return output
 
     def get_mask_sizes(
         self,

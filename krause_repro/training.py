@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TrainedRecipe', 'TASKS', 'Run', 'run_path', 'check_run', 'RecipeTrainer', 'cpu_has_bf16', 'device_options',
            'accuracy', 'token_scores', 'token_metrics', 'TextSplits', 'base_source', 'base_model', 'fine_tuning_model',
-           'language_splits', 'Task', 'task_of', 'training_arguments', 'build_trainer', 'RunWriter', 'last_checkpoint',
-           'relocate', 'save_model', 'train']
+           'language_splits', 'Task', 'task_of', 'check_batch', 'training_arguments', 'build_trainer', 'RunWriter',
+           'last_checkpoint', 'relocate', 'save_model', 'train']
 
 # %% ../nbs/22_training.ipynb #7e5080fa
 import json
@@ -356,6 +356,18 @@ def task_of(
     return found
 
 # %% ../nbs/22_training.ipynb #7c36a918
+def check_batch(
+    recipe: TrainedRecipe,  # under its profile
+) -> int:  # number of processes
+    "Raise a `ValueError` if a step's batch cannot be divided over the processes, in parts of `micro_batch` where there is one."
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = processes * getattr(recipe, "micro_batch", 1)
+    if recipe.batch_size % share:
+        told = f"processes × micro_batch, {share}" if share > processes else f"the number of processes, {processes}"
+        raise ValueError(f"batch_size = {recipe.batch_size} must be a multiple of {told}")
+    return processes
+
+
 def training_arguments(
     recipe: TrainedRecipe,  # under its profile
     folder: Path,  # for checkpoints
@@ -364,11 +376,7 @@ def training_arguments(
     progress: bool = True,  # show a progress bar
 ) -> TrainingArguments:
     "The recipe in Trainer's words. The batch size is divided over the processes."
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = processes * getattr(recipe, "micro_batch", 1)
-    if recipe.batch_size % share:
-        told = f"processes × micro_batch, {share}" if share > processes else f"the number of processes, {processes}"
-        raise ValueError(f"batch_size = {recipe.batch_size} must be a multiple of {told}")
+    processes = check_batch(recipe)
     cuda, task = torch.cuda.is_available(), task_of(recipe)
     device = {name: option for name, option in device_options(recipe, cuda).items() if name != "channels_last"}
     kept = {"load_best_model_at_end": True, "metric_for_best_model": task.metric, "greater_is_better": task.more_is_better}
@@ -556,14 +564,16 @@ def train(
         if run.finished:
             return run
     _, processes = recipe.config, PartialState(cpu=not torch.cuda.is_available())  # raises for settings that cannot be
-    with processes.main_process_first():  # one process looks through the data and prepares the directory, the others find both done
+    check_batch(recipe)
+    with processes.main_process_first():  # one process looks through the data, the others find what it left
         splits = task.load(recipe, source, unreadable)  # raises for data that cannot be
-        left_out = _left_out(splits, unreadable)
+    set_seed(seed)
+    model = task.build(recipe)  # raises for a base model that cannot be
+    left_out = _left_out(splits, unreadable)
+    with processes.main_process_first():
         _start(run, restart and processes.is_main_process, left_out)
     if splits.left_out and processes.is_main_process:
         print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
-    set_seed(seed)
-    model = task.build(recipe)
     save, facts = task.saver(model), {**_sizes(model, splits), **left_out}
     trainer = build_trainer(recipe, model, splits, run.path / "checkpoints", seed, progress)
     for callback in (RunWriter(run.path), *callbacks):

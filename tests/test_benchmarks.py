@@ -61,6 +61,7 @@ from krause_repro.benchmarks import (
 from krause_repro.counting import language_mac_table
 from krause_repro.figures import COLOURS
 from krause_repro.llm_branch import branches
+from krause_repro.native_kernels import StepLinear
 from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, stale_recipes
 from krause_repro.training import build_trainer
@@ -323,11 +324,14 @@ def test_profiles_of_the_language_recipe():
 
 def test_deployed_models_differ_in_the_branch_alone():
     models = deployed_models(benchmark_language_model("random"))
-    assert [len(branches(model)) for model in models.values()] == [0, 0, 2] and not any(model.training for model in models.values())
+    assert [len(branches(model)) for model in models.values()] == [0, 0, 2, 2] and not any(model.training for model in models.values())
     assert not [name for model in models.values() for name, _ in model.named_parameters() if "lora" in name or "modules_to_save" in name]
     ids = torch.randint(61, (1, 9))
-    base, merged, krause = (model(ids).logits for model in models.values())
+    base, merged, krause, plain = (model(ids).logits for model in models.values())
     assert torch.equal(base, merged) and not torch.allclose(base, krause)
+    torch.testing.assert_close(krause, plain)
+    layers = [{type(module) for module in models[name].modules()} for name in ("Krause", "Krause, plain layers")]
+    assert StepLinear in layers[0] and StepLinear not in layers[1]
 
 
 @pytest.mark.parametrize("name", ["base", "Krause"])
@@ -359,16 +363,16 @@ def test_speeds_of_language_models_are_tokens_over_seconds():
     result = json.loads(json.dumps(bench_language(LANGUAGE_SPEED.at("smoke")), allow_nan=False))
     assert list(result) == ["benchmark", "rows", "notes", "memory", "macs", "goals"] and result["goals"] == LANGUAGE_GOALS
     assert [(row["pass"], row["name"]) for row in result["rows"]] == [
-        (step, name) for step in ("prefill", "decode") * 2 for name in ("base", "LoRA merged", "Krause")] + [
+        (step, name) for step in ("prefill", "decode") * 2 for name in ("base", "LoRA merged", "Krause", "Krause, plain layers")] + [
         ("training step", "LoRA"), ("training step", "LoRA + Krause")]
     for row in result["rows"]:
         tokens = row["batch"] * (1 if row["pass"] == "decode" else row["context"])
         assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
         assert row["speed_ratio"] == pytest.approx(1 / row["ratio"]) and row["speed_ratio"] == 1 or row["name"] not in ("base", "LoRA")
-    assert len(result["notes"]) == 5 + 1 and [each["context"] for each in result["macs"]] == [8, 40]
+    assert len(result["notes"]) == 9 + 1 and [each["context"] for each in result["macs"]] == [8, 40]
     lines = language_speed_table(result).splitlines()
-    assert len(lines) == 2 + 14 and lines[2].startswith("| prefill, batch 1, 40 tokens | base | ")
-    assert [line.count("≥") for line in lines[2:5]] == [0, 0, 1] and len(language_mac_table(result).splitlines()) == 2 + 6 + 5 + 2
+    assert len(lines) == 2 + 18 and lines[2].startswith("| prefill, batch 1, 40 tokens | base | ")
+    assert [line.count("≥") for line in lines[2:6]] == [0, 0, 1, 1] and len(language_mac_table(result).splitlines()) == 2 + 6 + 5 + 2
 
 
 @on_linux

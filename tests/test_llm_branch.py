@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -46,12 +46,13 @@ from krause_repro.llm_branch import (
     remove_krause_branch,
     save_adapter,
 )
+from krause_repro.native_kernels import kernels_available
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "smollm": lambda: LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_attention_heads": 6, "hidden_size": 48}, tie_word_embeddings=True)),
+    "smollm": lambda: LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_attention_heads": 6, "hidden_size": 96}, tie_word_embeddings=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=11)),
@@ -398,7 +399,7 @@ def test_masks_and_caches_that_do_not_fit_are_refused():
 def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the hub is not to be waited for
     adapter_on(small(branch=False), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is of another base model: its hidden_size is 32, this model's is 48"):
+    with pytest.raises(ValueError, match="is of another base model: its hidden_size is 32, this model's is 96"):
         add_adapter(small("smollm", branch=False), tmp_path / "adapter")
     other = small(branch=False)
     with torch.no_grad():
@@ -713,3 +714,22 @@ def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path, subfolder="inner")
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_step_of_generation_is_one_operator_where_heads_are_wide_enough(monkeypatch):
+    from krause_repro import ring_cache
+    called, step = [], ring_cache.native_step
+    monkeypatch.setattr(ring_cache, "native_step", lambda *arguments: called.append(1) or step(*arguments))
+    for family, count in (("smollm", 2 * 3), ("llama", 0)):  # layers × tokens
+        called.clear()
+        with torch.no_grad():
+            in_pieces(small(family), tokens(8), (5, 1, 1, 1))
+        assert len(called) == (count if kernels_available() else 0)
+
+
+def test_a_gate_that_is_wrapped_is_used_with_its_wrapping():
+    model = get_peft_model(small(), LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    gate, (standard, krause) = branches(model)[0].token_gate, torch.randn(2, 1, 5, 32)
+    share = gate.proj(torch.cat([standard, krause], -1)).softmax(-1)[..., :1]
+    assert type(gate.proj) is not torch.nn.Linear
+    assert_close(gate(standard, krause), share * standard + (1 - share) * krause)

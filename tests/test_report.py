@@ -2,6 +2,7 @@
 
 import pytest
 
+from krause_repro.analysis import SINKS
 from krause_repro.recipes import get_recipe, published_tables
 from krause_repro.records import project_root, save_result, summarise
 from krause_repro.report import (
@@ -11,6 +12,7 @@ from krause_repro.report import (
     format_published,
     our_results,
     readme_ablation,
+    readme_fine_tuning,
     readme_generation,
     report,
     update_readme,
@@ -52,6 +54,51 @@ def test_the_readme_counts_trained_generators(tmp_path):
     karm, bits = get_recipe("karm/fashion_mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
     save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
     assert "| counts, order 1 | 3.900 | 3.800 |" in readme_generation(tmp_path)
+
+
+def tuned(name, values):
+    recipe, right = get_recipe(name).at("desk"), summarise([0.6] * len(values))
+    before = {"token_loss": summarise([2.5]), "token_accuracy": summarise([0.4])}
+    return {"recipes": {recipe.name: recipe.to_dict()}, "token_loss": summarise(values), "token_accuracy": right, "before": before,
+            "letter_accuracy": None, "letters": None, "steps": 25, "bf16": True, "trainable": 5, "frozen": 95, "parameters": 100}
+
+
+def sinks_of(kinds):
+    def told(near, far):
+        return {key: {"all_layers": {"mean": value, "sd": 0.01, "n": 200}} for key, value in
+                (("first_all", (31 * near + 96 * far) / 127), ("first_near", near), ("first_far", far))}
+
+    flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
+    return {"sinks": {kind: told(*values) for kind, values in kinds.items()}, "uniform": flat}
+
+
+def test_the_readme_shows_what_is_tuned_and_the_answer_on_sinks(tmp_path):
+    text = readme_fine_tuning(tmp_path)
+    assert text.startswith("0 of 4 models are tuned.") and "Is the attention sink" not in text
+    for kind, values in (("lora", [1.6, 1.7, 1.8]), ("krause", [1.5, 1.6, 1.7])):
+        save_result(f"fine_tuning_questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
+    text = readme_fine_tuning(tmp_path)
+    assert text.startswith("2 of 4 models are tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
+    assert "LoRA + Krause branch minus LoRA: -0.100 nats per token" in text and "| questions | LoRA | 2.500 | 1.700 ± 0.100 |" in text
+    models = {"base": ("lora_smollm2/questions", {"softmax": (0.6, 0.5)}),
+              "krause_questions": ("krause_smollm2/questions", {"softmax": (0.6, 0.5), "krause": (0.5, 0.0), "mixed": (0.6, 0.4)})}
+    for file, (name, kinds) in models.items():
+        recipes = {recipe.name: recipe.to_dict() for recipe in (SINKS.at("desk"), get_recipe(name).at("desk"))}
+        save_result(f"sinks/{file}", {"recipes": recipes, **sinks_of(kinds)}, "desk", tmp_path)
+    text = readme_fine_tuning(tmp_path)
+    assert "is **there** in the branch" in text and "In the model as a whole a sink is **there**" in text
+    lines = report("desk", tmp_path).splitlines()
+    other = "(another model: smollm2, 200 passages of 128 tokens)"
+    assert f"| Llama3-8B | 0.707 | 0.524 ± 0.010 {other} |" in lines
+    assert f"| Krause-Llama3-8B (Krause branch) | 0.364 | 0.122 ± 0.010 {other} |" in lines
+
+
+def test_the_statement_on_speed_is_answered(tmp_path):
+    rows = [{"pass": step, "name": name, "speed_ratio": ratio} for step, name, ratio in
+            (("decode", "Krause", 0.8), ("decode", "Krause", 0.75), ("decode", "base", 1.0), ("prefill", "Krause", 0.5))]
+    assert "(ours: —)" in report("desk", tmp_path)
+    save_result("language_speed", {"rows": rows}, "desk", tmp_path)
+    assert "(ours: SmolLM2, writing: with a branch 0.75 to 0.80 times the tokens per second of the base model)" in report("desk", tmp_path)
 
 
 def test_unknown_profiles_and_stale_results_are_refused(root_with_results):
