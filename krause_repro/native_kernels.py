@@ -11,6 +11,7 @@ __all__ = ['VECTORS', 'EXPONENTIAL', 'PRODUCTS', 'SELECTION', 'WEIGHTS', 'LAYOUT
 # %% ../nbs/03_native_kernels.ipynb #e7036578
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
 
@@ -1192,6 +1194,11 @@ def kernels_available() -> bool:
     return _load_kernels()
 
 # %% ../nbs/03_native_kernels.ipynb #d8a56c92
+def _few_rows_flops(x, weight, *others, out_shape=None, **named):
+    "For PyTorch's counter, which knows a product by its operator: two operations for each multiply-accumulate."
+    return 2 * math.prod(x) * weight[0]
+
+
 def _empty_result(query, key, value, *rest):
     batch, heads, length = query.shape[:3]
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
@@ -1212,6 +1219,7 @@ def _register():
     "Tell PyTorch the shapes and the gradients of the operators."
     torch.library.register_fake("krause_repro::ring_step", lambda query, key, value, *rest: _empty_result(query, key, value)[0])
     torch.library.register_fake("krause_repro::few_rows", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+    register_flop_formula(torch.ops.krause_repro.few_rows)(_few_rows_flops)
     for name, structure in {"band": 1, "lists": 2}.items():  # arguments between tau and the numbers: key_mask, or begin and token
         last = 4 + structure
 

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from krause_repro.attention import (
     METRICS,
@@ -56,6 +57,7 @@ from krause_repro.fast_attention import (
 )
 from krause_repro.native_kernels import (
     MOST_ROWS,
+    StepLinear,
     build_kernels,
     candidate_lists,
     few_rows,
@@ -1181,3 +1183,11 @@ def test_dispatchers_take_the_kernels_where_there_are_any():
         for dtype, expected in ((torch.float32, native), (torch.bfloat16, native), (torch.float64, general)):
             given_ = [x.to(dtype) for x in tensors]
             assert torch.equal(compute(*given_, neighborhood, 2, sigma=1.0), expected(*given_, neighborhood, 2, sigma=1.0))
+
+
+def test_pytorchs_counter_sees_the_product_of_few_rows():
+    x, layer = torch.randn(2, 3, 32), StepLinear(32, 8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        assert not kernels_available() or few_rows(x, layer.weight)
+        layer(x)
+    assert counter.get_total_flops() == 2 * 6 * 32 * 8
