@@ -181,7 +181,7 @@ def _generation_options(recipe: ImageGenerationRecipe, epoch: int) -> dict:
 
 
 def _fine_tuning_options(recipe: FineTuningRecipe, epoch: int) -> dict:
-    steps, processes = math.ceil(recipe.epochs * epoch), int(os.environ.get("WORLD_SIZE", 1))
+    steps, processes = math.ceil(recipe.epochs * epoch), check_batch(recipe)
     part = math.ceil(steps / max(2, recipe.epochs))  # steps between evaluations
     less_memory = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return {
