@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .attention import KrauseAttention, attention_weights, check_integer
 from .llm_branch import PROJECTIONS, attention_layers, branches
+from .native_kernels import kernels_available
 from .recipes import IMAGE_DATA, get_recipe, published_tables, row_name
 from .swin import SWIN_SIZES, SwinClassifier, SwinClassifierConfig
 from .vision_transformer import VisionTransformer, VisionTransformerConfig, top_k_schedule, vision_neighborhood
@@ -70,6 +71,7 @@ def counted_macs(
     call: Callable[[], object],  # runs a model, or a part of one
 ) -> dict[str, int]:  # by name of the module, "Global" for all
     "Multiply-accumulates of the matrix products and convolutions in a call, as PyTorch's counter sees them."
+    kernels_available()  # a counter knows the operators that were there when it was made
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         call()

@@ -1,5 +1,8 @@
 """Multiply-accumulates: by hand, by formula and by two counters; the paper's printed numbers; Swin's padding; refusals."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from ptflops import get_model_complexity_info
@@ -217,6 +220,13 @@ def test_a_model_that_ptflops_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr("ptflops.get_model_complexity_info", lambda *arguments, **options: (None, None))
     with pytest.raises(RuntimeError, match="ptflops could not run the model"):
         ptflops_macs(tiny())
+
+
+def test_a_counter_that_comes_before_the_kernels_are_loaded_counts_them():
+    script = ("import torch\nfrom krause_repro.counting import counted_macs\nfrom krause_repro.native_kernels import StepLinear\n"
+              "print(counted_macs(lambda: StepLinear(32, 8)(torch.zeros(1, 32)))['Global'])")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 32 * 8
 
 
 def test_products_of_a_language_model_and_its_branch():
