@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['VECTORS', 'EXPONENTIAL', 'PRODUCTS', 'SELECTION', 'WEIGHTS', 'LAYOUT', 'BAND_FORWARD', 'ONE_QUERY', 'FEW_ROWS',
-           'BAND_BACKWARD', 'LISTS', 'OPERATORS', 'SOURCE', 'OPTIONS', 'MOST_ROWS', 'library_path', 'build_kernels',
-           'kernels_available', 'kernels_apply', 'step_applies', 'native_step', 'native_band', 'candidate_lists',
-           'native_lists', 'few_rows', 'native_linear', 'StepLinear']
+           'BESIDE', 'BAND_BACKWARD', 'LISTS', 'OPERATORS', 'SOURCE', 'OPTIONS', 'MOST_ROWS', 'library_path',
+           'build_kernels', 'kernels_available', 'kernels_apply', 'step_applies', 'native_step', 'native_band',
+           'candidate_lists', 'native_lists', 'few_rows', 'native_linear', 'StepLinear', 'rotation_applies',
+           'native_rotation', 'gate_applies', 'native_gate', 'native_branch_step']
 
 # %% ../nbs/03_native_kernels.ipynb #e7036578
 import hashlib
@@ -39,6 +40,7 @@ VECTORS = r"""
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -598,6 +600,7 @@ static void one_query(const Problem& p, int64_t b, int64_t g) {
 # %% ../nbs/03_native_kernels.ipynb #c8e3d5f2
 FEW_ROWS = r"""
 constexpr int kOutputs = 4, kInputs = kLanes / kOutputs;  // of a tile: as many sums as there are lanes
+constexpr int64_t kMostRows = 16;  // beyond them a library's product of large matrices is faster
 
 // Vector i's sum in lane i, by halves.
 template <int W>
@@ -646,6 +649,35 @@ static void few_rows(const float* x, int64_t rows, int64_t size, const float* we
           out[(r + i / kOutputs) * outputs + column] = result[i] + (bias ? bias[column] : 0.f);
         }
       });
+}
+"""
+
+
+# %% ../nbs/03_native_kernels.ipynb #b39e6f17
+BESIDE = r"""
+// One head of one token, turned by its position; dim / 2 is a multiple of kLanes.
+KRAUSE_INLINE void rotate(const float* x, const float* cosine, const float* sine, int64_t dim, float* out) {
+  const int64_t half = dim / 2;
+  for (int64_t d = 0; d < half; d += kLanes) {
+    const vec a = load(x + d), b = load(x + d + half);
+    store(out + d, a * load(cosine + d) - b * load(sine + d));
+    store(out + d + half, b * load(cosine + d + half) + a * load(sine + d + half));
+  }
+}
+
+// out = share * standard + (1 - share) * other, share = softmax(weight [standard, other] + bias)[0]; weight is (2, 2 * width)
+KRAUSE_INLINE void mix(const float* standard, const float* other, const float* weight, const float* bias, int64_t width, float* out) {
+  const float* second = weight + 2 * width;
+  vec total{};
+  for (int64_t d = 0; d < width; d += kLanes) {
+    total += (load(second + d) - load(weight + d)) * load(standard + d);
+    total += (load(second + width + d) - load(weight + width + d)) * load(other + d);
+  }
+  const float share = 1 / (1 + std::exp(sum(total) + bias[1] - bias[0]));
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const vec y = load(other + d);
+    store(out + d, (load(standard + d) - y) * share + y);
+  }
 }
 """
 
@@ -922,11 +954,13 @@ static void by_score(int score, F f) {
   f(std::integral_constant<int, kKeyNorm>());
 }
 
+constexpr int64_t kShares = 3;  // units of work for each thread, at least
+
 // Units of work: segments of at least a window, so that only neighbours share keys.
 struct Segments {
   int64_t length, count, lists;
-  explicit Segments(const Problem& p)
-      : length(std::max<int64_t>(up(p.window, kTile), 8 * kTile)),
+  explicit Segments(const Problem& p, int64_t longest = 8 * kTile)
+      : length(std::max<int64_t>(up(p.window, kTile), longest)),
         count((p.queries + length - 1) / length),
         lists(p.batch * p.kv_heads) {}
   // f(batch, key head, first query, last query + 1, segment) for every `stride`-th segment
@@ -943,6 +977,11 @@ struct Segments {
   }
 };
 
+// A length of segments that leaves every thread some of a short forward pass.
+static int64_t balanced(const Problem& p) {
+  return std::min(8 * kTile, up(p.queries * p.batch * p.kv_heads / (kShares * at::get_num_threads()), kTile));
+}
+
 std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tau,
                                            const OptionalTensor& key_mask, int64_t window, int64_t top_k, int64_t score, double dropout,
                                            int64_t seed) {
@@ -955,12 +994,19 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
   p.rows = rows.mutable_data_ptr<float>();
   const bool step = p.queries == 1 && p.k.t == 1 && !p.mask && p.dropout == 0;  // of generation, with a ring cache
   by_score(p.score, [&](auto S) {
-    Segments(p).each(p, 0, 1, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t) {
+    Segments(p, balanced(p)).each(p, 0, 1, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t) {
       if (step) one_query<S()>(p, b, g);
       else band_forward<S()>(p, b, g, begin, end);
     });
   });
   return {output_of(call, out, query, value), rows};
+}
+
+// A token's key and value into their slot of a ring
+static void put(const Problem& p, int64_t b, int64_t g, int64_t slot, const float* key, const float* value) {
+  float* target = p.k.at(b, g, slot);
+  for (int64_t d = 0; d < p.dim; ++d) target[d * p.k.d] = key[d];
+  std::memcpy(p.v.at(b, g, slot), value, p.value_dim * 4);
 }
 
 // A step of generation with a ring cache: one token's key and value go into their slot, and its query meets the first `held` slots.
@@ -983,10 +1029,7 @@ Tensor ring_step_op(const Tensor& query, const Tensor& key, const Tensor& value,
   p.out = view(out);
   p.rows = rows.mutable_data_ptr<float>();
   Segments(p).each(p, 0, 1, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t) {
-    const float* source = new_keys.at(b, g, 0);
-    float* target = p.k.at(b, g, slot);
-    for (int64_t d = 0; d < p.dim; ++d) target[d * p.k.d] = source[d];
-    std::memcpy(p.v.at(b, g, slot), new_values.at(b, g, 0), p.value_dim * 4);
+    put(p, b, g, slot, new_keys.at(b, g, 0), new_values.at(b, g, 0));
     if (p.k.t == 1) one_query<kKrause>(p, b, g);
     else band_forward<kKrause>(p, b, g, begin, end);
   });
@@ -1089,6 +1132,133 @@ Tensor few_rows_op(const Tensor& input, const Tensor& weight, const OptionalTens
   });
   return out;
 }
+
+// (B, T, H, D) as (B, H, T, D), turned by the positions of cosine and sine (B or 1, T, D).
+std::tuple<Tensor, Tensor> rotate_op(const Tensor& query, const Tensor& key, const Tensor& cosine, const Tensor& sine) {
+  const int64_t length = query.size(1), dim = query.size(3), tokens = query.size(0) * length;
+  TORCH_CHECK(key.size(0) == query.size(0) && key.size(1) == length && key.size(3) == dim && dim % (2 * kLanes) == 0,
+              "rotate: query and key do not fit");
+  TORCH_CHECK(cosine.sizes() == sine.sizes() && cosine.dim() == 3 && cosine.size(1) == length && cosine.size(2) == dim &&
+                  (cosine.size(0) == 1 || cosine.size(0) == query.size(0)), "rotate: cosine and sine do not fit");
+  for (const Tensor* x : {&query, &key, &cosine, &sine}) TORCH_CHECK(x->scalar_type() == at::kFloat, "rotate: float32 only");
+  const Tensor cosines = cosine.contiguous(), sines = sine.contiguous();
+  const int64_t each = cosine.size(0) == 1 ? 0 : length * dim;  // from one sequence's positions to the next one's
+  std::array<Tensor, 2> in{query.contiguous(), key.contiguous()}, out{at::empty_like(in[0]), at::empty_like(in[1])};
+  const float *c = cosines.const_data_ptr<float>(), *s = sines.const_data_ptr<float>();
+  for (int i = 0; i < 2; ++i) {
+    const int64_t heads = in[i].size(2);
+    const float* x = in[i].const_data_ptr<float>();
+    float* y = out[i].mutable_data_ptr<float>();
+    at::parallel_for(0, tokens, 1 + 32768 / (heads * dim), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t position = n / length * each + n % length * dim;
+        for (int64_t at = n * heads * dim; at < (n + 1) * heads * dim; at += dim) rotate(x + at, c + position, s + position, dim, y + at);
+      }
+    });
+  }
+  return {out[0].transpose(1, 2), out[1].transpose(1, 2)};
+}
+
+Tensor gate_op(const Tensor& standard, const Tensor& other, const Tensor& weight, const Tensor& bias) {
+  const int64_t width = standard.size(-1);
+  TORCH_CHECK(standard.sizes() == other.sizes() && width > 0 && width % kLanes == 0 && weight.dim() == 2 && weight.size(0) == 2 &&
+                  weight.size(1) == 2 * width && bias.numel() == 2, "gate: shapes do not fit");
+  for (const Tensor* x : {&standard, &other, &weight, &bias}) TORCH_CHECK(x->scalar_type() == at::kFloat, "gate: float32 only");
+  const Tensor a = standard.contiguous(), b = other.contiguous(), w = weight.contiguous(), c = bias.contiguous(), out = at::empty_like(a);
+  const float *x = a.const_data_ptr<float>(), *y = b.const_data_ptr<float>(), *weights = w.const_data_ptr<float>(),
+              *added = c.const_data_ptr<float>();
+  float* mixture = out.mutable_data_ptr<float>();
+  at::parallel_for(0, a.numel() / width, 1 + 16384 / width, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * width; n < last * width; n += width) mix(x + n, y + n, weights, added, width, mixture + n);
+  });
+  return out;
+}
+
+static bool plain(const Tensor& x, at::IntArrayRef sizes) {
+  return x.sizes() == sizes && x.scalar_type() == at::kFloat && x.device().is_cpu() && x.is_contiguous();
+}
+
+// The projections q, k, v and o of a branch.
+struct Projections {
+  int64_t inputs[4], outputs[4];
+  const float *weight[4], *bias[4];
+  std::array<Tensor, 4> kept;  // the biases
+
+  // false if one is not float32, in one piece and of its size
+  bool read(at::TensorList weights, const c10::List<OptionalTensor>& biases) {
+    for (int i = 0; i < 4; ++i) {
+      const OptionalTensor each = biases.get(i);
+      if (!plain(weights[i], {outputs[i], inputs[i]}) || (each && !plain(*each, {outputs[i]}))) return false;
+      if (each) kept[i] = *each;
+      weight[i] = weights[i].const_data_ptr<float>();
+      bias[i] = each ? kept[i].const_data_ptr<float>() : nullptr;
+    }
+    return true;
+  }
+  // projections `from` ... `to` - 1 of the same rows
+  void apply(int from, int to, const float* x, int64_t rows, float* const* out) const {
+    int64_t begins[5] = {};
+    for (int i = from; i < to; ++i) begins[i + 1] = begins[i] + outputs[i] / kOutputs;
+    at::parallel_for(0, begins[to], 1 + 32768 / (kOutputs * inputs[from]), [&](int64_t first, int64_t last) {
+      for (int i = from; i < to; ++i) {
+        const int64_t begin = std::max(first, begins[i]) - begins[i], end = std::min(last, begins[i + 1]) - begins[i];
+        if (begin < end) few_rows(x, rows, inputs[i], weight[i], bias[i], outputs[i], begin, end, out[i]);
+      }
+    });
+  }
+};
+
+// One token through a branch: projections q, k and v, rotary positions, ring, projection o, gate. hidden and standard are (B, 1, d).
+// Nothing, and nothing is written, if this is not for it: other types, layouts, sizes or numbers of rows.
+std::optional<Tensor> branch_step_op(const Tensor& standard, const Tensor& hidden, at::TensorList weights,
+                                     const c10::List<OptionalTensor>& biases, const Tensor& cosine, const Tensor& sine, const Tensor& keys,
+                                     const Tensor& values, const Tensor& log_sigma, const Tensor& gate, const Tensor& gate_bias,
+                                     int64_t slot, int64_t held, int64_t top_k) {
+  TORCH_CHECK(weights.size() == 4 && biases.size() == 4, "branch_step: there are four projections");
+  TORCH_CHECK(keys.dim() == 4 && hidden.dim() == 3, "branch_step: keys (B, H, W, D) and hidden states (B, 1, d)");
+  TORCH_CHECK(slot >= 0 && slot < held && held <= keys.size(2), "branch_step: the slot must be one of those held");
+  const int64_t batch = hidden.size(0), width = hidden.size(2), groups = keys.size(1), ring = keys.size(2), dim = keys.size(3);
+  const int64_t heads = log_sigma.numel(), positions = cosine.dim() == 3 ? cosine.size(0) : 0;
+  Projections projections{{width, width, width, heads * dim}, {heads * dim, groups * dim, groups * dim, width}};
+  bool fits = batch > 0 && batch <= kMostRows && groups > 0 && heads % groups == 0 && dim % (2 * kLanes) == 0 && width % kLanes == 0;
+  fits = fits && plain(hidden, {batch, 1, width}) && plain(standard, {batch, 1, width});
+  fits = fits && plain(keys.transpose(2, 3), {batch, groups, dim, ring}) && plain(values, {batch, groups, ring, dim});
+  fits = fits && (positions == 1 || positions == batch) && plain(cosine, {positions, 1, dim}) && plain(sine, {positions, 1, dim});
+  fits = fits && plain(log_sigma, {heads}) && plain(gate, {2, 2 * width}) && plain(gate_bias, {2}) && projections.read(weights, biases);
+  if (!fits) return std::nullopt;
+
+  const Buffer q(batch * heads * dim), k(batch * groups * dim), v(batch * groups * dim), attended(batch * heads * dim),
+      other(batch * width), rows(3 * batch * heads), temperature(heads);
+  float* const projected[] = {q, k, v, other};
+  projections.apply(0, 3, hidden.const_data_ptr<float>(), batch, projected);
+
+  constexpr float eps = std::numeric_limits<float>::epsilon();
+  for (int64_t h = 0; h < heads; ++h)  // as in `score_temperature`
+    temperature[h] = std::max(std::exp(2 * log_sigma.const_data_ptr<float>()[h]), eps * eps);
+  Problem p{};
+  p.batch = batch, p.heads = heads, p.kv_heads = groups, p.queries = 1, p.keys = held, p.dim = dim, p.value_dim = dim, p.window = held;
+  p.top_k = int32_t(top_k), p.score = kKrause, p.temperature = temperature, p.rows = rows;
+  p.q = {q, heads * dim, dim, dim, 1}, p.out = {attended, heads * dim, dim, dim, 1}, p.k = view(keys), p.v = view(values);
+  const int64_t each = positions == 1 ? 0 : dim, share = heads / groups;
+  const float *cosines = cosine.const_data_ptr<float>(), *sines = sine.const_data_ptr<float>();
+  at::parallel_for(0, batch * groups, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t b = n / groups, g = n % groups;
+      const auto turn = [&](float* head) { rotate(head, cosines + b * each, sines + b * each, dim, head); };
+      for (int64_t h = g * share; h < (g + 1) * share; ++h) turn(p.q.at(b, h, 0));
+      turn(k + n * dim);
+      put(p, b, g, slot, k + n * dim, v + n * dim);
+      one_query<kKrause>(p, b, g);
+    }
+  });
+
+  projections.apply(3, 4, attended, batch, projected);
+  Tensor out = at::empty_like(standard);
+  const float *gates = gate.const_data_ptr<float>(), *added = gate_bias.const_data_ptr<float>(), *one = standard.const_data_ptr<float>();
+  float* mixture = out.mutable_data_ptr<float>();
+  for (int64_t n = 0; n < batch * width; n += width) mix(one + n, other + n, gates, added, width, mixture + n);
+  return out;
+}
 }  // namespace krause
 
 TORCH_LIBRARY_FRAGMENT(krause_repro, m) {
@@ -1103,6 +1273,11 @@ TORCH_LIBRARY_FRAGMENT(krause_repro, m) {
       "ring_step(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor sigma, int slot, int held, int "
       "top_k) -> Tensor");
   m.def("few_rows(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("rotate(Tensor query, Tensor key, Tensor cosine, Tensor sine) -> (Tensor, Tensor)");
+  m.def("gate(Tensor standard, Tensor other, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "branch_step(Tensor standard, Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor cosine, Tensor sine, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor log_sigma, Tensor gate, Tensor gate_bias, int slot, int held, int top_k) -> Tensor?");
   m.def(
       "lists(Tensor query, Tensor key, Tensor value, Tensor tau, Tensor begin, Tensor token, int top_k, int score, float dropout, int "
       "seed) -> (Tensor, Tensor)");
@@ -1116,13 +1291,16 @@ TORCH_LIBRARY_IMPL(krause_repro, CPU, m) {
   m.impl("band_backward", &krause::band_backward_op);
   m.impl("ring_step", &krause::ring_step_op);
   m.impl("few_rows", &krause::few_rows_op);
+  m.impl("rotate", &krause::rotate_op);
+  m.impl("gate", &krause::gate_op);
+  m.impl("branch_step", &krause::branch_step_op);
   m.impl("lists", &krause::lists_forward_op);
   m.impl("lists_backward", &krause::lists_backward_op);
 }
 """
 
 SOURCE = "".join([
-    VECTORS, EXPONENTIAL, PRODUCTS, SELECTION, WEIGHTS, LAYOUT, BAND_FORWARD, ONE_QUERY, FEW_ROWS, BAND_BACKWARD, LISTS, OPERATORS,
+    VECTORS, EXPONENTIAL, PRODUCTS, SELECTION, WEIGHTS, LAYOUT, BAND_FORWARD, ONE_QUERY, FEW_ROWS, BESIDE, BAND_BACKWARD, LISTS, OPERATORS,
 ])
 
 # %% ../nbs/03_native_kernels.ipynb #d4359831
@@ -1199,6 +1377,16 @@ def _few_rows_flops(x, weight, *others, out_shape=None, **named):
     return 2 * math.prod(x) * weight[0]
 
 
+def _gate_flops(standard, *others, out_shape=None, **named):
+    "Two logits of each token, as the product that they are elsewhere."
+    return 2 * math.prod(standard) * 4
+
+
+def _branch_step_flops(standard, hidden, weights, *others, out_shape=None, **named):
+    "The products with weights, all rows in `hidden`."
+    return sum(_few_rows_flops((hidden[0], weight[1]), weight) for weight in weights) + _gate_flops(standard)
+
+
 def _empty_result(query, key, value, *rest):
     batch, heads, length = query.shape[:3]
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
@@ -1219,7 +1407,13 @@ def _register():
     "Tell PyTorch the shapes and the gradients of the operators."
     torch.library.register_fake("krause_repro::ring_step", lambda query, key, value, *rest: _empty_result(query, key, value)[0])
     torch.library.register_fake("krause_repro::few_rows", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+    torch.library.register_fake("krause_repro::rotate", lambda query, key, *rest: (query.new_empty(query.shape).transpose(1, 2),
+                                                                                   key.new_empty(key.shape).transpose(1, 2)))
+    torch.library.register_fake("krause_repro::gate", lambda standard, *rest: standard.new_empty(standard.shape))
     register_flop_formula(torch.ops.krause_repro.few_rows)(_few_rows_flops)
+    register_flop_formula(torch.ops.krause_repro.gate)(_gate_flops)
+    torch.library.register_fake("krause_repro::branch_step", lambda standard, *rest: standard.new_empty(standard.shape))
+    register_flop_formula(torch.ops.krause_repro.branch_step)(_branch_step_flops)
     for name, structure in {"band": 1, "lists": 2}.items():  # arguments between tau and the numbers: key_mask, or begin and token
         last = 4 + structure
 
@@ -1384,3 +1578,65 @@ class StepLinear(nn.Linear):
     def forward(self, x):
         weight = self.weight
         return native_linear(x, weight, self.bias) if few_rows(x, weight) else F.linear(x, weight, self.bias)
+
+# %% ../nbs/03_native_kernels.ipynb #7c54d80b
+def _plain_on_cpu(*tensors):
+    return not torch.is_grad_enabled() and all(x.dtype == torch.float32 for x in tensors) and kernels_apply(tensors[0])
+
+
+def rotation_applies(
+    query: Tensor,  # (B, T, H, D)
+    key: Tensor,  # (B, T, Hk, D)
+    cosine: Tensor,  # (B, T, D) or (1, T, D)
+) -> bool:
+    "Is this for `native_rotation`? (Float32, on a CPU, no gradient, whole vectors in half a head, all dimensions turned.)"
+    return cosine.shape[-1] == query.shape[-1] and not query.shape[-1] % 32 and _plain_on_cpu(query, key, cosine)
+
+
+def native_rotation(
+    query: Tensor,  # (B, T, H, D), where `rotation_applies`
+    key: Tensor,  # (B, T, Hk, D)
+    cosine: Tensor,  # (B, T, D) or (1, T, D), of each position's angles; the second half repeats the first
+    sine: Tensor,  # of the same shape
+) -> tuple[Tensor, Tensor]:  # (B, H, T, D) and (B, Hk, T, D)
+    "Rotary positions (Su et al. 2021; halves, not neighbours, are pairs, as in Llama) for queries and keys as they are projected."
+    return torch.ops.krause_repro.rotate(query, key, cosine, sine)
+
+
+def gate_applies(
+    standard: Tensor,  # (B, T, d)
+    other: Tensor,  # (B, T, d)
+    weight: Tensor,  # (2, 2·d)
+) -> bool:
+    "Is this for `native_gate`? (Float32, on a CPU, no gradient, whole vectors.)"
+    return not standard.shape[-1] % 16 and _plain_on_cpu(standard, other, weight)
+
+
+def native_gate(
+    standard: Tensor,  # (B, T, d), where `gate_applies`
+    other: Tensor,  # (B, T, d)
+    weight: Tensor,  # (2, 2·d)
+    bias: Tensor,  # (2,)
+) -> Tensor:  # (B, T, d)
+    "The mixture of two tensors by a softmax gate of two logits (paper, Figure 6), by one C++ operator."
+    return torch.ops.krause_repro.gate(standard, other, weight, bias)
+
+
+# %% ../nbs/03_native_kernels.ipynb #f3a9416d
+def native_branch_step(
+    standard: Tensor,  # (B, 1, d), what the pretrained attention gives
+    hidden: Tensor,  # (B, 1, d), what both attentions are given
+    weights: list[Tensor],  # of the projections q, k, v and o
+    biases: list[Tensor | None],  # of them
+    positions: tuple[Tensor, Tensor],  # cosine and sine as for `native_rotation`
+    log_sigma: Tensor,  # (H,), logarithms of the bandwidths
+    gate: nn.Linear,  # from 2·d to 2
+    top_k: int,  # keys kept
+    keys: Tensor,  # (B, Hk, W, D), the ring; written to
+    values: Tensor,  # (B, Hk, W, D)
+    slot: int,  # the new token's
+    held: int,  # slots in use, the new one among them
+) -> Tensor | None:  # (B, 1, d), the mixture; None, and nothing written, unless all is float32, in one piece and in whole vectors
+    "One token through a language model's Krause branch, where no gradient is asked for: projections, rotary positions, ring, gate."
+    rest = (*positions, keys, values, log_sigma, gate.weight, gate.bias, slot, held, top_k)
+    return torch.ops.krause_repro.branch_step(standard, hidden, weights, biases, *rest)

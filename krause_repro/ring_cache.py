@@ -6,6 +6,8 @@
 __all__ = ['CACHE_NAMES', 'CACHE_NAME', 'ring_positions', 'RingLayer', 'RingCache', 'take_cache', 'cache_bytes']
 
 # %% ../nbs/04_ring_cache.ipynb #fd61d0dc
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -76,9 +78,11 @@ class RingLayer(CacheLayerMixin):
         self.cumulative_length += new
         kept = min(new, self.window)
         first = (self.cumulative_length - kept) % self.window
-        slots = slice(first, first + 1) if kept == 1 else (first + torch.arange(kept, device=self.device)) % self.window
-        self.keys[:, :, slots] = key_states[:, :, new - kept:]
-        self.values[:, :, slots] = value_states[:, :, new - kept:]
+        ahead = min(kept, self.window - first)  # as many go up to the ring's end, the others to its beginning
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            held[:, :, first:first + ahead] = states[:, :, new - kept:new - kept + ahead]
+            if ahead < kept:
+                held[:, :, :kept - ahead] = states[:, :, new - kept + ahead:]
 
     def _recent(self, held: Tensor) -> list[Tensor]:
         "The last W − 1 tokens in time order, in one or two pieces."
@@ -127,10 +131,17 @@ class RingLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        return self.step(lambda *ring: native_step(query, key_states, value_states, *ring, top_k, sigma))
+
+    def step(
+        self,
+        attend: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, and the number of slots in use
+    ) -> Tensor | None:  # what it returns
+        "Let an operator put one token into the ring, which has seen others, and attend to what it holds; if it returns None, it did not."
         self._own()
         slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
-        output = native_step(query, key_states, value_states, self.keys, self.values, slot, held, top_k, sigma)
-        self.cumulative_length += 1  # a step that fails is not counted
+        output = attend(self.keys, self.values, slot, held)
+        self.cumulative_length += output is not None  # nor is a step that fails counted
         return output
 
     def get_mask_sizes(

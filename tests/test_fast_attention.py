@@ -61,11 +61,16 @@ from krause_repro.native_kernels import (
     build_kernels,
     candidate_lists,
     few_rows,
+    gate_applies,
     kernels_available,
     library_path,
     native_band,
+    native_branch_step,
+    native_gate,
     native_linear,
     native_lists,
+    native_rotation,
+    rotation_applies,
 )
 
 with warnings.catch_warnings():
@@ -770,6 +775,74 @@ def test_a_product_of_few_rows_is_taken_where_it_is_right():
             assert not few_rows(x, weight)
         with pytest.raises(RuntimeError, match="shapes do not fit"):
             native_linear(x, normal(1, 8, 48))
+
+
+@needs_kernels
+@torch.no_grad()
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.sampled_from([32, 64, 96]), st.booleans())
+def test_rotary_positions_are_a_rotation(batch, length, heads, dim, own):
+    "Against complex numbers: the halves are real and imaginary parts, turned by the angle; values of other strides, too."
+    query, key = normal(0, length, batch, 2 * heads, dim).transpose(0, 1), normal(1, batch, length, heads, dim)
+    angle = normal(2, batch if own else 1, length, dim // 2) * 9
+    cosine, sine = (f(angle).repeat(1, 1, 2) for f in (torch.cos, torch.sin))
+    assert rotation_applies(query, key, cosine)
+    for x, got in zip((query, key), native_rotation(query, key, cosine, sine), strict=True):
+        turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones(()).double(), angle.double())[:, :, None]
+        assert_close(got.double(), torch.cat([turned.real, turned.imag], -1).transpose(1, 2), rtol=0, atol=1e-5)
+
+
+@needs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1, 1e4])
+@pytest.mark.parametrize("shape", [(16,), (3, 1, 48), (2, 40, 576)])
+def test_the_gate_is_a_softmax_of_two(shape, scale):
+    standard, other, weight, bias = normal(0, *shape), normal(1, *shape), normal(2, 2, 2 * shape[-1]) * scale, normal(3, 2)
+    assert gate_applies(standard, other, weight)
+    logits = torch.nn.functional.linear(torch.cat([standard, other], -1).double(), weight.double(), bias.double())
+    share = logits.softmax(-1)[..., :1]
+    got = native_gate(standard, other, weight, bias).double()
+    assert_close(got, share * standard + (1 - share) * other, rtol=0, atol=1e-5 if scale == 1 else 2e-2)
+
+
+@needs_kernels
+def test_rotation_and_gate_are_for_float32_without_gradients():
+    query, key, cosine, weight = normal(0, 1, 3, 2, 32), normal(1, 1, 3, 1, 32), normal(2, 1, 3, 32), normal(3, 2, 64)
+    assert not rotation_applies(query, key, cosine) and not gate_applies(query, query, weight)  # gradients are recorded
+    with torch.no_grad():
+        assert not rotation_applies(query.double(), key, cosine) and not rotation_applies(query, key, cosine[..., :16])
+        assert not rotation_applies(query[..., :16], key[..., :16], cosine[..., :16])
+        assert not gate_applies(query.bfloat16(), query, weight) and not gate_applies(query[..., :8], query[..., :8], weight[:, :16])
+        for bad in ((query[:, :2], key, cosine, cosine), (query, key, cosine, cosine[:, :2]), (query, key, cosine.double(), cosine)):
+            with pytest.raises(RuntimeError, match="rotate: "):
+                native_rotation(*bad)
+        for bad in ((query, query[:, :2], weight, weight[:, 0]), (query, query, weight[:, :32], weight[:, 0])):
+            with pytest.raises(RuntimeError, match="gate: shapes do not fit"):
+                native_gate(*bad)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_branchs_step_writes_all_or_nothing():
+    "Two heads of 32 with one key head, width 16, a ring of four; each argument in turn is one that does not fit."
+    weights = [normal(0, 64, 16), normal(1, 32, 16), normal(2, 32, 16), normal(3, 16, 64)]
+    positions = normal(4, 1, 1, 32), normal(5, 1, 1, 32)
+    good = {"standard": normal(6, 3, 1, 16), "hidden": normal(7, 3, 1, 16), "weights": weights, "biases": [None, normal(8, 32), None, None],
+            "positions": positions, "log_sigma": normal(9, 2), "gate": torch.nn.Linear(32, 2), "top_k": 2,
+            "keys": normal(10, 3, 1, 32, 4).mT, "values": normal(11, 3, 1, 4, 32)}
+    for name, bad in (("standard", normal(6, 3, 1, 32)), ("hidden", good["hidden"].double()), ("weights", [weights[0].T, *weights[1:]]),
+                      ("weights", [*weights[:3], weights[3].bfloat16()]), ("biases", [normal(8, 32), None, None, None]),
+                      ("positions", (positions[0], positions[1][..., :16])), ("log_sigma", normal(9, 2).double()),
+                      ("gate", torch.nn.Linear(16, 2)), ("keys", good["keys"].contiguous()), ("values", normal(11, 2, 1, 4, 32))):
+        call = {**good, name: bad}
+        keys, values = call["keys"].clone(), call["values"].clone()
+        assert native_branch_step(**call, slot=1, held=3) is None, name
+        assert torch.equal(call["keys"], keys) and torch.equal(call["values"], values)
+    with pytest.raises(RuntimeError, match="the slot must be one of those held"):
+        native_branch_step(**good, slot=3, held=3)
+    keys = good["keys"].clone()
+    assert native_branch_step(**good, slot=1, held=3).shape == (3, 1, 16)
+    changed = (good["keys"] != keys).any(-1)
+    assert changed[:, :, 1].all() and changed.sum() == 3
 
 
 @needs_kernels

@@ -28,6 +28,7 @@ from transformers import (
     StaticCache,
 )
 
+from krause_repro import llm_branch
 from krause_repro.attention import CausalWindow
 from krause_repro.llm_branch import (
     BranchSettings,
@@ -56,7 +57,12 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=11)),
+    # heads of whole vectors, whose single tokens one operator takes
+    "wide llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=32, attention_bias=True)),
+    "wide qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, head_dim=64)),
+    "wide mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=32, sliding_window=11)),
 }
+WIDE = [family for family in FAMILIES if family.startswith("wide")]
 BRANCH = {"window": 6, "top_k": 3, "sigma": 1.5, "gate_start": 0.7}
 
 
@@ -176,7 +182,7 @@ def test_cached_equals_uncached_at_every_position(family, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "wide llama"])
 def test_left_padding_changes_nothing(family, attention):
     model, ids, pad = small(family), tokens(17), 5
     model.set_attn_implementation(attention)
@@ -196,7 +202,7 @@ def test_left_padding_changes_nothing(family, attention):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"num_beams": 3, "num_return_sequences": 2},
                                      {"cache_implementation": "static", "num_beams": 2}])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "wide qwen2"])
 def test_generate_is_the_same_with_and_without_a_cache(family, options):
     model, prompt = small(family), tokens(9)
     mask = torch.ones_like(prompt)
@@ -716,15 +722,79 @@ def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
-def test_a_step_of_generation_is_one_operator_where_heads_are_wide_enough(monkeypatch):
-    from krause_repro import ring_cache
-    called, step = [], ring_cache.native_step
-    monkeypatch.setattr(ring_cache, "native_step", lambda *arguments: called.append(1) or step(*arguments))
-    for family, count in (("smollm", 2 * 3), ("llama", 0)):  # layers × tokens
-        called.clear()
-        with torch.no_grad():
-            in_pieces(small(family), tokens(8), (5, 1, 1, 1))
-        assert len(called) == (count if kernels_available() else 0)
+@pytest.fixture
+def steps(monkeypatch):
+    "What `native_branch_step` has returned so far."
+    seen, step = [], llm_branch.native_branch_step
+    monkeypatch.setattr(llm_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize(("family", "count"), [("wide llama", 6), ("wide qwen2", 6), ("wide mistral", 6), ("llama", 0), ("qwen3", 0)])
+def test_a_step_of_generation_is_one_operator_where_heads_are_wide_enough(steps, family, count):
+    "3 tokens in 2 layers."
+    with torch.no_grad():
+        in_pieces(small(family), tokens(8), (5, 1, 1, 1))
+    assert sum(out is not None for out in steps) == (count if kernels_available() else 0)
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_the_short_way_of_inference_is_the_long_way(family):
+    model, ids = small(family), tokens()
+    with torch.no_grad():
+        short = model(ids).logits
+    assert_close(short, model(ids).logits, rtol=0, atol=1e-5)
+    for layer in attention_layers(model).values():  # whoever puts another forward on a layer gets it
+        own = layer.krause_branch.attention
+        own.forward = lambda *args, forward=own.forward, **kwargs: (forward(*args, **kwargs)[0] * 2, None)
+    with torch.no_grad():
+        assert (model(ids).logits - short).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 6), (16, 6), (17, 0)])
+def test_a_step_of_many_sequences(steps, batch, count):
+    model, ids = small("wide llama"), tokens(8, batch)
+    with torch.no_grad():
+        assert_close(in_pieces(model, ids, (5, 1, 1, 1)), model(ids).logits, rtol=0, atol=1e-5)
+    assert sum(out is not None for out in steps) == (count if kernels_available() else 0)
+
+
+def test_each_sequence_of_a_step_has_its_positions(steps):
+    model, ids = small("wide llama"), tokens(9)
+    where = torch.arange(9) + torch.tensor([[0], [5]])
+    with torch.no_grad():
+        whole = model(ids, position_ids=where).logits
+        first = model(ids[:, :8], position_ids=where[:, :8], use_cache=True)
+        last = model(ids[:, 8:], position_ids=where[:, 8:], past_key_values=first.past_key_values).logits
+    assert_close(last, whole[:, 8:], rtol=0, atol=1e-5)
+    assert len(steps) == (2 if kernels_available() else 0)
+
+
+@pytest.mark.parametrize("watched", ["attention.q_proj", "attention.o_proj", "token_gate", "token_gate.proj", "bandwidth"])
+def test_a_part_that_is_watched_is_run(steps, watched):
+    model, ids, seen = small("wide llama"), tokens(8), []
+    branches(model)[0].get_submodule(watched).register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        assert_close(in_pieces(model, ids, (5, 1, 1, 1)), model(ids).logits, rtol=0, atol=1e-5)
+    assert len(seen) == 4 + 1
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "float64", "transposed weights", "lora", "gradient", "autocast"])
+def test_what_is_not_for_the_operator_takes_the_other_way(steps, change):
+    model, ids = small("wide llama"), tokens(8)
+    if change == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    elif change == "transposed weights":
+        for branch in branches(model):
+            branch.attention.k_proj.weight.data = branch.attention.k_proj.weight.data.T.contiguous().T
+    elif change in ("bfloat16", "float64"):
+        model.to(getattr(torch, change))
+    in_16_bits = change in ("bfloat16", "autocast")
+    with torch.set_grad_enabled(change == "gradient"), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        step = model(ids[:, 5:6], past_key_values=cache).logits
+        assert_close(step, model(ids[:, :6]).logits[:, 5:], rtol=0, atol=0.1 if in_16_bits else 1e-5)
+    assert all(out is None for out in steps)
 
 
 def test_a_gate_that_is_wrapped_is_used_with_its_wrapping():
