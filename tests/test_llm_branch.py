@@ -803,3 +803,30 @@ def test_a_gate_that_is_wrapped_is_used_with_its_wrapping():
     share = gate.proj(torch.cat([standard, krause], -1)).softmax(-1)[..., :1]
     assert type(gate.proj) is not torch.nn.Linear
     assert_close(gate(standard, krause), share * standard + (1 - share) * krause)
+
+
+def test_an_adapter_is_saved_from_weights_gathered_elsewhere(tmp_path):
+    "As under FSDP, where a process holds only a part of the model."
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["bandwidth", "token_gate"])
+    part, whole = (get_peft_model(small("wide llama"), config) for _ in range(2))
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3
+    save_adapter(part, tmp_path / "adapter", whole.state_dict(), base=base_facts(remove_krause_branch(small("wide llama"))))
+    loaded = add_adapter(remove_krause_branch(small("wide llama")), tmp_path / "adapter").eval()
+    assert branches(loaded)[0].bandwidth.log_sigma.mean() > branches(part)[0].bandwidth.log_sigma.mean() + 0.2
+    for name, tensor in whole.state_dict().items():
+        if "lora" in name or "modules_to_save" in name:
+            assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_fsdp_wraps_each_layer_of_a_language_model_with_its_branch():
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model = get_peft_model(small(), lora_config(small()))
+    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    wrapped = [part for part in model.modules() if plugin.auto_wrap_policy(module=part, recurse=False, nonwrapped_numel=0)]
+    assert [type(part) for part in wrapped] == [LlamaDecoderLayer] * 2 and all(len(branches(part)) == 1 for part in wrapped)
