@@ -133,24 +133,24 @@ KRAUSE_INLINE vec exp2(vec x) {
 PRODUCTS = r"""
 enum Score { kKrause = 0, kSoftmax = 1, kKeyNorm = 2 };
 
-// out[r, j] = energy of query r with key j of a panel; keys are stored transposed, (dim, kPanel)
-template <int R, int S>
+// out[r, j] = energy of query r with key j, for C vectors of a panel; keys are stored transposed, (dim, kPanel)
+template <int R, int S, int C = kColumns>
 KRAUSE_INLINE void energies(const float* q, int64_t ldq, const float* keys, const float* half_norms, int64_t dim, float* out,
                             int64_t ldo) {
-  vec acc[R][kColumns];
+  vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) acc[r][c] = S == kKeyNorm ? load(half_norms + c * kLanes) : vec{};
+    for (int c = 0; c < C; ++c) acc[r][c] = S == kKeyNorm ? load(half_norms + c * kLanes) : vec{};
   for (int64_t d = 0; d < dim; ++d) {
-    vec k[kColumns];
+    vec k[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) k[c] = load(keys + d * kPanel + c * kLanes);
+    for (int c = 0; c < C; ++c) k[c] = load(keys + d * kPanel + c * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float x = q[r * ldq + d];
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) {
+      for (int c = 0; c < C; ++c) {
         const vec difference = k[c] - x;
         acc[r][c] = S == kKrause ? difference * difference + acc[r][c] : acc[r][c] - k[c] * x;
       }
@@ -159,7 +159,7 @@ KRAUSE_INLINE void energies(const float* q, int64_t ldq, const float* keys, cons
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) store(out + r * ldo + c * kLanes, S == kKrause ? acc[r][c] * 0.5f : acc[r][c]);
+    for (int c = 0; c < C; ++c) store(out + r * ldo + c * kLanes, S == kKrause ? acc[r][c] * 0.5f : acc[r][c]);
 }
 
 // The block of sum_n w(r, n) x[n, :], r < R, from which both weighted sums are made; `step` walks along n, `lead` along r.
@@ -485,6 +485,15 @@ struct Segment {
   }
 };
 
+// f(vectors, columns before them to take as well): as many of a panel as are asked for; for a last few rows the whole panel
+template <int R, typename F>
+KRAUSE_INLINE void for_vectors(int64_t vectors, int64_t skipped, F f) {
+  if (R < kRows || vectors >= kColumns) return f(std::integral_constant<int, kColumns>(), skipped);
+  if (vectors == 1) return f(std::integral_constant<int, 1>(), 0);
+  if (vectors == 2) return f(std::integral_constant<int, 2>(), 0);
+  f(std::integral_constant < int, kColumns<3 ? kColumns : 3>(), 0);
+}
+
 template <int S>
 static void band_forward(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t end) {
   const Segment keys(p, b, g, begin, end);
@@ -497,9 +506,12 @@ static void band_forward(const Problem& p, int64_t b, int64_t g, int64_t begin, 
       const int64_t base = down(low, kPanel), width = up(high + 1, kPanel) - base;  // in panels
       const int64_t from = down(low, kLanes), to = up(high + 1, kLanes);            // in vectors
       for_rows(rows, [&](auto R) {
-        for (int64_t c = 0; c < width; c += kPanel) {
-          const int64_t panel = base + c - keys.first;
-          energies<R(), S>(p.q.at(b, h, i), p.q.t, keys.panels + panel * p.dim, keys.half_norms + panel, p.dim, buffer + c, width);
+        for (int64_t c = base; c < to; c += kPanel) {
+          const int64_t begin = std::max(c, from), skipped = begin - c, panel = c - keys.first;
+          const float *columns = keys.panels + panel * p.dim + skipped, *half_norms = keys.half_norms + panel + skipped;
+          for_vectors<R()>((std::min(c + kPanel, to) - begin) / kLanes, skipped, [&](auto C, int64_t whole) {
+            energies<R(), S, C()>(p.q.at(b, h, i), p.q.t, columns - whole, half_norms - whole, p.dim, buffer + begin - whole - base, width);
+          });
         }
         float inverse[kRows];
         for (int r = 0; r < R(); ++r) {
