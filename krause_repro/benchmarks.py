@@ -814,7 +814,7 @@ def deployed_models(
 ) -> dict[str, PreTrainedModel]:  # "base" itself, "LoRA merged", "Krause", and "Krause, plain layers"
     """The base model, a copy with LoRA merged in, and two with a Krause branch and LoRA merged in.
 
-    The branch's projections read few rows faster than the library's layers do; in the last one they are the library's, as the base's.
+    A step of generation is one operator in the branch, which reads weights faster than the library's layers; the last one has the library's.
     """
     def merged(model):
         return get_peft_model(model, lora_config(model)).merge_and_unload().eval()
