@@ -814,7 +814,7 @@ def deployed_models(
 ) -> dict[str, PreTrainedModel]:  # "base" itself, "LoRA merged", "Krause", and "Krause, plain layers"
     """The base model, a copy with LoRA merged in, and two with a Krause branch and LoRA merged in.
 
-    A step of generation is one operator in the branch, which reads weights faster than the library's layers; the last one has the library's.
+    A step of generation is one operator in the branch, which reads weights faster than the library's layers. The last has the library's.
     """
     def merged(model):
         return get_peft_model(model, lora_config(model)).merge_and_unload().eval()

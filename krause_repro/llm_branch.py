@@ -81,8 +81,9 @@ AttentionInterface.register("krause_branch", krause_branch_forward)
 
 # %% ../nbs/13_llm_branch.ipynb #021f6dc8
 def _bare(module, kind):
-    "Is a module of that very class, with no hook that wants to see what goes through it?"
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    "Is a module of that very class, with its own forward and no hook that wants to see what goes through it?"
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and "forward" not in vars(module) and not watched
 
 
 class Bandwidth(nn.Module):
@@ -166,12 +167,13 @@ def cache_argument(
     return next((name for name in CACHE_NAMES if name in _parameter_names(type(module))), CACHE_NAMES[1])
 
 # %% ../nbs/13_llm_branch.ipynb #4be2f7d0
-PLAIN_LAYERS = (LlamaAttention, MistralAttention, Qwen2Attention)
+PLAIN_LAYERS = {kind: kind.forward for kind in (LlamaAttention, MistralAttention, Qwen2Attention)}
 
 
 def _is_plain(attention):
-    "May `_attend` stand for the forward of such a layer?"
-    return type(attention) in PLAIN_LAYERS and "forward" not in vars(attention) and not torch.is_grad_enabled()
+    "May `_attend` stand for the forward of such a layer? (Not for one that somebody has put on the layer, or on its class.)"
+    own = type(attention).forward is PLAIN_LAYERS.get(type(attention)) and "forward" not in vars(attention)
+    return own and not torch.is_grad_enabled()
 
 
 def _attend(attention, hidden_states, positions, padding, **own):
@@ -189,16 +191,21 @@ def _attend(attention, hidden_states, positions, padding, **own):
 
 def _step(branch, standard, hidden_states, positions, ring):
     "The mixture for one token by one operator; None where that operator is not for it."
-    projections, bandwidth, token_gate = [branch.attention._modules[name] for name in PROJECTIONS], branch.bandwidth, branch.token_gate
-    if not (_bare(bandwidth, Bandwidth) and _bare(token_gate, TokenGate) and _bare(token_gate.proj, nn.Linear) and ring.is_initialized):
+    attention, bandwidth, token_gate = branch.attention, branch.bandwidth, branch.token_gate
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not kernels_apply(hidden_states):
         return None
-    if not all(_bare(proj, StepLinear) and type(proj._parameters["weight"]) is nn.Parameter for proj in projections):
+    if not ring.is_initialized or _records.get() is not None or (attention.training and attention.attention_dropout):
         return None
-    if torch.is_autocast_enabled("cpu") or _records.get() is not None or not kernels_apply(hidden_states):
+    projections = [attention._modules[name] for name in PROJECTIONS]
+    if not (_bare(bandwidth, Bandwidth) and _bare(token_gate, TokenGate) and _bare(token_gate.proj, nn.Linear)
+            and all(_bare(proj, StepLinear) for proj in projections)):
         return None
-    weights, biases = ([proj._parameters[name] for proj in projections] for name in ("weight", "bias"))
-    given = (standard, hidden_states, weights, biases, positions, bandwidth.log_sigma, token_gate.proj, branch.top_k)
-    return ring.step(partial(native_branch_step, *given))
+    weights, biases = ([proj._parameters.get(name) for proj in projections] for name in ("weight", "bias"))
+    given = [bandwidth.log_sigma, token_gate.proj.weight, token_gate.proj.bias, *weights]
+    if not all(type(x) is nn.Parameter and x.device == hidden_states.device for x in given):
+        return None
+    arguments = (standard, hidden_states, weights, biases, positions, given[0], token_gate.proj, branch.top_k)
+    return ring.step(partial(native_branch_step, *arguments))
 
 # %% ../nbs/13_llm_branch.ipynb #25cfd35b
 class KrauseBranch(nn.Module):

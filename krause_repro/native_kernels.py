@@ -685,11 +685,8 @@ KRAUSE_INLINE void mix(const float* standard, const float* other, const float* w
     total += (load(second + d) - load(weight + d)) * load(standard + d);
     total += (load(second + width + d) - load(weight + width + d)) * load(other + d);
   }
-  const float share = 1 / (1 + std::exp(sum(total) + bias[1] - bias[0]));
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const vec y = load(other + d);
-    store(out + d, (load(standard + d) - y) * share + y);
-  }
+  const float logit = sum(total) + bias[1] - bias[0], share = 1 / (1 + std::exp(logit)), rest = 1 / (1 + std::exp(-logit));
+  for (int64_t d = 0; d < width; d += kLanes) store(out + d, load(standard + d) * share + load(other + d) * rest);
 }
 """
 
@@ -991,7 +988,7 @@ struct Segments {
 
 // A length of segments that leaves every thread some of a short forward pass.
 static int64_t balanced(const Problem& p) {
-  return std::min(8 * kTile, up(p.queries * p.batch * p.kv_heads / (kShares * at::get_num_threads()), kTile));
+  return std::clamp(up(p.queries * p.batch * p.kv_heads / (kShares * at::get_num_threads()), kTile), kTile, 8 * kTile);
 }
 
 std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tau,
@@ -1395,8 +1392,8 @@ def _gate_flops(standard, *others, out_shape=None, **named):
 
 
 def _branch_step_flops(standard, hidden, weights, *others, out_shape=None, **named):
-    "The products with weights, all rows in `hidden`."
-    return sum(_few_rows_flops((hidden[0], weight[1]), weight) for weight in weights) + _gate_flops(standard)
+    "The products with weights, all rows in `hidden`; none where the operator declines."
+    return 0 if out_shape is None else sum(_few_rows_flops((hidden[0], weight[1]), weight) for weight in weights) + _gate_flops(standard)
 
 
 def _empty_result(query, key, value, *rest):
@@ -1593,7 +1590,8 @@ class StepLinear(nn.Linear):
 
 # %% ../nbs/03_native_kernels.ipynb #7c54d80b
 def _plain_on_cpu(*tensors):
-    return not torch.is_grad_enabled() and all(x.dtype == torch.float32 for x in tensors) and kernels_apply(tensors[0])
+    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+    return plain and not torch.is_grad_enabled() and kernels_apply(tensors[0])
 
 
 def rotation_applies(
@@ -1602,7 +1600,8 @@ def rotation_applies(
     cosine: Tensor,  # (B, T, D) or (1, T, D)
 ) -> bool:
     "Is this for `native_rotation`? (Float32, on a CPU, no gradient, whole vectors in half a head, all dimensions turned.)"
-    return cosine.shape[-1] == query.shape[-1] and not query.shape[-1] % 32 and _plain_on_cpu(query, key, cosine)
+    batch, length, _, dim = query.shape
+    return cosine.shape in ((1, length, dim), (batch, length, dim)) and not dim % 32 and _plain_on_cpu(query, key, cosine)
 
 
 def native_rotation(

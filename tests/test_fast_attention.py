@@ -805,6 +805,20 @@ def test_the_gate_is_a_softmax_of_two(shape, scale):
 
 
 @needs_kernels
+def test_a_gate_that_is_open_gives_back_what_comes_in():
+    standard, other = torch.full((1, 16), 1.5), torch.full((1, 16), 1e8)
+    with torch.no_grad():
+        for bias, expected in ((99.0, standard), (-99.0, other)):
+            assert torch.equal(native_gate(standard, other, torch.zeros(2, 32), torch.tensor([bias, 0.0])), expected)
+
+
+@needs_kernels
+def test_no_tokens_at_all():
+    empty = torch.zeros(2, 3, 0, 8)
+    assert native_band(empty, empty, empty, CausalWindow(4), 2, sigma=1.0).shape == empty.shape
+
+
+@needs_kernels
 def test_rotation_and_gate_are_for_float32_without_gradients():
     query, key, cosine, weight = normal(0, 1, 3, 2, 32), normal(1, 1, 3, 1, 32), normal(2, 1, 3, 32), normal(3, 2, 64)
     assert not rotation_applies(query, key, cosine) and not gate_applies(query, query, weight)  # gradients are recorded

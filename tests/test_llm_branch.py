@@ -27,6 +27,7 @@ from transformers import (
     StableLmForCausalLM,
     StaticCache,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from krause_repro import llm_branch
 from krause_repro.attention import CausalWindow
@@ -770,6 +771,37 @@ def test_each_sequence_of_a_step_has_its_positions(steps):
     assert len(steps) == (2 if kernels_available() else 0)
 
 
+def test_dropout_of_a_step_is_that_of_the_layer(steps):
+    "A model in training mode, without gradients; all is dropped, so that the branch's output is that of no attention."
+    model, ids = small("wide llama").train(), tokens(8)
+    for layer in attention_layers(model).values():
+        layer.krause_branch.attention.attention_dropout = 1.0
+        layer.krause_branch.attention.o_proj.bias.data.zero_()
+        layer.krause_branch.attention.o_proj.weight.data.mul_(1e3)
+    with torch.no_grad():
+        cached = in_pieces(model, ids, (5, 1, 1, 1))
+        for layer in attention_layers(model).values():
+            layer.krause_branch.attention.o_proj.weight.data.zero_()
+        assert_close(cached, in_pieces(model, ids, (5, 1, 1, 1)), rtol=0, atol=1e-5)
+    assert not steps
+
+
+def test_a_patched_class_is_used_as_it_is(monkeypatch):
+    model, ids = small("wide llama"), tokens(8)
+    with torch.no_grad():
+        plain = model(ids).logits
+        forward = LlamaAttention.forward
+        monkeypatch.setattr(LlamaAttention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0] * 2, None))
+        assert (model(ids).logits - plain).abs().max() > 1e-3
+    monkeypatch.undo()
+    branch = branches(model)[0]
+    for name in ("q_proj", "o_proj"):  # as accelerate's hooks do
+        proj = getattr(branch.attention, name)
+        proj.forward = lambda x, forward=proj.forward: forward(x) * 2
+    with torch.no_grad():
+        assert_close(in_pieces(model, ids, (5, 1, 1, 1)), model(ids).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("watched", ["attention.q_proj", "attention.o_proj", "token_gate", "token_gate.proj", "bandwidth"])
 def test_a_part_that_is_watched_is_run(steps, watched):
     model, ids, seen = small("wide llama"), tokens(8), []
@@ -777,6 +809,15 @@ def test_a_part_that_is_watched_is_run(steps, watched):
     with torch.no_grad():
         assert_close(in_pieces(model, ids, (5, 1, 1, 1)), model(ids).logits, rtol=0, atol=1e-5)
     assert len(seen) == 4 + 1
+
+
+def test_positions_of_one_dimension():
+    "As a caller may give them; the base model broadcasts them."
+    model, ids = small("wide llama"), tokens(9, 1)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        step = model(ids[:, 8:], position_ids=torch.tensor([8]), past_key_values=cache).logits
+        assert_close(step, model(ids).logits[:, 8:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["bfloat16", "float64", "transposed weights", "lora", "gradient", "autocast"])
