@@ -947,8 +947,8 @@ def language_notes(
     "A sentence for each case and pass with a branch: tokens per second, times the speed without, and the goal; and one on memory."
     def sentence(row):
         goal, speed = LANGUAGE_GOALS[row["pass"]], row["speed_ratio"]
-        return (f"{row['pass']}, {row['case']}: with the branch {row['tokens_per_second']:.1f} tokens per second, {speed:.2f} times the "
-                f"speed without; the goal of {goal:.3g} is {'met' if speed >= goal else 'missed'}")
+        return (f"{row['pass']}, {row['case']}: {row['name']} {row['tokens_per_second']:.1f} tokens per second, {speed:.2f} times the "
+                f"speed without a branch; the goal of {goal:.3g} is {'met' if speed >= goal else 'missed'}")
 
     grown = "not known" if memory["resident_growth"] is None else f"{memory['resident_growth'] / 1e6:.1f} MB"
     return [sentence(row) for row in rows if "Krause" in row["name"]] + [
