@@ -249,16 +249,19 @@ def accuracy_differences(
 
 # %% ../nbs/23_evaluation.ipynb #596e8812
 def provenance_table(
-    models: dict[str, dict],  # by recipe: "label" and what `summarise_runs` gives
+    models: dict[str, dict],  # by recipe: "label" and what `summarise_runs` or `summarise_fine_tuning` gives
 ) -> str:  # Markdown
-    "Where the numbers come from: seeds, test images, minutes, threads, commit, versions and device of each model's runs."
+    "Where the numbers come from: seeds, what is judged, minutes, threads, commit, versions and device of each model's runs."
+    texts = any("data" in m for m in models.values())
+
     def line(m):
+        judged = m["data"]["held_out"]["items"] if texts else m["test_images"]
         minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in m["seconds"]["values"])
         commits = [str(commit)[:10] for commit in m["commits"]]
         seeds, threads, commits = (", ".join(dict.fromkeys(map(str, values))) for values in (m["seeds"], m["threads"], commits))
-        return f"| {m['label']} | {seeds} | {m['test_images']:,} | {minutes} | {threads} | {commits} |"
+        return f"| {m['label']} | {seeds} | {judged:,} | {minutes} | {threads} | {commits} |"
 
-    head = "| model | seeds | test images | minutes per run | threads | commit |\n|" + " --- |" * 6
+    head = f"| model | seeds | {'held-out items' if texts else 'test images'} | minutes per run | threads | commit |\n|" + " --- |" * 6
     made = dict.fromkeys(f"Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}; {m['device']}"
                          for m in models.values() for v in [m["versions"]])
     return "\n".join([head, *map(line, models.values())]) + "\n\n" + " · ".join(made)

@@ -888,6 +888,7 @@ def plot_fine_tuning(
             spacing = dots.setdefault(label, 1.5 + 2.5 * len(dots))  # a baseline has the same dots in every panel
             ax.axhline(value, color=COLOURS["neutral"], linestyle=(0, (1, spacing)), label=label)
         ax.set(title=title, xlabel="step", ylabel=ylabel)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(fig, axes, f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
     return fig
 
