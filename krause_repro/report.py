@@ -354,7 +354,8 @@ def readme_fine_tuning(
 
 def _language_speed_lines(speed):
     made = f"{speed['threads']} threads, {speed['device']}, torch {speed['versions']['torch']}, float32"
-    return [f"Speed, models in turns ({made}):", language_speed_table(speed)]
+    branched = [row for row in speed["rows"] if row["name"] in ("Krause", "LoRA + Krause")]
+    return [f"Speed, models in turns ({made}; notebook 33 has the rivals' rows):", language_speed_table({**speed, "rows": branched})]
 
 
 # %% ../nbs/40_report.ipynb #0105ca50
