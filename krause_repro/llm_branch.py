@@ -189,8 +189,10 @@ def _attend(attention, hidden_states, positions, padding, **own):
     return attention.o_proj(output.flatten(2))
 
 
-def _step(branch, standard, hidden_states, positions, ring):
+def _step(branch, standard, hidden_states, positions, padding, ring):
     "The mixture for one token by one operator; None where that operator is not for it."
+    if hidden_states.shape[1] != 1 or padding is not None or ring is None:
+        return None
     attention, bandwidth, token_gate = branch.attention, branch.bandwidth, branch.token_gate
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not kernels_apply(hidden_states):
         return None
@@ -256,10 +258,9 @@ class KrauseBranch(nn.Module):
         own = {"krause_branch": self, "krause_ring": ring}
         if _is_plain(self.attention):
             positions = kwargs["position_embeddings"]
-            if hidden_states.shape[1] == 1 and ring is not None and padding is None:
-                mixture = _step(self, standard, hidden_states, positions, ring)
-                if mixture is not None:
-                    return mixture
+            mixture = _step(self, standard, hidden_states, positions, padding, ring)
+            if mixture is not None:
+                return mixture
             return self.token_gate(standard, _attend(self.attention, hidden_states, positions, padding, **own))
         own[self.cache_name] = None  # the ring is the attention function's own business
         # not self.attention(...): hooks on the copy would report its weights among the base model's

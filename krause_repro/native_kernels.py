@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VECTORS', 'EXPONENTIAL', 'PRODUCTS', 'SELECTION', 'WEIGHTS', 'LAYOUT', 'BAND_FORWARD', 'ONE_QUERY', 'FEW_ROWS',
-           'BESIDE', 'BAND_BACKWARD', 'LISTS', 'OPERATORS', 'SOURCE', 'OPTIONS', 'MOST_ROWS', 'library_path',
+           'BESIDE', 'BAND_BACKWARD', 'LISTS', 'OPERATORS', 'SOURCE', 'MOST_ROWS', 'OPTIONS', 'library_path',
            'build_kernels', 'kernels_available', 'kernels_apply', 'step_applies', 'native_step', 'native_band',
            'candidate_lists', 'native_lists', 'few_rows', 'native_linear', 'StepLinear', 'rotation_applies',
            'native_rotation', 'gate_applies', 'native_gate', 'native_branch_step']
@@ -612,7 +612,6 @@ static void one_query(const Problem& p, int64_t b, int64_t g) {
 # %% ../nbs/03_native_kernels.ipynb #c8e3d5f2
 FEW_ROWS = r"""
 constexpr int kOutputs = 4, kInputs = kLanes / kOutputs;  // of a tile: as many sums as there are lanes
-constexpr int64_t kMostRows = 16;  // beyond them a library's product of large matrices is faster
 
 // Vector i's sum in lane i, by halves.
 template <int W>
@@ -1229,7 +1228,7 @@ std::optional<Tensor> branch_step_op(const Tensor& standard, const Tensor& hidde
   const int64_t batch = hidden.size(0), width = hidden.size(2), groups = keys.size(1), ring = keys.size(2), dim = keys.size(3);
   const int64_t heads = log_sigma.numel(), positions = cosine.dim() == 3 ? cosine.size(0) : 0;
   Projections projections{{width, width, width, heads * dim}, {heads * dim, groups * dim, groups * dim, width}};
-  bool fits = batch > 0 && batch <= kMostRows && groups > 0 && heads % groups == 0 && dim % (2 * kLanes) == 0 && width % kLanes == 0;
+  bool fits = batch > 0 && batch <= KRAUSE_MOST_ROWS && groups > 0 && heads % groups == 0 && dim % (2 * kLanes) == 0 && width % kLanes == 0;
   fits = fits && plain(hidden, {batch, 1, width}) && plain(standard, {batch, 1, width});
   fits = fits && plain(keys.transpose(2, 3), {batch, groups, dim, ring}) && plain(values, {batch, groups, ring, dim});
   fits = fits && (positions == 1 || positions == batch) && plain(cosine, {positions, 1, dim}) && plain(sine, {positions, 1, dim});
@@ -1313,7 +1312,8 @@ SOURCE = "".join([
 ])
 
 # %% ../nbs/03_native_kernels.ipynb #d4359831
-OPTIONS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+MOST_ROWS = 16  # beyond them a library's product of large matrices is faster
+OPTIONS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-DKRAUSE_MOST_ROWS={MOST_ROWS}"]
 
 
 def _processor():
@@ -1554,9 +1554,6 @@ def native_lists(
     return torch.ops.krause_repro.lists(query, key, value, tau, *candidate_lists(neighborhood), *numbers)[0]
 
 # %% ../nbs/03_native_kernels.ipynb #eaa5f7b4
-MOST_ROWS = 16  # beyond them a library's product of large matrices is faster
-
-
 def few_rows(
     x: Tensor,  # (..., K)
     weight: Tensor,  # (N, K)
