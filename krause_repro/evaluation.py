@@ -11,16 +11,16 @@ __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EAC
            'accuracy_differences', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
            'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
            'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
-           'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects', 'named_differences',
-           'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table', 'plain_answers',
-           'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines', 'letter_accuracy',
-           'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning', 'letter_summary',
-           'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'data_table', 'fine_tuning_differences',
-           'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items', 'read_task_items',
-           'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides', 'answer_token',
-           'task_answers', 'check_answers', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1',
-           'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval', 'check_language_run', 'evaluate_language',
-           'language_table']
+           'bits_differences', 'obtain_cells', 'factor_effect', 'ablation_names', 'averaged_effects',
+           'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
+           'plain_answers', 'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines',
+           'letter_accuracy', 'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning',
+           'letter_summary', 'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'data_table',
+           'fine_tuning_differences', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config',
+           'check_items', 'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt',
+           'language_overrides', 'answer_token', 'task_answers', 'check_answers', 'prompt_model', 'count_scores',
+           'count_answers', 'macro_f1', 'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval',
+           'check_language_run', 'evaluate_language', 'language_table']
 
 # %% ../nbs/23_evaluation.ipynb #7560ce29
 import hashlib
@@ -564,6 +564,17 @@ FACTORS = (  # place in a cell, first and second level
     (0, "krause", "softmax"), (0, "krause", "softmax_key_norm"), (0, "softmax_key_norm", "softmax"),
     (1, "local", "full"), (1, "local_top_k", "local"), (1, "local_top_k", "full"), (2, "post", "pre"),
 )
+
+# %% ../nbs/23_evaluation.ipynb #a161c940
+def ablation_names(
+    profile: str,  # "smoke", "desk" or "paper"
+) -> list[str]:
+    "The recipes whose results notebook 35 shows under a profile: under smoke a few, one for each step of the code."
+    if profile != "smoke":
+        return [*ABLATION_CELLS.values(), *ABLATION_CONTROLS.values()]
+    few = [name for (score, support, norm), name in ABLATION_CELLS.items()
+           if score != "softmax_key_norm" and support != "local" and norm == "post"]
+    return [*few, ABLATION_CONTROLS["random places + top-k"]]
 
 # %% ../nbs/23_evaluation.ipynb #36b9122a
 def _values(results, *names):

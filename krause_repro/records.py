@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'RESULT_PAGES', 'KINDS', 'FIELDS', 'FIELD_KINDS', 'TRAIN_CHOICES', 'project_root', 'replacing',
-           'write_json', 'read_json', 'package_versions', 'git_state', 'environment', 'summarise', 'summarise_curves',
-           'pack_images', 'unpack_images', 'result_path', 'save_result', 'result_page', 'result_command', 'Fields',
-           'check_fields', 'load_result', 'check_train', 'stale_recipes', 'obtain_result']
+           'write_json', 'read_text', 'read_json', 'package_versions', 'git_state', 'environment', 'summarise',
+           'summarise_curves', 'pack_images', 'unpack_images', 'result_path', 'save_result', 'result_page',
+           'result_command', 'Fields', 'check_fields', 'load_result', 'check_train', 'stale_recipes', 'obtain_result']
 
 # %% ../nbs/27_records.ipynb #c525ff7a
 import base64
@@ -66,12 +66,23 @@ def write_json(
     return Path(path)
 
 # %% ../nbs/27_records.ipynb #fb4d99de
+def read_text(
+    path: str | Path,  # file to read
+) -> str:
+    "The text of a file in UTF-8; another encoding is an error that names the file."
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error})") from error
+
+
 def read_json(
     path: str | Path,  # file to read
 ) -> object:
-    "Read JSON from `path`; a damaged file, or one that is not in UTF-8, is an error that names it."
+    "Read JSON from `path`; a damaged file is an error that names it."
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
 
@@ -208,25 +219,26 @@ def _all(kind, values):
 KINDS = {
     "a number": _number, "null": lambda value: value is None, "a text": lambda value: isinstance(value, str),
     "an object": lambda value: isinstance(value, dict),
-    "a list of numbers": lambda value: isinstance(value, list) and _all(_number, value),
-    "a list of objects": lambda value: isinstance(value, list) and _all(lambda each: isinstance(each, dict), value),
-    "an object of objects": lambda value: isinstance(value, dict) and _all(lambda each: isinstance(each, dict), value.values()),
+    "a list of one or more numbers": lambda value: isinstance(value, list) and _all(_number, value),
+    "a list of one or more objects": lambda value: isinstance(value, list) and _all(lambda each: isinstance(each, dict), value),
+    "an object of one or more objects": lambda value: isinstance(value, dict) and _all(lambda each: isinstance(each, dict), value.values()),
 }
 FIELDS = {  # what a field of a result holds, wherever it stands
     "a number": "n parameters trainable frozen test_images ratio speed_ratio tokens_per_second images_per_second growth busy starts agents",
     "a number or null": "paper peak_bytes macro_f1 top_k resident_growth",
-    "a number or a list of numbers": "mean steps threads",
-    "a number or a list of numbers or null": "sd",
-    "a number or a list of objects": "rows macs",
+    "a number or a list of one or more numbers": "mean steps threads",
+    "a number or a list of one or more numbers or null": "sd",
+    "a number or a list of one or more objects": "rows macs",
     "a number or an object": "seconds bits_per_dim bits_per_dim_all first_all first_near first_far images gate",
     "a number or an object or null": "sigma",
-    "a list of numbers": "values ratio_quartiles speed_ratio_quartiles seconds_quartiles epochs positions milliseconds times radii seeds",
-    "a list of objects": "panels series swin entry_operations",
+    "a list of one or more numbers": "values ratio_quartiles speed_ratio_quartiles seconds_quartiles epochs positions milliseconds "
+                                     "times radii seeds",
+    "a list of one or more objects": "panels series swin entry_operations",
     "a text": "name profile device case pass label title kind model dataset ptflops_version",
-    "an object": "recipes versions curves test_accuracy held_out_accuracy token_loss token_accuracy before data completions samples memory goals "
-                 "mechanism bifurcation selection scaling grids missing",
+    "an object": "recipes versions curves test_accuracy held_out_accuracy token_loss token_accuracy before data completions samples memory "
+                 "goals mechanism bifurcation selection scaling grids missing",
     "an object or null": "letter_accuracy letters frechet",
-    "an object of objects": "models surfaces bits sinks uniform quantities",
+    "an object of one or more objects": "models surfaces bits sinks uniform quantities",
 }
 FIELD_KINDS = {field: kind for kind, fields in FIELDS.items() for field in fields.split()}
 
