@@ -219,26 +219,26 @@ def _all(kind, values):
 KINDS = {
     "a number": _number, "null": lambda value: value is None, "a text": lambda value: isinstance(value, str),
     "an object": lambda value: isinstance(value, dict),
-    "a list of one or more numbers": lambda value: isinstance(value, list) and _all(_number, value),
-    "a list of one or more objects": lambda value: isinstance(value, list) and _all(lambda each: isinstance(each, dict), value),
-    "an object of one or more objects": lambda value: isinstance(value, dict) and _all(lambda each: isinstance(each, dict), value.values()),
+    "a list of numbers, not empty": lambda value: isinstance(value, list) and _all(_number, value),
+    "a list of objects, not empty": lambda value: isinstance(value, list) and _all(lambda each: isinstance(each, dict), value),
+    "an object of objects, not empty": lambda value: isinstance(value, dict) and _all(lambda each: isinstance(each, dict), value.values()),
 }
 FIELDS = {  # what a field of a result holds, wherever it stands
     "a number": "n parameters trainable frozen test_images ratio speed_ratio tokens_per_second images_per_second growth busy starts agents",
     "a number or null": "paper peak_bytes macro_f1 top_k resident_growth",
-    "a number or a list of one or more numbers": "mean steps threads",
-    "a number or a list of one or more numbers or null": "sd",
-    "a number or a list of one or more objects": "rows macs",
+    "a number or a list of numbers, not empty": "mean steps threads",
+    "a number or a list of numbers, not empty or null": "sd",
+    "a number or a list of objects, not empty": "rows macs",
     "a number or an object": "seconds bits_per_dim bits_per_dim_all first_all first_near first_far images gate",
     "a number or an object or null": "sigma",
-    "a list of one or more numbers": "values ratio_quartiles speed_ratio_quartiles seconds_quartiles epochs positions milliseconds "
+    "a list of numbers, not empty": "values ratio_quartiles speed_ratio_quartiles seconds_quartiles epochs positions milliseconds "
                                      "times radii seeds",
-    "a list of one or more objects": "panels series swin entry_operations",
+    "a list of objects, not empty": "panels series swin entry_operations",
     "a text": "name profile device case pass label title kind model dataset ptflops_version",
     "an object": "recipes versions curves test_accuracy held_out_accuracy token_loss token_accuracy before data completions samples memory "
                  "goals mechanism bifurcation selection scaling grids missing",
     "an object or null": "letter_accuracy letters frechet",
-    "an object of one or more objects": "models surfaces bits sinks uniform quantities",
+    "an object of objects, not empty": "models surfaces bits sinks uniform quantities",
 }
 FIELD_KINDS = {field: kind for kind, fields in FIELDS.items() for field in fields.split()}
 

@@ -536,8 +536,9 @@ def notebook_html(
 
     notebook, record = read_copy(path)
     try:
-        node = nbformat.from_dict(plain_notebook(notebook))
-        nbformat.validate(node)
+        plain = plain_notebook(notebook)
+        nbformat.validate(plain)
+        node = nbformat.reads(json.dumps(plain), as_version=4)
         text, _ = page_exporter(mathjax_url).from_notebook_node(node, {"metadata": {"name": path.stem}, "record": record})
     except Exception as error:  # whatever the converter trips over: this page is damaged, the others can be built
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {first_line(str(error))}); execute the page again") from error
@@ -570,7 +571,7 @@ def copy_figures(
             figure = read_figure(png)
             copies = {kind: place(figure[kind], folder / "figures" / profile / figure[kind].name) for kind in ("png", "svg")}
         except (OSError, ValueError) as error:  # this figure is marked, the others are shown
-            figures[png.stem] = {"name": png.stem, "caption": "", "notebook": "", "damage": first_line(str(error))}
+            figures[png.stem] = {"name": png.stem, "caption": "", "notebook": "", "damage": first_line(str(error).replace(f"{root}/", ""))}
             continue
         figures[png.stem] = {**figure, **{kind: quote(path.relative_to(folder).as_posix()) for kind, path in copies.items()}}
     return figures
@@ -627,7 +628,7 @@ def site_row(
         text = notebook_html(path, mathjax)
     except (OSError, ValueError) as error:
         html.unlink(missing_ok=True)
-        return {**row, "status": "damaged", "error": first_line(str(error))}
+        return {**row, "status": "damaged", "error": first_line(str(error).replace(f"{folder}/", ""))}
     with replacing(html) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return {**row, "status": record.get("status", "ok"), "error": record.get("error"), "seconds": record.get("seconds"),
