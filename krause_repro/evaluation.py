@@ -23,6 +23,7 @@ __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EAC
            'check_language_run', 'evaluate_language', 'language_table']
 
 # %% ../nbs/23_evaluation.ipynb #7560ce29
+import difflib
 import hashlib
 import json
 import logging
@@ -910,7 +911,9 @@ def check_language_tasks(
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     for name in names:
         if name not in ITEM_FIELDS:
-            raise ValueError(f"tasks: {name!r} is not a language benchmark; allowed: {', '.join(LANGUAGE_TASKS)}")
+            near = difflib.get_close_matches(str(name), LANGUAGE_TASKS, n=1)
+            raise ValueError(f"tasks: {name!r} is not a language benchmark; allowed: {', '.join(LANGUAGE_TASKS)}"
+                             + (f"; did you mean {near[0]}?" if near else ""))
     if not names:
         raise ValueError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
     return list(dict.fromkeys(names))

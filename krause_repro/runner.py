@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'MATHJAX', 'NOTEBOOK_TEMPLATE', 'RECORD', 'PARTS', 'MEANING', 'INDEX_TEMPLATE', 'COMMANDS', 'LIMITS', 'Page',
-           'read_notebook', 'read_page', 'notebooks', 'did_you_mean', 'select', 'failed_need', 'settled_train',
-           'parameters_for', 'kernel_manager', 'first_line', 'execute', 'run_page', 'interactive', 'ticking', 'outcome',
-           'run_pages', 'site_folder', 'alone', 'remove_leftovers', 'check_writable', 'check_run_folders', 'run',
-           'copy_mathjax', 'plain_notebook', 'page_exporter', 'read_copy', 'notebook_html', 'place', 'copy_figures',
-           'paired_figures', 'with_code', 'site_row', 'mark_needs', 'duration', 'site_facts', 'site', 'clean', 'book',
-           'list_recipes', 'summary', 'report_pages', 'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data',
-           'make_report', 'build_site', 'execute_book', 'run_benchmark', 'prepare_kernels', 'check_evaluation_files',
-           'show_evaluation', 'evaluate_model', 'usage', 'check_options', 'options', 'deliberate', 'Ended', 'ending',
-           'tell', 'main']
+           'read_notebook', 'read_page', 'notebooks', 'check_names', 'did_you_mean', 'check_word', 'select',
+           'failed_need', 'settled_train', 'parameters_for', 'kernel_manager', 'first_line', 'execute', 'run_page',
+           'interactive', 'ticking', 'outcome', 'run_pages', 'site_folder', 'alone', 'remove_leftovers',
+           'check_writable', 'check_run_folders', 'run', 'copy_mathjax', 'plain_notebook', 'page_exporter', 'read_copy',
+           'notebook_html', 'place', 'copy_figures', 'paired_figures', 'with_code', 'site_row', 'mark_needs',
+           'duration', 'site_facts', 'site', 'clean', 'book', 'list_recipes', 'summary', 'report_pages',
+           'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data', 'make_report', 'build_site', 'execute_book',
+           'run_benchmark', 'prepare_kernels', 'check_evaluation_files', 'show_evaluation', 'evaluate_model', 'usage',
+           'check_options', 'options', 'deliberate', 'Ended', 'ending', 'tell', 'main']
 
 # %% ../nbs/26_runner.ipynb #2dcd554e
 import difflib
@@ -68,10 +68,8 @@ def read_notebook(
     remedy: str,  # what to do about a damaged one, for the message
 ) -> dict:
     "A notebook's JSON. Raises `ValueError` that names the file for a damaged one."
-    from krause_repro.records import read_text
-
     try:
-        notebook = json.loads(read_text(path))
+        notebook = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     if not (isinstance(notebook, dict) and isinstance(notebook.get("metadata"), dict) and isinstance(notebook.get("cells"), list)):
@@ -106,6 +104,17 @@ def notebooks(
         raise FileNotFoundError(f"nbs={str(folder)!r} holds no notebook NN_name.ipynb; run this inside the project's folder")
     return pages
 
+
+def check_names(
+    pages: list[Page],  # that are to be executed or shown
+) -> None:
+    "Raise `ValueError` for a notebook whose path is not text in UTF-8: neither a notebook nor a page could name it."
+    for page in pages:
+        try:
+            str(page.path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{str(page.path)!r} is a path that is not UTF-8; rename it, or set a locale such as C.UTF-8") from error
+
 # %% ../nbs/26_runner.ipynb #002eddb9
 def did_you_mean(
     word: str,  # what was given
@@ -114,6 +123,16 @@ def did_you_mean(
     "The end of a message: the allowed word that is nearest, or nothing."
     near = difflib.get_close_matches(word, list(allowed), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_word(
+    name: str,  # of the argument
+    word: str,  # what was given
+    allowed: Iterable[str],  # what may be given
+) -> None:
+    "Raise a `ValueError` that names the argument, the nearest word that is allowed, and all of them."
+    if word not in allowed:
+        raise ValueError(f"{name}={word!r} is not known{did_you_mean(word, allowed)}; allowed: {', '.join(allowed)}")
 
 
 def select(
@@ -356,13 +375,15 @@ def check_writable(
 ) -> None:
     "Raise `ValueError` unless the file can be written: its folder, or the nearest one above that exists, must take a new file."
     path = Path(path).absolute()
+    above = path.parent
     try:
         above = next(folder for folder in path.parents if folder.exists())
         with tempfile.TemporaryFile(prefix=f".{max(path.relative_to(above).parts, key=len)}.", dir=above):
             pass
         kept = path.exists() and not path.is_file()
     except OSError as error:
-        raise ValueError(f"{name}={str(path)!r} cannot be written: {error.strerror}") from error
+        why = f"which {above} is not ({error.strerror})"
+        raise ValueError(f"{name}={str(path)!r} must be in a folder that can be made and written to, {why}") from error
     if kept:
         raise ValueError(f"{name}={str(path)!r} must be a file, but is a folder or a device")
 
@@ -397,6 +418,7 @@ def run(
 
     train, root = settled_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
+    check_names(chosen)
     parameters = {page.stem: parameters_for(page, profile, train) for page in chosen}
     check_run_folders(profile, root)
     copies, records = site_folder(profile, root) / "notebooks", []
@@ -798,6 +820,7 @@ def site(
     settled_train(profile)
     root = Path(root or project_root()).resolve()
     folder, pages = site_folder(profile, root), notebooks(root / "nbs")
+    check_names(pages)
     folder.mkdir(parents=True, exist_ok=True)
     mathjax = copy_mathjax(folder)
     rows = [site_row(folder, page, mathjax) for page in pages]
@@ -843,6 +866,7 @@ def book(
 
     root = Path(root or project_root()).resolve()
     chosen, records = select(notebooks(root / "nbs"), only), []
+    check_names(chosen)
     for folder in (root / "nbs", figure_folder("desk", root)):
         check_writable(folder.name, folder / "file")
     with alone("desk", root):
@@ -963,8 +987,9 @@ def fetch_data(
     name: str,  # a data set, such as fashion_mnist
 ) -> None:
     "Get a data set, unless it is here already, and say where it is."
-    from krause_repro.data import fetch
+    from krause_repro.data import DATA, fetch
 
+    check_word("name", name, DATA)
     print(fetch(name))
 
 # %% ../nbs/26_runner.ipynb #a1351ff8
@@ -999,8 +1024,7 @@ def run_benchmark(
     import torch
     from krause_repro.benchmarks import BENCHMARKS, benchmark_path
 
-    if name not in BENCHMARKS:
-        raise ValueError(f"name={name!r} is not a benchmark{did_you_mean(name, BENCHMARKS)}; allowed: {', '.join(BENCHMARKS)}")
+    check_word("name", name, BENCHMARKS)
     check_writable("results", benchmark_path(name))
     torch.set_num_threads(threads)
     BENCHMARKS[name]()
@@ -1117,8 +1141,7 @@ def options(
     arguments: list[str],  # what follows it on the command line
 ) -> dict[str, object]:
     "The arguments of a subcommand's function. Raises ValueError for what it does not take."
-    if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; allowed: {', '.join(COMMANDS)}")
+    check_word("command", name, COMMANDS)
     known = [f"--{key}" for key in inspect.signature(COMMANDS[name]).parameters]
 
     def reject(message: str) -> None:
