@@ -11,18 +11,19 @@ __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'SAMPLES_SHOWN', 'COMPLETIONS_EAC
            'accuracy_differences', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
            'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
            'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
-           'bits_differences', 'obtain_cells', 'factor_effect', 'averaged_effects', 'named_differences',
-           'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table', 'plain_answers',
-           'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines', 'letter_accuracy',
-           'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning', 'letter_summary',
-           'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'data_table', 'fine_tuning_differences',
-           'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config', 'check_items', 'read_task_items',
-           'hub_answers', 'hub_items', 'language_items', 'task_prompt', 'language_overrides', 'answer_token',
-           'task_answers', 'check_answers', 'prompt_model', 'count_scores', 'count_answers', 'macro_f1',
-           'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval', 'check_language_run', 'evaluate_language',
-           'language_table']
+           'bits_differences', 'obtain_cells', 'factor_effect', 'ablation_names', 'averaged_effects',
+           'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
+           'plain_answers', 'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines',
+           'letter_accuracy', 'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning',
+           'letter_summary', 'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'data_table',
+           'fine_tuning_differences', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config',
+           'check_items', 'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt',
+           'language_overrides', 'answer_token', 'task_answers', 'check_answers', 'prompt_model', 'count_scores',
+           'count_answers', 'macro_f1', 'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval',
+           'check_language_run', 'evaluate_language', 'language_table']
 
 # %% ../nbs/23_evaluation.ipynb #7560ce29
+import difflib
 import hashlib
 import json
 import logging
@@ -565,6 +566,17 @@ FACTORS = (  # place in a cell, first and second level
     (1, "local", "full"), (1, "local_top_k", "local"), (1, "local_top_k", "full"), (2, "post", "pre"),
 )
 
+# %% ../nbs/23_evaluation.ipynb #a161c940
+def ablation_names(
+    profile: str,  # "smoke", "desk" or "paper"
+) -> list[str]:
+    "The recipes whose results notebook 35 shows under a profile: under smoke a few, one for each step of the code."
+    if profile != "smoke":
+        return [*ABLATION_CELLS.values(), *ABLATION_CONTROLS.values()]
+    few = [name for (score, support, norm), name in ABLATION_CELLS.items()
+           if score != "softmax_key_norm" and support != "local" and norm == "post"]
+    return [*few, ABLATION_CONTROLS["random places + top-k"]]
+
 # %% ../nbs/23_evaluation.ipynb #36b9122a
 def _values(results, *names):
     "The accuracies of finished cells, or None if one is missing."
@@ -899,7 +911,9 @@ def check_language_tasks(
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     for name in names:
         if name not in ITEM_FIELDS:
-            raise ValueError(f"tasks: {name!r} is not a language benchmark; allowed: {', '.join(LANGUAGE_TASKS)}")
+            near = difflib.get_close_matches(str(name), LANGUAGE_TASKS, n=1)
+            raise ValueError(f"tasks: {name!r} is not a language benchmark; allowed: {', '.join(LANGUAGE_TASKS)}"
+                             + (f"; did you mean {near[0]}?" if near else ""))
     if not names:
         raise ValueError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
     return list(dict.fromkeys(names))
