@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMON_SETTINGS', 'PROBLEM_TYPES', 'PICKLES', 'nearest_name', 'check_names', 'check_flag', 'CheckedConfig',
-           'values_known', 'named_arguments', 'check_weights', 'CheckedModel']
+           'values_known', 'check_classes', 'named_arguments', 'check_weights', 'CheckedModel']
 
 # %% ../nbs/09_model_base.ipynb #b1f0a3c2
 import difflib
@@ -147,6 +147,18 @@ def values_known(
 ) -> bool:
     "Can the values of a tensor be read? Not while a graph is traced or compiled, and not on the meta device."
     return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+# %% ../nbs/09_model_base.ipynb #e469507d
+def check_classes(
+    labels: Tensor,  # integers, of any shape
+    classes: int,  # that there are
+) -> Tensor:  # the labels as int64
+    "Raise a `ValueError` unless all labels are classes, or −100 for those that do not count; on other devices the loss itself does."
+    if labels.device.type == "cpu" and values_known(labels):
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            raise ValueError(f"labels must be classes from 0 to {classes - 1}, or −100 for none, got {wrong[0].item()}")
+    return labels.long()
 
 # %% ../nbs/09_model_base.ipynb #8035f61c
 def named_arguments(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'POSITIONS', 'SIZES', 'VisionTransformerConfig', 'largest_radius', 'check_vision_config', 'top_k_schedule',
-           'vision_neighborhood', 'rotary_table', 'rotate', 'Block', 'check_pixels', 'check_classes',
-           'classification_loss', 'VisionTransformer']
+           'vision_neighborhood', 'rotary_table', 'rotate', 'Block', 'check_pixels', 'classification_loss',
+           'VisionTransformer']
 
 # %% ../nbs/10_vision_transformer.ipynb #d612c57c
 import math
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from krause_repro.attention import (
     METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer, check_positive, single_precision,
 )
-from .model_base import CheckedConfig, CheckedModel, check_flag, named_arguments, values_known
+from .model_base import CheckedConfig, CheckedModel, check_classes, check_flag, named_arguments
 
 # %% ../nbs/10_vision_transformer.ipynb #3ffad8f3
 NORMS = ("post", "pre")
@@ -216,18 +216,6 @@ def check_pixels(
         raise ValueError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
 
 # %% ../nbs/10_vision_transformer.ipynb #f9c2d1e8
-def check_classes(
-    labels: Tensor,  # integers, of any shape
-    classes: int,  # that there are
-) -> Tensor:  # the labels as int64
-    "Raise a `ValueError` unless all labels are classes, or −100 for those that do not count."
-    if values_known(labels) and labels.numel():
-        low, high = labels[labels != -100].aminmax() if (labels != -100).any() else (0, 0)
-        if low < 0 or high >= classes:
-            raise ValueError(f"labels must be classes from 0 to {classes - 1}, or −100, got {int(low)} to {int(high)}")
-    return labels.long()
-
-
 def classification_loss(
     logits: Tensor,  # (B, classes)
     labels: Tensor,  # (B,) classes, or (B, classes) floating point; for a regression to one number also (B,)
