@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'METRICS', 'IMPLEMENTATIONS', 'single_precision', 'half_square_norm', 'pairwise_energy', 'check_integer',
-           'check_fraction', 'check_positive', 'Neighborhood', 'Full', 'band_mask', 'CausalWindow', 'GridWindow',
-           'select', 'normalise', 'score_temperature', 'match_heads', 'allowed_keys', 'attention_weights',
+           'check_fraction', 'check_positive', 'constant_cache', 'Neighborhood', 'Full', 'band_mask', 'CausalWindow',
+           'GridWindow', 'select', 'normalise', 'score_temperature', 'match_heads', 'allowed_keys', 'attention_weights',
            'check_attention_arguments', 'weighted_sum', 'attend', 'choose_implementation', 'krause_attention',
            'krause_attention_weights', 'attention_stages', 'mechanism_example', 'merge_heads', 'KrauseAttention']
 
 # %% ../nbs/01_attention.ipynb #2c3fbc5a
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch.utils._pytree import tree_map
 
 # %% ../nbs/01_attention.ipynb #59470bb5
 def single_precision(
@@ -85,6 +88,25 @@ def check_positive(
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
     return value
 
+# %% ../nbs/01_attention.ipynb #c9d4a613
+def constant_cache(
+    build: Callable[..., object],  # makes a tensor or a tuple of tensors from numbers, strings and devices
+) -> Callable[..., object]:  # of positional arguments; what it returns is shared, do not write into it
+    "Remember what a function makes, as plain tensors, whatever mode, transform or compiler its caller is in."
+
+    @lru_cache(maxsize=64)
+    def remembered(*arguments):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(build, *arguments).result()
+
+    @torch.compiler.assume_constant_result
+    @wraps(build)
+    def constant(*arguments):
+        made, mode = remembered(*arguments), active_fake_mode()
+        return made if mode is None or mode.allow_non_fake_inputs else tree_map(mode.from_tensor, made)
+
+    return constant
+
 # %% ../nbs/01_attention.ipynb #3a342e0f
 class Neighborhood:
     "Which keys a query may consider. Subclasses are frozen dataclasses and implement `build`."
@@ -93,7 +115,7 @@ class Neighborhood:
         self,
         length: int,  # number of tokens T
     ) -> Tensor:  # (T, T) bool
-        "The mask itself; called once for each length and device, then remembered."
+        "The mask itself, on the CPU; called once for each length and device, then remembered. A compiler traces it."
         raise TypeError(f"{type(self).__name__} does not say what its neighbourhood is; implement build(length)")
 
     def mask(
@@ -103,7 +125,10 @@ class Neighborhood:
     ) -> Tensor:  # (T, T) bool, row = query, True = may be considered; shared, do not write into it
         "Who may consider whom. Every token may consider itself."
         self.check(length)
-        return _neighborhood_mask(self, check_integer("length", length, 1), torch.device(device))
+        length = check_integer("length", length, 1)
+        if torch.compiler.is_compiling():  # the length may be a symbol there
+            return self.build(length).to(device)
+        return _neighborhood_mask(self, length, torch.device(device))
 
     def check(
         self,
@@ -112,10 +137,9 @@ class Neighborhood:
         "Raise a `ValueError` if the neighbourhood does not fit that many tokens."
 
 
-@lru_cache(maxsize=64)
+@constant_cache
 def _neighborhood_mask(neighborhood, length, device):
-    with torch.inference_mode(False):  # a mask made while predicting may be needed by a later backward pass
-        return neighborhood.build(length).to(device)
+    return neighborhood.build(length).to(device)
 
 # %% ../nbs/01_attention.ipynb #0a6f1f2c
 @dataclass(frozen=True)
@@ -177,18 +201,28 @@ class GridWindow(Neighborhood):
         "Number of tokens: patches and the CLS token."
         return self.height * self.width + bool(self.cls_token)
 
+    @property
+    def numbers(self) -> tuple:
+        "All fields in their order: what a `constant_cache` can take, also where this object is made inside compiled code."
+        return self.height, self.width, self.radius, self.metric, self.cls_token, self.random_seed
+
     def check(self, length):
         if length != self.length:
             raise ValueError(f"this GridWindow of {self.height}×{self.width} patches needs {self.length} tokens, got {length}")
 
     def build(self, length):
-        row, column = torch.arange(self.height * self.width) // self.width, torch.arange(self.height * self.width) % self.width
-        offsets = torch.stack([row.unsqueeze(1) - row, column.unsqueeze(1) - column]).abs()  # (2, N, N)
-        near = (offsets.amax(0) if self.metric == "chebyshev" else offsets.sum(0)) <= self.radius
-        if self.random_seed is not None:
-            lots = torch.rand(near.shape, generator=torch.Generator().manual_seed(self.random_seed)).fill_diagonal_(-1)
-            near = lots.argsort(-1).argsort(-1) < near.sum(-1, keepdim=True)
-        return F.pad(near, (1, 0, 1, 0), value=True) if self.cls_token else near
+        return _grid_mask(*self.numbers)
+
+
+@constant_cache
+def _grid_mask(height, width, radius, metric, cls_token, random_seed):
+    row, column = torch.arange(height * width) // width, torch.arange(height * width) % width
+    offsets = torch.stack([row.unsqueeze(1) - row, column.unsqueeze(1) - column]).abs()  # (2, N, N)
+    near = (offsets.amax(0) if metric == "chebyshev" else offsets.sum(0)) <= radius
+    if random_seed is not None:
+        lots = torch.rand(near.shape, generator=torch.Generator().manual_seed(random_seed)).fill_diagonal_(-1)
+        near = lots.argsort(-1).argsort(-1) < near.sum(-1, keepdim=True)
+    return F.pad(near, (1, 0, 1, 0), value=True) if cls_token else near
 
 # %% ../nbs/01_attention.ipynb #1da3081b
 def select(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .attention import CausalWindow, GridWindow, Neighborhood
-from .attention import allowed_keys, band_mask, half_square_norm, match_heads, normalise, pairwise_energy
+from .attention import allowed_keys, band_mask, constant_cache, half_square_norm, match_heads, normalise, pairwise_energy
 from .attention import score_temperature, single_precision, weighted_sum
 
 # %% ../nbs/02_fast_attention.ipynb #c1173791
@@ -70,17 +70,21 @@ def banded_attention(
     return compute(query, key, value, neighborhood, top_k, **options)
 
 # %% ../nbs/02_fast_attention.ipynb #4649a901
-@lru_cache(maxsize=64)
 def candidate_table(
     neighborhood: GridWindow,
     device: torch.device,  # where the table is kept
 ) -> tuple[Tensor, Tensor]:  # (N, C) token indices and (N, C) bool, one row for each patch (without the CLS token's row)
-    "The tokens that each patch may consider, padded to the largest number C of them."
-    with torch.inference_mode(False):
-        allowed = neighborhood.mask(neighborhood.length)[int(neighborhood.cls_token):]
-        width = int(allowed.sum(-1).max())
-        order = allowed.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
-        return order.to(device), allowed.gather(-1, order).to(device)
+    "The tokens that each patch may consider, padded to the largest number C of them; made once, do not write into them."
+    return _candidate_table(device, *neighborhood.numbers)
+
+
+@constant_cache
+def _candidate_table(device, *numbers):
+    grid = GridWindow(*numbers)
+    allowed = grid.mask(grid.length)[int(grid.cls_token):]
+    width = int(allowed.sum(-1).max())
+    order = allowed.int().argsort(dim=-1, descending=True, stable=True)[:, :width]
+    return order.to(device), allowed.gather(-1, order).to(device)
 
 # %% ../nbs/02_fast_attention.ipynb #8e151408
 def spoil(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
+from .attention import SCORES, CausalWindow, GridWindow, constant_cache, match_heads, score_temperature, single_precision
 
 # %% ../nbs/03_native_kernels.ipynb #963e1b70
 VECTORS = r"""
@@ -1519,21 +1519,15 @@ def candidate_lists(
     neighborhood: GridWindow,
 ) -> tuple[Tensor, Tensor]:  # (T + 1,) and (C,) int32: row i's candidates are token[begin[i]:begin[i + 1]]
     "The candidates of every row of a grid, one list after the other; made once, do not write into them."
-    n = neighborhood
-    return _constant_lists(n.height, n.width, n.radius, n.metric, n.cls_token, n.random_seed)
+    return _candidate_lists(*neighborhood.numbers)
 
 
-@torch.compiler.assume_constant_result  # numbers, not the neighbourhood, because it may be made inside what is compiled
-def _constant_lists(*grid):
-    return _candidate_lists(GridWindow(*grid))
-
-
-@lru_cache(maxsize=64)
-def _candidate_lists(neighborhood):
-    with torch.inference_mode(False):
-        mask = neighborhood.mask(neighborhood.length)
-        begin = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(-1).cumsum(0)])
-        return begin.int(), mask.nonzero()[:, 1].int().contiguous()
+@constant_cache
+def _candidate_lists(*numbers):
+    grid = GridWindow(*numbers)
+    mask = grid.mask(grid.length)
+    begin = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(-1).cumsum(0)])
+    return begin.int(), mask.nonzero()[:, 1].int().contiguous()
 
 
 def native_lists(
