@@ -9,7 +9,7 @@ __all__ = ['NORMS', 'POSITIONS', 'SIZES', 'VisionTransformerConfig', 'largest_ra
 
 # %% ../nbs/10_vision_transformer.ipynb #d612c57c
 import math
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from krause_repro.attention import (
-    METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer, check_positive, single_precision,
+    METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer, check_positive, constant_cache,
+    single_precision,
 )
 from .model_base import CheckedConfig, CheckedModel, check_classes, check_flag, named_arguments
 
@@ -146,7 +147,7 @@ def vision_neighborhood(
     return GridWindow(side, side, config.attention_radius, config.attention_metric, random_seed=config.attention_random_seed)
 
 # %% ../nbs/10_vision_transformer.ipynb #f0058e84
-@lru_cache(maxsize=32)
+@constant_cache
 def rotary_table(
     side: int,  # patches in a row of the square grid
     head_dim: int,  # D, divisible by 4
@@ -154,12 +155,11 @@ def rotary_table(
     base: float = 100.0,  # ours: unpublished
 ) -> Tensor:  # (2, 1 + side², D): cosines and sines, the CLS token first
     "Cosine and sine of each token's angles, rows in the first half of the pairs and columns in the second."
-    with torch.inference_mode(False):
-        frequency = base ** (-torch.arange(head_dim // 4, device=device) / (head_dim // 4))  # (D/4,)
-        place = torch.arange(side * side, device=device)
-        angle = torch.cat([(place // side)[:, None] * frequency, (place % side)[:, None] * frequency], -1)  # (N, D/2)
-        angle = F.pad(angle, (0, 0, 1, 0)).repeat(1, 2)
-        return torch.stack([angle.cos(), angle.sin()])
+    frequency = base ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))  # (D/4,)
+    place = torch.arange(side * side, device=device)
+    angle = torch.cat([(place // side)[:, None] * frequency, (place % side)[:, None] * frequency], -1)  # (N, D/2)
+    angle = F.pad(angle, (0, 0, 1, 0)).repeat(1, 2)
+    return torch.stack([angle.cos(), angle.sin()])
 
 # %% ../nbs/10_vision_transformer.ipynb #598f470e
 def rotate(
