@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import CausalWindow, attention_weights, check_fraction, check_integer, check_positive, merge_heads, weighted_sum
+from .attention import CausalWindow, attend, attention_weights, check_fraction, check_integer, check_positive, merge_heads
 from .fast_attention import banded_attention
 from .model_base import CheckedConfig, CheckedModel, check_classes, check_flag, named_arguments, values_known
 from .native_kernels import StepLinear
@@ -315,8 +315,8 @@ class PixelAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
             window = window if self.kind == "krause" else CausalWindow(key.shape[2])
-        weights = attention_weights(query, key, window, top_k, score=self.kind, sigma=self.sigma)
-        output = weighted_sum(weights, value)
+        options = {"score": self.kind, "sigma": self.sigma}
+        output, weights = attend(query, key, value, window, top_k, **options), attention_weights(query, key, window, top_k, **options)
         if self.kind == "krause" and cache is not None and query.shape[2] == 1:  # these are in the order of the ring's slots
             weights = weights[..., ring_positions(cache.get_seq_length(), window.size, weights.device).argsort()]
         return output, weights

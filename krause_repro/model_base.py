@@ -145,8 +145,9 @@ class CheckedConfig(PreTrainedConfig):
 def values_known(
     x: Tensor,  # of any kind
 ) -> bool:
-    "Can the values of a tensor be read? Not while a graph is traced or compiled, and not on the meta device."
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+    "Can the values of a tensor be read? Not while a graph is traced or a function transformed, and not on the meta device."
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (traced or x.is_meta or isinstance(x, FakeTensor))
 
 # %% ../nbs/09_model_base.ipynb #e469507d
 def check_classes(
