@@ -48,7 +48,7 @@ def check_names(
     for name in names:
         if name not in known:
             choice = ", ".join(known if listed is None else listed)
-            raise TypeError(f"{owner} takes no {name!r}; the nearest name is {nearest_name(name, known)!r}, of {choice}")
+            raise TypeError(f"{owner} takes no {name!r}; the nearest name is {nearest_name(name, known)!r} (there are {choice})")
 
 # %% ../nbs/09_model_base.ipynb #146a0db5
 COMMON_SETTINGS = (  # of every configuration of 🤗 Transformers, though not among its fields
@@ -217,7 +217,7 @@ class CheckedModel(PreTrainedModel):
     def __init__(self, config, **others):
         name, needed = type(self).__name__, self.config_class
         if not isinstance(config, needed):
-            raise TypeError(f"{name} needs a {needed.__name__}, got {type(config).__name__}")
+            raise TypeError(f"config of {name} must be of class {needed.__name__}, got {type(config).__name__}")
         needed.check_names(others)
         if others:
             raise TypeError(f"{name} takes its settings from its configuration alone, got {', '.join(others)} beside it")
