@@ -259,6 +259,7 @@ def image_config(
     if attn_type not in (None, ATTENTION_TYPES[attention]):
         raise ValueError(f"attn_type must be {ATTENTION_TYPES[attention]!r} for this kind, got {attn_type!r}")
     shape = raster_shape(check_integer("seq_len", seq_len, 1))
+    top_k = min(top_k, window_size) if isinstance(top_k, int) and isinstance(window_size, int) else top_k
     return ImageTransformerConfig(
         vocab_size=vocab_size, image_shape=shape, hidden_size=d_model, num_hidden_layers=num_layers, num_attention_heads=nhead,
         intermediate_size=4 * d_model, attention=attention, attention_window=window_size, attention_top_k=top_k, sigma=sigma,
