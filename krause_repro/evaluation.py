@@ -151,6 +151,7 @@ def provenance(
         "chosen_epochs": [e["chosen_epoch"] for e in ends], "parameters": ends[0]["parameters"],
         "seconds": summarise([e["seconds"] for e in ends]), "seeds": [r.seed for r in runs], "commits": [e["commit"] for e in environments],
         "threads": [e["threads"] for e in ends], "device": environments[0]["device"], "versions": environments[0]["versions"],
+        **({"data": environments[0]["data"]} if "data" in environments[0] else {}),
     }
 
 
