@@ -38,7 +38,7 @@ class PixelClassifierConfig(PreTrainedConfig):
 
 # %% ../nbs/14_baselines.ipynb #b6402fe8
 class PixelClassifier(PreTrainedModel):
-    "A linear map of all pixels, or stages of convolution and pooling under a linear head."
+    "A linear map of all pixels, or stages of convolution under a linear head."
 
     config_class = PixelClassifierConfig
     base_model_prefix = "pixel_classifier"
@@ -53,7 +53,7 @@ class PixelClassifier(PreTrainedModel):
         channels = [config.num_channels, *(config.stages or [])]
         layers = []
         for before, after in zip(channels, channels[1:], strict=False):
-            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         pool = [nn.AdaptiveAvgPool2d(1)] if config.stages else []
         self.stages = nn.Sequential(*layers, *pool, nn.Flatten())
         inputs = channels[-1] if config.stages else config.num_channels * config.image_size**2
@@ -62,10 +62,11 @@ class PixelClassifier(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight) if isinstance(module, nn.Conv2d) else nn.init.zeros_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02 if self.config.stages else 0.0)
+            nn.init.zeros_(module.bias)
 
     def forward(
         self,
