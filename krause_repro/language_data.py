@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .attention import check_integer
 from .llm_branch import load_language_model
+from .records import cache_folder
 
 # %% ../nbs/19_language_data.ipynb #f91eefd0
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def read_packaged_files(
 # %% ../nbs/19_language_data.ipynb #2189d1e6
 def language_folder() -> Path:
     "Where language data are kept: `language` in the folder of all downloads (`KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`)."
-    return Path(os.environ.get("KRAUSE_REPRO_DATA") or Path.home() / ".cache" / "krause_repro") / "language"
+    return cache_folder() / "language"
 
 # %% ../nbs/19_language_data.ipynb #67a5cbf6
 def _installed(package: PackagedFiles) -> Path | None:
