@@ -571,7 +571,7 @@ def train(
     model = task.build(recipe)  # raises for a base model that cannot be
     left_out = _left_out(splits, unreadable)
     with processes.main_process_first():
-        _start(run, restart and processes.is_main_process, left_out)
+        _start(run, restart and processes.is_main_process, left_out | ({"data": splits.origin} if splits.origin else {}))
     if splits.left_out and processes.is_main_process:
         print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
     save, facts = task.saver(model), {**_sizes(model, splits), **left_out}
