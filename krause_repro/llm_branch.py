@@ -37,7 +37,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel,
+    CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel,
     PreTrainedTokenizerBase)
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
@@ -1068,10 +1068,8 @@ def load_language_model(
     if getattr(config, "krause_branch", None):
         loaded = load_with_branch(source, **options)
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(source, **({"trust_remote_code": False} if gguf else SAFE_LOADING), **gguf, **options)
-        reader = getattr(loaded, "hf_quantizer", None)
-        if gguf and getattr(getattr(reader, "quantization_config", None), "dequantize", False):
-            reader.remove_quantization_config(loaded)  # its weights are plain numbers now, and can be trained and saved
+        how = {"quantization_config": GgufConfig(dequantize=True), "trust_remote_code": False, **gguf} if gguf else SAFE_LOADING
+        loaded = AutoModelForCausalLM.from_pretrained(source, **how, **options)
     return (loaded if adapter is None else add_adapter(loaded, adapter)).eval(), tokenizer
 
 

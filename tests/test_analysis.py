@@ -364,7 +364,8 @@ def spoilt(x, value):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda x: spoilt(x, math.nan), "must be finite, and 1 of [0-9]+ numbers are NaN or infinite"),
     (lambda x: spoilt(x, math.inf), "must be finite"),
-    (lambda x: x[:0], "no dimension of 0"), (lambda x: x[0], "must be a floating tensor"), (lambda x: x.long(), "must be a floating tensor"),
+    (lambda x: x[:0], "no dimension of 0"), (lambda x: x[0], "must be a floating tensor"),
+    (lambda x: x.long(), "must be a floating tensor"),
     (lambda x: x.tolist(), "must be a floating tensor .*, got list"),
 ])
 def test_what_no_number_can_come_of_is_named(name, change, message):
