@@ -438,7 +438,8 @@ def flex_attention(
     def product(value, temperature=temperature):
         score_mod, mask_mod = flex_terms(query, key, neighborhood, top_k, score, temperature)
         mask = create_block_mask(mask_mod, None, None, query.shape[2], key.shape[2], device=query.device)
-        return fused(query, key, value, score_mod=score_mod, block_mask=mask, scale=1.0)
+        with no_autocast(query.device):
+            return fused(query, key, value, score_mod=score_mod, block_mask=mask, scale=1.0)
 
     if not torch.compiler.is_compiling() and value.isfinite().all():
         return product(value).to(dtype)

@@ -945,7 +945,7 @@ struct Call {
     TORCH_CHECK(query.size(0) == key.size(0) && query.size(3) == key.size(3) && key.sizes().slice(0, 3) == value.sizes().slice(0, 3) &&
                     key.size(1) > 0 && query.size(1) % key.size(1) == 0 && query.size(2) <= key.size(2),
                 "krause_repro: query, key and value do not fit together");
-    TORCH_CHECK(top_k >= 0 && score >= kKrause && score <= kKeyNorm && dropout >= 0 && dropout < 1,
+    TORCH_CHECK(top_k >= 0 && score >= kKrause && score <= kKeyNorm && dropout >= 0 && dropout <= 1,
                 "krause_repro: top_k, score or dropout is out of range");
     TORCH_CHECK(!key_mask || (key_mask->scalar_type() == at::kBool && key_mask->is_cpu() && key_mask->dim() == 2 &&
                               key_mask->size(0) == key.size(0) && key_mask->size(1) == key.size(2)),
