@@ -6,26 +6,25 @@
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'FLAT_GAIN', 'FLAT_SHARE', 'NEIGHBOURS', 'SAMPLES_SHOWN', 'COMPLETIONS_EACH',
            'GENERATOR_LABELS', 'ABLATION_CELLS', 'ABLATION_CONTROLS', 'SMALLEST_DIFFERENCE', 'SCORE_LABELS',
            'SUPPORT_LABELS', 'FACTORS', 'QUESTIONS', 'ANSWER_BEGINS', 'FINE_TUNED_LABELS', 'ITEM_FIELDS',
-           'LANGUAGE_TASKS', 'ANLI_LABELS', 'on_device', 'finished_model', 'test_accuracy', 'train_seeds', 'curve',
-           'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma', 'summarise_runs', 'paired_difference',
-           'describe_difference', 'percent', 'accuracy_table', 'accuracy_differences', 'last_gain', 'is_undertrained',
-           'read_plan', 'corrected_difference', 'planned_table', 'trained_table', 'altered_note', 'save_finished',
-           'nearest_neighbours', 'provenance_table', 'test_bits', 'generation_curves', 'samples_folder',
-           'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
+           'LANGUAGE_TASKS', 'ANLI_LABELS', 'MOST', 'on_device', 'finished_model', 'test_accuracy', 'train_seeds',
+           'curve', 'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma', 'summarise_runs',
+           'paired_difference', 'describe_difference', 'percent', 'accuracy_table', 'accuracy_differences', 'last_gain',
+           'is_undertrained', 'read_plan', 'corrected_difference', 'planned_table', 'trained_table', 'altered_note',
+           'save_finished', 'nearest_neighbours', 'provenance_table', 'test_bits', 'generation_curves',
+           'samples_folder', 'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
            'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
            'bits_differences', 'obtain_cells', 'factor_effect', 'ablation_names', 'averaged_effects',
            'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
-           'plain_answers', 'offered_letters', 'answer_letters', 'held_out_questions', 'letter_baselines',
-           'letter_accuracy', 'test_letters', 'fine_tuning_curves', 'branch_sigma', 'summarise_fine_tuning',
-           'letter_summary', 'fine_tuned_label', 'fine_tuning_table', 'parameter_table', 'data_table',
-           'fine_tuning_differences', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config',
-           'check_items', 'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt',
+           'plain_answers', 'finite_logits', 'offered_letters', 'answer_letters', 'held_out_questions',
+           'letter_baselines', 'letter_accuracy', 'test_letters', 'fine_tuning_curves', 'branch_sigma',
+           'summarise_fine_tuning', 'letter_summary', 'fine_tuned_label', 'fine_tuning_table', 'parameter_table',
+           'data_table', 'fine_tuning_differences', 'check_language_tasks', 'task_file', 'import_lm_eval',
+           'task_config', 'check_items', 'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt',
            'language_overrides', 'answer_token', 'task_answers', 'check_answers', 'prompt_model', 'count_scores',
            'count_answers', 'macro_f1', 'constant_scores', 'chance_scores', 'swap_labels', 'check_ifeval',
-           'check_language_run', 'evaluate_language', 'language_table']
+           'check_language_options', 'check_language_run', 'evaluate_language', 'language_table']
 
 # %% ../nbs/23_evaluation.ipynb #7560ce29
-import difflib
 import hashlib
 import json
 import logging
@@ -62,6 +61,7 @@ from .image_transformer import PixelAttention
 from .language_data import MARKER, encode_prompt, hub_errors, question_answers, split_items
 from .llm_branch import branches, load_tokenizer
 from .likelihood import bits_per_dimension, fit_context_model
+from .model_base import nearest_name
 from .recipes import (
     CLASSIFIERS, SUPPORTS, FineTuningRecipe, ImageClassificationRecipe, ImageGenerationRecipe, ablation_name, get_recipe)
 from krause_repro.records import (
@@ -71,6 +71,7 @@ from .sample_quality import class_features, frechet_distance
 from .sampling import check_sampling, complete_images, first_prompts, image_tokens, written_batches
 from .swin import WindowAttention
 from .training import Run, base_model, base_source, build_trainer, check_run, run_path, train
+from .transformers_attention import named_options
 
 # %% ../nbs/23_evaluation.ipynb #909ca3f1
 def on_device(
@@ -851,6 +852,31 @@ def plain_answers(
 ANSWER_BEGINS = "The answer is ("
 
 
+@contextmanager
+def finite_logits(
+    model: torch.nn.Module,  # a causal language model of transformers, with or without adapters
+):
+    "While it is open, a forward pass with a NaN among the logits is a `ValueError`: the answers of such a model mean nothing."
+    def look(module, args, output):
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor) and logits.isnan().any():
+            raise ValueError("model gives NaN logits, so it has no answers to be scored; has it diverged, or is its dtype too narrow?")
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # `peft` calls no hook of what it wraps
+    hooks = [module.register_forward_hook(look) for module in (model, head) if module is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_some(name, items):
+    "Raise a `ValueError` for an empty list: a share of nothing is no number."
+    if not len(items):
+        raise ValueError(f"{name} must hold at least one item")
+
+
 def offered_letters(
     item: dict,  # of `question_answers`
 ) -> list[str]:
@@ -872,10 +898,11 @@ def answer_letters(
     training, found = model.training, []
     model.eval()
     try:
-        for item in items:
-            ids = torch.tensor([encode_prompt(tokenizer, item["inputs"]) + begin], device=model.device)
-            logits, offered = model(input_ids=ids, use_cache=False).logits[0, -1], offered_letters(item)
-            found.append(offered[logits[[letter[name][-1] for name in offered]].argmax()])
+        with finite_logits(model):
+            for item in items:
+                ids = torch.tensor([encode_prompt(tokenizer, item["inputs"]) + begin], device=model.device)
+                logits, offered = model(input_ids=ids, use_cache=False).logits[0, -1], offered_letters(item)
+                found.append(offered[logits[[letter[name][-1] for name in offered]].argmax()])
     finally:
         model.train(training)
     return found
@@ -894,6 +921,8 @@ def letter_baselines(
     held_out: list[dict],  # to be answered
 ) -> dict[str, float]:  # "chance", and "constant": always the letter that is right most often in `train`
     "Accuracies of those who do not read the question."
+    _check_some("train", train)
+    _check_some("held_out", held_out)
     most = Counter(item["answer"] for item in train).most_common(1)[0][0]
     return {"chance": sum(1 / len(offered_letters(item)) for item in held_out) / len(held_out),
             "constant": sum(item["answer"] == most for item in held_out) / len(held_out)}
@@ -905,6 +934,7 @@ def letter_accuracy(
     items: list[dict],  # of `question_answers`
 ) -> float:
     "Share of the questions whose letter the model names."
+    _check_some("items", items)
     letters = answer_letters(model, tokenizer, items)
     return sum(letter == item["answer"] for letter, item in zip(letters, items, strict=True)) / len(items)
 
@@ -1057,12 +1087,13 @@ def check_language_tasks(
     tasks: str | list[str] | tuple[str, ...],  # names, or one string with commas between them
 ) -> list[str]:
     "The names of the tasks, each once; a `ValueError` names the allowed ones if one is not among them."
+    if not isinstance(tasks, (str, list, tuple)):
+        raise TypeError(f"tasks must be a list of names, or one string with commas between them, got {tasks!r}")
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     for name in names:
-        if name not in ITEM_FIELDS:
-            near = difflib.get_close_matches(str(name), LANGUAGE_TASKS, n=1)
-            raise ValueError(f"tasks: {name!r} is not a language benchmark; allowed: {', '.join(LANGUAGE_TASKS)}"
-                             + (f"; did you mean {near[0]}?" if near else ""))
+        if name not in LANGUAGE_TASKS:
+            near = f", the nearest is {nearest_name(name, LANGUAGE_TASKS)!r}" if isinstance(name, str) and name else ""
+            raise ValueError(f"tasks: {name!r} is not a language benchmark{near}; allowed: {', '.join(LANGUAGE_TASKS)}")
     if not names:
         raise ValueError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
     return list(dict.fromkeys(names))
@@ -1225,6 +1256,8 @@ def language_items(
     "The checked items of each task."
     if limit is not None:
         check_integer("limit", limit, 1)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source must be hub, local, or the path of a file or folder, got {source!r}")
     if source != "hub" and Path(source).is_file() and len(tasks) > 1:
         raise ValueError(f"source={str(source)!r} is one file, but {len(tasks)} tasks are asked for; give a folder that holds <task>.json")
     folder = files("krause_repro") / "tasks" / "items" if source == "local" else source
@@ -1315,6 +1348,8 @@ def count_scores(
 ) -> dict[str, float]:  # "accuracy" and "macro_f1", in 0…1
     "Accuracy and macro-F1 of a table of counts."
     total = sum(map(sum, counts))
+    if not 0 < total < math.inf or any(n < 0 for row in counts for n in row):
+        raise ValueError(f"counts must be numbers ≥ 0 of at least one item, got {counts}")
     ends = [sum(row) + sum(column) for row, column in zip(counts, zip(*counts, strict=True), strict=True)]
     f1 = [2 * counts[i][i] / end for i, end in enumerate(ends) if end]
     return {"accuracy": sum(counts[i][i] for i in range(len(counts))) / total, "macro_f1": sum(f1) / len(f1)}
@@ -1335,6 +1370,7 @@ def macro_f1(
     pairs: list[tuple[int, int]],  # places of the right and of the given answer, one pair for each item
 ) -> float:
     "Macro-F1 of answers: the aggregation that the task files name."
+    _check_some("pairs", pairs)
     return count_scores(count_answers(pairs, 1 + max(map(max, pairs))))["macro_f1"]
 
 # %% ../nbs/23_evaluation.ipynb #ff5ad9e1
@@ -1350,6 +1386,7 @@ def chance_scores(
     options: list[int],  # number of answers to choose from, one for each item
 ) -> dict[str, float]:
     "Accuracy of guessing evenly among an item's answers, and macro-F1 of the counts to be expected then."
+    _check_some("right", right)
     counts = [[0.0] * max(options) for _ in range(max(options))]
     for answer, number in zip(right, options, strict=True):
         for given in range(number):
@@ -1361,8 +1398,9 @@ def swap_labels(
     result: dict,  # of one ANLI task, from `evaluate_language`
 ) -> dict:  # the same answers, scored again
     "The result if neutral and contradiction were taken for each other in the labels, or the true one if they were."
-    if result["answers"] != ["A", "B", "C"] or result.get("anli_labels") not in ANLI_LABELS:
-        raise ValueError(f"result must be of an ANLI task, with the answers A, B and C and its labels, got {', '.join(result['answers'])}")
+    if result.get("answers") != ["A", "B", "C"] or result.get("anli_labels") not in ANLI_LABELS:
+        told = ", ".join(result.get("answers", ()))
+        raise ValueError(f"result must be of an ANLI task, with the answers A, B and C and its labels, got {told or 'no answers'}")
     entailment, contradiction, neutral = result["counts"]
     counts, items = [entailment, neutral, contradiction], result["items"]
     constant = dict(zip("ABC", constant_scores([sum(row) for row in counts]), strict=True))
@@ -1455,6 +1493,8 @@ def check_ifeval(
 def _given(sample):
     "The place of the answer with the largest logit, the first of equals."
     logits = [response[0] for response in sample["filtered_resps"]]
+    if not all(map(math.isfinite, logits)):
+        raise ValueError(f"model gives logits that are not finite to the answers of an item, {logits}: there is no largest one")
     return logits.index(max(logits))
 
 
@@ -1514,6 +1554,24 @@ def _task_spec(task, items, overrides):
     return {"task": config["task"], "custom_dataset": lambda **_: data, **overrides}
 
 
+MOST = 2**31 - 1  # of prompts, items or tokens
+
+
+def check_language_options(
+    batch_size: int,
+    limit: int | None,
+    anli_labels: str,
+    max_gen_toks: int,
+) -> None:
+    "Raise a `ValueError` that names the first option of `evaluate_language` that cannot be."
+    if anli_labels not in ANLI_LABELS:
+        raise ValueError(f"anli_labels={anli_labels!r} must be one of: {', '.join(ANLI_LABELS)}")
+    for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks), *([] if limit is None else [("limit", limit)])):
+        if check_integer(name, value, 1) > MOST:
+            raise ValueError(f"{name} must be an integer from 1 to {MOST:,}, got {value!r}")
+
+
+@named_options
 def check_language_run(
     tasks: str | list[str] | tuple[str, ...],  # as of `evaluate_language`, like all that follow
     source: str | Path,
@@ -1524,10 +1582,7 @@ def check_language_run(
 ) -> dict[str, list[dict]]:  # the items by task
     "Everything that can be checked before there is a model: tasks, source, batch_size, limit, anli_labels, max_gen_toks and the items."
     tasks = check_language_tasks(tasks)
-    if anli_labels not in ANLI_LABELS:
-        raise ValueError(f"anli_labels={anli_labels!r} must be one of: {', '.join(ANLI_LABELS)}")
-    for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
-        check_integer(name, value, 1)
+    check_language_options(batch_size, limit, anli_labels, max_gen_toks)
     import_lm_eval()
     items = language_items(tasks, source, limit)
     if "ifeval" in tasks:
@@ -1535,6 +1590,7 @@ def check_language_run(
     return items
 
 
+@named_options
 def evaluate_language(
     model: torch.nn.Module,  # a causal language model of transformers, with or without adapters, where it is to run
     tokenizer: object,  # of transformers
@@ -1551,11 +1607,12 @@ def evaluate_language(
     if items is None:
         items = check_language_run(tasks, source, batch_size, limit, anli_labels, max_gen_toks)
     else:
+        check_language_options(batch_size, limit, anli_labels, max_gen_toks)
         items = {task: items[task] for task in check_language_tasks(tasks)}
     specs = {task: _task_spec(task, items[task], language_overrides(task, anli_labels, max_gen_toks)) for task in items}
     training = model.training
     try:
-        with _quietly(not progress), _fixed_draws():
+        with _quietly(not progress), _fixed_draws(), finite_logits(model):
             lm = prompt_model(model, tokenizer, batch_size)
             check_answers(lm.tok_encode, items)
             found = _ask(lm, specs)
@@ -1626,6 +1683,7 @@ def language_table(
 ) -> str:  # Markdown
     "Accuracy ± its standard error and macro-F1 of each model on each task, beside chance and constant answers, below what the items were."
     tasks = list(dict.fromkeys(task for results in models.values() for task in results))
+    _check_some("models, or their results,", tasks)
     rows = []
     for task in tasks:
         judged = {label: results[task] for label, results in models.items() if task in results}

@@ -95,8 +95,8 @@ def in_pieces(model, ids, sizes, cache=None, mask=None):
     logits, past = [], 0
     for size in sizes:
         seen = None if mask is None else mask[:, :past + size]
-        step = model(ids[:, past:past + size], attention_mask=seen, past_key_values=cache, use_cache=True)
-        logits, cache, past = [*logits, step.logits], step.past_key_values, past + size
+        step = model(ids[:, past:past + size], attention_mask=seen, cache=cache, use_cache=True)
+        logits, cache, past = [*logits, step.logits], step.cache, past + size
     return torch.cat(logits, 1)
 
 
@@ -492,9 +492,9 @@ def test_masks_and_caches_that_do_not_fit_are_refused():
         model(ids, attention_mask=documents)
     with pytest.raises(ValueError, match="attention_mask must have 12 columns, one for each token so far, got 9"):
         model(ids, attention_mask=torch.ones(2, 9, dtype=torch.long))
-    filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).past_key_values
+    filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="past_key_values was filled without this Krause branch"):
-        model(ids[:, :1], past_key_values=filled)
+        model(ids[:, :1], cache=filled)
     causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
     with torch.no_grad():
         assert_close(model(ids, attention_mask=causal).logits, model(ids).logits, rtol=0, atol=1e-5)
@@ -972,7 +972,7 @@ def test_assisted_decoding_is_refused_before_it_begins(length):
         with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back, and the ring of a Krause branch cannot"):
             model.generate(ids, **options, **wanted)
     ran.remove()
-    cache = model(tokens(9), use_cache=True).past_key_values
+    cache = model(tokens(9), use_cache=True).cache
     for goes_back in (cache.activate_past_recording, lambda: cache.crop(-1)):
         with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back"):
             goes_back()
@@ -981,10 +981,10 @@ def test_assisted_decoding_is_refused_before_it_begins(length):
 
 def test_a_short_cache_goes_back():
     model, ids = small(), tokens(6)
-    cache = model(ids[:, :5], use_cache=True).past_key_values
+    cache = model(ids[:, :5], use_cache=True).cache
     cache.crop(-2)
     with torch.no_grad():
-        assert_close(model(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:], rtol=0, atol=1e-5)
+        assert_close(model(ids[:, 3:], cache=cache).logits, model(ids).logits[:, 3:], rtol=0, atol=1e-5)
 
 
 def test_the_former_choice_to_compile_comes_back():
@@ -1085,7 +1085,7 @@ def test_each_sequence_of_a_step_has_its_positions(steps):
     with torch.no_grad():
         whole = model(ids, position_ids=where).logits
         first = model(ids[:, :8], position_ids=where[:, :8], use_cache=True)
-        last = model(ids[:, 8:], position_ids=where[:, 8:], past_key_values=first.past_key_values).logits
+        last = model(ids[:, 8:], position_ids=where[:, 8:], cache=first.cache).logits
     assert_close(last, whole[:, 8:], rtol=0, atol=1e-5)
     assert len(steps) == (2 if kernels_available() else 0)
 
@@ -1134,8 +1134,8 @@ def test_positions_of_one_dimension():
     "As a caller may give them; the base model broadcasts them."
     model, ids = small("wide llama"), tokens(9, 1)
     with torch.no_grad():
-        cache = model(ids[:, :8], use_cache=True).past_key_values
-        step = model(ids[:, 8:], position_ids=torch.tensor([8]), past_key_values=cache).logits
+        cache = model(ids[:, :8], use_cache=True).cache
+        step = model(ids[:, 8:], position_ids=torch.tensor([8]), cache=cache).logits
         assert_close(step, model(ids).logits[:, 8:], rtol=0, atol=1e-5)
 
 
@@ -1151,8 +1151,8 @@ def test_what_is_not_for_the_operator_takes_the_other_way(steps, change):
         model.to(getattr(torch, change))
     in_16_bits = change in ("bfloat16", "autocast")
     with torch.set_grad_enabled(change == "gradient"), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-        cache = model(ids[:, :5], use_cache=True).past_key_values
-        step = model(ids[:, 5:6], past_key_values=cache).logits
+        cache = model(ids[:, :5], use_cache=True).cache
+        step = model(ids[:, 5:6], cache=cache).logits
         assert_close(step, model(ids[:, :6]).logits[:, 5:], rtol=0, atol=0.1 if in_16_bits else 1e-5)
     assert all(out is None for out in steps)
 
