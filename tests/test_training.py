@@ -916,9 +916,9 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(start, finished
     with pytest.raises(Killed):
         start(callbacks=(Stop(STEPS + 1),))
     folder = run_path(recipe, 0, tmp_path)
-    for name in (".metrics.jsonl.x1y2.jsonl", ".metrics.jsonl.0a0a0a0a-12-zz.jsonl", ".finished.json.q.json"):
+    for name in (".metrics.jsonl.x1y2.jsonl", ".metrics.jsonl.0a0a0a0a.12.zz.jsonl", ".finished.json.q.json"):
         (folder / name).write_text("{")
-    (folder / ".scratch.0a0a0a0a-12-zz").mkdir()
+    (folder / ".scratch.0a0a0a0a.12.zz").mkdir()
     lock_path(folder).write_text("")
     assert same(start(), finished)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
