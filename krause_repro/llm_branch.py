@@ -32,7 +32,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention
@@ -792,11 +793,8 @@ def load_language_model(
     if not gguf and saved_settings(source, **hub_options(options)):
         loaded = load_with_branch(source, **options)
     else:
-        whole = {} if gguf else {"use_safetensors": True}
-        loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **whole, **gguf, **options)
-        reader = getattr(loaded, "hf_quantizer", None)
-        if gguf and getattr(getattr(reader, "quantization_config", None), "dequantize", False):
-            reader.remove_quantization_config(loaded)  # its weights are plain numbers now, and can be trained and saved
+        how = {"quantization_config": GgufConfig(dequantize=True), **gguf} if gguf else {"use_safetensors": True}
+        loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **how, **options)
     return (loaded if adapter is None else add_adapter(loaded, adapter)).eval(), tokenizer
 
 

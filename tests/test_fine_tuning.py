@@ -346,6 +346,9 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
     (folder / "provenance.json").write_text('{"sha256": "of another file"}', encoding="utf-8")
     monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
     assert smollm2_folder() == folder and (folder / "model.safetensors").is_file() and list(folder.parent.iterdir()) == [folder]
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    assert smollm2_folder() == folder and (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):
