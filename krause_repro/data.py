@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR_MEAN', 'CIFAR_STD', 'DATA', 'FASHION_MNIST_CLASSES', 'FASHION_MNIST_FILES',
-           'MNIST_FILES', 'IDX_FILES', 'IDX_FOLDERS', 'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'TILE',
+           'MNIST_FILES', 'IDX_FILES', 'IDX_FOLDERS', 'LABEL_COLUMNS', 'IMAGE_COLUMNS', 'SIDES', 'MNIST_CLASSES',
+           'CLASS_MEANS', 'MEANS_WITHIN', 'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'TILE',
            'UNREADABLE', 'SKIP_HINT', 'DAMAGE', 'BITS_PER_SAMPLE', 'PHOTOMETRIC', 'SMALL_FOLDER', 'SPLIT_SEED',
-           'DataSpec', 'check_dataset', 'download_folder', 'find_source', 'unpack_package', 'check_whole', 'fetch',
-           'read_idx', 'photograph_folder', 'check_unreadable', 'to_rgb', 'read_image', 'damaged_images', 'why', 'scan',
-           'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip', 'Collator',
-           'TokenCollator', 'Splits', 'load_splits', 'check_classes', 'check_data']
+           'DataSpec', 'check_dataset', 'download_folder', 'parquet_files', 'find_source', 'unpack_package',
+           'check_whole', 'fetch', 'read_idx', 'check_schema', 'check_labels', 'check_class_means', 'read_parquet',
+           'altered_images', 'data_origin', 'photograph_folder', 'check_unreadable', 'to_rgb', 'read_image',
+           'damaged_images', 'why', 'scan', 'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load',
+           'split_held_out', 'random_crop_flip', 'Collator', 'TokenCollator', 'Splits', 'load_splits', 'check_classes',
+           'check_data']
 
 # %% ../nbs/21_data.ipynb #b4260404
 import copy
 import gzip
 import hashlib
 import importlib.util
+import io
 import math
 import os
 import shutil
@@ -25,10 +29,12 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torchvision
 from PIL import Image
@@ -110,8 +116,25 @@ IDX_FOLDERS = {"fashion_mnist": "FashionMNIST/raw", "mnist": "MNIST/raw"}  # dat
 def _idx_file(folder, stem):
     return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
 
+# %% ../nbs/21_data.ipynb #6b1f0a5e
+LABEL_COLUMNS = {"cifar10": "label", "cifar100": "fine_label", "mnist": "label"}  # data sets in the hub's layout, too
+
+
+def parquet_files(
+    name: str,  # key of `LABEL_COLUMNS`
+    folder: Path,  # that they are in, or in one of its folders that the hub uses
+    split: str = "t*",  # "train" or "test"
+) -> list[Path]:
+    "The files of a data set in the hub's layout, `train-00000-of-00001.parquet` and so on."
+    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in ("", "plain_text", "data", name))
+    return next(filter(None, places), [])
+
 # %% ../nbs/21_data.ipynb #f547ef8f
 def _holds(name: str, folder: Path) -> bool:
+    return _published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
+
+
+def _published_layout(name: str, folder: Path) -> bool:
     if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
@@ -141,6 +164,7 @@ def find_source(
         places.insert(0, Path(spec.package_folder))
     if source is not None:
         places = [Path(source), Path(source) / IDX_FOLDERS[name]] if name in IDX_FOLDERS else [Path(source)]
+        places += [Path(source) / name] if name in LABEL_COLUMNS else []
     for place in places:
         if _holds(name, place):
             return place
@@ -276,6 +300,182 @@ def _read_cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{folder} does not hold a whole {name}: {path} {what}; delete it and get it again")
     data = kind(folder, train=split == "train", download=False)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+
+# %% ../nbs/21_data.ipynb #51e7d3c4
+IMAGE_COLUMNS = ("img", "image")
+SIDES = {"cifar10": 32, "cifar100": 32, "mnist": 28}  # pixels
+
+
+def check_schema(
+    path: Path,  # a Parquet file
+    name: str,  # key of `LABEL_COLUMNS`
+) -> tuple[pq.ParquetFile, str]:  # the open file, and which column holds images
+    "Open a file of the hub's layout. A `ValueError` names the column that is not as expected."
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error}); get it again") from error
+    columns = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+    label, image = LABEL_COLUMNS[name], next((each for each in IMAGE_COLUMNS if each in columns), None)
+    has = f"{path} is not {name} in the hub's layout; it has the columns {', '.join(f'{k} ({v})' for k, v in columns.items())}"
+    if image is None:
+        raise ValueError(f"{has}: a column img or image is expected, with fields bytes and path")
+    kind = columns[image]
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise ValueError(f"{has}: column {image} must have the fields bytes (an encoded image) and path")
+    if label not in columns or not pa.types.is_integer(columns[label]):
+        raise ValueError(f"{has}: an integer column {label} is expected")
+    return file, image
+
+# %% ../nbs/21_data.ipynb #a90b44f2
+MNIST_CLASSES = {"train": (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+                 "test": (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)}  # images of each class
+CLASS_MEANS = {  # of the training pixels in 0…1, per class and channel
+    "cifar10": (
+        (0.5257, 0.5603, 0.5889), (0.4712, 0.4545, 0.4472), (0.4892, 0.4915, 0.424), (0.4955, 0.4564, 0.4155), (0.4716, 0.4652, 0.3782),
+        (0.4999, 0.4646, 0.4165), (0.4701, 0.4384, 0.3452), (0.502, 0.4799, 0.4169), (0.4902, 0.5254, 0.5547), (0.4987, 0.4853, 0.4781),
+    ),
+    "mnist": (
+        (0.1734,), (0.076,), (0.149,), (0.1415,), (0.1214,),
+        (0.1287,), (0.1373,), (0.1145,), (0.1502,), (0.1226,),
+    ),
+}
+MEANS_WITHIN = {"train": 0.002, "test": 0.03}  # test images are others, and fewer
+
+
+def check_labels(
+    name: str,  # key of `LABEL_COLUMNS`
+    split: str,  # "train" or "test"
+    labels: Tensor,  # (N,)
+    where: str,  # file and column, for the message
+) -> None:
+    "Raise a `ValueError` unless each class has as many images as it should."
+    spec = DATA[name]
+    counts = MNIST_CLASSES[split] if name == "mnist" else (len(labels) // spec.classes,) * spec.classes
+    outside = labels[(labels < 0) | (labels >= spec.classes)]
+    if len(outside):
+        raise ValueError(f"{where} must hold classes from 0 to {spec.classes - 1}, got {int(outside[0])}")
+    found = labels.bincount(minlength=spec.classes).tolist()
+    wrong = next((each for each in range(spec.classes) if found[each] != counts[each]), None)
+    if wrong is not None:
+        raise ValueError(f"{where} must hold class {wrong} {counts[wrong]} times in the {split} part of {name}, got {found[wrong]}")
+
+
+def check_class_means(
+    name: str,  # key of `LABEL_COLUMNS`
+    split: str,  # "train" or "test"
+    images: Tensor,  # (N, C, H, W) uint8
+    labels: Tensor,  # (N,)
+    where: str,  # file and column, for the message
+) -> None:
+    "Raise a `ValueError` if the images of a class are on average not as bright as those of that class are."
+    if name not in CLASS_MEANS:
+        return
+    pixels = images.float().mean((2, 3)) / 255
+    found = torch.stack([pixels[labels == each].mean(0) for each in range(DATA[name].classes)])
+    worst = (found - torch.tensor(CLASS_MEANS[name]).view_as(found)).abs().amax(1)
+    if worst.max() > MEANS_WITHIN[split]:
+        each = int(worst.argmax())
+        told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name][each]
+        raise ValueError(f"{where} does not fit the images, or these are not those of {name}: "
+                         f"the mean of class {each} must be {means} ± {MEANS_WITHIN[split]}, got {told}")
+
+# %% ../nbs/21_data.ipynb #e3a5c861
+def _image_pixels(row: dict | None, name: str) -> np.ndarray:
+    side, mode = SIDES[name], "RGB" if DATA[name].channels == 3 else "L"
+    if row is None or row["bytes"] is None:
+        raise ValueError("no bytes")
+    image = Image.open(io.BytesIO(row["bytes"]))
+    if image.mode != mode or image.size != (side, side):
+        raise ValueError(f"its mode is {image.mode} and its size {image.size}")
+    return np.asarray(image)
+
+
+def _read_parquet_file(path: Path, file: pq.ParquetFile, image: str, name: str) -> tuple[Tensor, Tensor]:
+    side, label, number, pixels, labels = SIDES[name], LABEL_COLUMNS[name], 0, [], []
+    for group in range(file.num_row_groups):
+        for column, values in ((image, pixels), (label, labels)):
+            try:
+                found = file.read_row_group(group, [column])[column].to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{path}: column {column} of row group {group} is damaged ({error}); get the file again") from error
+            if column == label:
+                if None in found:
+                    raise ValueError(f"{path}: column {label}, row {number + found.index(None)}: must be an integer, got none")
+                labels += found
+                continue
+            for row, value in enumerate(found):
+                try:
+                    values.append(_image_pixels(value, name))
+                except (*DAMAGE, OSError) as error:
+                    what = f"must be an image of {side}×{side} pixels and {DATA[name].channels} channels"
+                    raise ValueError(f"{path}: column {image}, row {number + row}: {what} ({error})") from error
+        number += len(found)
+    return torch.from_numpy(np.stack(pixels)).view(len(pixels), side, side, -1).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+# %% ../nbs/21_data.ipynb #7c64f01d
+def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
+    paths = parquet_files(name, folder, split)
+    if not paths:
+        raise FileNotFoundError(f"{folder} lacks {split}-00000-of-00001.parquet; it is not a whole {name}")
+    parts = int(paths[0].stem.rpartition("-")[2])
+    for number in range(parts):
+        path = paths[0].with_name(f"{split}-{number:05}-of-{parts:05}.parquet")
+        if path not in paths:
+            raise FileNotFoundError(f"{paths[0].parent} lacks {path.name}; it is not a whole {name}")
+    return paths
+
+
+def read_parquet(
+    name: str,  # key of `LABEL_COLUMNS`
+    folder: Path,  # that holds it
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:  # images (N, C, H, W) uint8 and classes (N,)
+    "A part of a data set in the hub's layout. `ValueError` or `FileNotFoundError` that names file and column if it is not whole."
+    paths, expected = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+    files = [check_schema(path, name) for path in paths]
+    rows = sum(file.metadata.num_rows for file, _ in files)
+    where = f"{', '.join(map(str, paths))}: column {LABEL_COLUMNS[name]}"
+    if rows != expected:
+        raise ValueError(f"{', '.join(map(str, paths))}: column {files[0][1]} must hold the {expected:,} images of the {split} part "
+                         f"of {name}, got {rows:,}")
+    found = [_read_parquet_file(path, *file, name) for path, file in zip(paths, files, strict=True)]
+    images, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    check_labels(name, split, labels, where)
+    check_class_means(name, split, images, labels, where)
+    return images, labels
+
+# %% ../nbs/21_data.ipynb #c7d2903b
+def altered_images(
+    folder: Path,  # that holds the Parquet files
+    split: str,  # "train" or "test"
+    total: int,  # images of that part
+) -> int:
+    "How many images are not the published pixels, as far as `lossless.json` says so. `ValueError` if that file is not understood."
+    for path in (folder / "lossless.json", folder.parent / "lossless.json"):
+        if path.is_file():
+            listed = read_json(path)
+            known = listed.get(split) if isinstance(listed, dict) else None
+            if not isinstance(known, list) or not all(type(each) is int and 0 <= each < total for each in known):
+                raise ValueError(f"{path}: {split} must be a list of indices from 0 to {total - 1}")
+            return len(set(known))
+    return 0
+
+
+def data_origin(
+    name: str,  # key of `DATA`
+    source: str | Path | None = None,  # the user's folder
+) -> dict[str, dict]:  # by part: "files" with their SHA-256, "images", and how many are "altered"; empty unless it comes as Parquet files
+    "What is kept with a run about files that no published checksum vouches for."
+    folder = find_source(name, source) if name in LABEL_COLUMNS else None
+    if folder is None or not parquet_files(name, folder) or _published_layout(name, folder):
+        return {}
+    origin = {}
+    for split in ("train", "test"):
+        paths, images = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+        origin[split] = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}, "images": images,
+                         "altered": altered_images(paths[0].parent, split, images)}
+    return origin
 
 # %% ../nbs/21_data.ipynb #32db7d64
 PHOTOGRAPH_CROP = 240  # pixels a side
@@ -540,6 +740,8 @@ def load(
         return ImageFolderSet(part, transform or imagenet_transform(training=False), unreadable)
     if spec.bundled:
         images, labels = _read_bundled(name, split)
+    elif not _published_layout(name, folder):
+        images, labels = read_parquet(name, folder, split)
     else:
         images, labels = (_read_idx_images if name in IDX_FOLDERS else _read_cifar)(name, folder, split)
     expected = spec.train if split == "train" else spec.test
@@ -654,6 +856,7 @@ class Splits:
     held_out: Dataset
     test: Dataset
     left_out: tuple[str, ...] = ()  # files that could not be decoded, of training and test part
+    origin: dict[str, dict] = field(default_factory=dict)  # from `data_origin`
 
 
 def load_splits(
@@ -682,7 +885,8 @@ def load_splits(
         tested = split_held_out(len(test), recipe.test_images)[1]
     else:
         raise ValueError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
-    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out)
+    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out,
+                  data_origin(recipe.dataset, source))
 
 # %% ../nbs/21_data.ipynb #760ec2d2
 def check_classes(

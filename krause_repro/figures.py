@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'STATISTICS',
            'STAGES', 'MARKS', 'LINE_MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure',
-           'figure_index', 'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism',
-           'plot_training_curves', 'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps',
-           'plot_depth', 'plot_scaling', 'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_token_time',
-           'plot_samples', 'plot_completions', 'plot_sinks', 'plot_fine_tuning', 'plot_gate']
+           'read_figure', 'figure_files', 'figure_index', 'plot_bifurcation', 'plot_particles',
+           'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves', 'plot_accuracy', 'plot_differences',
+           'plot_sigma', 'plot_attention_maps', 'plot_depth', 'plot_scaling', 'plot_ratios', 'plot_bits',
+           'plot_bits_curves', 'plot_token_time', 'plot_samples', 'plot_completions', 'plot_sinks', 'plot_fine_tuning',
+           'plot_gate']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -175,20 +176,36 @@ def save_figure(
     return png, svg
 
 # %% ../nbs/25_figures.ipynb #7d846b76
+def read_figure(
+    png: Path,  # written by `save_figure`
+) -> dict[str, str | Path]:
+    "What a saved figure says of itself: name, caption, notebook, profile, png, svg. ValueError for a file that is damaged or another's."
+    try:
+        with Image.open(png) as image:
+            image.load()
+            text = {key: str(value) for key, value in image.text.items()}
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"{png} is not a PNG, or damaged ({error}); draw it again") from error
+    if absent := [key for key in ("Title", "Description", "Source", "Comment") if key not in text]:
+        raise ValueError(f"{png} carries no {', '.join(absent)}; save figures with save_figure, or move the file elsewhere")
+    return {"name": text["Title"], "caption": text["Description"], "notebook": text["Source"], "profile": text["Comment"], "png": png,
+            "svg": png.with_suffix(".svg")}
+
+
+def figure_files(
+    profile: str,  # "smoke", "desk" or "paper"
+    root: str | Path | None = None,  # the project's folder
+) -> list[Path]:
+    "The PNG files of one profile's figures, by name."
+    return sorted(figure_folder(profile, root).glob("[!.]*.png"))
+
+
 def figure_index(
     profile: str,  # "smoke", "desk" or "paper"
     root: str | Path | None = None,  # the project's folder
 ) -> list[dict[str, str | Path]]:
-    "The saved figures of one profile by name: name, caption, notebook, profile, png, svg. ValueError for a PNG not saved here."
-    index = []
-    for png in sorted(figure_folder(profile, root).glob("[!.]*.png")):
-        with Image.open(png) as image:
-            text = {key: str(value) for key, value in image.text.items()}
-        if absent := [key for key in ("Title", "Description", "Source", "Comment") if key not in text]:
-            raise ValueError(f"{png} carries no {', '.join(absent)}; save figures with save_figure, or move the file elsewhere")
-        index.append({"name": text["Title"], "caption": text["Description"], "notebook": text["Source"],
-                      "profile": text["Comment"], "png": png, "svg": png.with_suffix(".svg")})
-    return index
+    "`read_figure` of every saved figure of one profile, by name."
+    return [read_figure(png) for png in figure_files(profile, root)]
 
 # %% ../nbs/25_figures.ipynb #5bb7f934
 def _take(data: dict, where: str, *keys: str) -> list:

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'FLAG', 'POSITIVE', 'NOT_NEGATIVE', 'FRACTION', 'SHARE', 'LARGEST_SEED', 'SEED', 'IMAGE_DATASETS',
-           'FOLDER_DATASETS', 'AUGMENTATIONS', 'COUNTS', 'TRAINING', 'SUBSETS', 'DESK', 'SMOKE', 'IMAGE_DATA',
-           'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13', 'SWIN_DESK', 'SWIN_SMOKE',
-           'UNPUBLISHED_SWIN', 'GENERATION_DESK', 'GENERATION_SMOKE', 'GENERATION_DATA', 'GENERATION_TABLES',
-           'GENERATION_PLACES', 'COLOUR_PLACES', 'GENERATORS', 'KARM_ABLATIONS', 'SMALL_GENERATION', 'CLASSIFIERS',
-           'FINE_TUNING_PROFILES', 'FINE_TUNING_DATA', 'BASES', 'FINE_TUNING_PLACES', 'PARTICLE_FIELDS', 'RECIPES',
-           'published_tables', 'check_profile', 'Allowed', 'is_integer', 'is_number', 'integers', 'one_of', 'or_none',
-           'tuples', 'plain', 'Recipe', 'ParticleRecipe', 'check_heads', 'ImageClassificationRecipe', 'parse_row',
-           'image_settings', 'row_name', 'image_classification_recipes', 'RandomSupportRecipe', 'ablation_name',
-           'ablation_recipes', 'published_ablation_recipes', 'SwinRecipe', 'swin_recipes', 'PhotographRecipe',
+           'FOLDER_DATASETS', 'AUGMENTATIONS', 'COUNTS', 'TRAINING', 'SUBSETS', 'DESK', 'DESK_DATA', 'SMOKE',
+           'IMAGE_DATA', 'BASELINE', 'UNPUBLISHED', 'POST_NORM_VIT', 'SUPPORTS', 'TABLE_13', 'CIFAR_CONTROLS',
+           'SWIN_DESK', 'SWIN_SMOKE', 'UNPUBLISHED_SWIN', 'GENERATION_DESK', 'GENERATION_SMOKE', 'GENERATION_DATA',
+           'GENERATION_TABLES', 'GENERATION_PLACES', 'COLOUR_PLACES', 'GENERATORS', 'KARM_ABLATIONS',
+           'SMALL_GENERATION', 'CLASSIFIERS', 'FINE_TUNING_PROFILES', 'FINE_TUNING_DATA', 'BASES', 'FINE_TUNING_PLACES',
+           'PARTICLE_FIELDS', 'RECIPES', 'published_tables', 'check_profile', 'Allowed', 'is_integer', 'is_number',
+           'integers', 'one_of', 'or_none', 'tuples', 'plain', 'Recipe', 'ParticleRecipe', 'check_heads',
+           'ImageClassificationRecipe', 'parse_row', 'image_settings', 'row_name', 'image_classification_recipes',
+           'RandomSupportRecipe', 'ablation_name', 'ablation_recipes', 'published_ablation_recipes',
+           'cifar_control_recipes', 'PixelRecipe', 'baseline_recipes', 'SwinRecipe', 'swin_recipes', 'PhotographRecipe',
            'photograph_recipes', 'ImageGenerationRecipe', 'SmallGenerationRecipe', 'feature_classifiers',
            'generation_recipes', 'FineTuningRecipe', 'fine_tuning_recipes', 'get_recipe']
 
@@ -32,6 +33,7 @@ from typing import ClassVar
 import numpy as np
 
 from .attention import METRICS, SCORES
+from .baselines import PixelClassifierConfig
 from .image_transformer import ATTENTIONS, ImageTransformerConfig
 from .language_data import FLAN_HELD_OUT, FLAN_TRAIN
 from .llm_branch import BranchSettings
@@ -301,7 +303,7 @@ class ImageClassificationRecipe(Recipe):
             raise ValueError(f"warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}")
 
     def changes(self, profile):
-        return DESK if profile == "desk" else SMOKE
+        return {**DESK, **DESK_DATA.get(self.dataset, {})} if profile == "desk" else SMOKE
 
     @property
     def config(self) -> VisionTransformerConfig:
@@ -319,6 +321,9 @@ DESK = {
     "seeds": (0, 1, 2), "width": 64, "depth": 4, "heads": 4, "mlp_width": 256, "drop_path": 0.0, "epochs": 4, "warmup_epochs": 0.4,
     "batch_size": 128, "lr": 1e-3, "cutmix_probability": None, "crop_padding": 2, "bf16": False,
 }
+
+# %% ../nbs/20_recipes.ipynb #f24c81a9
+DESK_DATA = {"cifar10": {"epochs": 20, "warmup_epochs": 1, "batch_size": 64}}
 
 # %% ../nbs/20_recipes.ipynb #094b2c3f
 SMOKE = {
@@ -463,6 +468,41 @@ def published_ablation_recipes() -> dict[str, ImageClassificationRecipe]:
     published = {row[0]: {"table": "table13_kvit_ablation", **dict(zip(table["columns"], row, strict=True))} for row in table["rows"]}
     return {name: replace(kvit, name=name, published=published[row], **SUPPORTS[support]) for row, (name, support) in TABLE_13.items()}
 
+# %% ../nbs/20_recipes.ipynb #2f9d61ca
+CIFAR_CONTROLS = {  # what changes in KViT-S
+    "vit_s_post/cifar10": {"score": "softmax", **SUPPORTS["full"]},
+    "softmax_s_local/cifar10": {"score": "softmax", **SUPPORTS["local"]},
+    "softmax_s_local_top_k/cifar10": {"score": "softmax"},
+}
+
+
+def cifar_control_recipes() -> dict[str, ImageClassificationRecipe]:
+    "Softmax attention with KViT's norm: on all tokens, on KViT's window, and on its window with its top-k."
+    kvit = image_classification_recipes()["kvit_s/cifar10"]
+    ours = (*UNPUBLISHED, "held_out", "score")
+    return {name: replace(kvit, name=name, published={}, ours=ours, **change) for name, change in CIFAR_CONTROLS.items()}
+
+# %% ../nbs/20_recipes.ipynb #d9037bf2
+@dataclass(frozen=True)
+class PixelRecipe(ImageClassificationRecipe):
+    "A baseline without attention: softmax regression on pixels, or a convolutional network."
+
+    stages: tuple[int, ...] | None = (48, 96, 192)  # channels of each convolution; None: no hidden layer
+    allowed: ClassVar[dict[str, Allowed]] = {**ImageClassificationRecipe.allowed, "stages": or_none(tuples(integers(1)))}
+
+    @property
+    def config(self) -> PixelClassifierConfig:
+        "The model's settings."
+        return PixelClassifierConfig(image_size=self.image_size, num_channels=self.channels, num_labels=self.classes, stages=self.stages)
+
+
+def baseline_recipes() -> dict[str, PixelRecipe]:
+    "Softmax regression and a convolutional network on CIFAR-10 (ours)."
+    vit = image_classification_recipes()["vit_s/cifar10"]
+    common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}, "ours": (*UNPUBLISHED, "held_out", "stages")}
+    stages = {"softmax_regression/cifar10": None, "convolution/cifar10": (48, 96, 192)}
+    return {name: PixelRecipe(**{**common, "name": name, "stages": each}) for name, each in stages.items()}
+
 # %% ../nbs/20_recipes.ipynb #4052b462
 @dataclass(frozen=True)
 class SwinRecipe(ImageClassificationRecipe):
@@ -496,7 +536,7 @@ class SwinRecipe(ImageClassificationRecipe):
             raise ValueError(f"depth must be the sum of depths = {self.depths}, got {self.depth}")
 
     def changes(self, profile):
-        return super().changes(profile) | (SWIN_DESK if profile == "desk" else SWIN_SMOKE)
+        return DESK | SWIN_DESK if profile == "desk" else SMOKE | SWIN_SMOKE
 
     @property
     def config(self) -> SwinClassifierConfig:
@@ -800,6 +840,8 @@ RECIPES: dict[str, Recipe] = {
     **image_classification_recipes(),
     POST_NORM_VIT.name: POST_NORM_VIT,
     **published_ablation_recipes(),
+    **cifar_control_recipes(),
+    **baseline_recipes(),
     **ablation_recipes(),
     **swin_recipes(),
     **photograph_recipes(),

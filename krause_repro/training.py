@@ -909,7 +909,7 @@ def train(
             raise InUse(f"{run.path} was finished by another process in the meantime; call again to use it")
         with processes.main_process_first():
             if processes.is_main_process:
-                _start(run, restart, left_out)
+                _start(run, restart, left_out | ({"data": splits.origin} if splits.origin else {}))
         if splits.left_out and processes.is_main_process:
             print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
         save, facts = task.saver(model), {**_sizes(model, splits), **left_out}

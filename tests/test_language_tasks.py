@@ -684,7 +684,7 @@ def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_pat
     (["--tasks", "cb", "--source", "nowhere.json"], "there is no file nowhere.json"),
     (["--tasks", "cb", "--source", "local", "--limit", "0"], "limit must be an integer"),
     (["--limit", "few"], "krause-repro evaluate --help"),
-    (["--tasks", ""], "'' is not a language benchmark"),
+    (["--tasks", ""], "tasks must not be empty"),
     (["--tasks", "cb", "--source", "local", "--adapter", "/nowhere"],
      "has no adapter_config.json and no adapter_model.safetensors and no krause_branch.json"),
 ])

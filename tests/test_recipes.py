@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification
 from krause_repro.attention import SCORES
 from krause_repro.data import Collator
 from krause_repro.recipes import (
+    CIFAR_CONTROLS,
     IMAGE_DATA,
     PARTICLE_FIELDS,
     PROFILES,
@@ -23,9 +24,11 @@ from krause_repro.recipes import (
     UNPUBLISHED_SWIN,
     ImageClassificationRecipe,
     ParticleRecipe,
+    PixelRecipe,
     SwinRecipe,
     ablation_name,
     ablation_recipes,
+    baseline_recipes,
     fine_tuning_recipes,
     generation_recipes,
     get_recipe,
@@ -148,6 +151,7 @@ def test_rows_are_all_and_have_names_of_their_own():
         "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "kvit_s_local/cifar10", "kvit_s_full/cifar10",
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
+        *CIFAR_CONTROLS, *baseline_recipes(),
     } | set(generation_recipes()) | set(fine_tuning_recipes())
 
 
@@ -209,6 +213,9 @@ def test_every_profile_makes_a_model_that_fits_its_data(name):
         recipe = RECIPES[name].at(profile)
         config = recipe.config  # raises when the settings do not fit together
         assert (config.image_size, config.num_channels, config.num_labels) == (recipe.image_size, recipe.channels, recipe.classes)
+        if isinstance(recipe, PixelRecipe):
+            assert config.stages == (recipe.stages and list(recipe.stages))
+            continue
         assert (config.attention_score, config.sigma, config.drop_path) == (recipe.score, recipe.sigma, recipe.drop_path)
         if isinstance(recipe, SwinRecipe):
             stages = range(len(recipe.depths))
@@ -410,3 +417,13 @@ def test_numpy_numbers_and_lists_are_taken_as_pythons():
         assert type(kind)(**kind.to_dict()) == kind  # as read from a run's recipe.json
     assert replace(RECIPES["krause_smollm2/questions"], base=Path("some") / "where").base == "some/where"
     assert pickle.loads(pickle.dumps(recipe)) == deepcopy(recipe) == recipe
+
+
+def test_on_cifar10_all_models_are_trained_alike_at_a_desk():
+    names = ("kvit_s", "vit_s", "kvit_s_local", "kvit_s_full", *(name.partition("/")[0] for name in (*CIFAR_CONTROLS, *baseline_recipes())))
+    found = [asdict(RECIPES[f"{name}/cifar10"].at("desk")) for name in names]
+    model = {"name", "score", "radius", "metric", "top_k", "norm", "layer_norm_eps", "ours", "published", "stages"}
+    assert {key for recipe in found for key in recipe if recipe[key] != found[0].get(key)} <= model
+    kvit = asdict(RECIPES["kvit_s/cifar10"])
+    for name, change in CIFAR_CONTROLS.items():
+        assert {key for key, value in asdict(RECIPES[name]).items() if value != kvit[key]} - {"name", "ours", "published"} == set(change)
