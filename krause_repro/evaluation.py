@@ -6,16 +6,16 @@
 __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'FLAT_GAIN', 'FLAT_SHARE', 'NEIGHBOURS', 'SAMPLES_SHOWN', 'COMPLETIONS_EACH',
            'GENERATOR_LABELS', 'ABLATION_CELLS', 'ABLATION_CONTROLS', 'SMALLEST_DIFFERENCE', 'SCORE_LABELS',
            'SUPPORT_LABELS', 'FACTORS', 'QUESTIONS', 'ANSWER_BEGINS', 'FINE_TUNED_LABELS', 'ITEM_FIELDS',
-           'LANGUAGE_TASKS', 'ANLI_LABELS', 'MOST', 'on_device', 'finished_model', 'test_accuracy', 'train_seeds',
-           'curve', 'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma', 'summarise_runs',
-           'paired_difference', 'describe_difference', 'percent', 'accuracy_table', 'accuracy_differences', 'last_gain',
-           'is_undertrained', 'read_plan', 'corrected_difference', 'planned_table', 'trained_table', 'altered_note',
-           'save_finished', 'nearest_neighbours', 'provenance_table', 'test_bits', 'generation_curves',
-           'samples_folder', 'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
-           'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'decimals', 'bits_table',
-           'bits_differences', 'obtain_cells', 'factor_effect', 'ablation_names', 'averaged_effects',
-           'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table', 'cell_table',
-           'plain_answers', 'finite_logits', 'offered_letters', 'answer_letters', 'held_out_questions',
+           'LANGUAGE_TASKS', 'ANLI_LABELS', 'MOST', 'on_device', 'finished_model', 'kept_test', 'test_accuracy',
+           'train_seeds', 'curve', 'training_curves', 'learned_sigma', 'provenance', 'summarise_sigma',
+           'summarise_runs', 'paired_difference', 'describe_difference', 'percent', 'accuracy_table',
+           'accuracy_differences', 'last_gain', 'is_undertrained', 'read_plan', 'corrected_difference', 'planned_table',
+           'trained_table', 'altered_note', 'save_finished', 'nearest_neighbours', 'provenance_table', 'test_bits',
+           'generation_curves', 'samples_folder', 'first_frequencies', 'sample_run', 'contact_sheet', 'image_features',
+           'classifier_run', 'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines',
+           'decimals', 'bits_table', 'bits_differences', 'obtain_cells', 'factor_effect', 'ablation_names',
+           'averaged_effects', 'named_differences', 'single_changes', 'paper_steps', 'is_shown', 'difference_table',
+           'cell_table', 'plain_answers', 'finite_logits', 'offered_letters', 'answer_letters', 'held_out_questions',
            'letter_baselines', 'letter_accuracy', 'test_letters', 'fine_tuning_curves', 'branch_sigma',
            'summarise_fine_tuning', 'letter_summary', 'fine_tuned_label', 'fine_tuning_table', 'parameter_table',
            'data_table', 'fine_tuning_differences', 'check_language_tasks', 'task_file', 'import_lm_eval',
@@ -63,14 +63,14 @@ from .llm_branch import branches, load_tokenizer
 from .likelihood import bits_per_dimension, fit_context_model
 from .model_base import nearest_name
 from .recipes import (
-    CLASSIFIERS, SUPPORTS, FineTuningRecipe, ImageClassificationRecipe, ImageGenerationRecipe, ablation_name, get_recipe)
-from krause_repro.records import (
-    check_train, obtain_result, pack_images, project_root, read_json, replacing, result_path, save_result, summarise, summarise_curves,
-    write_json)
+    CLASSIFIERS, SUPPORTS, FineTuningRecipe, ImageClassificationRecipe, ImageGenerationRecipe, ablation_name, get_recipe, plain)
+from .records import (
+    check_train, check_writable, file_digest, locked, obtain_result, pack_images, project_root, read_json, remove_leftovers, replacing,
+    result_path, save_result, summarise, summarise_curves, write_json)
 from .sample_quality import class_features, frechet_distance
 from .sampling import check_sampling, complete_images, first_prompts, image_tokens, written_batches
 from .swin import WindowAttention
-from .training import Run, base_model, base_source, build_trainer, check_run, run_path, train
+from .training import Run, base_model, base_source, build_trainer, check_run, check_source, run_path, train
 from .transformers_attention import named_options
 
 # %% ../nbs/23_evaluation.ipynb #909ca3f1
@@ -91,21 +91,35 @@ def finished_model(
     return on_device(run.model())
 
 # %% ../nbs/23_evaluation.ipynb #747f3fce
+def kept_test(
+    run: Run,  # finished
+    measure: Callable[[], dict],  # the model on the test images
+) -> dict:
+    "What was measured on the test images, from `test.json` in the run's directory unless the model has changed since."
+    path, weights = run.path / "test.json", run.path / "model.safetensors"
+    model = file_digest(weights) if weights.is_file() else None
+    record = read_json(path) if path.is_file() else {"model": ""}
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} must hold an object, got {record!r:.60}; delete it, and it is made again")
+    if record.get("model", model) != model:  # there is no digest in the file of an earlier version
+        record = {**measure(), "model": model}
+        write_json(path, record)
+    return {name: value for name, value in record.items() if name != "model"}
+
+
 def test_accuracy(
     run: Run,  # finished
     source: str | Path | None = None,  # the user's data folder
 ) -> dict[str, float]:  # "accuracy" in 0…1, "loss", and the number of "images"
     "Accuracy of a run's chosen model on the test images; computed once and kept as `test.json` in the run's directory."
-    path = run.path / "test.json"
-    if path.is_file():
-        return read_json(path)
-    model = finished_model(run)
-    splits = load_splits(run.recipe, source, "skip" if "left_out" in run.environment() else "stop")  # as the run did
-    trainer = build_trainer(run.recipe, model, splits, run.path / "checkpoints", run.seed, progress=False)
-    metrics = trainer.evaluate(splits.test, metric_key_prefix="test")
-    record = {"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"], "images": len(splits.test)}
-    write_json(path, record)
-    return record
+    def measure():
+        model = finished_model(run)
+        splits = load_splits(run.recipe, source, "skip" if "left_out" in run.environment() else "stop")  # as the run did
+        trainer = build_trainer(run.recipe, model, splits, run.path / "checkpoints", run.seed, progress=False)
+        metrics = trainer.evaluate(splits.test, metric_key_prefix="test")
+        return {"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"], "images": len(splits.test)}
+
+    return kept_test(run, measure)
 
 
 test_accuracy.__test__ = False  # it is no unit test, whatever its name begins with
@@ -423,10 +437,7 @@ def test_bits(
     source: str | Path | None = None,  # the user's data folder
 ) -> dict[str, float]:  # as of `likelihood.bits_per_dimension`
     "Bits per dimension of a run's chosen model on the test images; computed once and kept as `test.json` in the run's directory."
-    path = run.path / "test.json"
-    if not path.is_file():
-        write_json(path, bits_per_dimension(finished_model(run), load_splits(run.recipe, source).test.images))
-    return read_json(path)
+    return kept_test(run, lambda: bits_per_dimension(finished_model(run), load_splits(run.recipe, source).test.images))
 
 
 test_bits.__test__ = False  # it is no unit test, whatever its name begins with
@@ -480,6 +491,16 @@ def first_frequencies(
     return torch.bincount(images[:, 0, 0, 0].long(), minlength=levels)
 
 
+def _settings(folder: Path, wanted: dict) -> bool:
+    "Are the images in a folder those of these settings? A `ValueError` if they are of others; False if nobody knows."
+    path = folder / "settings.json"
+    if not path.is_file():
+        return False
+    if read_json(path) != wanted:
+        raise ValueError(f"{folder} holds images of another state of this model; remove it, or sample with another seed")
+    return True
+
+
 def sample_run(
     run: Run,  # finished, of a generator
     count: int,  # of images
@@ -492,26 +513,31 @@ def sample_run(
 ) -> Tensor:  # (count, C, H, W) uint8
     """The first `count` images of a run; those made before are kept, and each batch is written when it is finished.
 
-    Raises `ValueError`, before any work, for settings that are not allowed and for images of another state of the model.
+    Raises `ValueError`, before any work, for settings that are not allowed and for images of another state of the model, and `InUse`
+    if another process makes images there. Images without a record of their settings are made again.
     """
-    check_integer("count", count, 1)
-    check_sampling(seed, temperature, top_p, batch)
+    count, seed, temperature, top_p, batch = map(plain, (count, seed, temperature, top_p, batch))
+    check_sampling(seed, temperature, top_p, batch, 0, count)
+    check_source(run.recipe, source)
     model, folder = finished_model(run), samples_folder(run, seed, temperature, top_p)
-    weights = hashlib.sha256((run.path / "model.safetensors").read_bytes()).hexdigest()
-    settings = {"model": weights, "seed": seed, "temperature": temperature, "top_p": top_p}
-    if (folder / "settings.json").is_file() and read_json(folder / "settings.json") != settings:
-        raise ValueError(f"{folder} holds images of another state of this model; remove it, or sample with another seed")
-    kept = _kept_images(folder)
-    if len(kept) < count:
+    settings = {"model": file_digest(run.path / "model.safetensors"), "seed": seed, "temperature": temperature, "top_p": top_p}
+    if _settings(folder, settings) and len(kept := _kept_images(folder)) >= count:
+        return kept[:count]
+    check_writable(folder)
+    with locked(folder):
+        remove_leftovers(folder)
+        if not _settings(folder, settings):
+            for path in folder.glob("images-*.safetensors"):
+                path.unlink()
+        kept = _kept_images(folder)
         levels = None if model.config.start_token else first_frequencies(load_splits(run.recipe, source).train.images, run.recipe.levels)
-        prompts = first_prompts(model.config, seed, levels)
-        write_json(folder / "settings.json", settings)
-        start = time.perf_counter()
+        prompts, start = first_prompts(model.config, seed, levels), time.perf_counter()
         for numbers, images in written_batches(model, prompts, range(len(kept), count), seed, temperature, top_p, batch, progress):
             seconds, start = time.perf_counter() - start, time.perf_counter()
+            write_json(folder / "settings.json", settings)  # not before the first images could be made
             with replacing(folder / f"images-{numbers[0]:06}.safetensors") as temporary:
                 save_file({"images": images.contiguous(), "seconds": torch.tensor(seconds)}, temporary)
-    return _kept_images(folder)[:count]
+        return _kept_images(folder)[:count]
 
 # %% ../nbs/23_evaluation.ipynb #066d8066
 def contact_sheet(

@@ -683,7 +683,9 @@ KARM_ABLATIONS = {  # Table 16: what is taken away from KARM, and the row that p
 class SmallGenerationRecipe(ImageGenerationRecipe):
     "Data of which there is little: all of it is used under every profile."
 
-    allowed: ClassVar[dict[str, Allowed]] = {**ImageGenerationRecipe.allowed, "dataset": one_of("digits", "photograph_tiles")}
+    allowed: ClassVar[dict[str, Allowed]] = {
+        **ImageGenerationRecipe.allowed, "dataset": one_of("digits", "photograph_tiles", hint=", which are small"),
+    }
 
     def changes(self, profile):
         return super().changes(profile) | SMALL_GENERATION[self.dataset]

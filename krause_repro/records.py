@@ -71,13 +71,13 @@ def is_alive(
 
 
 def _owner(pid: int) -> str:
-    return f"{zlib.crc32(machine().encode()):08x}-{pid}"
+    return f"{zlib.crc32(machine().encode()):08x}.{pid}"
 
 
 def _abandoned(folder: Path, name: str, suffix: str) -> list[Path]:
     "What processes of this machine that are no more have left in a folder under a temporary name."
     def owner_died(path):
-        found = re.fullmatch(rf"\.{re.escape(name)}\.([0-9a-f]{{8}}-(\d+))-\w+{re.escape(suffix)}", path.name)
+        found = re.fullmatch(rf"\.{re.escape(name)}\.([0-9a-f]{{8}}\.(\d+))\.\w+{re.escape(suffix)}", path.name)
         return found and found[1] == _owner(int(found[2])) and not is_alive(int(found[2]))
 
     return [path for path in folder.glob(f".*{suffix}") if owner_died(path)]
@@ -106,7 +106,7 @@ def replacing(
         path.parent.mkdir(parents=True, exist_ok=True)
         for each in _abandoned(path.parent, path.name, path.suffix):
             each.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_owner(os.getpid())}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{_owner(os.getpid())}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         yield Path(name)
         os.chmod(name, 0o644)
@@ -128,7 +128,7 @@ def scratch_folder(
     parent = Path(parent)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=f".scratch.{_owner(os.getpid())}-", dir=parent)
+        work = tempfile.mkdtemp(prefix=f".scratch.{_owner(os.getpid())}.", dir=parent)
     except OSError as error:
         raise disk_error(error, parent) from error
     try:
@@ -179,6 +179,7 @@ def remove_leftovers(
     for each in Path(folder).glob(".*"):
         suffix = Path(each.name[1:]).suffix
         original, _, mark = each.name[1:].removesuffix(suffix).rpartition(".")
+        original = re.sub(r"\.[0-9a-f]{8}\.\d+$", "", original)  # whose it was
         if each.name.startswith(".scratch.") and each.is_dir():
             shutil.rmtree(each, ignore_errors=True)
         elif mark and original and Path(original).suffix == suffix and each.is_file():

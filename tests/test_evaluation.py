@@ -86,7 +86,7 @@ def test_test_accuracy_is_the_share_of_right_answers(run, source, part):
 def test_test_accuracy_is_computed_once(run, source, tmp_path):
     first = test_accuracy(run, source)
     kept = run.path / "test.json"
-    assert json.loads(kept.read_text(encoding="utf-8")) == first
+    assert json.loads(kept.read_text(encoding="utf-8")).items() > first.items()
     stamp = kept.stat().st_mtime_ns
     assert test_accuracy(run, tmp_path / "not looked for") == first and kept.stat().st_mtime_ns == stamp
 

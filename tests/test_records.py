@@ -127,9 +127,9 @@ def dead_process():
 def test_what_killed_processes_left_is_removed_by_the_next_write(tmp_path):
     ours = f"{os.getpid()}"
     with replacing(tmp_path / "a.json") as temporary:
-        mark = temporary.name.removeprefix(".a.json.").partition("-")[0]
-    names = {"left": f".a.json.{mark}-{dead_process()}-abc.json", "alive": f".a.json.{mark}-{ours}-abc.json",
-             "elsewhere": f".a.json.00000000-{dead_process()}-abc.json", "another": f".b.json.{mark}-{dead_process()}-abc.json"}
+        mark = temporary.name.removeprefix(".a.json.").partition(".")[0]
+    names = {"left": f".a.json.{mark}.{dead_process()}.abc.json", "alive": f".a.json.{mark}.{ours}.abc.json",
+             "elsewhere": f".a.json.00000000.{dead_process()}.abc.json", "another": f".b.json.{mark}.{dead_process()}.abc.json"}
     for name in names.values():
         (tmp_path / name).touch()
     write_json(tmp_path / "a.json", 1)
@@ -138,10 +138,10 @@ def test_what_killed_processes_left_is_removed_by_the_next_write(tmp_path):
 
 def test_scratch_folders_of_killed_processes_are_removed(tmp_path):
     with scratch_folder(tmp_path / "in") as work:
-        mark = work.name.removeprefix(".scratch.").partition("-")[0]
+        mark = work.name.removeprefix(".scratch.").partition(".")[0]
         (work / "file").touch()
     assert list((tmp_path / "in").iterdir()) == []
-    left = tmp_path / "in" / f".scratch.{mark}-{dead_process()}-abc"
+    left = tmp_path / "in" / f".scratch.{mark}.{dead_process()}.abc"
     left.mkdir()
     with scratch_folder(tmp_path / "in") as work:
         assert work.is_dir() and not left.exists()
@@ -149,10 +149,10 @@ def test_scratch_folders_of_killed_processes_are_removed(tmp_path):
 
 def test_all_leftovers_of_a_folder_are_removed_and_nothing_else(tmp_path):
     kept = [".hidden", ".gitignore", ".nfs0001", "metrics.jsonl", ".a.b.txt"]
-    left = [".metrics.jsonl.x1.jsonl", ".recipe.json.0a1b2c3d-12-xyz.json", ".images-000.safetensors.tmp_1.safetensors"]
+    left = [".metrics.jsonl.x1.jsonl", ".recipe.json.0a1b2c3d.12.xyz.json", ".images-000.safetensors.tmp_1.safetensors"]
     for name in kept + left:
         (tmp_path / name).touch()
-    (tmp_path / ".scratch.0a1b2c3d-1-x" / "deep").mkdir(parents=True)
+    (tmp_path / ".scratch.0a1b2c3d.1.x" / "deep").mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 

@@ -916,9 +916,9 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(start, finished
     with pytest.raises(Killed):
         start(callbacks=(Stop(STEPS + 1),))
     folder = run_path(recipe, 0, tmp_path)
-    for name in (".metrics.jsonl.x1y2.jsonl", ".metrics.jsonl.0a0a0a0a-12-zz.jsonl", ".finished.json.q.json"):
+    for name in (".metrics.jsonl.x1y2.jsonl", ".metrics.jsonl.0a0a0a0a.12.zz.jsonl", ".finished.json.q.json"):
         (folder / name).write_text("{")
-    (folder / ".scratch.0a0a0a0a-12-zz").mkdir()
+    (folder / ".scratch.0a0a0a0a.12.zz").mkdir()
     lock_path(folder).write_text("")
     assert same(start(), finished)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
@@ -945,15 +945,45 @@ def test_parts_are_a_batch_and_weights_make_its_mean(recipe, tmp_path, count, pr
         assert torch.equal(got["pixel_values"], wanted) and len(got["labels"]) == len(wanted)
 
 
-def one_of_two(rank, port, recipes, runs, pipe):
+def one_of_two(rank, port, jobs, runs, pipe):
     "What a launcher makes of a process; it has everything imported already."
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for state in (PartialState, AcceleratorState, GradientState):
         state._reset_state()
-    pipe.send([train(recipe, 0, runs=runs, progress=False).summary()["steps"] for recipe in recipes])
+    pipe.send([train(recipe, 0, runs=runs, progress=False, source=source).summary()["steps"] for recipe, source in jobs])
     torch.distributed.destroy_process_group()
     os._exit(0)
+
+
+def train_by_two(jobs, runs):
+    "Train recipes on their sources by two processes; the steps that each of them reads in the summaries."
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe() for _ in range(2)]
+    processes = [context.Process(target=one_of_two, args=(rank, port, jobs, runs, theirs)) for rank, (_, theirs) in enumerate(pipes)]
+    for process in processes:
+        process.start()
+    try:
+        assert all(ours.poll(120) for ours, _ in pipes)
+        return [ours.recv() for ours, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
+
+
+def assert_trained_alike(recipe, source, runs, weights):
+    "One process comes to the weights, losses and choice of the two that have trained under `runs / '2'`."
+    one, two = train(recipe, 0, runs=runs / "1", progress=False, source=source), Run(run_path(recipe, 0, runs / "2"), recipe, 0)
+    found = [load_file(run.path / weights) for run in (one, two)]
+    assert found[0].keys() == found[1].keys()
+    assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-6
+    key = f"held_out_{training.task_of(recipe).metric}"
+    assert one.summary()[key] == pytest.approx(two.summary()[key], abs=1e-6)
+    losses = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -961,29 +991,9 @@ def test_two_processes_train_as_one(tmp_path):
     small = {"train_images": 37, "held_out": 33, "test_images": 32, "batch_size": 8, "epochs": 2, "lr": 1e-3}
     image = replace(get_recipe("vit_t/digits").at("smoke"), score="krause", radius=1, norm="post", drop_path=0.0, **small)
     generator = replace(get_recipe("karm/digits").at("smoke"), dropout=0.0, **{**small, "train_images": 33})
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(2)]
-    processes = [context.Process(target=one_of_two, args=(rank, port, (image, generator), tmp_path / "2", theirs))
-                 for rank, (_, theirs) in enumerate(pipes)]
-    for process in processes:
-        process.start()
-    try:
-        for process, (ours, _) in zip(processes, pipes, strict=True):
-            assert ours.poll(120) and ours.recv() == [10, 10]  # each process reads the summary of each run
-            process.join()
-    finally:
-        for process in processes:
-            process.kill()
+    assert train_by_two([(image, None), (generator, None)], tmp_path / "2") == [[10, 10]] * 2
     for recipe in (image, generator):
-        one, two = train(recipe, 0, runs=tmp_path / "1", progress=False), Run(run_path(recipe, 0, tmp_path / "2"), recipe, 0)
-        weights = [load_file(run.path / "model.safetensors") for run in (one, two)]
-        assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-6
-        key = f"held_out_{training.task_of(recipe).metric}"
-        assert one.summary()[key] == pytest.approx(two.summary()[key], abs=1e-6)
-        losses = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        assert_trained_alike(recipe, None, tmp_path, "model.safetensors")
     assert not list(tmp_path.rglob("*.lock"))
 
 
