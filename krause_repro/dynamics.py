@@ -11,6 +11,7 @@ __all__ = ['INTEGRATORS', 'distances', 'hk_step', 'hk_run', 'hk_bifurcation', 'u
 # %% ../nbs/00_dynamics.ipynb #ed768ceb
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -30,13 +31,13 @@ def _check_particles(x: Tensor, name: str = "x") -> None:
 
 def _check_real(name: str, value: float, *, zero: bool = False, infinite: bool = False) -> None:
     allowed = f"a number {'>=' if zero else '>'} 0" + ("" if infinite else " and finite")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (value > 0 or zero and value == 0) or (value == math.inf and not infinite):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
 
 # %% ../nbs/00_dynamics.ipynb #e108a77f

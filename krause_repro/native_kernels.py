@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VECTORS', 'EXPONENTIAL', 'PRODUCTS', 'SELECTION', 'WEIGHTS', 'LAYOUT', 'BAND_FORWARD', 'ONE_QUERY', 'FEW_ROWS',
            'BESIDE', 'BAND_BACKWARD', 'LISTS', 'OPERATORS', 'SOURCE', 'MOST_ROWS', 'OPTIONS', 'library_path',
-           'build_kernels', 'kernels_available', 'kernels_apply', 'step_applies', 'native_step', 'native_band',
-           'candidate_lists', 'native_lists', 'few_rows', 'native_linear', 'StepLinear', 'rotation_applies',
-           'native_rotation', 'gate_applies', 'native_gate', 'native_branch_step']
+           'library_is_whole', 'build_kernels', 'kernels_available', 'kernels_apply', 'step_applies', 'native_step',
+           'native_band', 'candidate_lists', 'native_lists', 'few_rows', 'native_linear', 'StepLinear',
+           'rotation_applies', 'native_rotation', 'gate_applies', 'native_gate', 'native_branch_step']
 
 # %% ../nbs/03_native_kernels.ipynb #e7036578
 import hashlib
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention import SCORES, CausalWindow, GridWindow, match_heads, score_temperature, single_precision
+from .attention import SCORES, CausalWindow, GridWindow, constant_cache, match_heads, score_temperature, single_precision
+from .attention import transforms_active, weighted_sum, weights_and_support
 
 # %% ../nbs/03_native_kernels.ipynb #963e1b70
 VECTORS = r"""
@@ -41,6 +42,7 @@ VECTORS = r"""
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -105,6 +107,12 @@ KRAUSE_INLINE float sum(vec v) {
 }
 KRAUSE_INLINE int32_t sum(ivec v) {
   return fold(v, [](ivec a, ivec b) { return a + b; });
+}
+
+KRAUSE_INLINE bool all_finite(const float* x, int64_t n) {  // n is a whole number of vectors
+  vec total{};
+  for (int64_t j = 0; j < n; j += kLanes) total += load(x + j) - load(x + j);
+  return sum(total) == 0;
 }
 
 KRAUSE_INLINE int64_t down(int64_t x, int64_t unit) { return x / unit * unit; }
@@ -396,6 +404,7 @@ struct Problem {
   const bool* mask;          // (B, Tk), or null
   float* rows;               // (3, B, H, Tq): lowest, threshold, inverse
   float* dtemperature;       // (lists, H): one partial sum for each unit of work
+  std::atomic<bool>* spoilt; // set where a row's weights are finite and its output is not
 
   int64_t row(int64_t b, int64_t h, int64_t i) const { return (b * heads + h) * queries + i; }
   Row load_row(int64_t row) const {
@@ -407,6 +416,9 @@ struct Problem {
     rows[row] = r.lowest;
     rows[n + row] = r.threshold;
     rows[2 * n + row] = r.inverse;
+  }
+  void check_output(const float* row, float inverse) const {
+    if (std::isfinite(inverse) && !all_finite(row, value_dim)) spoilt->store(true, std::memory_order_relaxed);
   }
 };
 
@@ -527,6 +539,7 @@ static void band_forward(const Problem& p, int64_t b, int64_t g, int64_t begin, 
         }
         weighted_sum<R()>(buffer + (low - base), width, p.v.at(b, g, low), p.v.t, high + 1 - low, inverse, p.out.at(b, h, i), p.out.t,
                           p.value_dim);
+        for (int r = 0; r < R(); ++r) p.check_output(p.out.at(b, h, i + r), inverse[r]);
       });
     }
   }
@@ -605,6 +618,7 @@ static void one_query(const Problem& p, int64_t b, int64_t g) {
     for_wide_columns(p.value_dim, [&](auto C, int64_t d) {
       weighted_row<C()>(e, values + d, p.v.t, n, result.inverse, out + d);
     });
+    p.check_output(out, result.inverse);
   }
 }
 """
@@ -839,6 +853,7 @@ static void lists_forward(const Problem& p, const Lists& lists, int64_t b, int64
 #pragma GCC unroll 8
       for (int c = 0; c < C(); ++c) store(out + d + c * kLanes, acc[c] * result.inverse);
     });
+    p.check_output(out, result.inverse);
   }
 }
 
@@ -919,13 +934,23 @@ static Tensor finish(const Tensor& x, int64_t dim, at::ScalarType dtype, F empty
 
 struct Call {
   Tensor q, k, v, temperature, mask;
+  std::atomic<bool> spoilt{false};
   Problem p{};
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tau, const OptionalTensor& key_mask, int64_t top_k,
        int64_t score, double dropout, int64_t seed, bool backward)
-      : q(prepare(query)),
-        k(prepare(key, !backward)),
-        v(prepare(value)),
+      : q(prepare(checked(query))),
+        k(prepare(checked(key), !backward)),
+        v(prepare(checked(value))),
         temperature(tau.to(at::kFloat).expand({query.size(1)}).contiguous()) {
+    TORCH_CHECK(query.size(0) == key.size(0) && query.size(3) == key.size(3) && key.sizes().slice(0, 3) == value.sizes().slice(0, 3) &&
+                    key.size(1) > 0 && query.size(1) % key.size(1) == 0 && query.size(2) <= key.size(2),
+                "krause_repro: query, key and value do not fit together");
+    TORCH_CHECK(top_k >= 0 && score >= kKrause && score <= kKeyNorm && dropout >= 0 && dropout <= 1,
+                "krause_repro: top_k, score or dropout is out of range");
+    TORCH_CHECK(!key_mask || (key_mask->scalar_type() == at::kBool && key_mask->is_cpu() && key_mask->dim() == 2 &&
+                              key_mask->size(0) == key.size(0) && key_mask->size(1) == key.size(2)),
+                "krause_repro: key_mask must be of shape (batch, keys) and bool");
+    p.spoilt = &spoilt;
     p.batch = q.size(0);
     p.heads = q.size(1);
     p.kv_heads = k.size(1);
@@ -947,7 +972,24 @@ struct Call {
       p.mask = mask.const_data_ptr<bool>();
     }
   }
+  static const Tensor& checked(const Tensor& x) {
+    TORCH_CHECK(x.dim() == 4 && x.is_cpu() && x.is_floating_point(), "krause_repro: x must be floating, of four dimensions, on a CPU");
+    return x;
+  }
 };
+
+static bool finite(const Tensor& x) { return std::isfinite(x.sum(at::kFloat).item<float>()); }
+
+// The output where values are not finite: only those count that have a weight. attend(values, tau) is the same attention with other
+// values and temperatures; when they are infinite all survivors of a row weigh the same.
+template <typename F>
+static Tensor sum_of_support(const Tensor& value, const Tensor& tau, F attend) {
+  const Tensor bad = value.isfinite().logical_not(), none = value.isneginf(), all = value.isposinf();
+  const Tensor flags = at::cat({bad.logical_and(none.logical_not()), bad.logical_and(all.logical_not())}, 3).to(value.scalar_type());
+  const Tensor total = attend(value.masked_fill(bad, 0), tau), reached = attend(flags, at::full_like(tau, kInf)).gt(0);
+  const Tensor above = reached.narrow(3, 0, value.size(3)), below = reached.narrow(3, value.size(3), value.size(3));
+  return total.masked_fill(above, kInf).masked_fill(below, -kInf).masked_fill(above.logical_and(below), std::nan(""));
+}
 
 static Tensor output_of(const Call& call, const Tensor& out, const Tensor& query, const Tensor& value) {
   return finish(out, value.size(3), query.scalar_type(), [&](const at::TensorOptions& options) {
@@ -994,6 +1036,7 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
                                            const OptionalTensor& key_mask, int64_t window, int64_t top_k, int64_t score, double dropout,
                                            int64_t seed) {
   Call call(query, key, value, tau, key_mask, top_k, score, dropout, seed, false);
+  TORCH_CHECK(window >= 1, "krause_repro: the window must be at least 1");
   Problem& p = call.p;
   p.window = std::min(window, p.keys);
   Tensor out = heads_inside(p.batch, p.heads, p.queries, p.value_dim, call.q.options()),
@@ -1007,7 +1050,19 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
       else band_forward<S()>(p, b, g, begin, end);
     });
   });
+  if (call.spoilt && !finite(value))
+    return {sum_of_support(value, tau, [&](const Tensor& v, const Tensor& t) {
+              return std::get<0>(band_forward_op(query, key, v, t, key_mask, window, top_k, score, dropout, seed));
+            }), rows};
   return {output_of(call, out, query, value), rows};
+}
+
+// What a query gives that meets the first `held` slots of a ring, some of whose values are not finite
+static Tensor exact_step(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& tau, int64_t held, int64_t top_k) {
+  const Tensor k = keys.narrow(2, 0, held), v = values.narrow(2, 0, held);
+  return sum_of_support(v, tau, [&](const Tensor& x, const Tensor& t) {
+    return std::get<0>(band_forward_op(query, k, x, t, std::nullopt, held, top_k, kKrause, 0, 0));
+  });
 }
 
 // A token's key and value into their slot of a ring
@@ -1041,8 +1096,30 @@ Tensor ring_step_op(const Tensor& query, const Tensor& key, const Tensor& value,
     if (p.k.t == 1) one_query<kKrause>(p, b, g);
     else band_forward<kKrause>(p, b, g, begin, end);
   });
-  return out;
+  return call.spoilt ? exact_step(call.q, keys, values, tau, held, top_k) : out;
 }
+
+// What the backward pass multiplies by weights or slopes of zero must be finite: values and their keys outside a row's support, queries
+// and keys of rows that are NaN, padding. Through an output that is not finite, because of a value, no gradient passes.
+struct Cleaned {
+  Tensor grad, query, key, value, out;
+  Cleaned(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& result, const Tensor& rows,
+          const OptionalTensor& key_mask)
+      : grad(dout), query(q), key(k), value(v), out(result) {
+    if (!finite(value)) {
+      const Tensor bad = out.isfinite().logical_not();
+      grad = grad.masked_fill(bad, 0);
+      out = out.masked_fill(bad, 0);
+      value = value.masked_fill(value.isfinite().logical_not(), 0);
+    }
+    if (finite(rows.select(0, 2)) && !(key_mask && !finite(key))) return;
+    query = without_bad(query);
+    key = without_bad(key);
+  }
+  static Tensor without_bad(const Tensor& x) {
+    return x.masked_fill(x.to(at::kFloat).square().sum(-1, true).isfinite().logical_not(), 0);
+  }
+};
 
 // What both backward operators share: gradients of the padded problem, `run` fills them, the caller's shapes and dtypes come back.
 template <typename F>
@@ -1073,10 +1150,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> band_backward_op(const Tensor& grad, 
                                                             const Tensor& value, const Tensor& tau, const OptionalTensor& key_mask,
                                                             const Tensor& out, const Tensor& rows, int64_t window, int64_t top_k,
                                                             int64_t score, double dropout, int64_t seed) {
-  Call call(query, key, value, tau, key_mask, top_k, score, dropout, seed, true);
+  const Cleaned with(grad, query, key, value, out, rows, key_mask);
+  Call call(with.query, with.key, with.value, tau, key_mask, top_k, score, dropout, seed, true);
   call.p.window = std::min(window, call.p.keys);
   const Segments segments(call.p);
-  return differentiate(call, grad, query, key, value, out, rows, call.p.batch * segments.count, [&](const Problem& p) {
+  return differentiate(call, with.grad, query, key, value, with.out, rows, call.p.batch * segments.count, [&](const Problem& p) {
     by_score(p.score, [&](auto S) {
       for (int64_t parity = 0; parity < 2; ++parity)
         segments.each(p, parity, 2, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t segment) {
@@ -1096,17 +1174,29 @@ static void each_head(const Problem& p, F f) {
   });
 }
 
+static Lists lists_of(const Problem& p, const Tensor& begin, const Tensor& token) {
+  TORCH_CHECK(p.heads == p.kv_heads && p.queries == p.keys, "krause_repro: lists need as many keys as queries, and as many heads");
+  TORCH_CHECK(begin.scalar_type() == at::kInt && token.scalar_type() == at::kInt && begin.is_contiguous() && token.is_contiguous() &&
+                  begin.numel() == p.queries + 1 && begin.const_data_ptr<int32_t>()[p.queries] == token.numel(),
+              "krause_repro: the lists do not fit");
+  return {begin.const_data_ptr<int32_t>(), token.const_data_ptr<int32_t>()};
+}
+
 std::tuple<Tensor, Tensor> lists_forward_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tau,
                                             const Tensor& begin, const Tensor& token, int64_t top_k, int64_t score, double dropout,
                                             int64_t seed) {
   Call call(query, key, value, tau, std::nullopt, top_k, score, dropout, seed, true);
   Problem& p = call.p;
-  const Lists lists{begin.const_data_ptr<int32_t>(), token.const_data_ptr<int32_t>()};
+  const Lists lists = lists_of(p, begin, token);
   Tensor out = heads_inside(p.batch, p.heads, p.queries, p.value_dim, call.q.options()),
          rows = at::empty({3, p.batch, p.heads, p.queries}, out.options());
   p.out = view(out);
   p.rows = rows.mutable_data_ptr<float>();
   by_score(p.score, [&](auto S) { each_head(p, [&](int64_t b, int64_t h) { lists_forward<S()>(p, lists, b, h); }); });
+  if (call.spoilt && !finite(value))
+    return {sum_of_support(value, tau, [&](const Tensor& v, const Tensor& t) {
+              return std::get<0>(lists_forward_op(query, key, v, t, begin, token, top_k, score, dropout, seed));
+            }), rows};
   return {output_of(call, out, query, value), rows};
 }
 
@@ -1114,9 +1204,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lists_backward_op(const Tensor& grad,
                                                              const Tensor& value, const Tensor& tau, const Tensor& begin,
                                                              const Tensor& token, const Tensor& out, const Tensor& rows, int64_t top_k,
                                                              int64_t score, double dropout, int64_t seed) {
-  Call call(query, key, value, tau, std::nullopt, top_k, score, dropout, seed, true);
-  const Lists lists{begin.const_data_ptr<int32_t>(), token.const_data_ptr<int32_t>()};
-  return differentiate(call, grad, query, key, value, out, rows, call.p.batch, [&](const Problem& p) {
+  const Cleaned with(grad, query, key, value, out, rows, std::nullopt);
+  Call call(with.query, with.key, with.value, tau, std::nullopt, top_k, score, dropout, seed, true);
+  const Lists lists = lists_of(call.p, begin, token);
+  return differentiate(call, with.grad, query, key, value, with.out, rows, call.p.batch, [&](const Problem& p) {
     by_score(p.score, [&](auto S) {
       each_head(p, [&](int64_t b, int64_t h) { lists_backward<S()>(p, lists, b, h, p.dtemperature + b * p.heads); });
     });
@@ -1243,7 +1334,9 @@ std::optional<Tensor> branch_step_op(const Tensor& standard, const Tensor& hidde
   constexpr float eps = std::numeric_limits<float>::epsilon();
   for (int64_t h = 0; h < heads; ++h)  // as in `score_temperature`
     temperature[h] = std::max(std::exp(2 * log_sigma.const_data_ptr<float>()[h]), eps * eps);
+  std::atomic<bool> spoilt{false};
   Problem p{};
+  p.spoilt = &spoilt;
   p.batch = batch, p.heads = heads, p.kv_heads = groups, p.queries = 1, p.keys = held, p.dim = dim, p.value_dim = dim, p.window = held;
   p.top_k = int32_t(top_k), p.score = kKrause, p.temperature = temperature, p.rows = rows;
   p.q = {q, heads * dim, dim, dim, 1}, p.out = {attended, heads * dim, dim, dim, 1}, p.k = view(keys), p.v = view(values);
@@ -1260,12 +1353,49 @@ std::optional<Tensor> branch_step_op(const Tensor& standard, const Tensor& hidde
     }
   });
 
+  if (spoilt) {
+    const Tensor query = at::from_blob(q, {batch, heads, 1, dim}, hidden.options());
+    const Tensor tau = at::from_blob(temperature, {heads}, hidden.options());
+    const Tensor exact = exact_step(query, keys, values, tau, held, top_k).contiguous();
+    std::memcpy(attended, exact.const_data_ptr<float>(), exact.nbytes());
+  }
+
   projections.apply(3, 4, attended, batch, projected);
   Tensor out = at::empty_like(standard);
   const float *gates = gate.const_data_ptr<float>(), *added = gate_bias.const_data_ptr<float>(), *one = standard.const_data_ptr<float>();
   float* mixture = out.mutable_data_ptr<float>();
   for (int64_t n = 0; n < batch * width; n += width) mix(one + n, other + n, gates, added, width, mixture + n);
   return out;
+}
+
+// What only PyTorch's own operations can follow is refused by name, and not left out of the result in silence.
+template <typename F>
+static void each_tensor(const c10::OperatorHandle& op, const torch::jit::Stack& stack, F f) {
+  for (const c10::IValue& x : torch::jit::last(stack, op.schema().arguments().size())) {
+    if (x.isTensor()) f(x.toTensor());
+    else if (x.isList())
+      for (const c10::IValue& y : x.toListRef())
+        if (y.isTensor()) f(y.toTensor());
+  }
+}
+static void refuse_tangents(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  each_tensor(op, *stack, [&](const Tensor& x) {
+    TORCH_CHECK(!x._fw_grad(0).defined(), op.schema().name(), " has no forward-mode derivative; use implementation=\"reference\"");
+  });
+  const at::AutoDispatchBelowADInplaceOrView below;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+static void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  each_tensor(op, *stack, [&](const Tensor& x) {
+    TORCH_CHECK(!x.requires_grad() || !at::GradMode::is_enabled(), op.schema().name(),
+                " has no gradient; use torch.no_grad(), or implementation=\"reference\"");
+    TORCH_CHECK(!x._fw_grad(0).defined(), op.schema().name(), " has no forward-mode derivative; use implementation=\"reference\"");
+  });
+  const at::AutoDispatchBelowADInplaceOrView below;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+static void refuse_transforms(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(), " knows no transforms of torch.func (vmap, grad, jvp, ...); use implementation=\"reference\"");
 }
 }  // namespace krause
 
@@ -1305,6 +1435,18 @@ TORCH_LIBRARY_IMPL(krause_repro, CPU, m) {
   m.impl("lists", &krause::lists_forward_op);
   m.impl("lists_backward", &krause::lists_backward_op);
 }
+TORCH_LIBRARY_IMPL(krause_repro, ADInplaceOrView, m) {
+  for (const char* name : {"band", "band_backward", "lists", "lists_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&krause::refuse_tangents>());
+}
+TORCH_LIBRARY_IMPL(krause_repro, AutogradCPU, m) {
+  for (const char* name : {"ring_step", "few_rows", "rotate", "gate", "branch_step"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&krause::refuse_gradients>());
+}
+TORCH_LIBRARY_IMPL(krause_repro, FuncTorchDynamicLayerFrontMode, m) {
+  for (const char* name : {"band", "lists", "ring_step", "few_rows", "rotate", "gate", "branch_step"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&krause::refuse_transforms>());
+}
 """
 
 SOURCE = "".join([
@@ -1328,7 +1470,7 @@ def library_path() -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     recipe = "\n".join([SOURCE, *OPTIONS, torch.__version__, platform.machine(), _processor()])
     name = f"krause_repro_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    return Path(root) / "krause_repro" / f"{name}.so"
+    return Path(root) / "krause_repro" / name / f"{name}.so"
 
 # %% ../nbs/03_native_kernels.ipynb #abc25d71
 _BUILD = """
@@ -1339,22 +1481,47 @@ cpp_extension.load(name, [folder + "/kernels.cpp"], extra_cflags=options, build_
 """
 
 
+def _checksum(path):
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+
+
+def library_is_whole(
+    path: Path,  # of the compiled library
+) -> bool:
+    "Does the library agree with the checksum beside it (in the format of `sha256sum`)? Not if one of them is missing."
+    record = path.with_suffix(".sha256")
+    return path.is_file() and record.is_file() and record.read_text(encoding="utf-8", errors="replace") == _checksum(path)
+
+
+def _compile(folder, name):
+    "The library, compiled in `folder`. A `RuntimeError` says what the compiler said."
+    (folder / "kernels.cpp").write_text(SOURCE, encoding="utf-8")
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja, without activation
+    command = [sys.executable, "-c", _BUILD, json.dumps([name, str(folder), OPTIONS])]
+    result = subprocess.run(command, env={**os.environ, "PATH": search}, capture_output=True, text=True, errors="replace")
+    built = next(folder.glob(f"{name}*.so"), None)
+    if result.returncode or built is None:
+        lines = (result.stdout + result.stderr).strip().splitlines() or [f"the build ended with code {result.returncode}"]
+        raise RuntimeError(next((line for line in lines if " error: " in line or "not found" in line), lines[-1]).strip())
+    return built
+
+
 def build_kernels() -> Path:  # the compiled library
-    "Compile the kernels if they are not there, once, in about 20 seconds. A `RuntimeError` says what the compiler said."
+    "Compile the kernels if they are not there whole, in about a minute. A `RuntimeError` says what the compiler said."
     path = library_path()
-    if path.is_file():
+    if library_is_whole(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        (Path(folder) / "kernels.cpp").write_text(SOURCE, encoding="utf-8")
-        search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja, without activation
-        command = [sys.executable, "-c", _BUILD, json.dumps([path.stem, folder, OPTIONS])]
-        result = subprocess.run(command, env={**os.environ, "PATH": search}, capture_output=True, text=True)
-        built = next(Path(folder).glob(f"{path.stem}*.so"), None)
-        if result.returncode or built is None:
-            lines = (result.stdout + result.stderr).strip().splitlines() or [f"the build ended with code {result.returncode}"]
-            raise RuntimeError(next((line for line in lines if " error: " in line or "not found" in line), lines[-1]).strip())
-        os.replace(built, path)
+    root = path.parent.parent
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        ready, damaged = Path(folder) / "ready", Path(folder) / "damaged"
+        ready.mkdir()
+        os.replace(_compile(Path(folder), path.stem), ready / path.name)
+        (ready / path.with_suffix(".sha256").name).write_text(_checksum(ready / path.name), encoding="utf-8")
+        if path.parent.exists() and not library_is_whole(path):  # another process may have been faster
+            os.replace(path.parent, damaged)
+        if not path.parent.exists():
+            os.replace(ready, path.parent)
     return path
 
 # %% ../nbs/03_native_kernels.ipynb #f5037ff4
@@ -1412,6 +1579,34 @@ def _empty_gradients(grad, query, key, value, *rest):
     return _empty_like(query), _empty_like(key), _empty_like(value), query.new_empty(query.shape[1], dtype=torch.float32)
 
 
+def _in_pytorch(name, query, key, value, tau, *rest):
+    "What an operator computes, in operations that can be differentiated twice; without dropout."
+    from krause_repro.fast_attention import tiles_attention
+
+    *rest, top_k, score, _, _ = rest
+    temperature = tau.reshape(-1, 1, 1)
+    if name == "band":
+        key_mask, window = rest
+        return tiles_attention(query, key, value, key_mask, temperature, window, top_k or None, SCORES[score], 0.0)
+    begin, token = rest
+    allowed = torch.zeros(query.shape[2], key.shape[2], dtype=torch.bool)
+    allowed[torch.arange(query.shape[2]).repeat_interleave(begin.diff()), token.long()] = True
+    weights, support = weights_and_support(query, key, allowed, top_k or None, SCORES[score], temperature, None)
+    return weighted_sum(weights, value, 0.0, support)
+
+
+def _differentiable_gradients(name, grad, tensors, numbers, needed):
+    "Gradients of query, key, value and tau that have a graph of their own."
+    if numbers[-2]:
+        raise RuntimeError('the C++ kernels have no second derivatives with dropout; use implementation="reference"')
+    leaves = [x.view_as(x) for x in tensors[:4]]
+    output = _in_pytorch(name, *leaves, *tensors[4:], *numbers)
+    asked = [n for n in range(4) if needed[n]]
+    gradients = torch.autograd.grad(output, [leaves[n] for n in asked], grad, create_graph=True, allow_unused=True)
+    found = dict(zip(asked, gradients, strict=True))
+    return [found.get(n) for n in range(4)]
+
+
 def _register():
     "Tell PyTorch the shapes and the gradients of the operators."
     torch.library.register_fake("krause_repro::ring_step", lambda query, key, value, *rest: _empty_result(query, key, value)[0])
@@ -1435,11 +1630,13 @@ def _register():
             missing = [None] * (last - 4 + len(ctx.numbers))
             if grad is None:
                 return None, None, None, None, *missing
+            if torch.is_grad_enabled():  # the gradients are to be differentiated again
+                return *_differentiable_gradients(name, grad, ctx.saved_tensors[:last], ctx.numbers, ctx.needs_input_grad), *missing
             gradients = getattr(torch.ops.krause_repro, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.numbers)
             return *gradients, *missing
 
         def refuse(ctx, *gradients):
-            raise RuntimeError("the C++ kernels have no second derivatives; use implementation='reference' or KRAUSE_KERNELS=off")
+            raise RuntimeError('the C++ kernels have no second derivatives; use implementation="reference" or KRAUSE_KERNELS=off')
 
         torch.library.register_autograd(f"krause_repro::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None)
         torch.library.register_fake(f"krause_repro::{name}", _empty_result)
@@ -1449,14 +1646,19 @@ def _register():
 # %% ../nbs/03_native_kernels.ipynb #d97c8faf
 def kernels_apply(
     query: Tensor,  # (B, H, Tq, D)
+    dropout: float = 0.0,  # probability of dropping a weight
 ) -> bool:
-    "Are there kernels for such a tensor? (On a CPU, not in float64.)"
-    return query.device.type == "cpu" and query.dtype != torch.float64 and kernels_available()
+    "Are there kernels for such a tensor? (On a CPU, not in float64, outside transforms; a compiler has no number for the dropout's seed.)"
+    plain = query.device.type == "cpu" and query.dtype != torch.float64 and not transforms_active()
+    return plain and not (dropout and torch.compiler.is_compiling()) and kernels_available()
 
 
 def _require_kernels(query):
     if not kernels_apply(query):
-        raise RuntimeError(f"query must be on the CPU, not in float64, and the kernels must be built; got {query.dtype} on {query.device}")
+        raise RuntimeError(
+            "query must be on the CPU, not in float64, outside the transforms of torch.func and forward-mode derivatives (for these use "
+            f'implementation="reference"), and the kernels must be built; got {query.dtype} on {query.device}'
+        )
 
 
 def _numbers(query, top_k, score, sigma, dropout):
@@ -1464,7 +1666,7 @@ def _numbers(query, top_k, score, sigma, dropout):
     like = single_precision(query[..., :1])
     tau = torch.as_tensor(score_temperature(like, score, sigma, query.shape[-1]), dtype=torch.float32)
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return tau.reshape(-1).expand(query.shape[1]), (top_k or 0, SCORES.index(score), float(dropout), seed)
+    return tau.reshape(-1).expand(query.shape[1]), (int(top_k or 0), SCORES.index(score), float(dropout), seed)
 
 
 def step_applies(
@@ -1494,7 +1696,7 @@ def native_step(
 ) -> Tensor:  # (B, H, 1, Dv)
     "Put a key and a value into a ring, and attend to what it holds with the Krause score, by one C++ operator."
     sigma = torch.as_tensor(sigma, dtype=torch.float32)
-    return torch.ops.krause_repro.ring_step(query, key, value, keys, values, sigma, slot, held, top_k or 0)
+    return torch.ops.krause_repro.ring_step(query, key, value, keys, values, sigma, slot, held, int(top_k or 0))
 
 
 def native_band(
@@ -1519,21 +1721,15 @@ def candidate_lists(
     neighborhood: GridWindow,
 ) -> tuple[Tensor, Tensor]:  # (T + 1,) and (C,) int32: row i's candidates are token[begin[i]:begin[i + 1]]
     "The candidates of every row of a grid, one list after the other; made once, do not write into them."
-    n = neighborhood
-    return _constant_lists(n.height, n.width, n.radius, n.metric, n.cls_token, n.random_seed)
+    return _candidate_lists(*neighborhood.numbers)
 
 
-@torch.compiler.assume_constant_result  # numbers, not the neighbourhood, because it may be made inside what is compiled
-def _constant_lists(*grid):
-    return _candidate_lists(GridWindow(*grid))
-
-
-@lru_cache(maxsize=64)
-def _candidate_lists(neighborhood):
-    with torch.inference_mode(False):
-        mask = neighborhood.mask(neighborhood.length)
-        begin = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(-1).cumsum(0)])
-        return begin.int(), mask.nonzero()[:, 1].int().contiguous()
+@constant_cache
+def _candidate_lists(*numbers):
+    grid = GridWindow(*numbers)
+    mask = grid.mask(grid.length)
+    begin = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(-1).cumsum(0)])
+    return begin.int(), mask.nonzero()[:, 1].int().contiguous()
 
 
 def native_lists(

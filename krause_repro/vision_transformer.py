@@ -4,33 +4,36 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'POSITIONS', 'SIZES', 'VisionTransformerConfig', 'largest_radius', 'check_vision_config', 'top_k_schedule',
-           'vision_neighborhood', 'rotary_table', 'rotate', 'Block', 'check_pixels', 'VisionTransformer']
+           'vision_neighborhood', 'rotary_table', 'rotate', 'Block', 'check_pixels', 'classification_loss',
+           'VisionTransformer']
 
 # %% ../nbs/10_vision_transformer.ipynb #d612c57c
 import math
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from krause_repro.attention import (
-    METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer, check_positive,
+    METRICS, SCORES, Full, GridWindow, KrauseAttention, Neighborhood, check_fraction, check_integer, check_positive, constant_cache,
+    single_precision,
 )
+from .model_base import CheckedConfig, CheckedModel, check_classes, check_flag, named_arguments
 
 # %% ../nbs/10_vision_transformer.ipynb #3ffad8f3
 NORMS = ("post", "pre")
 POSITIONS = ("learned", "rotary")
 
 
-class VisionTransformerConfig(PreTrainedConfig):
+class VisionTransformerConfig(CheckedConfig):
     """Settings of a vision transformer; the defaults are the paper's KViT-S for CIFAR-10 (32×32, patch 4).
 
     `attention_radius=None` is full support. `attention_top_k=(2, 4)` keeps 2 keys in the first layer and 4 in the last.
-    Raises `ValueError` for settings that do not fit together.
+    Raises `ValueError` for settings that do not fit together, `TypeError` for one that does not exist.
     """
 
     model_type = "krause_vision_transformer"
@@ -56,10 +59,7 @@ class VisionTransformerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02  # standard deviation of CLS token, positions and head
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if isinstance(self.attention_top_k, tuple):
-            self.attention_top_k = list(self.attention_top_k)
+    def check(self):
         check_vision_config(self)
 
 # %% ../nbs/10_vision_transformer.ipynb #8675c700
@@ -95,8 +95,8 @@ def _check_window(config) -> None:
             f"attention_radius must be at most {largest} on a grid of {side}×{side} patches with the {config.attention_metric} metric, "
             f"or None for full support, got {config.attention_radius}"
         )
-    if config.attention_random_seed is not None:
-        check_integer("attention_random_seed", config.attention_random_seed, 0)
+    if config.attention_random_seed is not None and check_integer("attention_random_seed", config.attention_random_seed, 0) >= 2**64:
+        raise ValueError(f"attention_random_seed must be below 2**64, got {config.attention_random_seed}")
 
 # %% ../nbs/10_vision_transformer.ipynb #f6fd6997
 def check_vision_config(
@@ -114,7 +114,9 @@ def check_vision_config(
             raise ValueError(f"attention_top_k must be None or (first layer, last layer), got {config.attention_top_k!r}")
         for k in config.attention_top_k:
             check_integer("attention_top_k", k, 1)
-    check_positive("sigma", config.sigma)
+    for name in ("sigma", "layer_norm_eps", "initializer_range"):
+        check_positive(name, getattr(config, name))
+    check_flag("learn_sigma", config.learn_sigma)
     for name in ("drop_path", "dropout"):
         check_fraction(name, getattr(config, name))
 
@@ -145,7 +147,7 @@ def vision_neighborhood(
     return GridWindow(side, side, config.attention_radius, config.attention_metric, random_seed=config.attention_random_seed)
 
 # %% ../nbs/10_vision_transformer.ipynb #f0058e84
-@lru_cache(maxsize=32)
+@constant_cache
 def rotary_table(
     side: int,  # patches in a row of the square grid
     head_dim: int,  # D, divisible by 4
@@ -153,12 +155,11 @@ def rotary_table(
     base: float = 100.0,  # ours: unpublished
 ) -> Tensor:  # (2, 1 + side², D): cosines and sines, the CLS token first
     "Cosine and sine of each token's angles, rows in the first half of the pairs and columns in the second."
-    with torch.inference_mode(False):
-        frequency = base ** (-torch.arange(head_dim // 4, device=device) / (head_dim // 4))  # (D/4,)
-        place = torch.arange(side * side, device=device)
-        angle = torch.cat([(place // side)[:, None] * frequency, (place % side)[:, None] * frequency], -1)  # (N, D/2)
-        angle = F.pad(angle, (0, 0, 1, 0)).repeat(1, 2)
-        return torch.stack([angle.cos(), angle.sin()])
+    frequency = base ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))  # (D/4,)
+    place = torch.arange(side * side, device=device)
+    angle = torch.cat([(place // side)[:, None] * frequency, (place % side)[:, None] * frequency], -1)  # (N, D/2)
+    angle = F.pad(angle, (0, 0, 1, 0)).repeat(1, 2)
+    return torch.stack([angle.cos(), angle.sin()])
 
 # %% ../nbs/10_vision_transformer.ipynb #598f470e
 def rotate(
@@ -205,15 +206,39 @@ class Block(nn.Module):
 # %% ../nbs/10_vision_transformer.ipynb #8f40f382
 def check_pixels(
     pixel_values: Tensor,  # must be (B, C, image_size, image_size)
-    config: PreTrainedConfig,  # of the model, with `num_channels` and `image_size`
+    config: CheckedConfig,  # of the model, with `num_channels` and `image_size`
 ) -> None:
-    "Raise a `ValueError` that names the shape which a model's images must have."
+    "Raise a `ValueError` that names the kind and the shape which a model's images must have."
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values must be floating point, got {pixel_values.dtype}")
     expected = (config.num_channels, config.image_size, config.image_size)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
 
+# %% ../nbs/10_vision_transformer.ipynb #f9c2d1e8
+def classification_loss(
+    logits: Tensor,  # (B, classes)
+    labels: Tensor,  # (B,) classes, or (B, classes) floating point; for a regression to one number also (B,)
+    problem_type: str | None = None,  # one of `model_base.PROBLEM_TYPES`; None: a regression for one output, else single labels
+) -> Tensor:  # a scalar
+    "Cross-entropy, binary cross-entropy or mean squared error. Raises `ValueError` for labels of another kind or shape."
+    logits, (batch, classes) = single_precision(logits), logits.shape
+    problem = problem_type or ("regression" if classes == 1 else "single_label_classification")
+    indices = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if problem == "single_label_classification" and indices and labels.shape == (batch,):
+        return F.cross_entropy(logits, check_classes(labels, classes))
+    if problem == "regression" and classes == 1 and labels.shape == (batch,):
+        labels = labels.unsqueeze(1)
+    if not labels.is_floating_point() or labels.shape != logits.shape:
+        single = f"integers of shape ({batch},) or " if problem == "single_label_classification" else ""
+        raise ValueError(
+            f"labels must be {single}floating point of shape ({batch}, {classes}) for {problem}, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    loss = {"regression": F.mse_loss, "multi_label_classification": F.binary_cross_entropy_with_logits}.get(problem, F.cross_entropy)
+    return loss(logits, labels.to(logits.dtype))
+
 # %% ../nbs/10_vision_transformer.ipynb #c1310639
-class VisionTransformer(PreTrainedModel):
+class VisionTransformer(CheckedModel):
     "Patches, CLS token and learned positions, blocks, final norm, and a linear head on the CLS token."
 
     config_class = VisionTransformerConfig
@@ -225,8 +250,9 @@ class VisionTransformer(PreTrainedModel):
     def __init__(
         self,
         config: VisionTransformerConfig,
+        **others,  # a `TypeError`, with the nearest setting
     ):
-        super().__init__(config)
+        super().__init__(config, **others)
         d, layers, self.side = config.hidden_size, config.num_hidden_layers, config.image_size // config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, d, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
@@ -263,17 +289,19 @@ class VisionTransformer(PreTrainedModel):
         "CLS token and patches in row-major order, with their positions."
         check_pixels(pixel_values, self.config)
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.position_embedding
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + self.position_embedding
 
+    @named_arguments
     def forward(
         self,
         pixel_values: Tensor,  # (B, C, image_size, image_size)
-        labels: Tensor | None = None,  # (B,) class indices or (B, classes) probabilities
-        output_attentions: bool = False,  # return the weights (B, H, T, T) of each layer?
-        output_hidden_states: bool = False,  # return the tokens (B, T, d) before the first and after each layer?
-        return_dict: bool = True,
+        labels: Tensor | None = None,  # see `classification_loss`
+        output_attentions: bool | None = None,  # return the weights (B, H, T, T) of each layer? None: as the configuration says
+        output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
+        return_dict: bool | None = None,  # False: a tuple
     ) -> ImageClassifierOutput:
-        "Class logits, the cross-entropy when labels are given, and what else is asked for."
+        "Class logits, the loss when labels are given, and what else is asked for."
+        output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         x = self.embed(pixel_values)
         rotary = partial(rotate, side=self.side) if self.config.positions == "rotary" else None
         states, attentions = [x], []
@@ -282,12 +310,12 @@ class VisionTransformer(PreTrainedModel):
             states.append(x)
             attentions.append(weights)
         logits = self.head(self.norm(x[:, 0]))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         output = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
 # %% ../nbs/10_vision_transformer.ipynb #efd48d86
 AutoConfig.register(VisionTransformerConfig.model_type, VisionTransformerConfig, exist_ok=True)

@@ -800,8 +800,10 @@ def test_the_gate_is_a_softmax_of_two(shape, scale):
     assert gate_applies(standard, other, weight)
     logits = torch.nn.functional.linear(torch.cat([standard, other], -1).double(), weight.double(), bias.double())
     share = logits.softmax(-1)[..., :1]
-    got = native_gate(standard, other, weight, bias).double()
-    assert_close(got, share * standard + (1 - share) * other, rtol=0, atol=1e-5 if scale == 1 else 2e-2)
+    exact = share * standard + (1 - share) * other
+    single = torch.nn.functional.linear(torch.cat([standard, other], -1), weight, bias).softmax(-1)[..., :1]
+    allowed = 2 * (single * standard + (1 - single) * other - exact).abs().max().item() + 1e-6  # what float32 itself costs
+    assert_close(native_gate(standard, other, weight, bias).double(), exact, rtol=0, atol=allowed)
 
 
 @needs_kernels
