@@ -246,8 +246,9 @@ class CostRecipe(Recipe):
                 check_integer(f"each of {name}", size, 1)
         for name in ("window_length", "fit_from"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("budget", "limit"):
-            check_positive(name, getattr(self, name))
+        check_positive("budget", self.budget)
+        if not 0 <= self.limit < math.inf:
+            raise ValueError(f"limit must be a number ≥ 0, got {self.limit!r}")
 
     def changes(self, profile):
         return SMOKE_COST if profile == "smoke" else {}

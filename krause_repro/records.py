@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -480,33 +482,82 @@ def _number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _all(kind, values):
-    return len(values) > 0 and all(map(kind, values))
+def _text(value):
+    return isinstance(value, str)
+
+
+def _object(value):
+    return isinstance(value, dict)
+
+
+def _list(kind):
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(kind, value))
+
+
+def _mean_and_sd(kind):
+    def holds(value):
+        spread = value.get("sd") if _object(value) else None
+        return _object(value) and kind(value.get("mean")) and (
+            spread is None or kind(spread) and np.shape(spread) == np.shape(value["mean"])) and (
+            "values" not in value or _list(_number)(value["values"]) and len(value["values"]) == value.get("n"))
+
+    return holds
+
+
+def _curve_and_mean(value):
+    "A curve over layers beside its mean over all of them."
+    return _object(value) and _mean_and_sd(_number)(value.get("all_layers")) and (
+        "mean" not in value or _mean_and_sd(_list(_number))(value))
 
 
 KINDS = {
-    "a number": _number, "null": lambda value: value is None, "a text": lambda value: isinstance(value, str),
-    "an object": lambda value: isinstance(value, dict),
-    "a list of numbers, not empty": lambda value: isinstance(value, list) and _all(_number, value),
-    "a list of objects, not empty": lambda value: isinstance(value, list) and _all(lambda each: isinstance(each, dict), value),
-    "an object of objects, not empty": lambda value: isinstance(value, dict) and _all(lambda each: isinstance(each, dict), value.values()),
+    "a number": _number, "null": lambda value: value is None, "a text": _text, "an object": _object,
+    "a list of numbers": _list(_number), "a list of objects": _list(_object), "a list of lists of numbers": _list(_list(_number)),
+    "two numbers": lambda value: _list(_number)(value) and len(value) == 2,
+    "a list of true and false": _list(lambda value: isinstance(value, bool)), "a list of texts": _list(_text),
+    "named objects": lambda value: _object(value) and len(value) > 0 and all(map(_object, value.values())),
+    "named lists of objects": lambda value: _object(value) and len(value) > 0 and all(map(_list(_object), value.values())),
+    "named numbers and texts": lambda value: _object(value) and all(_number(each) or _text(each) for each in value.values()),
+    "a summary (mean and sd are numbers)": _mean_and_sd(_number), "a curve (mean and sd are lists)": _mean_and_sd(_list(_number)),
+    "an object with all_layers, a summary": _curve_and_mean,
 }
-FIELDS = {  # what a field of a result holds, wherever it stands
-    "a number": "n parameters trainable frozen test_images ratio speed_ratio tokens_per_second images_per_second growth busy starts agents",
-    "a number or null": "paper peak_bytes macro_f1 top_k resident_growth",
-    "a number or a list of numbers, not empty": "mean steps threads",
-    "a number or a list of numbers, not empty or null": "sd",
-    "a number or a list of objects, not empty": "rows macs",
-    "a number or an object": "seconds bits_per_dim bits_per_dim_all first_all first_near first_far images gate",
-    "a number or an object or null": "sigma",
-    "a list of numbers, not empty": "values ratio_quartiles speed_ratio_quartiles seconds_quartiles epochs positions milliseconds "
-                                     "times radii seeds",
-    "a list of objects, not empty": "panels series swin entry_operations",
-    "a text": "name profile device case pass label title kind model dataset ptflops_version",
-    "an object": "recipes versions curves test_accuracy held_out_accuracy token_loss token_accuracy before data completions samples memory "
-                 "goals mechanism bifurcation selection scaling grids missing",
-    "an object or null": "letter_accuracy letters frechet",
-    "an object of objects, not empty": "models surfaces bits sinks uniform quantities",
+
+# %% ../nbs/27_records.ipynb #6d848d32
+_SUMMARY, _CURVE = "a summary (mean and sd are numbers)", "a curve (mean and sd are lists)"
+FIELDS = {  # what a field of a result holds; before a point: the field that it stands in, where names are not enough
+    "a number": "n parameters trainable frozen test_images ratio speed_ratio tokens_per_second images_per_second growth busy starts agents "
+                "batch dim length accuracy items truncated dropped response_tokens tokens operations context base_parameters "
+                "branch_parameters published largest_difference_softmax_gaussian beta dimension height width mechanism.query "
+                "mechanism.sigma mechanism.top_k rows.seconds rows.heads rows.rows entry_operations.rows rows.images rows.rounds swin.macs "
+                "letters.chance letters.constant branch.gate",
+    "a number or null": "paper peak_bytes macro_f1 top_k resident_growth accuracy_stderr limit",
+    "a number or a list of numbers": "mean steps threads",
+    "a number or a list of numbers or null": "sd",
+    "a number or a list of objects": "macs",
+    "a number or an object": "images",
+    f"a number or {_SUMMARY}": "bits_per_dim bits_per_dim_all",
+    "a number or an object with all_layers, a summary": "first_all first_near first_far",
+    "an object with all_layers, a summary": "first_is_most most most_later value_ratio",
+    "a list of numbers": "values epochs positions milliseconds times radii seeds mechanism.score mechanism.weights",
+    "two numbers": "ratio_quartiles speed_ratio_quartiles seconds_quartiles",
+    "a list of numbers or null": "cls_weight",
+    "a list of lists of numbers": "image maps counts opinions",
+    "a list of texts": "commits",
+    "a list of true and false": "mechanism.window mechanism.selected",
+    "a list of objects": "panels series swin entry_operations layers rows",
+    "a text": "name profile device case pass label title kind model dataset ptflops_version source anli_labels",
+    "named numbers and texts": "versions goals dense local measured counter ptflops macs.base macs.branch",
+    "an object": "recipes curves before data completions samples mechanism bifurcation selection scaling grids missing attention "
+                 "runs data.held_out data.train",
+    "an object or null": "letters frechet",
+    "named objects": "models surfaces bits sinks uniform quantities constant",
+    "named lists of objects": "patience heads",
+    _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds final.order final.clusters "
+              "final.diameter final.closed",
+    f"{_SUMMARY} or null": "letter_accuracy",
+    _CURVE: "train_loss validation_accuracy training held_out entropy head_diversity distance cosine residual effective_rank "
+            "mixed.gate order diameter clusters",
+    f"{_CURVE} or null": "sigma",
 }
 FIELD_KINDS = {field: kind for kind, fields in FIELDS.items() for field in fields.split()}
 
@@ -520,6 +571,9 @@ class Fields(dict):
 
     def __missing__(self, field):
         raise ValueError(f"{self.file} has no field {self.place}{field}; {self.remedy}")
+
+    def __or__(self, others):
+        return Fields({**self, **others}, self.file, self.remedy, self.place)
 
 
 def check_fields(
@@ -535,9 +589,9 @@ def check_fields(
         return [check_fields(each, file, remedy, f"{place}[{i}]") for i, each in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    path = f"{place}." if place else ""
+    path, within = f"{place}." if place else "", re.sub(r"\[\d+\]", "", place).rpartition(".")[2]
     for field, held in value.items():
-        kinds = FIELD_KINDS.get(field)
+        kinds = FIELD_KINDS.get(f"{within}.{field}", FIELD_KINDS.get(field))
         if kinds and not any(KINDS[kind](held) for kind in kinds.split(" or ")):
             raise ValueError(f"{file}: {path}{field} must be {kinds}, got {json.dumps(held):.60}; {remedy}")
     held = {field: each if field == "recipes" else check_fields(each, file, remedy, f"{path}{field}") for field, each in value.items()}
