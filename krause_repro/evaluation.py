@@ -25,7 +25,6 @@ __all__ = ['STUDENT_975', 'IMAGE_COMPARISONS', 'FLAT_GAIN', 'FLAT_SHARE', 'NEIGH
            'check_language_options', 'check_language_run', 'evaluate_language', 'language_table']
 
 # %% ../nbs/23_evaluation.ipynb #7560ce29
-import hashlib
 import json
 import logging
 import math

@@ -35,7 +35,6 @@ import errno
 import fcntl
 import hashlib
 import pwd
-import re
 import shutil
 import time
 from collections.abc import Iterator

@@ -297,7 +297,7 @@ def check_forward(problem, names):
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
 
 
-@examples(1200)
+@examples(300)
 @given(problems())
 def test_no_implementation_loses_more_than_twice_the_dense_one(problem):
     check_forward(problem, problem.ways())
@@ -332,7 +332,7 @@ def check_selection(problem, names):
         assert_close(weights.double(), exact, rtol=0, atol=2 * torch.finfo(problem.dtype).eps * 16)
 
 
-@examples(700)
+@examples(200)
 @given(problems(ties=True, most=100))
 def test_ties_are_selected_exactly(problem):
     check_selection(problem, problem.ways())
@@ -379,7 +379,7 @@ def gradient_scales(problem, fused, query, key, value, incoming, sigma=None, **o
     return [largest(x) for x in (by_query, by_key, by_value, by_sigma)]
 
 
-@examples(400)
+@examples(100)
 @given(problems(dtypes=(32, 32, 32, 64), most=150))
 def test_gradients_lose_no_more_than_twice_the_dense_ones(problem):
     tensors, options = problem.tensors(), problem.options()

@@ -342,7 +342,8 @@ def test_other_ways_of_generation_are_the_same_or_refused(models, kind):
     for options in ({"repetition_penalty": 1.3}, {"guidance_scale": 1.5, "negative_prompt_ids": prompt[:, :4]}):
         without = continued(model, prompt, use_cache=False, **options)
         assert torch.equal(continued(model, prompt, **options, **ring()), without)
-    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompt), max_new_tokens=5 * WINDOW, do_sample=False, pad_token_id=0,
+    vectors = model.get_input_embeddings()(prompt)
+    embedded = model.generate(inputs_embeds=vectors, max_new_tokens=5 * WINDOW, do_sample=False, pad_token_id=0,
                               **ring())
     assert torch.equal(embedded, expected[:, 9:])
 
@@ -474,7 +475,7 @@ def test_a_softmax_model_can_be_switched(name):
     ("sigma", float("inf"), "sigma must be"), ("sigma", "2.5", "sigma must be"), ("sigma", -1.0, "sigma must be"),
     ("window", 0, "window must be an integer ≥ 1"), ("window", 2.0, "window must be"), ("window", True, "window must be"),
     ("top_k", 0, "top_k must be an integer ≥ 1"), ("top_k", 1.5, "top_k must be"),
-    ("top_k", WINDOW + 1, rf"(config.krause_)?top_k must be at most (config.krause_)?window = {WINDOW}, or None for all keys in the window"),
+    ("top_k", WINDOW + 1, rf"(config.krause_)?top_k must be at most (config.krause_)?window = {WINDOW}, or None for all keys"),
 ])
 def test_wrong_settings_are_named(name, value, message):
     settings = {"sigma": SIGMA, "window": WINDOW, "top_k": TOP_K, name: value}
