@@ -68,7 +68,8 @@ class RingLayer(CacheLayerMixin):
 
     def _own(self) -> None:
         "Make the ring one that may be written to."
-        if self._lent or self.is_initialized and self.keys.is_inference() and not torch.is_inference_mode_enabled():
+        frozen = not torch.compiler.is_compiling() and self.is_initialized and self.keys.is_inference()
+        if self._lent or frozen and not torch.is_inference_mode_enabled():
             self.keys, self.values, self._lent = self.keys.clone(), self.values.clone(), False
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
