@@ -399,7 +399,7 @@ NEIGHBOURS = (1, 3, 5, 10, 20, 50)  # numbers of neighbours to choose from
 def nearest_neighbours(
     recipe: ImageClassificationRecipe,  # says which images, and how many are held out
     source: str | Path | None = None,  # the user's data folder
-) -> dict:  # "k", "held_out_accuracy" by k, "test_accuracy", "test_images", "seconds"
+) -> dict:  # "k", "held_out_by_k", "test_accuracy", "test_images", "seconds"
     "Accuracy of the nearest training images by their pixels; their number is chosen on held-out images."
     splits, start = load_splits(recipe, source), time.perf_counter()
     found = {part: nearest_classes(splits.train.images, splits.train.labels, getattr(splits, part).images, NEIGHBOURS)
@@ -407,7 +407,7 @@ def nearest_neighbours(
     right = {part: {k: (classes == getattr(splits, part).labels).double().mean().item() for k, classes in each.items()}
              for part, each in found.items()}
     k = max(NEIGHBOURS, key=right["held_out"].get)
-    return {"k": k, "held_out_accuracy": {str(each): value for each, value in right["held_out"].items()},
+    return {"k": k, "held_out_by_k": {str(each): value for each, value in right["held_out"].items()},
             "test_accuracy": right["test"][k], "test_images": len(splits.test), "seconds": time.perf_counter() - start,
             **({"data": splits.origin} if splits.origin else {})}
 
@@ -1583,10 +1583,10 @@ MOST = 2**31 - 1  # of prompts, items or tokens
 
 
 def check_language_options(
-    batch_size: int,
-    limit: int | None,
-    anli_labels: str,
-    max_gen_toks: int,
+    batch_size: int,  # sequences at once, ≥ 1
+    limit: int | None,  # items of each task, ≥ 1; None for all
+    anli_labels: str,  # which order ANLI's labels are in
+    max_gen_toks: int,  # tokens of a generated answer, ≥ 1
 ) -> None:
     "Raise a `ValueError` that names the first option of `evaluate_language` that cannot be."
     if anli_labels not in ANLI_LABELS:
@@ -1600,10 +1600,10 @@ def check_language_options(
 def check_language_run(
     tasks: str | list[str] | tuple[str, ...],  # as of `evaluate_language`, like all that follow
     source: str | Path,
-    batch_size: int,
-    limit: int | None,
-    anli_labels: str,
-    max_gen_toks: int,
+    batch_size: int,  # sequences at once, ≥ 1
+    limit: int | None,  # items of each task, ≥ 1; None for all
+    anli_labels: str,  # which order ANLI's labels are in
+    max_gen_toks: int,  # tokens of a generated answer, ≥ 1
 ) -> dict[str, list[dict]]:  # the items by task
     "Everything that can be checked before there is a model: tasks, source, batch_size, limit, anli_labels, max_gen_toks and the items."
     tasks = check_language_tasks(tasks)

@@ -293,7 +293,7 @@ def _alone(allowed, queries, keys, causal):
 # %% ../nbs/02_fast_attention.ipynb #1e6c4f90
 def graph_gradients(
     function: Callable[..., Tensor],  # of the tensors
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],  # its arguments
     needed: tuple[bool, ...],  # which of their gradients
     grad: Tensor,  # of the function's result
 ) -> list[Tensor | None]:  # one for each tensor
@@ -335,7 +335,7 @@ def fused_attention(
     value: Tensor,  # (B, H, Tk, Dv)
     allowed: Tensor | None,  # bool, broadcastable to (B, H, Tq, Tk)
     causal: bool,  # a mask that the kernel makes itself
-    dropout: float,
+    dropout: float,  # probability of dropping a weight
     scale: float | None,  # of the products; None: D^(−1/2)
 ) -> Tensor:  # (B, H, Tq, Dv)
     "`F.scaled_dot_product_attention`, with all derivatives of all kinds where it is not compiled."

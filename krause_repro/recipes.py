@@ -69,25 +69,29 @@ class Allowed:
     def check(
         self,
         name: str,  # of the field
-        value: object,
+        value: object,  # of any kind
     ) -> None:
         "Raise a `ValueError` that names the field and what is allowed."
         if not self.holds(value):
             raise ValueError(f"{name} must be {self.what}, got {value!r}")
 
 
-def is_integer(value: object) -> bool:
+def is_integer(
+    value: object,  # of any kind
+) -> bool:
     "Is it a whole number, and no bool?"
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(
+    value: object,  # of any kind
+) -> bool:
     "Is it a finite number, and no bool?"
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def integers(
-    least: int,
+    least: int,  # smallest value allowed
     most: int | None = None,  # None: no bound
 ) -> Allowed:
     "Whole numbers."
@@ -132,7 +136,7 @@ SEED = integers(0, LARGEST_SEED)
 
 # %% ../nbs/20_recipes.ipynb #a18bf04a
 def plain(
-    value: object,
+    value: object,  # of any kind
 ) -> object:
     "A NumPy number as Python's, a list or an array as a tuple, a path as a string; anything else as it is."
     if isinstance(value, (np.generic, np.ndarray)):

@@ -288,7 +288,7 @@ DIGESTS = "digests.json"
 
 
 def file_digest(
-    path: str | Path,
+    path: str | Path,  # a file
 ) -> str:
     "The SHA-256 of a file."
     digest = hashlib.sha256()

@@ -97,8 +97,8 @@ LARGEST_SEED = 2**32 - 1  # NumPy's generators are seeded by words of 32 bits; a
 
 def check_words(
     name: str,  # of the argument, for the message
-    least: int,
-    most: int,
+    least: int,  # smallest value allowed
+    most: int,  # largest value allowed
 ) -> None:
     "Raise a `ValueError` unless both are numbers that a stream can be told by."
     for value in (least, most):

@@ -202,7 +202,7 @@ def not_finite(
 def part_of(
     count: int,  # examples of a batch
     rank: int,  # of a process
-    processes: int,
+    processes: int,  # that train together
 ) -> slice:
     "What a process takes of a batch."
     return slice(count * rank // processes, count * (rank + 1) // processes)
@@ -689,7 +689,7 @@ class RunWriter(TrainerCallback):
 
 # %% ../nbs/22_training.ipynb #c97eaebf
 def checkpoints(
-    folder: Path,
+    folder: Path,  # of the checkpoints
 ) -> list[Path]:
     "The folders `checkpoint-<step>`, newest first."
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
@@ -841,7 +841,7 @@ def _sizes(model: PreTrainedModel | PeftModel, splits: Splits) -> dict:
 
 
 def check_source(
-    recipe: TrainedRecipe,
+    recipe: TrainedRecipe,  # of the run
     source: str | Path | None,  # the user's data, or None
 ) -> None:
     "Raise a `FileNotFoundError` if data were named that are not there."

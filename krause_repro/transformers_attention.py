@@ -99,7 +99,7 @@ OTHER_PATTERN = (
 
 def ensure(
     condition: Tensor,  # a single bool
-    message: str,
+    message: str,  # of the error
 ) -> None:
     "Raise a `ValueError` unless a condition holds; in a graph that is being traced, a `RuntimeError` when it is run."
     if not values_known(condition):

@@ -489,7 +489,7 @@ def one_error(capsys, arguments):
     (["train", "kvit_s/cifar10", "--pdb"], "unrecognized arguments: --pdb"),
     (["sample", "karm/mnst"], "karm/mnist"),
     (["data", "fashion_mnits"], "name='fashion_mnits' is not known; did you mean fashion_mnist?"),
-    (["evaluate", "smollm2", "--tasks", "boolqq"], "did you mean boolq?"),
+    (["evaluate", "smollm2", "--tasks", "boolqq"], "the nearest is 'boolq'"),
     (["run", "--profile", "tiny"], "smoke, desk, paper"),
     (["run", "--only", "99"], "only='99' is not a notebook; allowed: 0"),
     (["run", "--only", "31_image_clasification"], "did you mean 31_image_classification?"),
