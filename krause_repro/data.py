@@ -385,6 +385,7 @@ def _image_pixels(row: dict | None, name: str) -> np.ndarray:
     side, mode = SIDES[name], "RGB" if DATA[name].channels == 3 else "L"
     if row is None or row["bytes"] is None:
         raise ValueError("no bytes")
+    Image.open(io.BytesIO(row["bytes"])).verify()  # of a PNG the checksums, which decoding leaves unread
     image = Image.open(io.BytesIO(row["bytes"]))
     if image.mode != mode or image.size != (side, side):
         raise ValueError(f"its mode is {image.mode} and its size {image.size}")

@@ -416,7 +416,7 @@ def provenance_table(
     models: dict[str, dict],  # by recipe: "label" and what `summarise_runs` or `summarise_fine_tuning` gives
 ) -> str:  # Markdown
     "Where the numbers come from: seeds, what is judged, minutes, threads, commit, versions and device of each model's runs."
-    texts = any("data" in m for m in models.values())
+    texts = any("held_out" in m.get("data", {}) for m in models.values())
 
     def line(m):
         judged = m["data"]["held_out"]["items"] if texts else m["test_images"]

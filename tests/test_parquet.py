@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from krause_repro import data
+from krause_repro import data, evaluation
 from krause_repro.data import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, load, load_splits, read_parquet
+from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
 from krause_repro.recipes import get_recipe
+from krause_repro.training import train
 
 COUNTS = {"train": 40, "test": 20}
 
@@ -82,6 +84,8 @@ def schema(table, **changes):
 
 
 TRAIN = columns("cifar10", "train")
+CHANGED = bytearray(TRAIN["img"][5]["bytes"])
+CHANGED[-14] ^= 1  # of the checksum of the pixels
 BAD = {  # what is wrong with the training part, and what the message says of it
     "a column of another name": (schema(TRAIN, img=None, picture=TRAIN["img"]), r"picture .*a column img or image is expected"),
     "images that are no structs": (schema(TRAIN, img=[row["bytes"] for row in TRAIN["img"]]), "column img must have the fields bytes"),
@@ -96,6 +100,8 @@ BAD = {  # what is wrong with the training part, and what the message says of it
     "no image": (schema(TRAIN, img=[*TRAIN["img"][:12], None, *TRAIN["img"][13:]]), "column img, row 12: must be an image of 32×32"),
     "a path alone": (schema(TRAIN, img=[{"bytes": None, "path": "a.png"}, *TRAIN["img"][1:]]), "column img, row 0: .*no bytes"),
     "bytes that are no image": (schema(TRAIN, img=[*TRAIN["img"][:-1], {"bytes": b"x" * 99, "path": ""}]), "column img, row 39: must be"),
+    "a changed byte": (schema(TRAIN, img=[*TRAIN["img"][:5], {"bytes": bytes(CHANGED), "path": ""}, *TRAIN["img"][6:]]),
+                       "column img, row 5: must"),
     "images of MNIST": (schema(TRAIN, img=columns("mnist", "train")["image"]), r"column img, row 0: must be .*its size \(28, 28\)"),
 }
 
@@ -129,6 +135,18 @@ def test_a_missing_part_is_named(cifar, split):
     (cifar / "plain_text" / f"{split}-00001-of-00002.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks {split}-00001-of-00002.parquet"):
         read_parquet("cifar10", cifar, split)
+
+
+def test_a_run_and_its_result_keep_the_origin_of_the_data(cifar, tmp_path, monkeypatch):
+    (cifar / "lossless.json").write_text(json.dumps({"train": [3], "test": []}), encoding="utf-8")
+    small = {"train_images": 20, "test_images": 10, "held_out": 10, "epochs": 1, "batch_size": 10}
+    recipe = replace(get_recipe("softmax_regression/cifar10").at("smoke"), **small)
+    run = train(recipe, runs=tmp_path / "runs", progress=False, source=cifar)
+    assert run.environment()["data"] == data_origin("cifar10", cifar) == summarise_runs([run], cifar)["data"]
+    assert learned_sigma(run) is None and run.environment()["data"]["train"]["altered"] == 1
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", (1, 20))
+    found = nearest_neighbours(replace(recipe, train_images=None), cifar)  # images of a class are equal here
+    assert found["k"] == 1 and found["test_accuracy"] == found["held_out_accuracy"]["1"] == 1 > found["held_out_accuracy"]["20"]
 
 
 def test_a_run_knows_its_files_and_how_many_images_are_altered(cifar):
