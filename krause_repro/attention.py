@@ -101,7 +101,7 @@ def common_centre(
     "A point near queries and keys, found without looking at any token after the first query, padding aside."
     first = max(key.shape[-2] - query.shape[-2], 0)
     query, own = query[..., :1, :], key[..., first:first + 1, :]
-    asked, found = (half_square_norm(x).isfinite().unsqueeze(-1) for x in (query, own))
+    asked, found = (x.square().sum(-1, keepdim=True).isfinite() for x in (query, own))
     if key_mask is not None:
         found = found & key_mask[:, None, first:first + 1, None]
     other = query.where(asked, 0) if key_mask is None else _real_key(key, key_mask, first)
