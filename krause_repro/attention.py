@@ -463,7 +463,7 @@ def _check_tensors(query, key, value, neighborhood, key_mask):
     shapes = f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if 0 in query.shape[1:] or 0 in key.shape[1:] or query.shape[::3] != key.shape[::3] or key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"query (B, H, Tq, D), key (B, Hk, Tk, D) and value (B, Hk, Tk, Dv) must agree and have no zeros, except that B may be 0, {shapes}"
+            f"query (B, H, Tq, D), key (B, Hk, Tk, D) and value (B, Hk, Tk, Dv) must agree and have no zeros, B aside, {shapes}"
         )
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"the heads of key and value must divide the {query.shape[1]} heads of query, {shapes}")
