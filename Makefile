@@ -58,14 +58,16 @@ help:  ## this list
 
 # The stamp is written only by an installation that succeeded; new requirements install again. Without a lock, the newest releases
 # are installed. The packages of [build-system] come first, so that what is built from source is built by locked versions, too.
+# The lock is complete: with --no-deps, pip need not tell `typepy[datetime]` from the locked `typepy`, which old releases of it refuse.
 $(INSTALLED): settings.ini setup.py pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"needs Python 3.11 or newer, got {sys.version.split()[0]}: set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv '$(VENV)'
 ifneq ($(LOCK),)
 	sed -n '/^\(setuptools\|wheel\|packaging\)==/,/[^\\]$$/p' $(LOCK) > $(VENV)/build.txt
 	$(BIN)/python -m pip install --require-hashes --requirement $(VENV)/build.txt
-	$(BIN)/python -m pip install --require-hashes --no-build-isolation --requirement $(LOCK)
+	$(BIN)/python -m pip install --require-hashes --no-deps --no-build-isolation --requirement $(LOCK)
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 else
 	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager --editable '.[dev,eval]'
 	$(BIN)/python -m pip install --upgrade $(NEWEST)

@@ -146,7 +146,7 @@ def test_a_run_and_its_result_keep_the_origin_of_the_data(cifar, tmp_path, monke
     assert learned_sigma(run) is None and run.environment()["data"]["train"]["altered"] == 1
     monkeypatch.setattr(evaluation, "NEIGHBOURS", (1, 20))
     found = nearest_neighbours(replace(recipe, train_images=None), cifar)  # images of a class are equal here
-    assert found["k"] == 1 and found["test_accuracy"] == found["held_out_accuracy"]["1"] == 1 > found["held_out_accuracy"]["20"]
+    assert found["k"] == 1 and found["accuracy"] == found["held_out_by_k"]["1"] == 1 > found["held_out_by_k"]["20"]
 
 
 def test_a_run_knows_its_files_and_how_many_images_are_altered(cifar):
