@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import tempfile
@@ -455,9 +454,9 @@ def save_result(
 
 # %% ../nbs/27_records.ipynb #e85c83e3
 RESULT_PAGES = {  # by the name of the file or of its folder
-    "particles": "30", "image_classification": "31", "image_generation": "32", "image_generation_colour": "32", "generation_speed": "32",
-    "fine_tuning": "33", "sinks": "33", "language_tasks": "33", "language_speed": "33", "ablations": "35", "cost": "36", "counting": "36",
-    "training_profile": "36", "attention_maps": "37",
+    "particles": "30", "image_classification": "31", "image_classification_cifar10": "31", "image_generation": "32",
+    "image_generation_colour": "32", "generation_speed": "32", "fine_tuning": "33", "sinks": "33", "language_tasks": "33",
+    "language_speed": "33", "ablations": "35", "cost": "36", "counting": "36", "training_profile": "36", "attention_maps": "37",
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from krause_repro import runner
+from krause_repro.records import InUse, locked
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = 'profile = "desk"\ntrain = "never"'
@@ -71,7 +72,7 @@ def smoke(tmp_path_factory):
     write_page(project, "31_image_classification", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
     write_page(project, "32_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
     write_page(project, "40_report", code(PARAMETERS, "parameters"))
-    left = site(project) / "notebooks" / ".00_lesson.ipynb.ab_d1234.ipynb"
+    left = site(project) / "notebooks" / ".00_lesson.ipynb.0123abcd.1.ab_d1234.ipynb"
     left.parent.mkdir(parents=True)
     left.write_text("half a notebook of a process that was killed")
     return project, runner.run("smoke", root=project, quiet=True)
@@ -361,14 +362,12 @@ def test_the_report_needs_the_pages_whose_results_it_opens(monkeypatch):
 
 def test_one_run_of_a_profile_at_a_time(project):
     write_page(project, "00_lesson", code("1"))
-    with runner.alone("smoke", project):
+    with locked(site(project)):
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=rf"another run of profile smoke is going on \(pid {os.getpid()} on \S+\)"):
+            with pytest.raises(InUse, match=rf"runs/smoke/site is in use by process {os.getpid()} on \S+"):
                 runner.run("smoke", root=project, quiet=True)
-        with runner.alone("desk", project), pytest.raises(RuntimeError, match="profile desk"):
-            runner.book(root=project)
-    with runner.alone("smoke", project):
-        pass
+    with locked(site(project, "desk")), pytest.raises(InUse, match="runs/desk/site is in use"):
+        runner.book(root=project)
     assert not (site(project) / "notebooks").exists()
 
 
@@ -541,7 +540,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(project, capsy
     write_page(project, "40_report", code(PARAMETERS, "parameters"))
     (project / "runs").write_text("a file where a folder is needed")
     (project / "figures").write_text("another")
-    assert "must be in a folder that can be made and written to" in one_error(capsys, arguments)
+    assert "runs" in one_error(capsys, arguments)
     assert sorted(path.name for path in project.iterdir()) == ["figures", "nbs", "runs", "settings.ini"]
 
 
@@ -553,9 +552,9 @@ def test_what_cannot_be_written_is_named(tmp_path, path, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=rf"^output='/.*{message}"):
-        runner.check_writable("output", tmp_path / path)
-    runner.check_writable("output", tmp_path / "new" / "folders" / "a.json")
-    runner.check_writable("output", tmp_path / "file")
+        runner.check_output("output", tmp_path / path)
+    runner.check_output("output", tmp_path / "new" / "folders" / "a.json")
+    runner.check_output("output", tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
