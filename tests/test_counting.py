@@ -47,7 +47,8 @@ def tiny(**changes):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: swin_row("Q", "krause", True), "size must be one of "), (lambda: attention_rule(per_entry=-1), "per_entry must be an integer ≥ 0"),
+    (lambda: swin_row("Q", "krause", True), "size must be one of "),
+    (lambda: attention_rule(per_entry=-1), "per_entry must be an integer ≥ 0"),
     (lambda: count_models(("kvit_s/cifar11",)), "measured must be of "), (lambda: token_count(SwinClassifierConfig()), "config must be"),
 ])
 def test_what_cannot_be_counted_is_named(call, message):
