@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import tempfile
@@ -35,6 +34,7 @@ import errno
 import fcntl
 import hashlib
 import pwd
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -288,7 +288,7 @@ DIGESTS = "digests.json"
 
 
 def file_digest(
-    path: str | Path,  # a file
+    path: str | Path,
 ) -> str:
     "The SHA-256 of a file."
     digest = hashlib.sha256()
@@ -455,9 +455,8 @@ def save_result(
 # %% ../nbs/27_records.ipynb #e85c83e3
 RESULT_PAGES = {  # by the name of the file or of its folder
     "particles": "30", "image_classification": "31", "image_classification_cifar10": "31", "image_generation": "32",
-    "image_generation_colour": "32", "generation_speed": "32",
-    "fine_tuning": "33", "sinks": "33", "language_tasks": "33", "language_speed": "33", "ablations": "35", "cost": "36", "counting": "36",
-    "training_profile": "36", "attention_maps": "37",
+    "image_generation_colour": "32", "generation_speed": "32", "fine_tuning": "33", "sinks": "33", "language_tasks": "33",
+    "language_speed": "33", "ablations": "35", "cost": "36", "counting": "36", "training_profile": "36", "attention_maps": "37",
 }
 
 
@@ -514,7 +513,8 @@ KINDS = {
     "a number": _number, "null": lambda value: value is None, "a text": _text, "an object": _object,
     "a list of numbers": _list(_number), "a list of objects": _list(_object), "a list of lists of numbers": _list(_list(_number)),
     "two numbers": lambda value: _list(_number)(value) and len(value) == 2,
-    "a list of true and false": _list(lambda value: isinstance(value, bool)), "a list of texts": _list(_text),
+    "a list of true and false": _list(lambda value: isinstance(value, bool)),
+    "a list of texts and nulls": _list(lambda value: value is None or _text(value)),
     "named objects": lambda value: _object(value) and len(value) > 0 and all(map(_object, value.values())),
     "named lists of objects": lambda value: _object(value) and len(value) > 0 and all(map(_list(_object), value.values())),
     "named numbers and texts": lambda value: _object(value) and all(_number(each) or _text(each) for each in value.values()),
@@ -542,7 +542,7 @@ FIELDS = {  # what a field of a result holds; before a point: the field that it 
     "two numbers": "ratio_quartiles speed_ratio_quartiles seconds_quartiles",
     "a list of numbers or null": "cls_weight",
     "a list of lists of numbers": "image maps counts opinions",
-    "a list of texts": "commits",
+    "a list of texts and nulls": "commits",
     "a list of true and false": "mechanism.window mechanism.selected",
     "a list of objects": "panels series swin entry_operations layers rows",
     "a text": "name profile device case pass label title kind model dataset ptflops_version source anli_labels",

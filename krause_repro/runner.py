@@ -6,13 +6,13 @@
 __all__ = ['NEEDS', 'MATHJAX', 'NOTEBOOK_TEMPLATE', 'RECORD', 'PARTS', 'MEANING', 'INDEX_TEMPLATE', 'COMMANDS', 'LIMITS', 'Page',
            'read_notebook', 'read_page', 'notebooks', 'check_names', 'did_you_mean', 'check_word', 'select',
            'failed_need', 'settled_train', 'parameters_for', 'kernel_manager', 'first_line', 'execute', 'run_page',
-           'interactive', 'ticking', 'outcome', 'run_pages', 'site_folder', 'alone', 'remove_leftovers',
-           'check_writable', 'check_run_folders', 'run', 'copy_mathjax', 'plain_notebook', 'page_exporter', 'read_copy',
-           'notebook_html', 'place', 'copy_figures', 'paired_figures', 'with_code', 'site_row', 'mark_needs',
-           'duration', 'site_facts', 'site', 'clean', 'book', 'list_recipes', 'summary', 'report_pages',
-           'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data', 'make_report', 'build_site', 'execute_book',
-           'run_benchmark', 'prepare_kernels', 'check_evaluation_files', 'show_evaluation', 'evaluate_model', 'usage',
-           'check_options', 'options', 'deliberate', 'Ended', 'ending', 'tell', 'main']
+           'interactive', 'ticking', 'outcome', 'run_pages', 'site_folder', 'check_output', 'check_run_folders', 'run',
+           'copy_mathjax', 'plain_notebook', 'page_exporter', 'read_copy', 'notebook_html', 'place', 'copy_figures',
+           'paired_figures', 'with_code', 'site_row', 'mark_needs', 'duration', 'site_facts', 'site', 'clean', 'book',
+           'list_recipes', 'summary', 'report_pages', 'run_notebooks', 'train_recipe', 'sample_recipe', 'fetch_data',
+           'make_report', 'build_site', 'execute_book', 'run_benchmark', 'prepare_kernels', 'check_evaluation_files',
+           'show_evaluation', 'evaluate_model', 'usage', 'check_options', 'options', 'deliberate', 'Ended', 'ending',
+           'tell', 'main']
 
 # %% ../nbs/26_runner.ipynb #2dcd554e
 import difflib
@@ -336,40 +336,8 @@ def site_folder(
 
     return Path(root or project_root()).resolve() / "runs" / profile / "site"
 
-# %% ../nbs/26_runner.ipynb #83884b86
-@contextmanager
-def alone(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: Path,  # the project's folder
-) -> Iterator[None]:
-    "Hold the lock of a profile's run. Raises `RuntimeError` if another process holds it."
-    import fcntl
-    import socket
-
-    path = site_folder(profile, root).parent / "run.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RuntimeError(f"another run of profile {profile} is going on ({file.read().strip()}); wait for its end") from error
-        file.truncate(0)
-        print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        yield
-
-
-def remove_leftovers(
-    *folders: Path,  # those in which this process alone writes
-) -> None:
-    "Remove the temporary files of `records.replacing` that a killed process left."
-    for folder in folders:
-        for path in folder.glob(".*"):
-            if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file():
-                path.unlink()
-
 # %% ../nbs/26_runner.ipynb #0b98d0d2
-def check_writable(
+def check_output(
     name: str,  # of the option or of what is to be written, for the message
     path: str | Path,  # a file that is to be made or replaced
 ) -> None:
@@ -396,9 +364,9 @@ def check_run_folders(
     from krause_repro.figures import figure_folder
     from krause_repro.records import result_path
 
-    check_writable("site", site_folder(profile, root) / "index.html")
-    check_writable("figures", figure_folder(profile, root) / "figure.png")
-    check_writable("results", result_path("result", profile, root))
+    check_output("site", site_folder(profile, root) / "index.html")
+    check_output("figures", figure_folder(profile, root) / "figure.png")
+    check_output("results", result_path("result", profile, root))
 
 # %% ../nbs/26_runner.ipynb #96aeff68
 def run(
@@ -411,21 +379,21 @@ def run(
     """Execute the book into runs/<profile>/site and build its page; return a record per notebook.
 
     A page that fails does not stop the others, see `NEEDS`. Raises, before any work, `ValueError` for bad words and for a folder that
-    cannot be written, and `RuntimeError` while another process runs the same profile.
+    cannot be written, and `InUse` while another process runs the same profile.
     """
-    from krause_repro.figures import figure_folder
-    from krause_repro.records import project_root, result_path
+    from krause_repro.records import locked, project_root, remove_leftovers
 
     train, root = settled_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
     check_names(chosen)
     parameters = {page.stem: parameters_for(page, profile, train) for page in chosen}
     check_run_folders(profile, root)
-    copies, records = site_folder(profile, root) / "notebooks", []
-    with alone(profile, root):
-        remove_leftovers(copies, copies.parent, figure_folder(profile, root), result_path("result", profile, root).parent)
+    folder, records = site_folder(profile, root), []
+    with locked(folder):
+        remove_leftovers(folder)
+        remove_leftovers(folder / "notebooks")
         try:
-            for record in run_pages(chosen, copies, parameters, root, quiet):
+            for record in run_pages(chosen, folder / "notebooks", parameters, root, quiet):
                 records.append(record)
         finally:
             site(profile, root)
@@ -439,14 +407,16 @@ def copy_mathjax(
     folder: Path,  # the site's folder
 ) -> str | None:
     "Copy MathJax into the site once and return its address there; None where jupyter-server-mathjax is not installed."
+    from krause_repro.records import scratch_folder
+
     package = importlib.util.find_spec("jupyter_server_mathjax")
     if package is None:
         return None
     if not (folder / "mathjax").is_dir():
         static = Path(package.submodule_search_locations[0]) / "static"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".mathjax.") as aside:
-            shutil.copytree(static, Path(aside) / "mathjax", ignore=shutil.ignore_patterns("localization"))
-            os.replace(Path(aside) / "mathjax", folder / "mathjax")
+        with scratch_folder(folder) as aside:
+            shutil.copytree(static, aside / "mathjax", ignore=shutil.ignore_patterns("localization"))
+            os.replace(aside / "mathjax", folder / "mathjax")
     return f"mathjax/{MATHJAX}"
 
 # %% ../nbs/26_runner.ipynb #e5d136a3
@@ -859,18 +829,18 @@ def book(
     """Execute the committed notebooks in place and clean them, each whole or not at all; return a record per notebook.
 
     A page that fails stays as it was, and the others are executed. Raises, before any work, `ValueError` for a name that is no page and for
-    a folder that cannot be written, and `RuntimeError` while another process executes the desk pages.
+    a folder that cannot be written, and `InUse` while another process executes pages of the desk profile.
     """
     from krause_repro.figures import figure_folder
-    from krause_repro.records import project_root
+    from krause_repro.records import locked, project_root, remove_leftovers
 
     root = Path(root or project_root()).resolve()
     chosen, records = select(notebooks(root / "nbs"), only), []
     check_names(chosen)
     for folder in (root / "nbs", figure_folder("desk", root)):
-        check_writable(folder.name, folder / "file")
-    with alone("desk", root):
-        remove_leftovers(root / "nbs", figure_folder("desk", root))
+        check_output(folder.name, folder / "file")
+    with locked(site_folder("desk", root)):
+        remove_leftovers(root / "nbs")
         for page in chosen:
             start = time.perf_counter()
             print(f"{page.stem} ... ", end="", flush=True)
@@ -950,9 +920,8 @@ def train_recipe(
     from krause_repro.recipes import get_recipe
 
     chosen = get_recipe(recipe).at(profile)
-    from krause_repro.training import run_path, train
+    from krause_repro.training import train
 
-    check_writable("run", run_path(chosen, seed) / "recipe.json")
     print(f"The run: {train(chosen, seed=seed, restart=restart, source=source, unreadable=unreadable).path}")
 
 # %% ../nbs/26_runner.ipynb #6f0ad705
@@ -978,7 +947,6 @@ def sample_recipe(
 
     run = Run(run_path(chosen, seed), chosen, seed)
     check_run(run)
-    check_writable("images", samples_folder(run, image_seed, temperature, top_p) / "sheet.png")
     made = sample_run(run, images, image_seed, temperature, top_p, batch, interactive(), source)
     print(f"The images: {contact_sheet(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
 
@@ -1025,7 +993,7 @@ def run_benchmark(
     from krause_repro.benchmarks import BENCHMARKS, benchmark_path
 
     check_word("name", name, BENCHMARKS)
-    check_writable("results", benchmark_path(name))
+    check_output("results", benchmark_path(name))
     torch.set_num_threads(threads)
     BENCHMARKS[name]()
 
@@ -1050,7 +1018,7 @@ def check_evaluation_files(
     if adapter is not None and (missing := [name for name in ADAPTER_FILES if not (Path(adapter) / name).is_file()]):
         raise FileNotFoundError(f"adapter={adapter!r} must be a folder written by save_adapter, but has no {' and no '.join(missing)}")
     if output is not None:
-        check_writable("output", output)
+        check_output("output", output)
 
 
 def show_evaluation(

@@ -1,6 +1,8 @@
 """Timing itself is no test; how times become ratios is, that the contenders compute what they say, and what memory is counted."""
 
 import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from krause_repro.attention import CausalWindow, GridWindow, attend
 from krause_repro.benchmarks import (
     BASELINE,
     BENCHMARKS,
+    CIFAR_CASE,
     COST,
     DENSE_LENGTH,
+    GENERATION_SPEED,
     KINDS,
     LANGUAGE_GOALS,
     LANGUAGE_SPEED,
@@ -24,11 +28,15 @@ from krause_repro.benchmarks import (
     ROUNDS,
     SELECTORS,
     AttentionCase,
+    GenerationCase,
     ImageCase,
+    LanguageCase,
     attention_calls,
     attention_contenders,
     bench_attention,
     bench_cost,
+    bench_dynamics,
+    bench_generation,
     bench_grids,
     bench_images,
     bench_language,
@@ -44,6 +52,7 @@ from krause_repro.benchmarks import (
     fitted_exponent,
     format_rows,
     forward_pass,
+    generation_seconds,
     in_turns,
     interleave,
     kth_largest,
@@ -423,6 +432,54 @@ def test_a_report_is_printed_and_saved_with_its_environment(tmp_path, monkeypatc
     assert "500.0" in printed and "not measured: b (no compiler)" in printed and f"{torch.get_num_threads()} threads" in printed
     saved = read_json(tmp_path / "runs" / "bench" / "example.json")
     assert saved["rows"] == [row] and {"commit", "threads", "versions", "device"} <= set(saved)
+
+
+REFUSED = {
+    "no contender": (lambda: interleave({}), "contenders is empty"),
+    "no round": (lambda: interleave({"a": int}, rounds=0), "rounds must be an integer ≥ 1"),
+    "negative warm-up": (lambda: interleave({"a": int}, warmup=-1), "warmup must be an integer ≥ 0"),
+    "no budget": (lambda: in_turns({"a": int}, 0), "budget must be a number > 0"),
+    "budget that is no number": (lambda: in_turns({"a": int}, float("nan")), "budget must be a number > 0"),
+    "no time": (lambda: summarise_times([]), "times must be one or more finite numbers"),
+    "NaN time": (lambda: compare({"a": [1.0], "b": [float("nan")]}, "a"), "times must be one or more finite numbers"),
+    "unknown baseline": (lambda: compare({"a": [1.0]}, "b"), "baseline must be one of a, got 'b'"),
+    "no batch": (lambda: replace(CIFAR_CASE, batch=0), "batch must be an integer ≥ 1"),
+    "length": (lambda: replace(CIFAR_CASE, length=2.5), "length must be an integer ≥ 1"),
+    "no window": (lambda: replace(CIFAR_CASE, window=0, top_k=None), "window must be an integer ≥ 1"),
+    "top-k beyond the window": (lambda: replace(CIFAR_CASE, top_k=257), "top_k must be at most the window, 256"),
+    "grid of another length": (lambda: replace(COST.grids[0], length=49), "length must be 50"),
+    "no image": (lambda: replace(COST.images[0], images=0), "images must be an integer ≥ 1"),
+    "no length": (lambda: bench_scaling(replace(COST, lengths=())), "lengths must hold at least one size"),
+    "length of 0": (lambda: bench_cost(replace(COST, lengths=(1024, 0))), "each of lengths must be an integer ≥ 1"),
+    "window of 0": (lambda: bench_cost(replace(COST, windows=(0,))), "each of windows must be an integer ≥ 1"),
+    "endless limit": (lambda: bench_cost(replace(COST, limit=float("inf"))), "limit must be a number ≥ 0"),
+    "unknown pass": (lambda: bench_images(SMOKE, ("backward",)), "passes must be of forward, training step, got 'backward'"),
+    "no step": (lambda: bench_training(steps=0), "steps must be an integer ≥ 1"),
+    "no step before": (lambda: bench_training(warmup=0), "warmup must be an integer ≥ 1"),
+    "k beyond the scores": (lambda: kth_largest(torch.zeros(2, 3), 4), "k must be at most the 3 columns"),
+    "scores in double": (lambda: kth_largest(torch.zeros(2, 3).double(), 1), "scores must be (N, C) float32"),
+    "cost of 0": (lambda: fitted_exponent([1, 2], [1, 0]), "sizes and costs must be finite numbers > 0"),
+    "start beyond the image": (lambda: generation_seconds(GenerationCase("a", "digits", "smoke", 1, 63)), "must leave 2 tokens or more"),
+    "stop beyond the image": (lambda: generation_seconds(GenerationCase("a", "digits", "smoke", 1, 0, 65)), "must leave 2 tokens or more"),
+    "stop before start": (lambda: GenerationCase("a", "digits", "smoke", 1, 5, 4), "stop must be an integer ≥ 7"),
+    "no layer": (lambda: bench_generation(replace(GENERATION_SPEED, step_depth=0)), "step_depth must be an integer ≥ 1"),
+    "no context": (lambda: LanguageCase(1, 0, 1), "context must be an integer ≥ 1"),
+    "no token": (lambda: bench_language(replace(LANGUAGE_SPEED, tokens=0)), "tokens must be an integer ≥ 1"),
+    "unknown base": (lambda: benchmark_language_model("smollm3"), "base must be 'smollm2' or 'random'"),
+    "no step of particles": (lambda: bench_dynamics(steps=0), "steps must be an integer ≥ 1"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_measured_is_refused_before_the_clock_starts(kind, monkeypatch):
+    call, message = REFUSED[kind]
+    monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("the clock has started"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_one_size_has_no_exponent():
+    assert fitted_exponent([5, 5], [1, 2]) == (None, 2)
 
 
 def test_benchmarks_are_callables_by_name():

@@ -17,6 +17,7 @@ from krause_repro.counting import (
     ENTRY_OPERATIONS,
     as_printed,
     attention_pairs,
+    attention_rule,
     branch_macs,
     component_macs,
     count_models,
@@ -43,6 +44,16 @@ def tiny(**changes):
     settings = {"image_size": 6, "patch_size": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 20,
                 "num_hidden_layers": 2, "num_labels": 5, "attention_top_k": (2, 4)}
     return VisionTransformerConfig(**settings | changes)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: swin_row("Q", "krause", True), "size must be one of "),
+    (lambda: attention_rule(per_entry=-1), "per_entry must be an integer ≥ 0"),
+    (lambda: count_models(("kvit_s/cifar11",)), "measured must be of "), (lambda: token_count(SwinClassifierConfig()), "config must be"),
+])
+def test_what_cannot_be_counted_is_named(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
 
 
 def test_a_dense_model_by_hand():

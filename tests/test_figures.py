@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from krause_repro import figures
+from krause_repro.records import check_fields
 
 CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [0.1, 0.0, 0.05]}
 ONE_CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [None, None, None]}
@@ -314,6 +315,48 @@ def test_saved_files_say_what_they_show(tmp_path):
     assert SAVE["caption"] in text and "25_figures" in text and "dc:date" not in text
     assert Image.open(png).size[0] == figures.WIDTH * figures.DPI
     assert figures.figure_index("smoke", root=tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another's"])
+def test_a_damaged_figure_is_named(tmp_path, damage):
+    png, _ = figures.save_figure(Figure(figsize=(1, 1)), "example", profile="smoke", root=tmp_path, **SAVE)
+    texts = {"cut": png.read_bytes()[:-200], "empty": b"", "text": b"no picture"}
+    if damage in texts:
+        png.write_bytes(texts[damage])
+    else:
+        Image.new("L", (2, 2)).save(png)
+    with pytest.raises(ValueError, match=f"^{png} (is not a PNG, or damaged|carries no Title)"):
+        figures.read_figure(png)
+
+
+def numbers(value, path=()):
+    "Where the numbers in nested lists and dicts are."
+    if isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(part, (*path, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_plot_draws_what_is_no_number(name):
+    for wrong in (float("nan"), float("-inf")):
+        for path in [*numbers(EXAMPLES[name])][:40]:
+            data = copy.deepcopy(EXAMPLES[name])
+            part = data
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = wrong
+            with pytest.raises(ValueError, match="numbers that are not finite in"):
+                getattr(figures, name)(data)
+
+
+def test_a_plot_of_a_result_names_its_file():
+    data = check_fields({"series": [{"label": "KViT", "kind": "krause", "initial": 2.5, "mean": [1, 2]}]}, "a.json", "")
+    with pytest.raises(ValueError, match=r"^a\.json: series\[0\] has no sd; it needs mean, sd$"):
+        figures.plot_sigma({"layers": [1, 2], "seeds": 1, **data})
+    with pytest.raises(ValueError, match=r"^a\.json: the result has no seeds"):
+        figures.plot_sigma(data)
 
 
 def test_index_names_a_stranger(tmp_path):

@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from krause_repro import runner
+from krause_repro.records import InUse, locked
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = 'profile = "desk"\ntrain = "never"'
@@ -71,7 +73,7 @@ def smoke(tmp_path_factory):
     write_page(project, "31_image_classification", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
     write_page(project, "32_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
     write_page(project, "40_report", code(PARAMETERS, "parameters"))
-    left = site(project) / "notebooks" / ".00_lesson.ipynb.ab_d1234.ipynb"
+    left = site(project) / "notebooks" / ".00_lesson.ipynb.0123abcd.1.ab_d1234.ipynb"
     left.parent.mkdir(parents=True)
     left.write_text("half a notebook of a process that was killed")
     return project, runner.run("smoke", root=project, quiet=True)
@@ -361,14 +363,12 @@ def test_the_report_needs_the_pages_whose_results_it_opens(monkeypatch):
 
 def test_one_run_of_a_profile_at_a_time(project):
     write_page(project, "00_lesson", code("1"))
-    with runner.alone("smoke", project):
+    with locked(site(project)):
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=rf"another run of profile smoke is going on \(pid {os.getpid()} on \S+\)"):
+            with pytest.raises(InUse, match=rf"runs/smoke/site is in use by process {os.getpid()} on \S+"):
                 runner.run("smoke", root=project, quiet=True)
-        with runner.alone("desk", project), pytest.raises(RuntimeError, match="profile desk"):
-            runner.book(root=project)
-    with runner.alone("smoke", project):
-        pass
+    with locked(site(project, "desk")), pytest.raises(InUse, match="runs/desk/site is in use"):
+        runner.book(root=project)
     assert not (site(project) / "notebooks").exists()
 
 
@@ -535,13 +535,13 @@ def test_every_option_has_a_range(capsys, arguments, option):
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(project, capsys, monkeypatch, arguments):
     from krause_repro import benchmarks, training
 
-    for module, name in ((runner, "execute"), (training, "train"), (benchmarks, "interleave")):
+    for module, name in ((runner, "execute"), (training, "set_seed"), (benchmarks, "interleave")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
     monkeypatch.chdir(project)
     write_page(project, "40_report", code(PARAMETERS, "parameters"))
     (project / "runs").write_text("a file where a folder is needed")
     (project / "figures").write_text("another")
-    assert "must be in a folder that can be made and written to" in one_error(capsys, arguments)
+    assert re.search(r"/(runs|figures)\b", one_error(capsys, arguments))
     assert sorted(path.name for path in project.iterdir()) == ["figures", "nbs", "runs", "settings.ini"]
 
 
@@ -553,9 +553,9 @@ def test_what_cannot_be_written_is_named(tmp_path, path, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=rf"^output='/.*{message}"):
-        runner.check_writable("output", tmp_path / path)
-    runner.check_writable("output", tmp_path / "new" / "folders" / "a.json")
-    runner.check_writable("output", tmp_path / "file")
+        runner.check_output("output", tmp_path / path)
+    runner.check_output("output", tmp_path / "new" / "folders" / "a.json")
+    runner.check_output("output", tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -592,6 +592,86 @@ def test_a_path_that_is_not_text_is_refused(tmp_path, capsys, monkeypatch, argum
     write_page(project, "00_lesson", code("1"))
     monkeypatch.chdir(project)
     assert "is a path that is not UTF-8; rename it" in one_error(capsys, arguments)
+
+
+class Trap:
+    "Its pickle makes a folder when it is loaded."
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def set_trap(path, sprung, zipped=True):
+    "Write what `torch.load`, or `pickle.load`, would execute."
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if zipped:
+        torch.save({"weight": Trap(sprung)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"weight": Trap(sprung)}))
+    loaded = sprung.with_name("proof")
+    pickle.loads(pickle.dumps(Trap(loaded)))
+    assert loaded.is_dir() and loaded.rmdir() is None
+
+
+def finished_run(project):
+    "The folder of a finished run of a generator, without its weights."
+    from krause_repro.recipes import get_recipe
+    from krause_repro.records import write_json
+    from krause_repro.training import run_path
+
+    recipe = get_recipe("karm/digits").at("smoke")
+    folder = run_path(recipe, 0)
+    assert project in folder.parents
+    write_json(folder / "recipe.json", {"recipe": recipe.to_dict(), "fingerprint": recipe.fingerprint, "seed": 0})
+    write_json(folder / "finished.json", {"steps": 1})
+    recipe.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model.bin", "model.pt"])
+def test_the_weights_of_a_run_are_never_unpickled(project, capsys, monkeypatch, name, zipped):
+    monkeypatch.chdir(project)
+    set_trap(finished_run(project) / name, project / "sprung", zipped)
+    assert "model.safetensors" in one_error(capsys, ["sample", "karm/digits", "--images", "1"])
+    assert not (project / "sprung").exists()
+
+
+TINY = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+CODE = "import os\nos.mkdir({!r})\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors", "remote code", "adapter_model.bin"])
+def test_a_language_model_from_elsewhere_runs_nothing(project, capsys, monkeypatch, kind):
+    from krause_repro import evaluation
+
+    sprung, model, adapter = project / "sprung", project / "model", project / "adapter"
+    model.mkdir()
+    settings = TINY
+    if kind == "remote code":
+        settings = TINY | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+        (model / "code.py").write_text(CODE.format(str(sprung)), encoding="utf-8")
+    (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    set_trap((adapter if kind == "adapter_model.bin" else model) / (kind if "." in kind else "pytorch_model.bin"), sprung)
+    monkeypatch.setattr(evaluation, "check_language_run", lambda **_: {})
+    given = ["--adapter", str(adapter)] if kind == "adapter_model.bin" else []
+    error = one_error(capsys, ["evaluate", str(model), "--tasks", "boolq", *given])
+    assert str(adapter if given else model) in error and "weights_only" not in error
+    assert not sprung.exists()
+
+
+def test_data_from_elsewhere_are_not_unpickled(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        set_trap(project / "data" / "cifar-10-batches-py" / name, project / "sprung", zipped=False)
+    assert "by its MD5" in one_error(capsys, ["train", "kvit_s/cifar10", "--profile", "smoke", "--source", str(project / "data")])
+    assert not (project / "sprung").exists()
 
 
 def test_a_fault_keeps_its_traceback(monkeypatch):
