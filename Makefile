@@ -3,9 +3,13 @@ PYTHON ?= python3
 PROFILE ?= smoke
 ONLY ?=
 TRAIN ?=
+VENV ?= .venv
 
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+BIN := $(VENV)/bin
+LOCK := requirements-lock.txt
+# of these, settings.ini has an upper bound that `make test-latest` lifts
+NEWEST := torch torchvision transformers peft accelerate datasets
+INSTALLED := $(VENV)/.installed
 COMMAND := $(BIN)/krause-repro
 ONLY_OPTION := $(if $(ONLY),--only '$(ONLY)')
 TRAIN_OPTION := $(if $(TRAIN),--train '$(TRAIN)')
@@ -22,7 +26,7 @@ endif
 .DEFAULT_GOAL := figures
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: figures book test site help
+.PHONY: figures book test test-latest lock site help
 
 figures: $(INSTALLED)  ## execute the notebooks under PROFILE and build the page that shows every figure
 	$(COMMAND) data fashion_mnist
@@ -37,16 +41,34 @@ test: $(INSTALLED)  ## ruff and the tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest
 
+test-latest:  ## the tests with the newest release of every requirement, in an environment of its own
+	$(MAKE) test VENV='$(VENV)-latest' LOCK=
+
 site: $(INSTALLED)  ## build runs/PROFILE/site again from what has been executed
 	$(COMMAND) site --profile '$(PROFILE)'
 
-help:  ## this list
-	@echo "make [TARGET] [PROFILE=smoke|desk|paper] [ONLY=31,40_report] [TRAIN=never|missing|always] [PYTHON=python3]"
-	@sed -n 's/^\([a-z]*\):.*##/  \1\t/p' Makefile | expand -t 12
+lock: $(INSTALLED)  ## resolve the requirements of settings.ini anew and write requirements-lock.txt
+	$(BIN)/python -m pip install 'uv>=0.9'
+	$(BIN)/uv pip compile --universal --generate-hashes --upgrade --quiet --custom-compile-command 'make lock' \
+		--python-version "$$(sed -n 's/^min_python = //p' settings.ini)" --extra dev --extra eval --output-file requirements-lock.txt setup.py
 
-# The stamp is written only by an installation that succeeded; new requirements install again.
-$(INSTALLED): settings.ini setup.py pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[dev,eval]'
+help:  ## this list
+	@echo "make [TARGET] [PROFILE=smoke|desk|paper] [ONLY=31,40_report] [TRAIN=never|missing|always] [PYTHON=python3] [VENV=.venv]"
+	@sed -n 's/^\([a-z-]*\):.*##/  \1\t/p' Makefile | expand -t 16
+
+# The stamp is written only by an installation that succeeded; new requirements install again. Without a lock, the newest releases
+# are installed. The packages of [build-system] come first, so that what is built from source is built by locked versions, too.
+$(INSTALLED): settings.ini setup.py pyproject.toml $(LOCK)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"needs Python 3.11 or newer, got {sys.version.split()[0]}: set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv '$(VENV)'
+ifneq ($(LOCK),)
+	sed -n '/^\(setuptools\|wheel\|packaging\)==/,/[^\\]$$/p' $(LOCK) > $(VENV)/build.txt
+	$(BIN)/python -m pip install --require-hashes --requirement $(VENV)/build.txt
+	$(BIN)/python -m pip install --require-hashes --no-build-isolation --requirement $(LOCK)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+else
+	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --upgrade $(NEWEST)
+endif
 	$(COMMAND) kernels
 	touch $@

@@ -13,7 +13,8 @@ __all__ = ['ROUNDS', 'LONG_ROUNDS', 'CIFAR_CASE', 'SMOKE_CASE', 'SMOKE_COST', 'C
            'GenerationSpeedRecipe', 'generation_seconds', 'generator_step', 'bench_generation', 'generation_notes',
            'generation_speed_table', 'LanguageCase', 'LanguageSpeedRecipe', 'benchmark_language_model',
            'deployed_models', 'reader_and_writer', 'lora_step', 'resident_growth', 'branch_memory', 'bench_language',
-           'language_notes', 'language_speed_table', 'bench_dynamics', 'bench_cost', 'format_rows', 'report_benchmark']
+           'language_notes', 'language_speed_table', 'bench_dynamics', 'bench_cost', 'format_rows', 'benchmark_path',
+           'report_benchmark']
 
 # %% ../nbs/28_benchmarks.ipynb #2fd84d77
 import copy
@@ -39,7 +40,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
-from .attention import CausalWindow, GridWindow, attend
+from .attention import CausalWindow, GridWindow, attend, check_integer, check_positive
 from .counting import branch_macs
 from .data import load_splits
 from .dynamics import flow, uniform_sphere
@@ -60,6 +61,10 @@ def interleave(
     warmup: int = 2,  # rounds before them that do not count
 ) -> dict[str, list[float]]:  # seconds of each round
     "Time each contender once per round, beginning with another one each time."
+    if not contenders:
+        raise ValueError("contenders is empty; give at least one")
+    check_integer("rounds", rounds, 1)
+    check_integer("warmup", warmup, 0)
     names, seconds = list(contenders), {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         shift = turn % len(names)
@@ -76,7 +81,9 @@ def interleave(
 def summarise_times(
     times: list[float],  # seconds of each round
 ) -> dict:
-    "Their median, quartiles and number."
+    "Their median, quartiles and number. Raises `ValueError` for times that are missing or not finite."
+    if not times or not all(map(math.isfinite, times)):
+        raise ValueError(f"times must be one or more finite numbers, got {times}")
     low, middle, high = _quartiles(times)
     return {"seconds": middle, "seconds_quartiles": [low, high], "rounds": len(times)}
 
@@ -91,6 +98,8 @@ def compare(
     baseline: str,  # the contender that ratios are taken to
 ) -> list[dict]:  # one row per contender: median and spread of seconds, and of the ratio within rounds
     "Medians of the times and of the ratios to the baseline, each with the quartiles of the rounds."
+    if baseline not in seconds:
+        raise ValueError(f"baseline must be one of {', '.join(seconds)}, got {baseline!r}")
     rows = []
     for name, times in seconds.items():
         low, middle, high = _quartiles([a / b for a, b in zip(times, seconds[baseline], strict=True)])
@@ -107,6 +116,7 @@ def in_turns(
     budget: float = 3.0,  # seconds that all rounds together should take
 ) -> dict[str, list[float]]:  # seconds of each round
     "`interleave` with as many rounds as fit into a budget: 5 to 15 after a warm-up, or 3 where one round alone exceeds it."
+    check_positive("budget", budget)
     first = interleave(contenders, rounds=1, warmup=0)
     spent = sum(times[0] for times in first.values())
     if spent > budget:
@@ -140,6 +150,12 @@ class AttentionCase:
     window: int  # W, in tokens
     top_k: int | None = None  # keys kept in each row; None keeps the whole window
 
+    def __post_init__(self):
+        for name in ("batch", "heads", "length", "dim", "window"):
+            check_integer(name, getattr(self, name), 1)
+        if self.top_k is not None and check_integer("top_k", self.top_k, 1) > self.window:
+            raise ValueError(f"top_k must be at most the window, {self.window}, got {self.top_k}")
+
     @property
     def shape(self) -> dict[str, int | None]:
         "The case without its title."
@@ -161,6 +177,12 @@ class GridCase(AttentionCase):
     radius: int = 1  # of the window, in patches
     metric: str = "manhattan"  # as in `attention.GridWindow`
 
+    def __post_init__(self):
+        super().__post_init__()
+        grid = GridWindow(check_integer("side", self.side, 1), self.side, self.radius, self.metric)
+        if self.length != grid.length:
+            raise ValueError(f"length must be {grid.length}, the patches of {self.side} × {self.side} and the CLS token, got {self.length}")
+
 # %% ../nbs/28_benchmarks.ipynb #74f431aa
 @dataclass(frozen=True)
 class ImageCase:
@@ -171,6 +193,9 @@ class ImageCase:
     softmax: str  # recipe of the ViT
     profile: str  # of both recipes
     images: int  # in the batch
+
+    def __post_init__(self):
+        check_integer("images", self.images, 1)
 
     def recipes(self) -> dict[str, ImageClassificationRecipe]:
         "The two recipes by name, the ViT's drop-path set to the KViT's."
@@ -211,6 +236,19 @@ class CostRecipe(Recipe):
     )
     budget: float = 3.0  # seconds for each comparison, see `in_turns`
     compiled: bool = True  # try torch.compile on the selection?
+
+    def check(self) -> None:
+        "Raise a `ValueError` for settings that would be found out after minutes of measuring."
+        for name in ("lengths", "windows"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must hold at least one size")
+            for size in getattr(self, name):
+                check_integer(f"each of {name}", size, 1)
+        for name in ("window_length", "fit_from"):
+            check_integer(name, getattr(self, name), 1)
+        check_positive("budget", self.budget)
+        if not 0 <= self.limit < math.inf:
+            raise ValueError(f"limit must be a number ≥ 0, got {self.limit!r}")
 
     def changes(self, profile):
         return SMOKE_COST if profile == "smoke" else {}
@@ -367,6 +405,7 @@ def bench_attention(
     recipe: CostRecipe = COST,
 ) -> dict:
     "Seconds of every contender on every causal case of a recipe, and ratios to fused full attention."
+    recipe.check()
     return {"benchmark": "attention", "rows": _bench_cases(recipe.cases, recipe.budget)}
 
 
@@ -374,6 +413,7 @@ def bench_grids(
     recipe: CostRecipe = COST,
 ) -> dict:
     "The same on image grids."
+    recipe.check()
     return {"benchmark": "grids", "rows": _bench_cases(recipe.grids, recipe.budget)}
 
 
@@ -391,6 +431,10 @@ def kth_largest(
     k: int,  # 1 ≤ k ≤ C
 ) -> Tensor:  # (N,)
     "The k-th largest score of each row by bisection over the 32-bit numbers."
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise ValueError(f"scores must be (N, C) float32, got {scores.dtype} {tuple(scores.shape)}")
+    if check_integer("k", k, 1) > scores.shape[1]:
+        raise ValueError(f"k must be at most the {scores.shape[1]} columns of scores, got {k}")
     bits = scores.view(torch.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the numbers
     low, high = order.amin(-1, keepdim=True), order.amax(-1, keepdim=True) + 1  # at least k are ≥ low, fewer than k are ≥ high
@@ -469,6 +513,7 @@ def bench_scaling(
     recipe: CostRecipe = COST,
 ) -> dict:
     "Seconds over T and over W for the band and fused full attention, and over T for the dense reference."
+    recipe.check()
     band = "banded, C++" if kernels_available() else "banded, PyTorch"
     long = [replace(recipe.scaling, title=f"T = {length}", length=length) for length in recipe.lengths]
     wide = [replace(recipe.scaling, title=f"W = {w}", length=recipe.window_length, window=w, top_k=3 * w // 4) for w in recipe.windows]
@@ -480,10 +525,12 @@ def fitted_exponent(
     sizes: list[float],  # such as T
     costs: list[float],  # such as seconds
     least: float = 0,  # the smallest size that counts
-) -> tuple[float | None, int]:  # the exponent, None with fewer than two points; the number of points
+) -> tuple[float | None, int]:  # the exponent, None with fewer than two sizes; the number of points
     "The slope of log cost over log size by least squares."
+    if not all(0 < value < math.inf for value in (*sizes, *costs)):
+        raise ValueError(f"sizes and costs must be finite numbers > 0, got {sizes} and {costs}")
     points = [(math.log(x), math.log(y)) for x, y in zip(sizes, costs, strict=True) if x >= least]
-    return (statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None), len(points)
+    return (statistics.linear_regression(*zip(*points, strict=True)).slope if len({x for x, _ in points}) > 1 else None), len(points)
 
 # %% ../nbs/28_benchmarks.ipynb #12cf4180
 def scaling_series(
@@ -507,6 +554,7 @@ def scaling_series(
 # %% ../nbs/28_benchmarks.ipynb #bf9f4c13
 def _model_and_batch(recipe, images):
     "A model with fixed random weights, and pixels for it."
+    check_integer("images", images, 1)
     torch.manual_seed(0)
     model = VisionTransformer(recipe.config)
     return model, torch.randn(images, recipe.channels, recipe.image_size, recipe.image_size)
@@ -554,6 +602,9 @@ def bench_images(
     passes: tuple[str, ...] = tuple(IMAGE_PASSES),  # which of `IMAGE_PASSES`
 ) -> dict:
     "Seconds and images per second of KViT and of ViT with fused attention, in turns, equal size and drop-path."
+    recipe.check()
+    if unknown := [name for name in passes if name not in IMAGE_PASSES]:
+        raise ValueError(f"passes must be of {', '.join(IMAGE_PASSES)}, got {unknown[0]!r}")
     rows = []
     for case in recipe.images:
         for step in passes:
@@ -591,9 +642,11 @@ class StepClock(TrainerCallback):
 def bench_training(
     recipe: ImageClassificationRecipe | None = None,  # under its profile; None: KViT's desk recipe
     steps: int = 200,  # timed
-    warmup: int = 20,  # steps before them that do not count
+    warmup: int = 20,  # steps before them that do not count, at least one, whose end is where the clock starts
 ) -> dict:  # "rows", and "busy": processor seconds / (seconds × threads)
     "Seconds of a step of real training, the collator's part of it, and how busy the processor's cores are."
+    check_integer("steps", steps, 1)
+    check_integer("warmup", warmup, 1)
     recipe = recipe or get_recipe("kvit_t/fashion_mnist").at("desk")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -622,6 +675,12 @@ class GenerationCase:
     batch: int  # images at a time
     start: int = 0  # tokens that are there before the clock starts
     stop: int | None = None  # the last token that is timed; None for the whole image
+
+    def __post_init__(self):
+        check_integer("batch", self.batch, 1)
+        check_integer("start", self.start, 0)
+        if self.stop is not None:
+            check_integer("stop", self.stop, self.start + 2)  # the first token takes the memory, the others are timed
 
 
 @dataclass(frozen=True)
@@ -669,7 +728,10 @@ def generation_seconds(
 ) -> dict[str, list[float]]:  # "KARM", "ARM", "LARM": seconds of each token
     "Write the case's tokens, each by each model in turn."
     recipes = {model.upper(): get_recipe(f"{model}/{case.data}").at(case.profile) for model in GENERATORS}
-    stop = case.stop or recipes["KARM"].config.tokens
+    tokens = recipes["KARM"].config.tokens
+    stop = case.stop or tokens
+    if not case.start + 2 <= stop <= tokens:
+        raise ValueError(f"start and stop must leave 2 tokens or more of the image's {tokens}, got {case.start} and {stop}")
     writers = {name: _writer(recipe, case) for name, recipe in recipes.items()}
     return interleave(writers, stop - case.start - 1, warmup=1)  # the first token takes the memory
 
@@ -720,6 +782,8 @@ def bench_generation(
     recipe: GenerationSpeedRecipe = GENERATION_SPEED,
 ) -> dict:  # "rows" and "notes"
     "Seconds of a token and images per second of KARM, ARM and LARM, and of a step of training on one sequence, in turns."
+    check_integer("step_depth", recipe.step_depth, 1)
+    check_positive("budget", recipe.budget)
     rows, data, profile, depth = [], recipe.step_data, recipe.step_profile, recipe.step_depth
     for case in recipe.cases:
         seconds, tokens = generation_seconds(case), get_recipe(f"karm/{case.data}").at(case.profile).config.tokens
@@ -768,6 +832,10 @@ class LanguageCase:
     context: int  # tokens of each
     rounds: int  # that are timed, after one that is not
 
+    def __post_init__(self):
+        for name in ("batch", "context", "rounds"):
+            check_integer(name, getattr(self, name), 1)
+
     @property
     def title(self) -> str:
         "As tables show it."
@@ -802,6 +870,8 @@ def benchmark_language_model(
     base: str,  # "smollm2", or "random" for a tiny Llama
 ) -> PreTrainedModel:  # float32
     "The base model of a recipe."
+    if base not in ("smollm2", "random"):
+        raise ValueError(f"base must be 'smollm2' or 'random', got {base!r}")
     if base == "smollm2":
         return load_language_model(smollm2_folder(), dtype=torch.float32)[0]
     torch.manual_seed(0)
@@ -930,6 +1000,7 @@ def bench_language(
     recipe: LanguageSpeedRecipe = LANGUAGE_SPEED,
 ) -> dict:  # "rows", "notes", "memory" in bytes, "macs" for each context, "goals" for each pass
     "Tokens per second of a language model with a Krause branch and without, in turns, and what the branch adds in memory and in products."
+    check_integer("tokens", recipe.tokens, 1)
     base = benchmark_language_model(recipe.base)
     memory, models = branch_memory(base), deployed_models(base)
     macs = [{"context": n, **branch_macs(models["Krause"], n)} for n in sorted({case.context for case in recipe.cases})]
@@ -975,6 +1046,8 @@ def bench_dynamics(
     rounds: int = 3,  # timed rounds
 ) -> dict:
     "Seconds for 200 particles on the sphere, under softmax, truncated Krause and Krause with top-k."
+    check_integer("steps", steps, 1)
+    check_integer("rounds", rounds, 1)
     start = uniform_sphere(200, 3, torch.Generator().manual_seed(0))
     settings = {"softmax": {"beta": 4.0}, "Krause, radius": {"sigma": 0.5, "radius": 1.0}, "Krause, top-k": {"sigma": 0.5, "top_k": 20}}
     contenders = {name: lambda s=s: flow(start, step=0.05, steps=steps, record_every=steps, **s) for name, s in settings.items()}
@@ -986,6 +1059,7 @@ def bench_cost(
     recipe: CostRecipe = COST,
 ) -> dict[str, dict]:
     "The benchmarks of notebook 36, one after the other, and then the memory."
+    recipe.check()
     parts = (bench_attention, bench_grids, bench_selection, bench_scaling, bench_images)
     results = {result["benchmark"]: result for result in (bench(recipe) for bench in parts)}
     add_peak_memory(results["attention"], results["scaling"])
@@ -1008,6 +1082,13 @@ def format_rows(
     return "\n".join(lines)
 
 # %% ../nbs/28_benchmarks.ipynb #86f9ca44
+def benchmark_path(
+    name: str,  # of the benchmark
+) -> Path:
+    "Where its result is saved."
+    return project_root() / "runs" / "bench" / f"{name}.json"
+
+
 def report_benchmark(
     make: Callable[[], dict],  # measures
 ) -> None:
@@ -1021,8 +1102,7 @@ def report_benchmark(
     if "busy" in result:
         print(f"cores busy: {100 * result['busy']:.0f}% (processor seconds / seconds × threads)")
     print(f"medians of interleaved rounds; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
-    path = write_json(project_root() / "runs" / "bench" / f"{result['benchmark']}.json", result)
-    print(f"saved to {path}")
+    print(f"saved to {write_json(benchmark_path(result['benchmark']), result)}")
 
 # %% ../nbs/28_benchmarks.ipynb #392f42b6
 def _attention_and_models():

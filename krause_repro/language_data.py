@@ -31,11 +31,13 @@ from pathlib import Path, PurePosixPath
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .attention import check_integer
 from .llm_branch import load_language_model
+from .records import cache_folder
 
 # %% ../nbs/19_language_data.ipynb #f91eefd0
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def read_packaged_files(
 # %% ../nbs/19_language_data.ipynb #2189d1e6
 def language_folder() -> Path:
     "Where language data are kept: `language` in the folder of all downloads (`KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`)."
-    return Path(os.environ.get("KRAUSE_REPRO_DATA") or Path.home() / ".cache" / "krause_repro") / "language"
+    return cache_folder() / "language"
 
 # %% ../nbs/19_language_data.ipynb #67a5cbf6
 def _installed(package: PackagedFiles) -> Path | None:
@@ -217,9 +219,11 @@ def _is_made_of(folder: Path, package: PackagedFiles) -> bool:
     "Is this a whole folder that was made of this package's file?"
     try:
         made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with safe_open(folder / "model.safetensors", "pt"):  # reads the header, and refuses a file of another size
+            pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return made.get("sha256") == package.sha256 and all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    return made.get("sha256") == package.sha256 and (folder / "config.json").is_file()
 
 
 def smollm2_folder(

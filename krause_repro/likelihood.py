@@ -30,6 +30,8 @@ def token_bits(
     tokens = image_tokens(images, model.config).to(model.device)
     with evaluating(model):
         logits = model(tokens).logits[:, :-1]  # the last one predicts what comes after the image
+    if logits.isnan().any():
+        raise ValueError("model gives NaN for these images, so they have no likelihood; has it diverged?")
     nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1).double()
     if not model.config.start_token:
         nats = F.pad(nats, (1, 0), value=math.log(model.config.vocab_size))
@@ -56,7 +58,9 @@ def mean_bits(
     images: int,  # how many
 ) -> dict[str, float]:  # as of `bits_per_dimension`
     "Bits per dimension, without and with the first token."
-    tokens = len(sums)
+    if sums.ndim != 1 or len(sums) < 2 or not sums.isfinite().all():
+        raise ValueError(f"sums must be finite bits of at least two places, got {tuple(sums.shape)} with {sums.isfinite().sum()} finite")
+    images, tokens = check_integer("images", images, 1), len(sums)
     return {"bits_per_dim": (sums[1:].sum() / (images * (tokens - 1))).item(), "bits_per_dim_all": (sums.sum() / (images * tokens)).item(),
             "images": images}
 
@@ -87,7 +91,7 @@ class ContextModel:
         tokens: Tensor,  # (N, T) integers in 0…levels − 1
     ) -> Tensor:  # (N, T) float64
         "The probability that the model gave each token, from those before it."
-        found = torch.full(tokens.shape, 1 / self.levels, dtype=torch.float64)
+        tokens, found = check_levels(tokens, self.levels), torch.full(tokens.shape, 1 / self.levels, dtype=torch.float64)
         for length, (counts, strength) in enumerate(zip(self.counts, self.strengths, strict=True)):
             contexts = context_index(tokens, self.offsets[:length], self.levels)
             seen = counts.sum(-1)[contexts].double()
@@ -122,7 +126,7 @@ def count_levels(
     levels: int,  # V
 ) -> Tensor:  # ((V + 1)^n, V) int32
     "How often each level follows each context."
-    size = (levels + 1) ** len(offsets) * levels
+    tokens, size = check_levels(tokens, levels), (levels + 1) ** len(offsets) * levels
     counts = torch.zeros(size, dtype=torch.int32)
     for part in tokens.split(4000):  # images at a time: the indices take eight bytes a token
         index = context_index(part, offsets, levels) * levels + part
@@ -144,8 +148,9 @@ def fit_context_model(
     "Count in `train`, and take, for each length of context, the strength that needs the fewest bits for `held_out`."
     check_integer("levels", levels, 2)
     train, held_out = check_levels(train, levels), check_levels(held_out, levels)
-    for offset in offsets:
-        check_integer("offsets", offset, 1)
+    offsets, strengths = tuple(check_integer("offsets", offset, 1) for offset in offsets), tuple(strengths)
+    if not strengths:
+        raise ValueError("strengths must hold at least one number > 0")
     if len(set(offsets)) != len(offsets) or (levels + 1) ** len(offsets) * levels > MAX_COUNTS:
         raise ValueError(f"offsets must be different and few: at most {MAX_COUNTS:,} counts for {levels} levels, got {offsets}")
     for strength in strengths:

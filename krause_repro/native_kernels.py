@@ -945,7 +945,7 @@ struct Call {
     TORCH_CHECK(query.size(0) == key.size(0) && query.size(3) == key.size(3) && key.sizes().slice(0, 3) == value.sizes().slice(0, 3) &&
                     key.size(1) > 0 && query.size(1) % key.size(1) == 0 && query.size(2) <= key.size(2),
                 "krause_repro: query, key and value do not fit together");
-    TORCH_CHECK(top_k >= 0 && score >= kKrause && score <= kKeyNorm && dropout >= 0 && dropout < 1,
+    TORCH_CHECK(top_k >= 0 && score >= kKrause && score <= kKeyNorm && dropout >= 0 && dropout <= 1,
                 "krause_repro: top_k, score or dropout is out of range");
     TORCH_CHECK(!key_mask || (key_mask->scalar_type() == at::kBool && key_mask->is_cpu() && key_mask->dim() == 2 &&
                               key_mask->size(0) == key.size(0) && key_mask->size(1) == key.size(2)),
@@ -1597,14 +1597,10 @@ def _in_pytorch(name, query, key, value, tau, *rest):
 
 def _differentiable_gradients(name, grad, tensors, numbers, needed):
     "Gradients of query, key, value and tau that have a graph of their own."
+    from krause_repro.fast_attention import graph_gradients
     if numbers[-2]:
         raise RuntimeError('the C++ kernels have no second derivatives with dropout; use implementation="reference"')
-    leaves = [x.view_as(x) for x in tensors[:4]]
-    output = _in_pytorch(name, *leaves, *tensors[4:], *numbers)
-    asked = [n for n in range(4) if needed[n]]
-    gradients = torch.autograd.grad(output, [leaves[n] for n in asked], grad, create_graph=True, allow_unused=True)
-    found = dict(zip(asked, gradients, strict=True))
-    return [found.get(n) for n in range(4)]
+    return graph_gradients(lambda *leaves: _in_pytorch(name, *leaves, *tensors[4:], *numbers), tensors[:4], needed[:4], grad)
 
 
 def _register():

@@ -68,7 +68,8 @@ class RingLayer(CacheLayerMixin):
 
     def _own(self) -> None:
         "Make the ring one that may be written to."
-        if self._lent:
+        frozen = not torch.compiler.is_compiling() and self.is_initialized and self.keys.is_inference()
+        if self._lent or frozen and not torch.is_inference_mode_enabled():
             self.keys, self.values, self._lent = self.keys.clone(), self.values.clone(), False
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -208,7 +209,7 @@ class RingLayer(CacheLayerMixin):
 
 # %% ../nbs/04_ring_cache.ipynb #d34c64a7
 class RingCache(Cache):
-    "A ring for every layer of a model with Krause attention; `model.generate(..., past_key_values=RingCache(model.config))`."
+    "A ring for every layer of a model with Krause attention; `model.generate(..., cache=RingCache(model.config))`."
 
     def __init__(
         self,

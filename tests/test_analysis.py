@@ -26,6 +26,7 @@ from krause_repro.analysis import (
     received_attention,
     sink_profile,
     sink_quantities,
+    sink_verdict,
     summarise_analysis,
     summarise_sinks,
     test_pixels,
@@ -336,3 +337,77 @@ def test_value_ratio_of_a_small_first_value():
     values = torch.ones(1, 4, 6)
     values[:, 0] = 0.5
     assert_close(value_ratio(values, 3), torch.tensor([0.5]))
+
+
+# What has no number
+
+
+WEIGHTS, STATES = rows(2, 3, 4, 4), torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+MEASURES = {
+    "attention_entropy": (attention_entropy, WEIGHTS), "head_diversity": (head_diversity, WEIGHTS),
+    "attention_distance": (lambda weights: attention_distance(weights, torch.arange(8.0).view(4, 2)), WEIGHTS),
+    "first_token_attention": (lambda weights: first_token_attention(weights, 2), WEIGHTS),
+    "received_attention": (lambda weights: received_attention(weights, 2, uniform_share(4)), WEIGHTS),
+    "sink_quantities": (lambda weights: sink_quantities(weights, 2, uniform_share(4)), WEIGHTS),
+    "token_cosine": (token_cosine, STATES), "rank_residual": (rank_residual, STATES), "effective_rank": (effective_rank, STATES),
+    "token_clusters": (token_clusters, STATES), "value_ratio": (lambda values: value_ratio(values, 2), STATES),
+}
+
+
+def spoilt(x, value):
+    x = x.clone()
+    x.view(-1)[3] = value
+    return x
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda x: spoilt(x, math.nan), "must be finite, and 1 of [0-9]+ numbers are NaN or infinite"),
+    (lambda x: spoilt(x, math.inf), "must be finite"),
+    (lambda x: x[:0], "no dimension of 0"), (lambda x: x[0], "must be a floating tensor"),
+    (lambda x: x.long(), "must be a floating tensor"),
+    (lambda x: x.tolist(), "must be a floating tensor .*, got list"),
+])
+def test_what_no_number_can_come_of_is_named(name, change, message):
+    measure, right = MEASURES[name]
+    measure(right)
+    with pytest.raises(ValueError, match=message):
+        measure(change(right))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: rank_residual(torch.zeros(1, 3, 4)), lambda: effective_rank(torch.zeros(1, 3, 4)),
+    lambda: value_ratio(torch.zeros(1, 3, 4), 2),
+    lambda: attention_distance(torch.eye(5)[:1].expand(1, 1, 5, 5), grid_places(2)),  # all weight on the CLS token
+])
+def test_a_division_by_zero_is_an_error(call):
+    with pytest.raises(ValueError, match="is not defined here"):
+        call()
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_nothing_is_said_of_a_sink_that_is_not_a_number(place):
+    numbers = [0.3, 0.1, 0.4, 0.1]
+    assert sink_verdict(*numbers) == "there"
+    numbers[place] = math.nan
+    with pytest.raises(ValueError, match="must be a finite number, got nan"):
+        sink_verdict(*numbers)
+
+
+def test_a_diverged_model_has_no_analysis(kvit):
+    broken = VisionTransformer(RECIPE.config)
+    broken.load_state_dict({name: torch.full_like(x, math.nan) for name, x in kvit.state_dict().items()})
+    with pytest.raises(ValueError, match="weights must be finite.*has the model diverged"):
+        analyse(broken, torch.zeros(1, 1, 28, 28))
+    for call, message in ((lambda: analyse(kvit, torch.zeros(0, 1, 28, 28)), "pixel_values must be"),
+                          (lambda: analyse(kvit, torch.zeros(1, 1, 28, 28), batch=0), "batch must be an integer"),
+                          (lambda: summarise_analysis([], torch.zeros(1, 1, 28, 28)), "models must hold a model")):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=11))
+    for tokens in (torch.zeros(0, 8, dtype=torch.long), torch.zeros(8, dtype=torch.long)):
+        with pytest.raises(ValueError, match="tokens must be of shape"):
+            sink_profile(model, tokens, window=3)
+    model.get_input_embeddings().weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="weights must be finite"):
+        sink_profile(model, torch.zeros(1, 8, dtype=torch.long), window=3)

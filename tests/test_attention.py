@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -781,3 +782,108 @@ def test_module_rotates_queries_and_keys_alone():
     assert_close(module(hidden, rotary)[0], module(hidden)[0], **EXACT)
     assert seen == [(1, 2, 6, 4)] * 2
     assert not torch.allclose(module(hidden, lambda x: 3 * x)[0], module(hidden)[0])
+
+
+# What no implementation may get wrong in silence
+
+
+GRID = GridWindow(2, 4, 1, cls_token=False)
+SUPPORTS = [(CausalWindow(4), None), (CausalWindow(4), 2), (GRID, None), (GRID, 2), (Full(), None), (Full(), 3)]
+WAYS = ("auto", "reference")
+
+
+def small_three(length=8, dtype=torch.float32):
+    return torch.randn(3, 1, 2, length, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
+def test_forward_derivatives_are_those_of_the_definition(support, top_k):
+    query, key, value = small_three()
+    def tangent(way):
+        return torch.func.jvp(lambda q: krause_attention(q, key, value, 1.0, support, top_k, implementation=way), (query,), (key,))[1]
+    assert_close(tangent("auto"), tangent("reference"), rtol=1e-4, atol=1e-5)
+    assert tangent("auto").norm() > 1
+    def slope(way):
+        return torch.func.grad(lambda s: krause_attention(query, key, value, s, support, top_k, implementation=way).square().sum())
+    sigmas = torch.tensor([0.7, 1.3])
+    assert_close(torch.func.vmap(slope("auto"))(sigmas), torch.func.vmap(slope("reference"))(sigmas), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
+def test_a_value_that_is_no_number_reaches_those_who_weigh_it_and_no_gradient_of_others(support, top_k, way):
+    query, key, value = small_three()
+    weights = krause_attention_weights(query, key, 1.0, support, top_k)
+    for bad in (torch.nan, torch.inf):
+        broken = value.clone()
+        broken[:, :, 5] = bad
+        broken.requires_grad_()
+        output = krause_attention(query, key, broken, 1.0, support, top_k, implementation=way)
+        assert torch.equal(~output.isfinite().all(-1), weights[..., 5] > 0)
+        clean = krause_attention(query, key, value, 1.0, support, top_k, implementation=way)
+        spared = weights[..., 5] == 0
+        assert_close(output[spared], clean[spared], rtol=0, atol=1e-6)
+        output[spared].sum().backward()
+        assert broken.grad[:, :, :5].isfinite().all() and broken.grad[:, :, 6:].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("support", "top_k"), [case for case in SUPPORTS if not isinstance(case[0], GridWindow)])
+def test_padding_that_was_never_written_does_not_count(support, top_k, way):
+    query, key, value = small_three()
+    real = torch.arange(8)[None] >= 3
+    clean = krause_attention(query, key, value, 1.0, support, top_k, key_mask=real, implementation=way)
+    key[:, :, :3] = value[:, :, :3] = torch.nan
+    padded = krause_attention(query, key, value, 1.0, support, top_k, key_mask=real, implementation=way)
+    assert torch.equal(padded[:, :, 3:], clean[:, :, 3:])
+    assert clean.isfinite().all()
+
+
+@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_distances_are_as_exact_far_from_the_origin(support, top_k, way):
+    query, key, value = small_three(dtype=torch.float64)
+    query, key = ((x.float() + 1000).double() - 1000 for x in (query, key))  # what float32 can hold there
+    exact = krause_attention(query, key, value, 1.0, support, top_k, implementation="reference")
+    far = krause_attention(*((x + 1000).float() for x in (query, key)), value.float(), 1.0, support, top_k, implementation=way)
+    assert_close(far.double(), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_earlier_row_does_not_depend_on_a_later_key_to_the_last_bit(way):
+    query, key, value = small_three(40)
+    before = krause_attention(query + 50, key + 50, value, 1.0, CausalWindow(9), 3, implementation=way)
+    key[:, :, 25:] = 7 * key[:, :, 25:]
+    value[:, :, 25:], query[:, :, 25:] = torch.nan, 1e4
+    after = krause_attention(query + 50, key + 50, value, 1.0, CausalWindow(9), 3, implementation=way)
+    assert torch.equal(before[:, :, :25], after[:, :, :25])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("support", [CausalWindow(1), Full()])
+def test_a_single_candidate_gives_sigma_no_gradient(support, way):
+    query, key, value = torch.randn(3, 3, 9, 1, 64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor(0.3, requires_grad=True)
+    krause_attention(query, key, value, sigma, support, implementation=way).sum().backward()
+    assert sigma.grad == 0
+
+
+def test_numbers_of_numpy_are_numbers_and_odd_dtypes_are_named():
+    query, key, value = small_three()
+    got = krause_attention(query, key, value, np.float32(1), CausalWindow(np.int64(4)), np.int64(2))
+    assert torch.equal(got, krause_attention(query, key, value, 1.0, CausalWindow(4), 2))
+    for odd in (torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"query must be .* got {odd}"):
+            krause_attention(query.to(odd), key.to(odd), value.to(odd), 1.0, CausalWindow(4))
+    assert KrauseAttention(8, 2, CausalWindow(2))(torch.randn(0, 4, 8))[0].shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
+def test_a_layer_is_exported_and_leaves_no_imitations_behind(support, top_k):
+    layer, x = KrauseAttention(16, 2, support, top_k).eval(), torch.randn(2, 8, 16)
+    with torch.device("meta"):
+        assert KrauseAttention(16, 2, support, top_k)(torch.empty(2, 8, 16))[0].shape == (2, 8, 16)
+    graph = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")}, None, None)[:1]).module()
+    more = torch.randn(3, 8, 16)
+    assert_close(graph(more)[0], layer(more)[0], rtol=0, atol=1e-5)
+    assert type(layer(more)[0]) is torch.Tensor and layer(more)[0].requires_grad

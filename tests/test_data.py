@@ -32,7 +32,7 @@ from krause_repro.data import (
     read_image,
     split_held_out,
 )
-from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.recipes import FOLDER_DATASETS, IMAGE_DATASETS, RECIPES, get_recipe
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -117,6 +117,11 @@ def test_download_folder(monkeypatch, tmp_path, no_downloads):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KRAUSE_REPRO_DATA")
     assert download_folder() == tmp_path / ".cache" / "krause_repro"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KRAUSE_REPRO_DATA", str(tmp_path / "file"))
+    for ask in (download_folder, lambda: fetch("cifar10"), lambda: load("mnist", "test")):
+        with pytest.raises(ValueError, match=f"^KRAUSE_REPRO_DATA must name a folder, got the file {tmp_path}/file$"):
+            ask()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -174,11 +179,22 @@ def test_wrong_name_and_split(source, name, split, message):
         load(name, split, source)
 
 
-def test_cifar_that_is_not_whole_is_refused(tmp_path):
-    for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
-        (tmp_path / folder).mkdir()
-        with pytest.raises(ValueError, match=f"{tmp_path} does not hold a whole {name}"):
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_cifar_that_is_not_whole_is_refused(tmp_path, damage):
+    for name, file in (("cifar10", "cifar-10-batches-py/data_batch_1"), ("cifar100", "cifar-100-python/train")):
+        (tmp_path / file).parent.mkdir()
+        if damage == "truncated":
+            (tmp_path / file).write_bytes(b"cut")
+        what = "is missing" if damage == "missing" else "is not the file expected: truncated, changed or of another data set .by its MD5."
+        with pytest.raises(ValueError, match=f"{tmp_path} does not hold a whole {name}: {tmp_path / file} {what}; delete it and get it"):
             load(name, "train", tmp_path)
+
+
+def test_mnist_must_be_the_original(tmp_path):
+    for stem, shape in zip(STEMS["test"], ((10_000, 28, 28), (10_000,)), strict=True):
+        write_idx(tmp_path / stem, torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte is not the file expected: another data set or a changed one"):
+        load("mnist", "test", tmp_path)
 
 
 def test_read_idx(tmp_path):
@@ -195,6 +211,10 @@ def test_read_idx(tmp_path):
     (tmp_path / "header").write_bytes(raw[:6])
     with pytest.raises(ValueError, match="header is truncated"):
         read_idx(tmp_path / "header")
+
+
+def test_recipes_and_data_know_the_same_sets():
+    assert tuple(DATA) == IMAGE_DATASETS and tuple(name for name, spec in DATA.items() if spec.folders) == FOLDER_DATASETS
 
 
 def test_image_set():
@@ -243,6 +263,16 @@ def test_splits_of_a_recipe(source, recipe):
     assert len(set(chosen)) == 64 and set(chosen) <= set(every)
     again = load_splits(replace(recipe, test_images=None), source)
     assert torch.equal(again.test.images, test.images) and torch.equal(again.train.images, splits.train.images)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"classes": 11}, "classes must be 10, as fashion_mnist has it, got 11"), ({"channels": 3}, "channels must be 1, as"),
+    ({"image_size": 32}, "image_size must be 28, as"), ({"train_images": 59_990}, "train_images must be at most 59936, since 64 of 60000"),
+    ({"held_out": 60_000}, "held_out must be between 1 and 59999"), ({"test_images": 10_000}, "test_images must be between 1 and 9999"),
+])
+def test_a_recipe_that_does_not_fit_its_data_is_refused(source, recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits(replace(recipe, **change), source)
 
 
 @pytest.fixture
@@ -320,6 +350,36 @@ def test_an_image_that_cannot_be_decoded_is_named_with_the_other_choice(damaged,
     message = f"{damaged / name} is not a readable image .*unreadable='skip' .krause-repro train --unreadable skip"
     with pytest.raises(ValueError, match=message):
         read_image(damaged / name)
+
+
+RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+
+
+@pytest.mark.parametrize(("name", "picture"), [
+    ("16.png", Image.fromarray(RAMP)), ("16.tif", Image.fromarray(RAMP)), ("big_endian.tif", Image.fromarray(RAMP.astype(">u2"))),
+    ("16.pgm", Image.fromarray(RAMP.astype(np.int32))), ("8.png", Image.fromarray((RAMP // 257).astype(np.uint8))),
+])
+def test_levels_of_16_bits_are_scaled(tmp_path, name, picture):
+    picture.save(tmp_path / name)
+    assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.arange(256).reshape(16, 16, 1).repeat(3, 2))
+
+
+def test_levels_of_12_bits_and_white_at_zero_are_as_the_file_says():
+    grey = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
+    grey.tag_v2 = {258: (12,)}
+    assert np.asarray(data.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
+    grey.tag_v2 = {258: (12,), 262: 0}
+    assert np.asarray(data.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_without_a_known_range_are_refused_by_file_and_mode(folder, mode):
+    path = folder / "train" / "ant" / "numbers.tif"
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).convert(mode).save(path)
+    for ask in (lambda: read_image(path), lambda: load_splits(photographs(), folder)):
+        with pytest.raises(ValueError, match=f"numbers.tif.*its mode is {mode}, numbers of 32 bits whose range nobody knows"):
+            ask()
+    assert load_splits(photographs(), folder, "skip").left_out == ("train/ant/numbers.tif",)
 
 
 def test_damaged_images_stop_before_training(damaged):
@@ -632,3 +692,49 @@ def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads,
         fetch("fashion_mnist")
     for part in (str(tmp_path / "package"), "network is unreachable", "apt-get install dataset-fashion-mnist", str(no_downloads)):
         assert part in str(error.value)
+
+
+@pytest.fixture
+def commands(tmp_path, source, no_downloads, monkeypatch):
+    "apt-get, dpkg-deb and sudo that note how they were called; the package holds Fashion-MNIST."
+    monkeypatch.setitem(DATA, "fashion_mnist", replace(DATA["fashion_mnist"], package_folder="/usr/share/datasets/fashion-mnist-here"))
+    tools, said = tmp_path / "tools", tmp_path / "said"
+    tools.mkdir()
+    for name, does in {
+        "apt-get": 'case "$*" in *download*) touch a.deb;; esac', "sudo": "exit 1",
+        "dpkg-deb": f"mkdir -p root/usr/share/datasets/fashion-mnist-here; ln -s {source}/* root/usr/share/datasets/fashion-mnist-here",
+    }.items():
+        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {said}\n{does}\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    return said
+
+
+def test_a_package_is_unpacked_without_privileges(commands, no_downloads):
+    assert fetch("fashion_mnist") == no_downloads / "FashionMNIST" / "raw"
+    called = commands.read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in called] == ["apt-get", "apt-get", "dpkg-deb"]
+    assert all(f"Dir::State::lists={no_downloads}/.scratch." in line and " install" not in line for line in called[:2])
+    assert [path.name for path in no_downloads.iterdir()] == ["FashionMNIST"]
+
+
+def test_damaged_downloads_are_got_again(commands, no_downloads):
+    damaged = no_downloads / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"cut")
+    fetch("fashion_mnist")
+    assert len(load("fashion_mnist", "train")) == 60_000 and commands.exists()
+    damaged.unlink()
+    damaged.write_bytes(b"cut")
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not an IDX file"):  # the user's folder is left alone
+        fetch("fashion_mnist", damaged.parent)
+    assert damaged.read_bytes() == b"cut"
+
+
+def test_a_failed_package_is_told_with_its_last_words(commands, no_downloads, monkeypatch):
+    tool = commands.parent / "tools" / "apt-get"
+    tool.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
+    monkeypatch.setattr(data, "_download", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
+    with pytest.raises(FileNotFoundError, match="apt-get: E: Unable to locate package; no mirror. By hand: install .*sudo apt-get install"):
+        fetch("fashion_mnist")
+    assert not any(no_downloads.rglob("*ubyte*"))

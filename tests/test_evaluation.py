@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,28 +13,39 @@ from krause_repro.data import Collator, load_splits
 from krause_repro.evaluation import (
     ABLATION_CELLS,
     ABLATION_CONTROLS,
+    FLAT_GAIN,
+    FLAT_SHARE,
     IMAGE_COMPARISONS,
+    SMALLEST_DIFFERENCE,
     STUDENT_975,
     accuracy_differences,
     accuracy_table,
+    altered_note,
     averaged_effects,
     cell_table,
+    corrected_difference,
     curve,
     describe_difference,
     difference_table,
     factor_effect,
     is_shown,
+    is_undertrained,
+    last_gain,
     learned_sigma,
     obtain_cells,
     paired_difference,
     paper_steps,
     percent,
     plain_answers,
+    planned_table,
     provenance_table,
+    read_plan,
+    save_finished,
     single_changes,
     summarise_runs,
     test_accuracy,
     train_seeds,
+    trained_table,
     training_curves,
 )
 from krause_repro.recipes import RECIPES, get_recipe
@@ -74,7 +86,7 @@ def test_test_accuracy_is_the_share_of_right_answers(run, source, part):
 def test_test_accuracy_is_computed_once(run, source, tmp_path):
     first = test_accuracy(run, source)
     kept = run.path / "test.json"
-    assert json.loads(kept.read_text(encoding="utf-8")) == first
+    assert json.loads(kept.read_text(encoding="utf-8")).items() > first.items()
     stamp = kept.stat().st_mtime_ns
     assert test_accuracy(run, tmp_path / "not looked for") == first and kept.stat().st_mtime_ns == stamp
 
@@ -330,3 +342,83 @@ def test_a_difference_counts_if_it_is_large_and_apart_from_zero(mean, interval, 
     assert is_shown({"mean": mean, "interval": interval}) is shown
     line = difference_table([{"label": "a − b", "mean": mean, "interval": interval}]).splitlines()[-1]
     assert line.endswith("| yes |" if shown else "| not shown |") and line.startswith(f"| a − b | 1 | {100 * mean:+.2f} |")
+
+
+# Trained, and planned
+
+
+@pytest.mark.parametrize(("values", "gain", "undertrained"), [
+    ([0.1, 0.2, 0.3, 0.4, 0.404], 0.004, False), ([0.1, 0.2, 0.3, 0.4, 0.405001], 0.005, True), ([0.1, 0.2, 0.3, 0.4, 0.3], -0.1, False),
+    ([0.1, 0.2, 0.2], 0.0, False), ([0.5], None, True),
+])
+def test_a_curve_is_flat_if_its_last_fifth_gains_less_than_half_a_point(values, gain, undertrained):
+    curves = {"epochs": list(range(1, len(values) + 1)), "validation_accuracy": {"mean": values}}
+    assert is_undertrained(curves) is undertrained
+    assert last_gain(curves) == (None if gain is None else pytest.approx(gain, abs=1e-5))
+
+
+def planned(label, accuracies, seeds=(0, 1, 2)):
+    return {"label": label, "seeds": list(seeds), "test_accuracy": summarise(accuracies)}
+
+
+def test_differences_are_paired_by_seed_and_corrected():
+    first, second = planned("A", [0.7, 0.72, 0.75], (0, 1, 2)), planned("B", [0.71, 0.66, 0.9], (2, 0, 5))
+    found = corrected_difference(first, second, 6)
+    assert found["seeds"] == [0, 2] and found["values"] == pytest.approx([0.04, 0.04])
+    first, second = planned("A", [0.7, 0.72, 0.74]), planned("B", [0.65, 0.66, 0.67])
+    plain = paired_difference(*(model["test_accuracy"]["values"] for model in (first, second)))["interval"]
+    assert corrected_difference(first, second, 1)["interval"] == pytest.approx(plain, abs=1e-5)
+    quantile = (1 - 0.05 / 6) / (2 * (1 - 0.025 / 6) * (0.025 / 6)) ** 0.5  # of Student's t with two degrees of freedom
+    low, high = corrected_difference(first, second, 6)["interval"]
+    assert (high - low) / 2 == pytest.approx(quantile * 0.01 / 3**0.5) and (high + low) / 2 == pytest.approx(0.06)
+    assert corrected_difference(planned("A", [0.7], (0,)), second, 6)["interval"] is None
+    assert corrected_difference(planned("A", [0.7], (9,)), second, 6)["mean"] is None
+
+
+def test_the_plans_table_has_a_dash_for_what_is_not_trained_and_names_its_commit():
+    plan = {"comparisons": [["a", "b"], ["a", "c"], ["a", "d"]], "smallest_difference": 0.01, "commit": "ab" * 20}
+    plan["counts_as_a_difference"] = "big"
+    models = {"a": planned("A", [0.70, 0.71, 0.72]), "b": planned("B", [0.65, 0.66, 0.67]), "c": {"label": "C"}}
+    models["d"] = planned("D", [0.6], (7,))
+    lines = planned_table(models, plan).splitlines()
+    assert lines[2] == "| A − B | 0, 1, 2 | +5.00 | +5.00 to +5.00 | yes |" and lines[-1].endswith("in commit ababababab: big.")
+    assert lines[3] == "| A − C | — | — | — | — |" and lines[4] == "| A − D | — | — | — | — |"
+    small = planned_table(models, {**plan, "smallest_difference": 0.06}).splitlines()
+    assert small[2].endswith("| not shown |")
+
+
+def test_the_committed_plan_is_about_recipes():
+    plan = read_plan("cifar10")
+    assert {name for pair in plan["comparisons"] for name in pair} <= set(plan["models"]) and set(plan["models"]) <= set(RECIPES)
+    assert (plan["flat_gain"], plan["flat_share"]) == (FLAT_GAIN, FLAT_SHARE) and plan["smallest_difference"] == SMALLEST_DIFFERENCE
+    assert all(RECIPES[name].at("desk").seeds == tuple(plan["seeds"]) for name in plan["models"])
+
+
+def test_a_table_of_trained_models_says_which_stopped_too_early_and_what_is_missing():
+    flat = {"epochs": [1, 2, 3, 4, 5], "validation_accuracy": {"mean": [0.5, 0.6, 0.64, 0.65, 0.65]}}
+    rising = {"epochs": [1, 2], "validation_accuracy": {"mean": [0.5, 0.6]}}
+    common = {"parameters": 1234, "held_out_accuracy": summarise([0.5]), "seconds": {"values": [60, 150]}, "paper": None}
+    models = {"a": {**planned("A", [0.7, 0.8, 0.9]), **common, "curves": flat}, "c": {"label": "C"},
+              "b": {**planned("B", [0.7], (0,)), **common, "curves": rising, "paper": 95.2}}
+    lines = trained_table(models).splitlines()
+    assert {line.count("|") for line in lines} == {9}
+    assert lines[2] == "| A | 1,234 | 80.00 ± 10.00 | 0, 1, 2 | 50.00 | +0.00 | 1, 2 | — |" and lines[3] == "| C |" + " — |" * 7
+    assert lines[4] == "| B | 1,234 | 70.00 *(undertrained)* | 0 | 50.00 | +10.00 | 1, 2 | 95.2 |"
+    data = {"train": {"images": 50_000, "altered": 82}, "test": {"images": 10_000, "altered": 21}}
+    note = altered_note({"a": {}, "b": {"data": data}})
+    assert note.startswith("103 of the 60,000 images (82 for training, 21 for testing) are JPEG copies")
+    assert altered_note({"a": {}}) == ""
+
+
+def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_path, monkeypatch):
+    recipe = replace(finished.recipe, seeds=(0, 1))
+    monkeypatch.setattr(evaluation, "get_recipe", lambda name: replace(recipe, profile="paper"))
+    monkeypatch.setattr(type(recipe), "changes", lambda self, profile: {})
+    monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: run.path if seed == 0 else tmp_path / "not begun")
+    path = save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert path == tmp_path / "results" / "smoke" / "folder" / "kvit_t.json" and result["seeds"] == [0]
+    assert result["recipes"].keys() == {recipe.name} and result["test_accuracy"]["n"] == 1
+    monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: tmp_path / "not begun")
+    with pytest.raises(FileNotFoundError, match="no finished run of kvit_t/fashion_mnist"):
+        save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)

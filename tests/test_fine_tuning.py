@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_language_data import byte_tokenizer
-from test_training import Killed, Stop
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_training import Killed, Stop, assert_trained_alike, train_by_two
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from krause_repro import evaluation, language_data, training
@@ -26,9 +28,19 @@ from krause_repro.evaluation import (
     summarise_fine_tuning,
 )
 from krause_repro.language_data import IGNORED, pretrained_source, smollm2_folder, split_works
-from krause_repro.llm_branch import branches, load_language_model
+from krause_repro.llm_branch import ADAPTER_FILES, branches, load_language_model
 from krause_repro.recipes import FINE_TUNING_PLACES, PROFILES, RECIPES, fine_tuning_recipes, get_recipe, published_tables
-from krause_repro.training import base_model, device_options, language_splits, token_metrics, token_scores, train
+from krause_repro.training import (
+    Run,
+    TrainingDiverged,
+    base_model,
+    device_options,
+    language_splits,
+    run_path,
+    token_metrics,
+    token_scores,
+    train,
+)
 
 LLAMA = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
@@ -207,10 +219,57 @@ def test_a_run_killed_inside_an_epoch_goes_on_from_there(recipe, items, tmp_path
     assert_same(whole, killed)
 
 
+class Worsen(TrainerCallback):
+    "Spoils the adapter after the last step."
+
+    def on_step_end(self, args, state, control, model, **_):
+        if state.global_step == state.max_steps:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.add_(torch.randn(parameter.shape))
+
+
 def test_the_last_state_is_kept_and_not_the_best(recipe, items, tmp_path):
-    wild = train(replace(recipe, lr=5.0, max_grad_norm=100.0), 0, runs=tmp_path, progress=False, source=items)
+    wild = train(recipe, 0, runs=tmp_path, progress=False, source=items, callbacks=(Worsen(),))
     told = [line["eval_token_loss"] for line in wild.metrics() if "eval_token_loss" in line]
-    assert told[-1] > told[0] and wild.summary()["held_out_token_loss"] == told[-1]
+    assert told[-1] > min(told) and wild.summary()["held_out_token_loss"] == told[-1]
+
+
+def test_a_diverged_run_is_not_finished(recipe, items, tmp_path):
+    bad = replace(recipe, lr=1e30, warmup_share=0.0)
+    for message in (r"training diverged at step \d: .* is (nan|inf)", "the same settings end there again"):
+        with pytest.raises(TrainingDiverged, match=message):
+            train(bad, 0, runs=tmp_path, progress=False, source=items)
+    run = Run(run_path(bad, 0, tmp_path), bad, 0)
+    assert not run.finished and not (run.path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "changed", "no number"])
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_finished_run_whose_adapter_is_damaged_is_an_error_that_names_the_file(run, recipe, items, tmp_path, name, how):
+    path = Path(shutil.copytree(run.path, run_path(recipe, 0, tmp_path))) / name
+    if how == "gone":
+        path.unlink()
+    elif how == "no number" and name.endswith(".safetensors"):
+        save_file({key: tensor * math.nan for key, tensor in load_file(path).items()}, path)
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + b"}]}" if how == "changed" else content[: len(content) // 2])
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{path}.*restart=True"):
+        train(recipe, 0, runs=tmp_path, progress=False, source=items)
+    if how != "changed":
+        with pytest.raises((ValueError, FileNotFoundError), match=str(path)):
+            Run(path.parent, recipe, 0).model()
+
+
+def test_two_processes_tune_as_one(recipe, items, tmp_path):
+    "Of the last batch each process has an item more or less, or none at all; what counts is tokens."
+    jobs = [(replace(recipe, name=f"krause_{count}/sums", train_items=count, lora_dropout=0.0, lr=2e-3), items)
+            for count in (11, 9)]
+    assert train_by_two(jobs, tmp_path / "2") == [[6, 6]] * 2
+    for tuned, source in jobs:
+        assert_trained_alike(tuned, source, tmp_path, "adapter_model.safetensors")
 
 
 def test_the_last_state_is_evaluated_wherever_training_ends(recipe, items, tmp_path):
@@ -232,11 +291,11 @@ def test_long_responses_count_by_their_tokens():
 @pytest.mark.parametrize(("change", "message"), [
     ({"dataset": "bible"}, "dataset must be flan, questions or shakespeare, got 'bible'"),
     ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
-    ({"batch_size": 5}, "batch_size = 5 must be a multiple of processes × micro_batch, 2"),
+    ({"batch_size": 5}, "batch_size = 5 must be a multiple of micro_batch, 2"), ({"train_items": 0}, "train_items must be an integer ≥ 1"),
     ({"top_k": 9}, "top_k must be at most window = 8"), ({"window": 0}, "window must"),
     ({"gate_start": 1.0}, "gate_start must be between 0 and 1"), ({"micro_batch": 0}, "micro_batch"), ({"rank": 0}, "rank"),
     ({"epochs": 0}, "epochs"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lr": 0.0}, "lr"),
-    ({"held_out": 16, "train_items": 0}, "held_out"), ({"train_items": 13}, "n must be at most 16"),
+    ({"held_out": 16, "train_items": None}, "held_out|n must be"), ({"train_items": 13}, "n must be at most 16"),
 ])
 def test_bad_settings_are_refused_by_name(recipe, items, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
@@ -287,6 +346,9 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
     (folder / "provenance.json").write_text('{"sha256": "of another file"}', encoding="utf-8")
     monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
     assert smollm2_folder() == folder and (folder / "model.safetensors").is_file() and list(folder.parent.iterdir()) == [folder]
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    assert smollm2_folder() == folder and (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):

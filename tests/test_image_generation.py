@@ -39,8 +39,8 @@ from krause_repro.recipes import (
     get_recipe,
     published_tables,
 )
-from krause_repro.records import pack_images, summarise, unpack_images
-from krause_repro.training import Run, build_trainer, run_path, train, training_arguments
+from krause_repro.records import InUse, file_digest, locked, pack_images, summarise, unpack_images
+from krause_repro.training import Run, TrainingDiverged, build_trainer, run_path, save_model, train, training_arguments
 
 MNIST = {
     "image_shape": (28, 28, 1), "levels": 256, "width": 256, "depth": 12, "heads": 8, "mlp_width": 1024, "window": 128, "top_k": 96,
@@ -199,15 +199,20 @@ def test_the_papers_schedule(tmp_path):
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(tiny, tmp_path):
     for change, message in (({"levels": 16}, "levels 0…15, got 0…16"), ({"image_shape": (8, 4, 1)}, r"shape \(N, 1, 8, 4\)"),
-                            ({"dataset": "photographs"}, "comes as folders")):
+                            ({"dataset": "photographs"}, "dataset must be one of digits, photograph_tiles, which are small")):
         with pytest.raises(ValueError, match=message):
             train(replace(tiny, **change), 0, runs=tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_generator_that_diverges_says_so(tiny, tmp_path):
-    with pytest.raises(ValueError, match="training diverged"):
-        train(replace(tiny, lr=1e30, max_grad_norm=None, warmup_share=0.0), 0, runs=tmp_path, progress=False)
+    bad = replace(tiny, lr=1e30, max_grad_norm=None, warmup_share=0.0)
+    for message in ("training diverged at step 1: eval_loss is nan; lower lr", "the same settings end there again"):
+        with pytest.raises(TrainingDiverged, match=message):
+            train(bad, 0, runs=tmp_path, progress=False)
+    run = Run(run_path(bad, 0, tmp_path), bad, 0)
+    assert not run.finished and not (run.path / "model.safetensors").exists() and not list((run.path / "checkpoints").iterdir())
+    assert math.isnan(run.metrics()[-1]["eval_loss"])
 
 
 def test_more_samples_are_no_other_run(tiny):
@@ -220,7 +225,7 @@ def test_more_samples_are_no_other_run(tiny):
 def test_test_bits_are_of_the_test_images_and_computed_once(run, tiny):
     found = test_bits(run)
     assert found == bits_per_dimension(run.model(), load_splits(tiny).test.images) and found["images"] == 30
-    assert json.loads((run.path / "test.json").read_text()) == found
+    assert json.loads((run.path / "test.json").read_text()) == found | {"model": file_digest(run.path / "model.safetensors")}
     kept = (run.path / "test.json").stat().st_mtime_ns
     assert test_bits(run) == found and (run.path / "test.json").stat().st_mtime_ns == kept
 
@@ -271,25 +276,67 @@ def test_gaps_and_torn_files_are_made_again(moved):
 
 
 def test_images_of_another_state_of_the_model_are_not_mixed(moved):
-    from krause_repro.training import save_model
-
     sample_run(moved, 2, progress=False)
-    model = moved.model()
-    with torch.no_grad():
-        model.head.bias.add_(1.0)
-    save_model(model, moved.path)
+    change(moved)
     with pytest.raises(ValueError, match="another state of this model"):
         sample_run(moved, 3, progress=False)
 
 
+def change(run):
+    "Another state of the model."
+    model = run.model()
+    with torch.no_grad():
+        model.head.bias[0] += 5.0
+    save_model(model, run.path)
+
+
+def test_images_without_a_record_of_their_settings_are_made_again(moved):
+    before = sample_run(moved, 4, batch=2, progress=False)
+    folder = samples_folder(moved, 0, 1.0, 1.0)
+    (folder / "settings.json").unlink()
+    (folder / ".images-000000.safetensors.x1.safetensors").touch()
+    assert torch.equal(sample_run(moved, 4, progress=False), before)
+    (folder / "settings.json").unlink()
+    change(moved)
+    after = sample_run(moved, 3, progress=False)
+    assert not torch.equal(after, before[:3]) and torch.equal(sample_run(moved, 3, progress=False), after)
+    assert {path.name for path in folder.iterdir()} == {"settings.json", "images-000000.safetensors"}
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="settings.json is not valid JSON"):
+        sample_run(moved, 3, progress=False)
+
+
+def test_bits_of_another_state_of_the_model_are_measured_again(moved):
+    before = test_bits(moved)
+    change(moved)
+    assert test_bits(moved) != before and test_bits(moved) == bits_per_dimension(moved.model(), load_splits(moved.recipe).test.images)
+    record = json.loads((moved.path / "test.json").read_text())
+    (moved.path / "test.json").write_text(json.dumps({name: value for name, value in record.items() if name != "model"} | {"images": 7}))
+    assert test_bits(moved)["images"] == 7  # of an earlier version
+    (moved.path / "test.json").write_text("[]")
+    with pytest.raises(ValueError, match="test.json must hold an object"):
+        test_bits(moved)
+
+
+def test_one_process_makes_the_images_of_a_folder(moved):
+    made = sample_run(moved, 2, progress=False)
+    with locked(samples_folder(moved, 0, 1.0, 1.0)):
+        with pytest.raises(InUse, match="samples/seed-0_temperature-1.0_top_p-1.0 is in use by process"):
+            sample_run(moved, 3, progress=False)
+        assert torch.equal(sample_run(moved, 2, progress=False), made)  # nothing has to be made
+    assert len(sample_run(moved, 3, progress=False)) == 3
+    assert [path.name for path in (moved.path / "samples").iterdir()] == ["seed-0_temperature-1.0_top_p-1.0"]
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"count": 0}, "count"), ({"temperature": 0.0}, "temperature"), ({"top_p": 2.0}, "top_p"), ({"batch": 0}, "batch"),
-    ({"seed": -1}, "seed"),
+    ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": 10**20 - 1}, "seed"), ({"temperature": 1e-50}, "logits must be finite"),
+    ({"source": "/nowhere"}, "source must be a file or folder that is there"), ({"source": "/"}, "source must not be given for digits"),
 ])
 def test_sampling_settings_are_refused_before_anything_is_written(moved, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample_run(moved, **{"count": 2, "progress": False, **options})
-    assert not (moved.path / "samples").exists()
+    assert not [path for path in (moved.path / "samples").rglob("*") if path.is_file()]
 
 
 def test_an_unfinished_run_makes_nothing(tmp_path, tiny):

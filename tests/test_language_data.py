@@ -12,7 +12,9 @@ import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import gguf
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -41,12 +43,14 @@ from krause_repro.language_data import (
     read_item_lines,
     read_packaged_files,
     shakespeare_text,
+    smollm2_folder,
     smollm2_path,
     split_item,
     split_items,
     split_works,
     text_blocks,
 )
+from krause_repro.llm_branch import load_language_model
 
 GGUF = PACKAGED["smollm2"].pattern
 
@@ -924,3 +928,51 @@ def test_packages_cannot_be_changed():
     with pytest.raises(AttributeError):
         PACKAGED["smollm2"].archive = "x"
     assert isinstance(PACKAGED["smollm2"], PackagedFiles)
+
+
+# A quantised model
+
+
+def write_gguf(path):
+    "A Llama of one layer with byte-level tokens and matrices in 8-bit blocks; returns the numbers that the blocks stand for."
+    draw, eight_bits = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(str(path), "llama")
+    tokens = ["<|endoftext|>", *map(chr, range(33, 95)), "AB"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * 63)
+    writer.add_token_merges(["A B"])
+    for name, value in {"vocab_size": 64, "context_length": 32, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64,
+                        "head_count": 4, "head_count_kv": 2, "rope_dimension_count": 8, "rope_freq_base": 1e4, "layer_norm_rms_eps": 1e-5,
+                        "bos_token_id": 0, "eos_token_id": 0}.items():
+        getattr(writer, f"add_{name}")(value)
+    shapes = {"token_embd": (64, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
+              "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    dense = {}
+    for name, shape in shapes.items():
+        blocks = gguf.quants.quantize(draw.standard_normal(shape).astype(np.float32), eight_bits)
+        dense[name] = torch.from_numpy(gguf.quants.dequantize(blocks, eight_bits))
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=eight_bits)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dense
+
+
+def test_a_quantised_model_is_loaded_saved_and_loaded_again(no_downloads, tmp_path, monkeypatch):
+    (no_downloads / "language").mkdir()
+    dense = write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: tmp_path / "tiny.gguf")
+    folder = smollm2_folder()
+    once, tokenizer = load_language_model(folder)
+    weights = once.state_dict()
+    assert torch.equal(weights["model.embed_tokens.weight"], dense["token_embd"])
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], dense["blk.0.ffn_up"])
+    for part in (once, tokenizer):
+        part.save_pretrained(tmp_path / "again")
+    twice, tokenizer = load_language_model(tmp_path / "again")
+    assert tokenizer("AB!")["input_ids"] == [63, 1] and all(torch.equal(weights[name], x) for name, x in twice.state_dict().items())

@@ -18,6 +18,7 @@ import lm_eval.evaluator
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -41,6 +42,8 @@ from krause_repro.evaluation import (
     hub_items,
     language_items,
     language_table,
+    letter_accuracy,
+    letter_baselines,
     macro_f1,
     read_task_items,
     swap_labels,
@@ -398,7 +401,10 @@ def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, toke
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"tasks": "boolq,winogrande"}, "'winogrande' is not a language benchmark; allowed: boolq, cb, anli_r1"),
+    ({"tasks": "boolq,winogrande"}, "'winogrande' is not a language benchmark, the nearest is"),
+    ({"tasks": "bolq"}, "'bolq' is not a language benchmark, the nearest is 'boolq'; allowed: boolq, cb, anli_r1"),
+    ({"tasks": ["mmlu-pro"]}, "'mmlu-pro' is not a language benchmark, the nearest is 'mmlu_pro'"),
+    ({"tasks": ["cb", None]}, "None is not a language benchmark; allowed"),
     ({"tasks": []}, "tasks must name at least one"),
     ({"tasks": ""}, "tasks: '' is not a language benchmark"),
     ({"anli_labels": "mnli"}, "anli_labels='mnli' must be one of: correct, swapped"),
@@ -406,11 +412,62 @@ def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, toke
     ({"limit": 1.5}, "limit must be an integer ≥ 1"),
     ({"batch_size": 0}, "batch_size must be an integer ≥ 1"),
     ({"max_gen_toks": "many"}, "max_gen_toks must be an integer ≥ 1"),
+    ({"batch_size": 2**31}, "batch_size must be an integer from 1 to 2,147,483,647"),
+    ({"limit": 2**63}, "limit must be an integer from 1 to"),
 ])
 def test_bad_arguments_are_refused_before_the_model_is_touched(options, message):
     with pytest.raises(ValueError) as error:
         evaluate_language(None, None, **{"tasks": "cb", "source": "local", **options})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"anli_labels": "mnli"}, {"limit": -1}, {"max_gen_toks": 1.5}])
+def test_bad_arguments_are_refused_with_items_at_hand(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        evaluate_language(None, None, "cb", "local", items={"cb": OWN["cb"]}, **options)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"tasks": 3}, "tasks must be a list of names"), ({"source": None}, "source must be hub, local, or the path"),
+    ({"batchsize": 3}, "evaluate_language takes no 'batchsize'; the nearest name is 'batch_size'"),
+    ({"task": "cb"}, "evaluate_language takes no 'task'; the nearest name is 'tasks'"),
+])
+def test_arguments_of_another_kind_or_name_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        evaluate_language(None, None, **{"tasks": "cb", "source": "local", **options})
+
+
+def diverged(tokenizer, wrapped):
+    model = build(LlamaForCausalLM, tokenizer)
+    model.get_decoder().norm.weight.data.fill_(math.nan)
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if wrapped else model
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("task", ["cb", "ifeval"])
+def test_a_diverged_model_has_no_score(task, wrapped, checkers, tokenizer):
+    model = diverged(tokenizer, wrapped)
+    with pytest.raises(ValueError, match="model gives NaN logits, so it has no answers to be scored; has it diverged"):
+        evaluate_language(model, tokenizer, task, "local", limit=2, max_gen_toks=4)
+    assert not model._forward_hooks and not model.get_output_embeddings()._forward_hooks
+    with pytest.raises(ValueError, match="model gives NaN logits"):
+        letter_accuracy(model, tokenizer, [{"inputs": "Which? (A) one (B) two", "answer": "A"}])
+
+
+def test_logits_that_are_infinite_choose_nothing():
+    with pytest.raises(ValueError, match="logits that are not finite to the answers"):
+        evaluation._given({"filtered_resps": [(-math.inf, False), (-math.inf, False)]})
+
+
+@pytest.mark.parametrize("call", [
+    lambda: count_scores([[0, 0], [0, 0]]), lambda: count_scores([[math.nan, 1], [0, 1]]), lambda: count_scores([[-1, 3], [0, 1]]),
+    lambda: macro_f1([]), lambda: chance_scores([], []), lambda: constant_scores([0, 0]), lambda: language_table({}),
+    lambda: language_table({"none": {}}), lambda: swap_labels({}), lambda: letter_accuracy(None, None, []),
+    lambda: letter_baselines([], [{"inputs": "(A) (B)", "answer": "A"}]), lambda: letter_baselines([{"answer": "A"}], []),
+])
+def test_nothing_is_scored_of_nothing(call):
+    with pytest.raises(ValueError, match="must (be|hold)"):
+        call()
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
@@ -684,7 +741,7 @@ def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_pat
     (["--tasks", "cb", "--source", "nowhere.json"], "there is no file nowhere.json"),
     (["--tasks", "cb", "--source", "local", "--limit", "0"], "limit must be an integer"),
     (["--limit", "few"], "krause-repro evaluate --help"),
-    (["--tasks", ""], "'' is not a language benchmark"),
+    (["--tasks", ""], "tasks must not be empty"),
     (["--tasks", "cb", "--source", "local", "--adapter", "/nowhere"],
      "has no adapter_config.json and no adapter_model.safetensors and no krause_branch.json"),
 ])

@@ -13,7 +13,15 @@ import torch
 from hypothesis import given, settings
 
 from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig
-from krause_repro.likelihood import ContextModel, bits_per_dimension, context_index, count_levels, fit_context_model, token_bits
+from krause_repro.likelihood import (
+    ContextModel,
+    bits_per_dimension,
+    context_index,
+    count_levels,
+    fit_context_model,
+    mean_bits,
+    token_bits,
+)
 from krause_repro.sampling import image_tokens
 
 
@@ -170,9 +178,29 @@ def test_a_place_before_the_image_is_a_context_of_its_own():
     ({"levels": 1}, "levels"), ({"offsets": (0,)}, "offsets"), ({"offsets": (1, 1)}, "different and few"),
     ({"offsets": (1, 2, 3), "levels": 256}, "different and few"), ({"train": torch.full((2, 3), 4)}, "levels 0…3, got 4…4"),
     ({"held_out": torch.zeros(2, 3)}, "tokens must be integers"), ({"train": torch.zeros(0, 3, dtype=torch.long)}, "N ≥ 1"),
-    ({"held_out": torch.zeros(2, 1, dtype=torch.long)}, "T ≥ 2"), ({"strengths": (0.0,)}, "strengths"),
+    ({"held_out": torch.zeros(2, 1, dtype=torch.long)}, "T ≥ 2"), ({"strengths": (0.0,)}, "strengths"), ({"strengths": ()}, "strengths"),
 ])
 def test_tables_that_cannot_be_are_refused(arguments, message):
     usual = {"train": torch.zeros(2, 3, dtype=torch.long), "held_out": torch.zeros(2, 3, dtype=torch.long), "offsets": (1,), "levels": 4}
     with pytest.raises(ValueError, match=message):
         fit_context_model(**{**usual, **arguments})
+
+
+def test_what_has_no_likelihood_is_named():
+    model, images = small(), pictures(2)
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    table = fit_context_model(tokens, tokens, (1,), 4)
+    for call, message in (
+        (lambda: bits_per_dimension(model, images[:0]), "images must be integers of shape .*, N ≥ 1"),
+        (lambda: mean_bits(torch.zeros(3), 0), "images must be an integer ≥ 1"),
+        (lambda: mean_bits(torch.tensor([1.0, math.nan]), 1), "sums must be finite bits"),
+        (lambda: mean_bits(torch.zeros(1), 1), "at least two places"),
+        (lambda: table.bits(tokens[:0]), "N ≥ 1"), (lambda: table.probabilities(tokens + 4), "tokens must hold levels 0…3"),
+        (lambda: table.probabilities(tokens.float()), "tokens must be integers"),
+        (lambda: count_levels(tokens - 1, (1,), 4), "levels 0…3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model.head.weight.data[3, 2] = math.nan
+    with pytest.raises(ValueError, match="model gives NaN for these images.*has it diverged"):
+        bits_per_dimension(model, images)

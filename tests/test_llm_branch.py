@@ -2,16 +2,22 @@
 
 import copy
 import json
-import shutil
+import os
+import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
@@ -89,8 +95,8 @@ def in_pieces(model, ids, sizes, cache=None, mask=None):
     logits, past = [], 0
     for size in sizes:
         seen = None if mask is None else mask[:, :past + size]
-        step = model(ids[:, past:past + size], attention_mask=seen, past_key_values=cache, use_cache=True)
-        logits, cache, past = [*logits, step.logits], step.past_key_values, past + size
+        step = model(ids[:, past:past + size], attention_mask=seen, cache=cache, use_cache=True)
+        logits, cache, past = [*logits, step.logits], step.cache, past + size
     return torch.cat(logits, 1)
 
 
@@ -350,20 +356,87 @@ def test_a_model_saved_with_its_branch_loads_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path)
     assert type(loaded) is LlamaForCausalLM and not loaded.training
-    plain = LlamaForCausalLM.from_pretrained(tmp_path)  # knows of no branch
-    assert not branches(plain) and hasattr(plain.config, "krause_branch")
-    save_adapter(get_peft_model(plain, lora_config(plain)), tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "krause_branch.json").read_text())["settings"] is None
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert len(branches(remove_krause_branch(loaded))) == 0
+
+
+def without_mark(folder):
+    "Write `config.json` as it was before a branch was told by the model type."
+    saved = json.loads((folder / "config.json").read_text())
+    base = saved["base_config"] | {"model_type": saved["base_model_type"], "krause_branch": saved["krause_branch"]}
+    (folder / "config.json").write_text(json.dumps(base))
+
+
+def test_a_folder_of_an_earlier_version_loads_with_its_branch(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path)
+    without_mark(tmp_path)
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    with torch.no_grad():
+        assert torch.equal(load_language_model(tmp_path)[0](tokens()).logits, model(tokens()).logits)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path)  # knows of no branch
+    save_adapter(get_peft_model(plain, lora_config(plain)), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "krause_branch.json").read_text())["settings"] is None
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm", "qwen3", "mistral"])
+def test_no_reader_takes_a_saved_model_for_its_base(tmp_path, family, monkeypatch):
+    model = small(family)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="read it with krause_repro.llm_branch.load_language_model"):
+        type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        for options in ({}, {"config": model.config}):
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+            assert type(loaded) is type(model) and torch.equal(loaded.eval()(tokens()).logits, expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", output_hidden_states=True, dtype=torch.bfloat16)
+    assert loaded.config._attn_implementation == "eager" and loaded.config.output_hidden_states and loaded.dtype == torch.bfloat16
+    assert len(branches(loaded)) == 2 and {branch.bandwidth.log_sigma.dtype for branch in branches(loaded)} == {torch.float32}
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "krause_repro_branch")  # as where this package is not imported
+    with pytest.raises(ValueError, match="has model type `krause_repro_branch` but Transformers does not recognize"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_configuration_keeps_the_branch_wherever_it_goes(tmp_path):
+    model = small()
+    AutoConfig.from_pretrained(small().save_pretrained(tmp_path) or tmp_path).save_pretrained(tmp_path)
+    copied, pickled = copy.deepcopy(model).config, pickle.loads(pickle.dumps(model.config))
+    for config in (model.config, copied, pickled, AutoConfig.from_pretrained(tmp_path)):
+        assert len(branches(AutoModelForCausalLM.from_config(config))) == 2
+        config.save_pretrained(tmp_path / "again")
+        with pytest.raises(Exception, match="krause_repro.llm_branch"):
+            LlamaConfig.from_pretrained(tmp_path / "again")
+    removed = remove_krause_branch(model).config
+    assert type(removed) is LlamaConfig and not branches(AutoModelForCausalLM.from_config(removed))
+
+
+def test_a_model_shares_no_configuration_with_one_that_gets_a_branch(tmp_path):
+    config = LlamaConfig(**SMALL)
+    plain, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    add_krause_branch(other)
+    assert plain.config is config and not hasattr(config, "krause_branch") and type(config) is LlamaConfig
+    assert {id(m.config) for m in (other, other.get_decoder(), *attention_layers(other.get_decoder()).values())} == {id(other.config)}
+
+
+@pytest.mark.parametrize("change", [{"krause_branch": None}, {"base_config": []}, {"base_model_type": "x"}, {"krause_branch": {"windo": 3}},
+                                    {"krause_branch": {"window": 3, "top_k": 4}}])
+def test_a_damaged_configuration_of_a_saved_model_is_named(tmp_path, change):
+    small().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | change))
+    with pytest.raises(ValueError, match="model: .*krause_branch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"window": 0}, "window must be an integer ≥ 1, got 0"), ({"window": 2.5}, "window must be an integer"),
     ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"), ({"window": 8, "top_k": 9}, "top_k must be at most window = 8, got 9"),
     ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_start": 1.0}, "gate_start must be between 0 and 1"),
-    ({"gate_start": "0.8"}, "gate_start must be between 0 and 1"),
+    ({"gate_start": "0.8"}, "gate_start must be between 0 and 1"), ({"gate_start": float("nan")}, "gate_start must be between 0 and 1"),
+    ({"freeze_sigma": "no"}, "freeze_sigma must be True or False"), ({"random_biases": 1}, "random_biases must be True or False"),
+    ({"ignore_cache": None}, "ignore_cache must be True or False"),
 ])
 def test_settings_are_refused_before_anything_is_changed(arguments, message):
     model = small(branch=False)
@@ -371,6 +444,30 @@ def test_settings_are_refused_before_anything_is_changed(arguments, message):
     with pytest.raises(ValueError, match=message):
         add_krause_branch(model, **arguments)
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda model: add_krause_branch(model, windw=8), "add_krause_branch takes no 'windw'; the nearest name is 'window'"),
+    (lambda model: add_krause_branch(model, 8, topk=4), "takes no 'topk'; the nearest name is 'top_k'"),
+    (lambda model: lora_config(model, rnk=8), "lora_config takes no 'rnk'; the nearest name is 'rank'"),
+    (lambda model: add_adapter(model, "nowhere", trainible=True), "add_adapter takes no 'trainible'; the nearest name is 'trainable'"),
+    (lambda model: save_adapter(model, "nowhere", bas={}), "save_adapter takes no 'bas'; the nearest name is 'base'"),
+])
+def test_a_misspelt_name_is_told_with_the_nearest(call, message):
+    model = small(branch=False)
+    names = set(model.state_dict())
+    with pytest.raises(TypeError, match=message):
+        call(model)
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"rank": 0}, "rank must be an integer ≥ 1"), ({"alpha": 0}, "alpha must be a number > 0"),
+    ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+])
+def test_lora_settings_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(small(branch=False), **options)
 
 
 def test_what_cannot_have_a_branch_is_refused():
@@ -395,9 +492,9 @@ def test_masks_and_caches_that_do_not_fit_are_refused():
         model(ids, attention_mask=documents)
     with pytest.raises(ValueError, match="attention_mask must have 12 columns, one for each token so far, got 9"):
         model(ids, attention_mask=torch.ones(2, 9, dtype=torch.long))
-    filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).past_key_values
+    filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="past_key_values was filled without this Krause branch"):
-        model(ids[:, :1], past_key_values=filled)
+        model(ids[:, :1], cache=filled)
     causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
     with torch.no_grad():
         assert_close(model(ids, attention_mask=causal).logits, model(ids).logits, rtol=0, atol=1e-5)
@@ -423,7 +520,7 @@ def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     pickled.mkdir()
     (pickled / "config.json").write_text(json.dumps(LlamaConfig(**SMALL).to_dict()))
     (pickled / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="has no .safetensors; pickled weights are not read"):
+    with pytest.raises(ValueError, match="has pickled weights, pytorch_model.bin, which could run code and are not read"):
         load_language_model(pickled)
     with pytest.raises(FileNotFoundError, match="neither config.json nor a .gguf file"):
         load_language_model(tmp_path)
@@ -590,17 +687,18 @@ def test_a_damaged_or_old_branch_file_is_named(tmp_path, text):
         add_adapter(small(branch=False), tmp_path)
 
 
-def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", range(1, 4))
+def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch, count):
     model = adapter_on(small(branch=False), tmp_path)
     moved = []
 
-    def fails_at_the_second(source, target, move=shutil.move):
-        moved.append(target.name)
-        if len(moved) == 2:
+    def fails(source, target, replace=os.replace):
+        moved.append(target)
+        if len(moved) == count:
             raise OSError
-        move(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr("krause_repro.llm_branch.shutil.move", fails_at_the_second)
+    monkeypatch.setattr("krause_repro.llm_branch.os.replace", fails)
     with pytest.raises(OSError):
         save_adapter(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="has no krause_branch.json"):
@@ -609,6 +707,227 @@ def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch):
     save_adapter(model, tmp_path)
     with torch.no_grad():
         assert torch.equal(add_adapter(small(branch=False), tmp_path).eval()(tokens()).logits, model(tokens()).logits)
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    model = adapter_on(small(branch=False), tmp_path / "adapter")
+    with torch.no_grad():
+        before = model(tokens()).logits
+    before_files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "adapter" / ".adapter-left").mkdir()  # by a process that was killed
+    monkeypatch.setattr(PeftModel, "save_pretrained", lambda *args, **options: (_ for _ in ()).throw(OSError("No space left")))
+    for folder in ("adapter", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(model, tmp_path / folder)
+    assert not (tmp_path / "new").exists()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()} == before_files
+    with torch.no_grad():
+        assert torch.equal(add_adapter(small(branch=False), tmp_path / "adapter").eval()(tokens()).logits, before)
+
+
+def several(names, branch=True):
+    "A model with adapters of these names, all different, the last one active."
+    base = small(branch=False)
+    if branch:
+        add_krause_branch(base, **BRANCH)
+    model = get_peft_model(base, lora_config(base, rank=4), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora_config(base, rank=2))
+    model.set_adapter(names[-1])
+    torch.manual_seed(len(names))
+    change(model)
+    return model.eval()
+
+
+def change(model):
+    "Move whatever the adapters hold."
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+@torch.no_grad()
+def by_adapter(model):
+    "Logits of each adapter, and of the active one."
+    active, found = model.active_adapter, {"": model(tokens()).logits}
+    for name in model.peft_config:
+        model.set_adapter(name)
+        found[name] = model(tokens()).logits
+    model.set_adapter(active)
+    return found
+
+
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("names", [["mine"], ["default", "b"], ["b", "default"], ["one", "two", "three"]])
+def test_adapters_of_any_name_are_saved_again_and_again(tmp_path, names, branch):
+    model = several(names, branch)
+    for _ in range(2):
+        expected = by_adapter(model)
+        assert save_adapter(model, tmp_path) == tmp_path
+        loaded = add_adapter(small(branch=False), tmp_path).eval()
+        assert set(loaded.peft_config) == set(names) and loaded.active_adapter == names[-1]
+        for name, logits in by_adapter(loaded).items():
+            assert torch.equal(logits, expected[name]), name
+        for name in set(names) - {"default"}:  # and each by itself
+            alone = add_adapter(small(branch=False), tmp_path / name).eval()
+            assert list(alone.peft_config) == [name]
+            with torch.no_grad():
+                assert torch.equal(alone(tokens()).logits, expected[name])
+        change(model)
+    assert not [file for file in tmp_path.rglob("*") if file.name.startswith(".")]
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == len(names)
+
+
+def test_what_an_adapter_was_saved_over_is_gone(tmp_path):
+    (tmp_path / "README.md").write_text("My own words.\n")
+    save_adapter(several(["default", "b"]), tmp_path)
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    other = several(["mine"])
+    loaded = add_adapter(small(branch=False), save_adapter(other, tmp_path)).eval()
+    assert list(loaded.peft_config) == ["mine"] and torch.equal(by_adapter(loaded)["mine"], by_adapter(other)["mine"])
+    assert not (tmp_path / "adapter_model.safetensors").exists() and [file.name for file in (tmp_path / "b").iterdir()] == ["notes.txt"]
+    assert "My own words." in (tmp_path / "README.md").read_text()
+
+
+def test_the_adapter_that_goes_on_training_is_the_active_one(tmp_path):
+    save_adapter(several(["default", "b"]), tmp_path)
+    for trainable in (True, False):
+        model = add_adapter(small(branch=False), tmp_path, trainable)
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert bool(trains) is trainable and all(".b." in name for name in trains)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "."])
+def test_names_that_no_folder_can_have_are_refused(tmp_path, name):
+    model = SimpleNamespace(peft_config={name: None}, active_adapters=[name])
+    with pytest.raises(ValueError, match="which is to be the name of a folder"):
+        save_adapter(model, tmp_path / "adapter")
+    save_adapter(several(["default"]), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "krause_branch.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": [name]}))
+    with pytest.raises(ValueError, match="krause_branch.json is damaged"):
+        add_adapter(small(branch=False), tmp_path / "adapter")
+
+
+def test_an_adapter_that_leaves_out_the_gate_is_not_saved(tmp_path):
+    model = get_peft_model(small(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapter 'default' does not save krause_branch.token_gate.* make it with lora_config"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_plain_peft_does_not_read_an_adapter_with_a_branch(tmp_path):
+    small(branch=False).save_pretrained(tmp_path / "base")
+    model = adapter_on(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "by peft")  # as Trainer does
+    add_adapter(small(branch=False), tmp_path / "adapter").save_pretrained(tmp_path / "read and saved")
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        for name in ("adapter", "by peft", "read and saved"):
+            for read in (lambda folder: PeftModel.from_pretrained(small(branch=False), folder), AutoPeftModelForCausalLM.from_pretrained,
+                         AutoModelForCausalLM.from_pretrained, lambda folder: small(branch=False).load_adapter(folder)):
+                with pytest.raises(ValueError, match="read it with krause_repro.llm_branch.add_adapter"):
+                    read(str(tmp_path / name))
+            assert torch.equal(add_adapter(small(branch=False), tmp_path / name).eval()(tokens()).logits, expected)
+
+
+def test_plain_peft_reads_an_adapter_without_a_branch(tmp_path):
+    model = several(["default"], branch=False)
+    save_adapter(model, tmp_path)
+    assert torch.equal(by_adapter(PeftModel.from_pretrained(small(branch=False), tmp_path).eval())[""], by_adapter(model)[""])
+
+
+def test_an_adapter_of_an_earlier_version_is_read(tmp_path):
+    model = several(["default"])
+    PeftModel.save_pretrained(model, tmp_path)
+    config, facts = (json.loads((tmp_path / name).read_text()) for name in ("adapter_config.json", "krause_branch.json"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    (tmp_path / "krause_branch.json").write_text(json.dumps({name: facts[name] for name in ("settings", "base")}))
+    assert torch.equal(by_adapter(add_adapter(small(branch=False), tmp_path).eval())[""], by_adapter(model)[""])
+
+
+class Bomb:
+    "What runs when it is unpickled."
+
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("what", ["model", "sharded", "adapter"])
+def test_pickled_weights_are_refused_and_not_opened(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    small(branch=False).save_pretrained(tmp_path / "model")
+    adapter_on(small(branch=False), tmp_path / "adapter")
+    folder, name = (tmp_path / "adapter", "adapter_model") if what == "adapter" else (tmp_path / "model", "model")
+    pickled = {"adapter": "adapter_model.bin", "model": "pytorch_model.bin", "sharded": "evil.bin"}[what]
+    (folder / pickled).write_bytes(pickle.dumps(Bomb()))
+    (folder / f"{name}.safetensors").unlink()
+    if what == "sharded":
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": pickled}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{folder} has pickled weights, {pickled}, which could run code and are not read"):
+        add_adapter(small(branch=False), folder) if what == "adapter" else load_language_model(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_beside_a_model_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small(branch=False).save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text("open('exploded', 'w')\nfrom transformers import LlamaForCausalLM as Evil, LlamaConfig as Evils\n")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Evils",
+                                                                                 "AutoModelForCausalLM": "evil.Evil"}}
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **options: options)
+    for model_type in ("llama", "evil"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        if model_type == "llama":
+            assert load_language_model(tmp_path)[1]["trust_remote_code"] is False
+        else:
+            with pytest.raises(ValueError, match="asks for code of its own to be run .* which is never done"):
+                load_language_model(tmp_path)
+    with pytest.raises(ValueError, match="load_language_model runs no code .* takes no trust_remote_code"):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        load_language_model(tmp_path, trust_remote_code=True)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_options_of_loading_are_checked_by_name(tmp_path, monkeypatch):
+    small(branch=False).save_pretrained(tmp_path)
+    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    for wrong, right in (("dtpe", "dtype"), ("adaptr", "adapter"), ("revison", "revision")):
+        with pytest.raises(TypeError, match=f"load_language_model takes no '{wrong}'; the nearest name is '{right}'"):
+            load_language_model(tmp_path, **{wrong: 1})
+    loaded, _ = load_language_model(tmp_path, dtype=torch.bfloat16, output_hidden_states=True, use_safetensors=True)
+    assert loaded.config.output_hidden_states and loaded.dtype == torch.bfloat16
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    model = small(branch=False)
+    add_krause_branch(model, np.int64(6), np.int32(3), np.float32(1.5), np.float64(0.75))
+    assert json.dumps(model.config.krause_branch) and model.config.krause_branch["window"] == 6
+    lora = get_peft_model(model, lora_config(model, np.int64(4), np.int64(8), np.float32(0.25)))
+    save_adapter(lora, tmp_path)
+    assert branches(add_adapter(small(branch=False), tmp_path))[0].window == 6
+
+
+# Generation that would be silently wrong
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_continuous_batching_is_refused_before_it_begins(wrapped):
+    model = small()
+    if wrapped:
+        model = get_peft_model(model, lora_config(model))
+    ran = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for call in (lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=4), lambda: model.init_continuous_batching(),
+                 lambda: model.generate(input_ids=tokens(5), cache_implementation="paged", max_new_tokens=4)):
+        with pytest.raises(ValueError, match="continuous batching .* keeps keys in pages"):
+            call()
+    ran.remove()
+    with pytest.raises(ValueError, match="continuous batching"):
+        model(input_ids=tokens(5), cache=object())
+    plain = small()
+    assert "init_continuous_batching" not in vars(remove_krause_branch(plain))
 
 
 # What a branch is told
@@ -653,7 +972,7 @@ def test_assisted_decoding_is_refused_before_it_begins(length):
         with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back, and the ring of a Krause branch cannot"):
             model.generate(ids, **options, **wanted)
     ran.remove()
-    cache = model(tokens(9), use_cache=True).past_key_values
+    cache = model(tokens(9), use_cache=True).cache
     for goes_back in (cache.activate_past_recording, lambda: cache.crop(-1)):
         with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back"):
             goes_back()
@@ -662,10 +981,10 @@ def test_assisted_decoding_is_refused_before_it_begins(length):
 
 def test_a_short_cache_goes_back():
     model, ids = small(), tokens(6)
-    cache = model(ids[:, :5], use_cache=True).past_key_values
+    cache = model(ids[:, :5], use_cache=True).cache
     cache.crop(-2)
     with torch.no_grad():
-        assert_close(model(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:], rtol=0, atol=1e-5)
+        assert_close(model(ids[:, 3:], cache=cache).logits, model(ids).logits[:, 3:], rtol=0, atol=1e-5)
 
 
 def test_the_former_choice_to_compile_comes_back():
@@ -766,7 +1085,7 @@ def test_each_sequence_of_a_step_has_its_positions(steps):
     with torch.no_grad():
         whole = model(ids, position_ids=where).logits
         first = model(ids[:, :8], position_ids=where[:, :8], use_cache=True)
-        last = model(ids[:, 8:], position_ids=where[:, 8:], past_key_values=first.past_key_values).logits
+        last = model(ids[:, 8:], position_ids=where[:, 8:], cache=first.cache).logits
     assert_close(last, whole[:, 8:], rtol=0, atol=1e-5)
     assert len(steps) == (2 if kernels_available() else 0)
 
@@ -815,8 +1134,8 @@ def test_positions_of_one_dimension():
     "As a caller may give them; the base model broadcasts them."
     model, ids = small("wide llama"), tokens(9, 1)
     with torch.no_grad():
-        cache = model(ids[:, :8], use_cache=True).past_key_values
-        step = model(ids[:, 8:], position_ids=torch.tensor([8]), past_key_values=cache).logits
+        cache = model(ids[:, :8], use_cache=True).cache
+        step = model(ids[:, 8:], position_ids=torch.tensor([8]), cache=cache).logits
         assert_close(step, model(ids).logits[:, 8:], rtol=0, atol=1e-5)
 
 
@@ -832,8 +1151,8 @@ def test_what_is_not_for_the_operator_takes_the_other_way(steps, change):
         model.to(getattr(torch, change))
     in_16_bits = change in ("bfloat16", "autocast")
     with torch.set_grad_enabled(change == "gradient"), torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-        cache = model(ids[:, :5], use_cache=True).past_key_values
-        step = model(ids[:, 5:6], past_key_values=cache).logits
+        cache = model(ids[:, :5], use_cache=True).cache
+        step = model(ids[:, 5:6], cache=cache).logits
         assert_close(step, model(ids[:, :6]).logits[:, 5:], rtol=0, atol=0.1 if in_16_bits else 1e-5)
     assert all(out is None for out in steps)
 

@@ -79,17 +79,25 @@ def test_requirements_are_those_the_book_runs_on(settings):
               "nbdev", "execnb", "fastcore", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "jupyter",
               "jupyter-server-mathjax", "tqdm"}
     assert needed - set(required) == set()
-    assert [required[name] for name in ("nbdev", "execnb", "fastcore")] == ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore>=1.8,<2"]
+    assert [required[name] for name in ("nbdev", "execnb", "fastcore")] == ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore>=1.14.5,<2"]
     assert {re.match(r"[A-Za-z0-9._-]+", item).group() for item in settings["dev_requirements"].split()} >= {"pytest", "ruff"}
 
 
-def test_installed_versions_satisfy_the_requirements(settings):
-    from importlib.metadata import version
-
+def test_the_lock_has_one_version_with_digests_for_every_requirement(settings):
     from packaging.requirements import Requirement
 
-    wanted = [Requirement(item) for item in f"{settings['requirements']} {settings['dev_requirements']}".split()]
-    assert [str(item) for item in wanted if not item.specifier.contains(version(item.name), prereleases=True)] == []
+    blocks = re.findall(r"^(\S.*?)(?=^\S|\Z)", (ROOT / "requirements-lock.txt").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    locked = {}
+    for block in (block for block in blocks if not block.startswith("#")):
+        pin = Requirement(block.split("\\")[0].strip())
+        locked.setdefault(pin.name.lower().replace("_", "-"), []).append(pin)
+        assert "--hash=sha256:" in block and [each.operator for each in pin.specifier] == ["=="], pin
+    environment = {"python_version": settings["min_python"], "python_full_version": f"{settings['min_python']}.0"}
+    for item in " ".join(settings[f"{kind}requirements"] for kind in ("", "dev_", "eval_")).split():
+        wanted = Requirement(item)
+        (pin,) = (each for each in locked[wanted.name] if each.marker is None or each.marker.evaluate(environment))
+        (version,) = (each.version for each in pin.specifier)
+        assert wanted.specifier.contains(version), f"{item}, locked: {version}"
 
 
 def test_settings_keep_the_tag_that_papermill_looks_for(settings):
@@ -130,7 +138,8 @@ def test_continuous_integration_tests_and_walks_the_path():
 
 def make(*arguments):
     "The commands that make would run."
-    done = subprocess.run(["make", "-n", "-o", ".venv/.installed", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "-n", "-o", ".venv/.installed", "VENV=.venv", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if "krause-repro" in line or "pytest" in line]
 
 
@@ -147,7 +156,7 @@ def test_make_passes_its_settings_on(arguments, commands):
 
 def test_make_help_lists_every_target():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == ["figures", "book", "test", "site", "help"]
+    assert re.findall(r"^  ([a-z-]+) ", text, re.MULTILINE) == ["figures", "book", "test", "test-latest", "site", "lock", "help"]
 
 
 def test_nothing_chooses_a_backend_that_hides_figures():
@@ -157,4 +166,4 @@ def test_nothing_chooses_a_backend_that_hides_figures():
 
 def test_what_a_run_makes_is_ignored_by_git():
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-    assert {".venv/", "runs/", "results/smoke/"} <= set(ignored)
+    assert {".venv*/", "runs/", "results/smoke/"} <= set(ignored)

@@ -1,7 +1,11 @@
 """Every published row has its recipe: exact where the paper is known, marked as ours where it is not."""
 
+import pickle
+from copy import deepcopy
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import AdamW
@@ -10,6 +14,7 @@ from transformers import AutoModelForImageClassification
 from krause_repro.attention import SCORES
 from krause_repro.data import Collator
 from krause_repro.recipes import (
+    CIFAR_CONTROLS,
     IMAGE_DATA,
     PARTICLE_FIELDS,
     PROFILES,
@@ -19,9 +24,11 @@ from krause_repro.recipes import (
     UNPUBLISHED_SWIN,
     ImageClassificationRecipe,
     ParticleRecipe,
+    PixelRecipe,
     SwinRecipe,
     ablation_name,
     ablation_recipes,
+    baseline_recipes,
     fine_tuning_recipes,
     generation_recipes,
     get_recipe,
@@ -144,6 +151,7 @@ def test_rows_are_all_and_have_names_of_their_own():
         "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "kvit_s_local/cifar10", "kvit_s_full/cifar10",
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
+        *CIFAR_CONTROLS, *baseline_recipes(),
     } | set(generation_recipes()) | set(fine_tuning_recipes())
 
 
@@ -205,6 +213,9 @@ def test_every_profile_makes_a_model_that_fits_its_data(name):
         recipe = RECIPES[name].at(profile)
         config = recipe.config  # raises when the settings do not fit together
         assert (config.image_size, config.num_channels, config.num_labels) == (recipe.image_size, recipe.channels, recipe.classes)
+        if isinstance(recipe, PixelRecipe):
+            assert config.stages == (recipe.stages and list(recipe.stages))
+            continue
         assert (config.attention_score, config.sigma, config.drop_path) == (recipe.score, recipe.sigma, recipe.drop_path)
         if isinstance(recipe, SwinRecipe):
             stages = range(len(recipe.depths))
@@ -303,11 +314,13 @@ def test_the_control_differs_from_the_baseline_by_its_norm():
 @pytest.mark.parametrize("name", ["kvit_t/fashion_mnist", "particles/sphere"])
 def test_fingerprint_is_of_the_deciding_fields(name):
     recipe = RECIPES[name]
-    other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5, str: lambda v: v + "x", tuple: lambda v: (*v, 7),
+    other = {bool: lambda v: not v, int: lambda v: 2 * v, float: lambda v: v / 2 or 0.5, tuple: lambda v: v[:1] * 2,
              dict: lambda v: {**v, "x": 1}, type(None): lambda v: 3}
+    words = {"name": "x/y", "profile": "desk", "dataset": "mnist", "score": "softmax", "metric": "chebyshev", "norm": "pre",
+             "integrator": "euler", "positions": "rotary", "augmentation": "imagenet", "seeds": (1, 2), "ours": ()}
     for field in fields(recipe):
         value = getattr(recipe, field.name)
-        changed = replace(recipe, **{field.name: other[type(value)](value)})
+        changed = replace(recipe, **{field.name: words.get(field.name) if field.name in words else other[type(value)](value)})
         same = changed.fingerprint == recipe.fingerprint
         assert same == (field.name in ("seeds", "ours", "published")), field.name
     assert replace(recipe).fingerprint == recipe.fingerprint
@@ -328,3 +341,89 @@ def test_plain_data():
 def test_unknown_names_suggest_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"recipe must be one of .*{near}.*got {name!r}"):
         get_recipe(name)
+
+
+# What a field may hold
+
+ONE_OF_EACH = ["particles/circle", "kvit_t/fashion_mnist", "ablation_random_local/fashion_mnist", "kswin_t/fashion_mnist",
+               "kvit_s16/photographs", "karm/mnist", "karm/digits", "krause_smollm2/questions"]
+NAN, INF = float("nan"), float("inf")
+WRONG = {  # by field, in every kind of recipe that has it
+    "name": ["", "../x", "/etc", "a//b", 3, None], "profile": ["tiny", "", None, ("smoke",)],
+    "seeds": [(), (-1,), (2**32,), (1.5,), ("0",), 3, (True,)], "ours": ["lr", (3,)], "published": [None, ()],
+    "epochs": [0, -1, NAN, INF, "3", True, None], "lr": [0, -1, NAN, INF, "1e-3", None], "weight_decay": [-5, NAN, "0", None],
+    "batch_size": [0, -8, 2.5, 16.0, True, None], "max_grad_norm": [0, -1, NAN, "1"], "held_out": [0, -1, 1.5, None],
+    "warmup_epochs": [-1, 99_999, NAN, None], "warmup_share": [-0.1, 1, 2, None], "label_smoothing": [2, 1, -0.1, None],
+    "cutmix_probability": [1.5, -0.1, NAN, "0.5"], "cutmix_alpha": [0, -1, None], "mixup_alpha": [0, NAN], "crop_padding": [-1, 0.5, None],
+    "augmentation": ["crop", None], "train_images": [0, -1, 1.5], "test_images": [0, "all"], "classes": [1, 0, 2.0], "channels": [0, None],
+    "image_size": [0, -28, 28.0], "patch_size": [0], "width": [0, 1.5], "depth": [0], "heads": [0, 5, 7], "mlp_width": [0],
+    "score": ["cosine", None], "radius": [-1, "1"], "metric": ["euclid"], "top_k": [0, -1, 1.5, (2,), (1, 2, 3), (0, 4)],
+    "sigma": [0, -1, NAN, None], "learn_sigma": ["no", 1, None], "norm": ["none"], "positions": ["sine"], "layer_norm_eps": [0, -1e-5],
+    "drop_path": [1, -0.1], "dropout": [1, "0"], "bf16": ["yes", 0], "dataset": ["svhn", None, "imagenets"], "random_support": [-1],
+    "depths": [(), (2, 0), 4], "window": [0, -1, 2.5], "image_shape": [(28, 28), (28, 28, 0), 28], "levels": [1, 0], "attention": ["flash"],
+    "start_token": ["yes", 1], "final_lr_share": [-0.1, 2], "samples": [0], "base": ["", 3, None], "base_layers": [0], "branch": ["no"],
+    "gate_start": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "micro_batch": [0, 2.0], "max_length": [1],
+    "gradient_checkpointing": [None], "train_items": [0, -1], "dimension": [1], "particles": [1], "step": [0, 2], "duration": [0],
+    "integrator": ["rk5"], "starts": [0],
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(name):
+    recipe = RECIPES[name]
+    for field in fields(recipe):
+        for value in WRONG[field.name]:
+            with pytest.raises(ValueError, match=rf"^{field.name} (=|must)"):
+                replace(recipe, **{field.name: value})
+
+
+def test_every_field_of_every_recipe_has_its_rule():
+    assert all(set(recipe.allowed) == {field.name for field in fields(recipe)} for recipe in RECIPES.values())
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("kvit_t/fashion_mnist", {"epochs": 2, "warmup_epochs": 3}, "warmup_epochs must be at most epochs = 2, got 3"),
+    ("kvit_t/fashion_mnist", {"width": 192, "heads": 5}, "heads must divide width = 192, got 5"),
+    ("particles/circle", {"top_k": 201}, "top_k must be at most particles = 200, got 201"),
+    ("krause_smollm2/questions", {"top_k": 33}, "top_k must be at most window = 32, got 33"),
+    ("kswin_t/fashion_mnist", {"top_k": (2, 4)}, "top_k must be None: a Swin's support is its window"),
+    ("kswin_t/fashion_mnist", {"norm": "post"}, "norm must be one of pre, got 'post'"),
+    ("ablation_random_local/fashion_mnist", {"radius": None}, "radius must be an integer ≥ 0"),
+    ("karm/mnist", {"dataset": "imagenet"}, "dataset must be one of .*none that comes as folders"),
+    ("karm/digits", {"dataset": "mnist"}, "dataset must be one of digits, photograph_tiles"),
+    ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of micro_batch, 4"),
+])
+def test_fields_that_do_not_fit_together_are_refused(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPES[name], **change)
+
+
+@pytest.mark.parametrize(("name", "wrong", "nearest"), [
+    ("kvit_t/fashion_mnist", "learning_sigma", "learn_sigma"), ("kvit_t/fashion_mnist", "batchsize", "batch_size"),
+    ("karm/mnist", "windw", "window"), ("krause_smollm2/questions", "micro_batches", "micro_batch"), ("particles/circle", "sigam", "sigma"),
+])
+def test_a_misspelt_field_is_a_type_error_with_the_nearest_name(name, wrong, nearest):
+    recipe = RECIPES[name]
+    for make in (lambda: replace(recipe, **{wrong: 1}), lambda: type(recipe)(**{**asdict(recipe), wrong: 1})):
+        with pytest.raises(TypeError, match=f"{type(recipe).__name__} has no field '{wrong}'; the nearest is '{nearest}', of name"):
+            make()
+
+
+def test_numpy_numbers_and_lists_are_taken_as_pythons():
+    recipe = RECIPES["kvit_t/fashion_mnist"]
+    same = replace(recipe, top_k=np.array([2, 4]), batch_size=np.int64(256), lr=np.float64(3e-4), learn_sigma=np.bool_(True), seeds=[3407])
+    assert same == recipe and same.fingerprint == recipe.fingerprint and type(same.batch_size) is int and type(same.learn_sigma) is bool
+    for kind in RECIPES.values():
+        assert type(kind)(**kind.to_dict()) == kind  # as read from a run's recipe.json
+    assert replace(RECIPES["krause_smollm2/questions"], base=Path("some") / "where").base == "some/where"
+    assert pickle.loads(pickle.dumps(recipe)) == deepcopy(recipe) == recipe
+
+
+def test_on_cifar10_all_models_are_trained_alike_at_a_desk():
+    names = ("kvit_s", "vit_s", "kvit_s_local", "kvit_s_full", *(name.partition("/")[0] for name in (*CIFAR_CONTROLS, *baseline_recipes())))
+    found = [asdict(RECIPES[f"{name}/cifar10"].at("desk")) for name in names]
+    model = {"name", "score", "radius", "metric", "top_k", "norm", "layer_norm_eps", "ours", "published", "stages"}
+    assert {key for recipe in found for key in recipe if recipe[key] != found[0].get(key)} <= model
+    kvit = asdict(RECIPES["kvit_s/cifar10"])
+    for name, change in CIFAR_CONTROLS.items():
+        assert {key for key, value in asdict(RECIPES[name]).items() if value != kvit[key]} - {"name", "ours", "published"} == set(change)

@@ -2,34 +2,52 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from krause_repro.recipes import get_recipe
 from krause_repro.records import (
+    InUse,
+    cache_folder,
     check_train,
+    check_unlocked,
+    check_writable,
+    damage,
+    disk_error,
     environment,
     git_state,
     load_result,
+    lock_path,
+    locked,
+    machine,
     obtain_result,
     package_versions,
     project_root,
     read_json,
+    remove_leftovers,
     replacing,
     result_path,
     save_result,
+    scratch_folder,
     stale_recipes,
     summarise,
     summarise_curves,
+    write_digests,
     write_json,
 )
 
+FORK = multiprocessing.get_context("fork")  # a process that has everything imported already
 SMOKE = [get_recipe(name).at("smoke") for name in ("kvit_t/fashion_mnist", "vit_t/fashion_mnist")]
 
 
@@ -97,6 +115,186 @@ def test_replacing_cleans_up_whatever_happens(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("whole", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def dead_process():
+    "The number of a process that is no more."
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_write(tmp_path):
+    ours = f"{os.getpid()}"
+    with replacing(tmp_path / "a.json") as temporary:
+        mark = temporary.name.removeprefix(".a.json.").partition(".")[0]
+    names = {"left": f".a.json.{mark}.{dead_process()}.abc.json", "alive": f".a.json.{mark}.{ours}.abc.json",
+             "elsewhere": f".a.json.00000000.{dead_process()}.abc.json", "another": f".b.json.{mark}.{dead_process()}.abc.json"}
+    for name in names.values():
+        (tmp_path / name).touch()
+    write_json(tmp_path / "a.json", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *(names[key] for key in ("alive", "elsewhere", "another"))}
+
+
+def test_scratch_folders_of_killed_processes_are_removed(tmp_path):
+    with scratch_folder(tmp_path / "in") as work:
+        mark = work.name.removeprefix(".scratch.").partition(".")[0]
+        (work / "file").touch()
+    assert list((tmp_path / "in").iterdir()) == []
+    left = tmp_path / "in" / f".scratch.{mark}.{dead_process()}.abc"
+    left.mkdir()
+    with scratch_folder(tmp_path / "in") as work:
+        assert work.is_dir() and not left.exists()
+
+
+def test_all_leftovers_of_a_folder_are_removed_and_nothing_else(tmp_path):
+    kept = [".hidden", ".gitignore", ".nfs0001", "metrics.jsonl", ".a.b.txt"]
+    left = [".metrics.jsonl.x1.jsonl", ".recipe.json.0a1b2c3d.12.xyz.json", ".images-000.safetensors.tmp_1.safetensors"]
+    for name in kept + left:
+        (tmp_path / name).touch()
+    (tmp_path / ".scratch.0a1b2c3d.1.x" / "deep").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def full_disk(path):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("write", [full_disk, lambda path: save_file({"a": torch.zeros(9)}, path / "no" / "folder")])
+def test_what_the_disk_refuses_names_the_file_in_one_line(tmp_path, write):
+    with pytest.raises(OSError, match=rf"^\[Errno \d+\] [^\n]*: '{tmp_path}/a.bin'$"):
+        with replacing(tmp_path / "a.bin") as temporary:
+            write(temporary)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_errors_are_told_from_others(tmp_path):
+    written = RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0: file write failed")
+    assert isinstance(disk_error(written, tmp_path / "optimizer.pt"), OSError)
+    other = RuntimeError("CUDA out of memory")
+    assert disk_error(other, tmp_path / "optimizer.pt") is other
+
+
+# One process a folder
+
+def hold(folder, pipe, orphan=False):
+    "Lock a folder and wait; or leave the lock to a child that lives a little longer."
+    with locked(folder):
+        pipe.send("locked")
+        if orphan and os.fork():
+            os.kill(os.getpid(), 9)
+        time.sleep(0.5 if orphan else 60)
+    os._exit(0)
+
+
+def start_holder(folder, **options):
+    "A process that has locked a folder."
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=hold, args=(folder, theirs), kwargs=options)
+    process.start()
+    assert ours.poll(20) and ours.recv() == "locked"
+    return process
+
+
+@pytest.fixture
+def holder(tmp_path):
+    "A process that has locked the folder `run`."
+    process = start_holder(tmp_path / "run")
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_second_process_is_refused_by_pid_and_host_until_the_first_is_dead(holder, tmp_path):
+    for ask in (lambda: check_unlocked(tmp_path / "run"), lambda: locked(tmp_path / "run").__enter__()):
+        with pytest.raises(InUse, match=f"^{tmp_path}/run is in use by process {holder.pid} on {machine()} .lock file .*run.lock.; wait"):
+            ask()
+    holder.kill()
+    holder.join()
+    check_unlocked(tmp_path / "run")
+    with locked(tmp_path / "run"):
+        assert json.loads(lock_path(tmp_path / "run").read_text()) == {"pid": os.getpid(), "host": machine()}
+        with pytest.raises(InUse, match=f"process {os.getpid()} on"):
+            locked(tmp_path / "run").__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ['{"pid": 1, "host": "another-host"}', "", "{", '{"pid": "x"}'])
+def test_a_lock_that_was_left_behind(tmp_path, content):
+    lock_path(tmp_path / "run").write_text(content)
+    if "another" in content:
+        with pytest.raises(InUse, match=f"process 1 on another-host, another machine.*if it has ended, remove {tmp_path}/.run.lock"):
+            locked(tmp_path / "run").__enter__()
+        assert lock_path(tmp_path / "run").read_text() == content
+    else:
+        with locked(tmp_path / "run"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_children_of_a_killed_process_are_waited_for(tmp_path):
+    process, start = start_holder(tmp_path / "run", orphan=True), time.monotonic()
+    process.join()
+    with locked(tmp_path / "run"):
+        assert 0.3 < time.monotonic() - start < 8
+
+
+def test_where_files_cannot_be_locked_the_content_decides(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("krause_repro.records.fcntl.flock", refuse)
+    lock_path(tmp_path / "run").write_text(json.dumps({"pid": os.getppid(), "host": machine()}))
+    for ask in (lambda: check_unlocked(tmp_path / "run"), lambda: locked(tmp_path / "run").__enter__()):
+        with pytest.raises(InUse, match=f"in use by process {os.getppid()}"):
+            ask()
+    lock_path(tmp_path / "run").write_text(json.dumps({"pid": dead_process(), "host": machine()}))
+    with locked(tmp_path / "run"):
+        pass
+
+
+# Digests and places
+
+
+def test_digests_tell_what_is_wrong(tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (tmp_path / name).write_bytes(b"12345")
+    assert damage(tmp_path) == f"{tmp_path}/digests.json is missing"
+    write_digests(tmp_path)
+    assert damage(tmp_path) is None
+    for content, what in ((b"1234", "has 4 bytes instead of 5"), (b"12354", "is not the file that was written")):
+        (tmp_path / "inner/b").write_bytes(content)
+        assert f"{tmp_path}/inner/b {what}" in damage(tmp_path)
+    (tmp_path / "inner/b").unlink()
+    assert damage(tmp_path) == f"{tmp_path}/inner/b is missing"
+    write_digests(tmp_path, ("a",))
+    assert damage(tmp_path) is None
+    for content in ("", "{", "[]", '{"a": 1}'):
+        (tmp_path / "digests.json").write_text(content)
+        assert damage(tmp_path) == f"{tmp_path}/digests.json is damaged"
+
+
+def test_places_that_cannot_be_written_are_told_before(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/a cannot be made, since this is no folder: '{tmp_path}/file'"):
+        check_writable(tmp_path / "file" / "a")
+    monkeypatch.setattr(os, "access", lambda place, how: False)
+    with pytest.raises(PermissionError, match=f"a/b must be in a folder that can be written to, which this is not: '{tmp_path}'"):
+        check_writable(tmp_path / "a" / "b")
+
+
+def test_downloads_without_a_home(tmp_path, monkeypatch):
+    for name in ("HOME", "KRAUSE_REPRO_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("krause_repro.records.pwd.getpwuid", lambda uid: type("entry", (), {"pw_dir": str(tmp_path)}))
+    assert cache_folder() == tmp_path / ".cache" / "krause_repro"
+    monkeypatch.setattr("krause_repro.records.pwd.getpwuid", lambda uid: {}[uid])
+    assert cache_folder().name == "krause_repro" and f"user-{os.getuid()}" in cache_folder().parts
+    monkeypatch.setenv("KRAUSE_REPRO_DATA", str(tmp_path / "é ü"))
+    assert cache_folder() == tmp_path / "é ü"
 
 
 def test_damaged_json_is_named(tmp_path):

@@ -1,15 +1,21 @@
 """The report shows every published number, ours where it exists, and the README shows the committed results."""
 
+import json
+import shutil
+
 import pytest
 
 from krause_repro.analysis import SINKS
 from krause_repro.recipes import get_recipe, published_tables
-from krause_repro.records import project_root, save_result, summarise
+from krause_repro.records import load_result, project_root, result_path, save_result, summarise
 from krause_repro.report import (
     README_BLOCKS,
     block_marks,
     coverage,
+    expected_results,
     format_published,
+    missing_results,
+    missing_table,
     our_results,
     readme_ablation,
     readme_fine_tuning,
@@ -106,7 +112,7 @@ def test_unknown_profiles_and_stale_results_are_refused(root_with_results):
         report("tset", root_with_results)
     recipe = get_recipe("kvit_t/fashion_mnist").at("desk")
     changed = {recipe.name: recipe.to_dict() | {"lr": 0.5}}
-    save_result("image_classification", {"recipes": changed, "models": {}}, "desk", root_with_results)
+    save_result("image_classification", {"recipes": changed, "models": {recipe.name: one_model("KViT", [0.5])}}, "desk", root_with_results)
     with pytest.raises(ValueError, match="stale.*kvit_t/fashion_mnist"):
         report("desk", root_with_results)
 
@@ -137,6 +143,14 @@ def root_with_results(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def committed(tmp_path):
+    "The committed results, which a test may damage, and a README to fill."
+    shutil.copytree(project_root() / "results", tmp_path / "results")
+    (tmp_path / "README.md").write_text(empty_readme(), encoding="utf-8")
+    return tmp_path
+
+
 def empty_readme():
     return "before\n" + "\n".join("\n".join([block_marks(name)[0], "old", block_marks(name)[1], "between"]) for name in README_BLOCKS)
 
@@ -150,17 +164,87 @@ def test_our_numbers_stand_in_the_row_of_their_recipe(root_with_results):
     assert after["ours"] == before["ours"] + 2 and after["published"] == before["published"]
 
 
-def test_update_readme_replaces_the_block_and_nothing_else(root_with_results):
-    readme = root_with_results / "README.md"
-    readme.write_text(empty_readme(), encoding="utf-8")
-    update_readme(root_with_results)
+def test_update_readme_replaces_the_block_and_nothing_else(committed, root_with_results):
+    readme = committed / "README.md"
+    update_readme(committed)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{block_marks('results')[0]}\n") and text.endswith(f"{block_marks('performance')[1]}\nbetween")
     assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == len(README_BLOCKS)
     assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT does 1.25 times the images per second" in text
     assert "takes 40 times as long" in text and "8.2 times the time forward, 8.2 forward + backward" in text and "gradients: 2.5 MB" in text
-    update_readme(root_with_results)
+    update_readme(committed)
     assert readme.read_text(encoding="utf-8") == text
+
+
+def test_every_expected_result_is_committed_and_no_other():
+    folder = project_root() / "results" / "desk"
+    committed = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json")]
+    assert sorted(expected_results("desk")) == sorted(committed) and missing_results("desk") == {}
+    assert missing_table("desk") == f"{len(committed)} of {len(committed)} files of results are there under the desk profile."
+
+
+@pytest.mark.parametrize("name", expected_results("desk"))
+def test_a_missing_result_is_an_error_of_the_readme_and_a_line_of_the_report(committed, name):
+    path = result_path(name, "desk", committed)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{path} \(make: make figures PROFILE=desk ONLY=3\d TRAIN=missing\)$"):
+        update_readme(committed)
+    assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
+    assert f"| {name} | `make figures PROFILE=desk ONLY=3" in missing_table("desk", committed)
+
+
+def put(value, place, new):
+    "Change what is at a place such as 'models.a.mean' in nested objects and lists; `None` for `new` takes it out."
+    *path, last = [int(part) if part.isdigit() else part for part in place.split("|")]
+    for part in path:
+        value = value[part]
+    if new is None:
+        del value[last]
+    else:
+        value[last] = new
+
+
+KVIT = "models|kvit_t/fashion_mnist|test_accuracy|mean"
+DAMAGE = {  # file, place, what is put there (None: it is taken out), what the message says of it
+    "NaN": ("image_classification", KVIT, float("nan"), KVIT.replace("|", ".")),
+    "infinity": ("cost", "attention|rows|0|ratio", float("inf"), "attention.rows[0].ratio is inf"),
+    "missing field": ("language_speed", "rows|2|speed_ratio", None, "has no field rows[2].speed_ratio"),
+    "missing part": ("generation_speed", "rows", None, "has no field rows"),
+    "number for a summary": ("ablations/kvit_t", "test_accuracy", 0.8, "test_accuracy must be a summary (mean and sd are numbers), got 0"),
+    "text for a number": ("fine_tuning_questions/lora_smollm2", "token_loss|mean", "1.5", "token_loss must be a summary"),
+    "empty list": ("cost", "scaling|rows", [], "scaling.rows must be a list of objects, got []"),
+    "a value too few": ("image_generation/karm", "bits_per_dim|values|0", None, "bits_per_dim must be a number or a summary"),
+    "object for a list": ("cost", "images|rows", {"ratio": 1}, "images.rows must be a list of objects"),
+    "one quartile": ("language_speed", "rows|0|ratio_quartiles|0", None, "rows[0].ratio_quartiles must be two numbers"),
+    "layers of different numbers": ("sinks/krause_questions", "sinks|krause|first_all|sd", [0.1], "sinks.krause.first_all must be"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_field_is_named_with_its_file_and_the_readme_stays(committed, kind):
+    name, place, new, message = DAMAGE[kind]
+    path = result_path(name, "desk", committed)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    put(result, place, new)
+    path.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        update_readme(committed)
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+    assert "delete it and make it again with: make figures PROFILE=desk ONLY=3" in str(caught.value)
+    assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"[]", b"3", b'{"a": 1}', b'{"profile": "desk", "rec', b"\xff\xfe{\0}\0", b'{"\xe9": 1}', b"[" * 100_000,
+], ids=["empty", "list", "number", "other", "cut", "utf-16", "latin-1", "deep"])
+@pytest.mark.parametrize("name", ["cost", "sinks/base"])
+def test_a_damaged_file_is_named(committed, name, text):
+    path = result_path(name, "desk", committed)
+    path.write_bytes(text)
+    for read in (load_result, lambda name, profile, root: update_readme(root)):
+        with pytest.raises(ValueError, match=f"^{path} "):
+            read(name, "desk", committed)
+    assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
 
 
 def test_readme_ablation_counts_what_is_finished(tmp_path):
@@ -176,12 +260,13 @@ def test_readme_ablation_counts_what_is_finished(tmp_path):
     assert "| window + top-k − window | 1 | +2.00" in text and "dot product |" not in text.split("What counts")[1]
 
 
-def test_update_readme_needs_its_marks(root_with_results):
-    readme = root_with_results / "README.md"
-    readme.write_text("nothing here\n", encoding="utf-8")
+@pytest.mark.parametrize("text", ["nothing here\n", "end first\n" + "\n".join(reversed(empty_readme().splitlines())), empty_readme() * 2])
+def test_update_readme_needs_its_marks(committed, text):
+    readme = committed / "README.md"
+    readme.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="must hold the lines"):
-        update_readme(root_with_results)
-    assert readme.read_text(encoding="utf-8") == "nothing here\n"
+        update_readme(committed)
+    assert readme.read_text(encoding="utf-8") == text
 
 
 def test_readme_shows_the_committed_desk_results():

@@ -198,6 +198,16 @@ def test_a_ring_made_in_inference_mode_can_be_used_after_it():
     assert torch.equal(layer.update(keys[:, :, 6:7], values[:, :, 6:7])[0], keys[:, :, ring_positions(7, 4)])
 
 
+def test_a_ring_rearranged_in_inference_mode_can_be_used_after_it():
+    keys, values = states(length=8)
+    layer = RingLayer(4)
+    with torch.inference_mode():
+        feed(layer, keys, values, [6])
+        layer.reorder_cache(torch.tensor([1, 0]))
+    got = layer.update(keys[[1, 0], :, 6:7], values[[1, 0], :, 6:7])[0]
+    assert torch.equal(got, keys[[1, 0]][:, :, ring_positions(7, 4)]) and not got.is_inference()
+
+
 @pytest.mark.parametrize("seen", [0, 3, 11])
 @pytest.mark.parametrize(("change", "chosen"), [
     (lambda layer: layer.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]),

@@ -1,4 +1,5 @@
 """The runner: parameters reach the pages, failures and interrupts leave evidence, bad input is refused before any work."""
+import inspect
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -62,12 +64,16 @@ def project(tmp_path):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    "A project in a folder with a space in its name, run under smoke: a lesson, an experiment, a page that fails and one never reached."
+    "A project in a folder with a space in its name, run under smoke: a lesson, an experiment, one that fails, and what comes after it."
     project = new_project(tmp_path_factory.mktemp("smoke") / "a project")
     write_page(project, "00_lesson", code("import os, sys\nprint(os.getcwd())\nprint(sys.executable)\nprint(os.environ['MPLBACKEND'])"))
     write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("profile, train"))
-    write_page(project, "31_broken", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
+    write_page(project, "31_image_classification", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
+    write_page(project, "32_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
     write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    left = site(project) / "notebooks" / ".00_lesson.ipynb.ab_d1234.ipynb"
+    left.parent.mkdir(parents=True)
+    left.write_text("half a notebook of a process that was killed")
     return project, runner.run("smoke", root=project, quiet=True)
 
 
@@ -115,31 +121,47 @@ def test_a_shadowing_kernel_is_not_used(project, monkeypatch):
     assert runner.kernel_manager()().kernel_spec.argv[0] == sys.executable
 
 
-def test_a_failure_stops_the_run_and_is_kept_as_evidence(smoke):
+def test_a_failure_is_kept_as_evidence_and_does_not_hide_the_others(smoke):
     project, records = smoke
     assert [(record["notebook"], record["status"]) for record in records] == [
-        ("00_lesson", "ok"), ("30_experiment", "ok"), ("31_broken", "failed")]
-    assert records[-1]["error"] == "cell 5 (In [4]: 1 / 0): ZeroDivisionError: division by zero"
-    assert executed(project, "31_broken")["metadata"]["krause_repro"]["status"] == "failed"
+        ("00_lesson", "ok"), ("30_experiment", "ok"), ("31_image_classification", "failed"), ("32_<b>x<b>", "failed"),
+        ("40_report", "not run")]
+    assert records[2]["error"] == "cell 5 (In [4]: 1 / 0): ZeroDivisionError: division by zero"
+    assert records[4]["because"] == "31_image_classification"
+    assert executed(project, "31_image_classification")["metadata"]["krause_repro"]["status"] == "failed"
     assert sorted(path.name for path in (site(project) / "notebooks").iterdir()) == [
-        "00_lesson.ipynb", "30_experiment.ipynb", "31_broken.ipynb"]
-    assert "ZeroDivisionError" in (site(project) / "31_broken.html").read_text(encoding="utf-8")
+        "00_lesson.ipynb", "30_experiment.ipynb", "31_image_classification.ipynb", "32_<b>x<b>.ipynb"]
+    assert "ZeroDivisionError" in (site(project) / "31_image_classification.html").read_text(encoding="utf-8")
+    lines, words = runner.summary(records).splitlines(), ("status", "ok", "ok", "failed", "failed", "not run")
+    assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
+    assert lines[0].endswith("seconds") and lines[5].endswith("not run because of 31_image_classification")
+    assert lines[1].endswith(f"{records[0]['seconds']:.1f}")
 
 
 def test_the_page_shows_every_notebook_and_how_it_went(smoke):
     project, _ = smoke
-    text = (site(project) / "index.html").read_text(encoding="utf-8")
-    assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", "ok", "failed", "not run"]
+    text = runner.site("smoke", project).read_text(encoding="utf-8")  # built again, it says the same
+    assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", "ok", "failed", "failed", "not run"]
     assert "numbers mean nothing" in text
     assert 'href="30_experiment.html"' in text and 'href="40_report.html"' not in text
-    assert "ZeroDivisionError: division by zero" in text
-    assert "torch" in text and "3 of 4 executed" in text
+    assert "ZeroDivisionError: division by zero" in text and "not run because of 31_image_classification" in text
+    assert "torch" in text and "4 of 5 executed" in text
+
+
+def test_the_report_of_an_earlier_run_is_marked(smoke):
+    project, _ = smoke
+    copy, other = (site(project) / "notebooks" / f"{stem}.ipynb" for stem in ("40_report", "30_experiment"))
+    copy.write_text(other.read_text(encoding="utf-8").replace('"executed": "20', '"executed": "19'), encoding="utf-8")
+    text = runner.site("smoke", project).read_text(encoding="utf-8")
+    copy.unlink()
+    (site(project) / "40_report.html").unlink()
+    assert "not run because of 31_image_classification; what is shown is of an earlier run" in text
 
 
 def test_the_site_asks_nothing_of_other_hosts_and_can_be_moved(smoke):
     project, _ = smoke
     pages = sorted(site(project).glob("*.html"))
-    assert len(pages) == 4
+    assert len(pages) == 5
     for page in pages:
         text = page.read_text(encoding="utf-8")
         links = re.findall(r'<(?:script|img|iframe)[^>]+src="([^"]+)"', text) + re.findall(r'<link[^>]+href="([^"]+)"', text)
@@ -149,6 +171,138 @@ def test_the_site_asks_nothing_of_other_hosts_and_can_be_moved(smoke):
             if not link.startswith("data:"):
                 assert (site(project) / link.split("?")[0]).is_file(), link
     assert "MathJax.js" in pages[0].read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    "The elements of a page, and what could be executed in it: scripts, handlers, addresses of scripts."
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.active, self.inside = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.inside = tag if tag in ("script", "style") else None
+        handlers = [value for name, value in attributes if name.startswith("on")]
+        self.active += handlers + [value for name, value in attributes if value and re.match(r"\s*(javascript|data:text)", value)]
+        self.active += [value for name, value in attributes if tag == "script" and name == "src"]
+
+    def handle_data(self, data):
+        if self.inside:
+            self.active.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def test_names_and_errors_are_text_in_every_page(smoke):
+    project, _ = smoke
+    index = site(project) / "index.html"
+    text = index.read_text(encoding="utf-8")
+    assert "32_&lt;b&gt;x&lt;b&gt;" in text and 'href="32_%3Cb%3Ex%3Cb%3E.html"' in text
+    for page in (index, site(project) / "32_<b>x<b>.html"):
+        found = Elements(page.read_text(encoding="utf-8"))
+        assert not [text for text in found.active if "alert(1)" in text] and "b" not in found.tags
+        assert "alert(1)" in page.read_text(encoding="utf-8")
+
+
+EVIL = """"'><evil onload="evil()"></evil><script>evil()</script>"""
+HOSTILE = {
+    "cells": [
+        {"cell_type": "markdown", "source": f"# {EVIL}\n\n> {EVIL}\n\n[a](javascript:evil()) ![{EVIL}](javascript:evil() '{EVIL}')\n\n"
+            f"```mermaid\n{EVIL}\n```\n\n$x {EVIL}$\n\n<evil>\n\n| {EVIL} |\n| --- |\n| {EVIL} |", "metadata": {"tags": [EVIL]},
+            "attachments": {EVIL: {"image/png": EVIL}}},
+        {"cell_type": "raw", "source": EVIL, "metadata": {"format": "text/html", "raw_mimetype": "text/html"}},
+        {"cell_type": "code", "source": EVIL, "metadata": {"tags": [EVIL], "magics_language": EVIL}, "execution_count": 1, "outputs": [
+            {"output_type": "stream", "name": "stdout", "text": EVIL},
+            {"output_type": "error", "ename": EVIL, "evalue": EVIL, "traceback": [EVIL]},
+            *({"output_type": "display_data", "data": {kind: EVIL, "text/plain": EVIL}, "metadata": {
+                kind: {"width": EVIL, "height": "1 onload=evil()", "alt": EVIL}, "filenames": {kind: EVIL}}} for kind in (
+                    "text/html", "application/javascript", "image/svg+xml", "image/png", "text/markdown", "text/latex",
+                    "application/vnd.jupyter.widget-view+json", "application/json"))]},
+    ],
+    "metadata": {
+        "title": EVIL, "kernelspec": {"name": EVIL, "display_name": EVIL, "language": EVIL},
+        "language_info": {"name": EVIL, "pygments_lexer": EVIL, "codemirror_mode": EVIL},
+        "widgets": {"application/vnd.jupyter.widget-state+json": {"state": EVIL}},
+        "krause_repro": {"status": EVIL, "error": EVIL, "seconds": 1.0, "executed": EVIL, "commit": EVIL, "profile": EVIL, "train": EVIL}},
+    "nbformat": 4, "nbformat_minor": 4,
+}
+
+
+def test_nothing_from_a_file_becomes_a_part_of_the_page(project):
+    from matplotlib.figure import Figure
+    from PIL import Image, PngImagePlugin
+
+    heading = {"cell_type": "markdown", "metadata": {}, "source": f"# {EVIL}\n> `{EVIL}` {EVIL}"}
+    for stem in ("30_evil", "31_'onload='evil()"):
+        write_page(project, stem, code(PARAMETERS, "parameters"))
+        page = json.loads((project / "nbs" / f"{stem}.ipynb").read_text())
+        (project / "nbs" / f"{stem}.ipynb").write_text(json.dumps(page | {"cells": [heading, *page["cells"][1:]]}))
+        copy = site(project) / "notebooks" / f"{stem}.ipynb"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(json.dumps(HOSTILE))
+    from krause_repro.figures import save_figure
+
+    figure = Figure(figsize=(1, 1))
+    for name, profile in (("evil", "desk"), ("other", "smoke")):
+        png, svg = save_figure(figure, name, profile=profile, caption=EVIL, notebook="30_evil", root=project)
+        text = PngImagePlugin.PngInfo()
+        for key in ("Title", "Description", "Source", "Comment"):
+            text.add_text(key, EVIL)
+        with Image.open(png) as image:
+            image.save(png, pnginfo=text)
+        png.rename(png.with_name(f"{name}'onload='evil().png"))
+        svg.rename(svg.with_name(f"{name}'onload='evil().svg"))
+    pages = [runner.site("smoke", project), *site(project).glob("3*.html")]
+    assert len(pages) == 3
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        found = Elements(text)
+        assert "evil" not in found.tags and not [part for part in found.active if "evil" in part], page
+        assert "evil()" in text
+
+
+def damaged(whole):
+    "Executed copies that something has happened to, by page."
+    notebook = json.loads(whole)
+
+    def changed(**record):
+        return json.dumps({**notebook, "metadata": {"krause_repro": record}})
+
+    texts = {"truncated": whole[:len(whole) // 2], "empty": "", "a_list": "[]", "a_number": "1", "no_cells": '{"metadata": {}}',
+             "cells_of_text": '{"metadata": {}, "cells": ["a"]}', "cell_without_source": '{"metadata": {}, "cells": [{"metadata": {}}]}',
+             "cells_is_an_object": '{"metadata": {}, "cells": {}}', "no_cell": '{"metadata": {"krause_repro": []}, "cells": []}',
+             "seconds_is_text": changed(seconds="<b>"), "seconds_is_nan": changed(seconds=float("nan")), "error_is_3": changed(error=3),
+             "executed_is_a_number": changed(executed=3), "outputs_is_null": whole.replace('"outputs": []', '"outputs": null'),
+             "deep": "[" * 100_000, "utf_16": whole.encode("utf-16"), "nul": b"\0" * 100}
+    return {name: text if isinstance(text, bytes) else text.encode() for name, text in texts.items()}
+
+
+def test_damaged_copies_and_figures_are_marked_and_the_rest_is_built(smoke, tmp_path):
+    from matplotlib.figure import Figure
+
+    from krause_repro.figures import save_figure
+
+    project, whole = new_project(tmp_path / "p"), (site(smoke[0]) / "notebooks" / "30_experiment.ipynb").read_text(encoding="utf-8")
+    copies = {f"{10 + i}_{name}": text for i, (name, text) in enumerate(damaged(whole).items())} | {"00_whole": whole.encode()}
+    (site(project) / "notebooks").mkdir(parents=True)
+    for stem, text in copies.items():
+        write_page(project, stem, code("1"))
+        (site(project) / "notebooks" / f"{stem}.ipynb").write_bytes(text)
+        (site(project) / f"{stem}.html").write_text("of an earlier build")
+    for name in ("whole", "cut", "no_svg"):
+        png, svg = save_figure(Figure(figsize=(1, 1)), name, profile="smoke", caption="Groups form.", notebook="00_whole", root=project)
+    (png.parent / "cut.png").write_bytes(png.read_bytes()[:200])
+    svg.unlink()
+    text = runner.site("smoke", project).read_text(encoding="utf-8")
+    assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", *["damaged"] * (len(copies) - 1)]
+    assert [path.name for path in site(project).glob("*.html") if path.name != "index.html"] == ["00_whole.html"]
+    for stem in copies:
+        assert f"notebooks/{stem}.ipynb is damaged (" in text or stem == "00_whole", stem
+    assert text.count("execute the page again") == len(copies) - 1 and str(project) not in text
+    assert text.count("Damaged: ") == 2 and 'src="figures/smoke/whole.png"' in text and 'src="figures/smoke/cut.png"' not in text
 
 
 def test_figures_stand_beside_the_committed_ones(project):
@@ -187,19 +341,44 @@ def test_bad_input_is_refused_before_any_work(project, given, allowed):
     assert not (project / "runs").exists()
 
 
-def test_a_report_brings_the_experiments_whose_results_are_missing(project):
-    for stem in ("00_lesson", "30_made", "31_missing", "40_report"):
-        write_page(project, stem, code(PARAMETERS, "parameters"))
-    (project / "results" / "desk").mkdir(parents=True)
-    (project / "results" / "desk" / "made.json").write_text("{}")
-    pages = runner.notebooks(project / "nbs")
+def test_a_report_alone_takes_what_is_there(project):
+    write_page(project, "31_image_classification", code(PARAMETERS, "parameters"), code("1 / 0"))
+    write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    records = runner.run("smoke", "40", root=project, quiet=True)
+    assert [(record["notebook"], record["status"]) for record in records] == [("40_report", "ok")]
 
-    def needed(only, train):
-        return [page.stem for page in runner.with_needs(runner.select(pages, only), pages, "desk", train, project)]
 
-    assert needed("40", "missing") == ["31_missing", "40_report"]
-    assert needed("40", "never") == ["40_report"]
-    assert needed("31_missing, 00", "missing") == ["00_lesson", "31_missing"]
+def test_the_report_needs_the_pages_whose_results_it_opens(monkeypatch):
+    from krause_repro import records, report
+
+    opened, read = set(), records.read_json
+    monkeypatch.setattr(records, "read_json", lambda path: opened.add(path) or read(path))
+    report.report("desk"), report.coverage("desk")
+    names = {path.relative_to(ROOT / "results" / "desk").with_suffix("").as_posix() for path in opened}
+    stems = {page.stem for page in runner.notebooks(ROOT / "nbs") if page.number in {records.result_page(name) for name in names}}
+    assert set(runner.NEEDS["40_report"]) == stems
+
+
+def test_one_run_of_a_profile_at_a_time(project):
+    write_page(project, "00_lesson", code("1"))
+    with runner.alone("smoke", project):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=rf"another run of profile smoke is going on \(pid {os.getpid()} on \S+\)"):
+                runner.run("smoke", root=project, quiet=True)
+        with runner.alone("desk", project), pytest.raises(RuntimeError, match="profile desk"):
+            runner.book(root=project)
+    with runner.alone("smoke", project):
+        pass
+    assert not (site(project) / "notebooks").exists()
+
+
+def test_a_notebook_that_cannot_be_executed_is_a_failed_page(project):
+    path = write_page(project, "00_odd", code("1"))
+    path.write_text(path.read_text().replace('"outputs": []', '"outputs": 3'))
+    write_page(project, "01_after", code("2"))
+    records = runner.run("smoke", root=project, quiet=True)
+    assert [record["status"] for record in records] == ["failed", "ok"] and records[0]["error"]
+    assert re.findall(r'class="status ([a-z ]+)"', (site(project) / "index.html").read_text(encoding="utf-8")) == ["failed", "ok"]
 
 
 def test_a_dead_kernel_is_a_failed_page(project):
@@ -220,12 +399,14 @@ def test_the_book_is_executed_in_place_and_clean(project):
     runner.clean(path, project)
     assert path.read_bytes() == first
     path = write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("1 / 0"))
+    write_page(project, "31_after", code(PARAMETERS, "parameters"))
     first = path.read_bytes()
-    assert [record["status"] for record in runner.book(root=project)] == ["failed"]
+    assert [record["status"] for record in runner.book(root=project)] == ["failed", "ok"]
     assert path.read_bytes() == first
 
 
-def test_ctrl_c_keeps_what_is_finished_and_kills_the_kernel(project, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_keeps_what_is_finished_and_kills_the_kernel(project, capsys, monkeypatch, number, exit_code):
     started = project / "started"
     write_page(project, "00_finished", code("'done'"))
     write_page(project, "01_long", code("import os, pathlib, time\npathlib.Path('started').write_text(str(os.getpid()))\ntime.sleep(600)"))
@@ -233,15 +414,16 @@ def test_ctrl_c_keeps_what_is_finished_and_kills_the_kernel(project, capsys, mon
     def interrupt():
         while not (started.is_file() and started.read_text()):
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     monkeypatch.chdir(project)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
         threading.Thread(target=interrupt, daemon=True).start()
-        assert runner.main(["run"]) == 130
+        assert runner.main(["run"]) == exit_code
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handlers[0])
+    assert signal.getsignal(signal.SIGTERM) == handlers[1]
     assert capsys.readouterr().err == "krause-repro: interrupted; what was finished is kept\n"
     assert [path.name for path in (site(project) / "notebooks").iterdir()] == ["00_finished.ipynb"]
     text = (site(project) / "index.html").read_text(encoding="utf-8")
@@ -272,37 +454,144 @@ def test_list_names_recipes_with_published_numbers_and_notebooks(capsys, monkeyp
     text = capsys.readouterr().out
     assert re.search(r"kvit_s/cifar10 .*95\.2", text)
     assert re.search(r"26 +runner", text)
+    monkeypatch.chdir("/")
+    assert runner.main(["list"]) == 0
+    out, error = capsys.readouterr()
+    assert re.search(r"kvit_s/cifar10 .*95\.2", out) and "in the project's folder" in out and error == ""
 
 
-def test_an_unknown_command_is_one_line():
-    code, text, error = command("fly")
-    assert (code, text) == (2, "")
-    assert error.startswith("krause-repro: error: unknown command 'fly'; allowed: list, run") and error.count("\n") == 1
+@pytest.mark.parametrize("arguments", [["list"], ["run"], ["report"], ["site"], ["book"]])
+def test_a_damaged_page_of_the_book_is_named(project, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(project)
+    path = write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    for text in (path.read_text()[:200], "", "[]", '{"cells": [{"source": "a"}], "metadata": {}}', "\udcff"):
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert runner.main(arguments) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and f"error: {path} is damaged (" in error
+
+
+def one_error(capsys, arguments):
+    "What the command says, in one line, of bad input."
+    assert runner.main(arguments) == 2, arguments
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("krause-repro: error: ") and error.count("\n") == 1 and len(error) > 25, (arguments, error)
+    return error
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["train", "kvit_s/cifar11"], "'kvit_s/cifar11'"),
+    (["fly"], "command='fly' is not known; allowed: list, run"),
+    (["trian", "kvit_s/cifar10"], "did you mean train?"),
+    (["train", "kvit_s/cifar11"], "such as kvit_s/cifar10"),
     (["train", "kvit_s/cifar10", "--profile", "tiny"], "smoke, desk, paper"),
+    (["train", "kvit_s/cifar10", "--sed", "3"], "unrecognized arguments: --sed 3; did you mean --seed?; see krause-repro train --help"),
+    (["train", "kvit_s/cifar10", "--re"], "unrecognized arguments: --re"),
+    (["train", "kvit_s/cifar10", "--pdb"], "unrecognized arguments: --pdb"),
+    (["sample", "karm/mnst"], "karm/mnist"),
+    (["data", "fashion_mnits"], "name='fashion_mnits' is not known; did you mean fashion_mnist?"),
+    (["evaluate", "smollm2", "--tasks", "boolqq"], "the nearest is 'boolq'"),
     (["run", "--profile", "tiny"], "smoke, desk, paper"),
     (["run", "--only", "99"], "only='99' is not a notebook; allowed: 0"),
+    (["run", "--only", "31_image_clasification"], "did you mean 31_image_classification?"),
+    (["run", "--only", "particle"], "did you mean particles?"),
     (["run", "--train", "maybe"], "never, missing, always"),
     (["run", "--speed", "9"], "unrecognized arguments: --speed 9; see krause-repro run --help"),
     (["data"], "required: name; see krause-repro data --help"),
     (["train", "kvit_s/cifar10", "--seed", "x"], "invalid int value: 'x'"),
+    (["train", "kvit_s/cifar10", "--seed", "4294967296"], "seed must be an integer from 0 to 4294967295, got 4294967296"),
     (["train", "kvit_s16/photographs", "--unreadable", "maybe"], "unreadable must be one of stop, skip, got 'maybe'"),
     (["report", "--profile", "tiny"], "smoke, desk, paper"),
     (["site", "--profile", "tiny"], "smoke, desk, paper"),
     (["book", "--only", "99"], "only='99' is not a notebook"),
-    (["bench", "nothing"], "name='nothing' is not a benchmark; allowed: "),
-    (["bench", "dynamics", "--threads", "0"], "threads must be an integer ≥ 1, got 0"),
+    (["bench", "dynamcs"], "name='dynamcs' is not known; did you mean dynamics?; allowed: "),
+    (["bench", "dynamics", "--threads", "0"], "threads must be an integer from 1 to 1024, got 0"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
-    assert runner.main(arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("krause-repro: error: ") and error.count("\n") == 1
-    assert message in error
+    assert message in one_error(capsys, arguments)
+
+
+def every_option():
+    "Each command with one of its arguments set to a value that no argument of its type may have."
+    for name, function in runner.COMMANDS.items():
+        parameters = inspect.signature(function, eval_str=True).parameters
+        needed = ["x" for parameter in parameters.values() if parameter.default is inspect.Parameter.empty]
+        for option, parameter in parameters.items():
+            kinds = {"str": [""], "int": ["-1", "99999999999999999999", "1e3", ""], "float": ["nan", "inf", "-inf", "", "one"], "bool": []}
+            for value in kinds[re.sub(r" \| None", "", getattr(parameter.annotation, "__name__", str(parameter.annotation)))]:
+                given = [value] if parameter.default is inspect.Parameter.empty else [*needed, f"--{option}={value}"]
+                yield pytest.param([name, *given], option, id=f"{name}-{option}={value}")
+
+
+@pytest.mark.parametrize(("arguments", "option"), every_option())
+def test_every_option_has_a_range(capsys, arguments, option):
+    assert option in one_error(capsys, arguments)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["run"], ["run", "--profile", "desk"], ["report"], ["book"], ["bench", "dynamics"], ["train", "kvit_t/fashion_mnist"],
+    ["sample", "karm/digits"],
+], ids=" ".join)
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(project, capsys, monkeypatch, arguments):
+    from krause_repro import benchmarks, training
+
+    for module, name in ((runner, "execute"), (training, "train"), (benchmarks, "interleave")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.chdir(project)
+    write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    (project / "runs").write_text("a file where a folder is needed")
+    (project / "figures").write_text("another")
+    assert "must be in a folder that can be made and written to" in one_error(capsys, arguments)
+    assert sorted(path.name for path in project.iterdir()) == ["figures", "nbs", "runs", "settings.ini"]
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("file/a.json", "Not a directory"), ("file/b/a.json", "Not a directory"), ("/proc/a.json", "/proc is not"),
+    (f"{'a' * 300}.json", "name too long"), (f"{'a' * 300}/b.json", "name too long"), ("folder", "is a folder"), ("/dev/null", "a device"),
+])
+def test_what_cannot_be_written_is_named(tmp_path, path, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=rf"^output='/.*{message}"):
+        runner.check_writable("output", tmp_path / path)
+    runner.check_writable("output", tmp_path / "new" / "folders" / "a.json")
+    runner.check_writable("output", tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/a/file"), OSError(28, "No space left on device", "/a/file")])
+def test_errors_of_the_system_are_one_line(capsys, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setitem(runner.COMMANDS, "list", fail)
+    assert f"{error.strerror}: '/a/file'" in one_error(capsys, ["list"])
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([Path(sys.executable).parent / "krause-repro", "--help"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_without_home_and_in_another_locale(tmp_path):
+    project = new_project(tmp_path / "Größe σ")
+    write_page(project, "00_σ", code("print('σ ≥ 1')"))
+    bare = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    program = Path(sys.executable).parent / "krause-repro"
+    done = subprocess.run([program, "run"], cwd=project, env=bare, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "00_\\u03c3 ... ok" in done.stdout, done
+    assert outputs(executed(project, "00_σ")) == ["σ ≥ 1\n"]
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["site"], ["book"]])
+def test_a_path_that_is_not_text_is_refused(tmp_path, capsys, monkeypatch, arguments):
+    project = new_project(tmp_path / "a \udcff")
+    write_page(project, "00_lesson", code("1"))
+    monkeypatch.chdir(project)
+    assert "is a path that is not UTF-8; rename it" in one_error(capsys, arguments)
 
 
 def test_a_fault_keeps_its_traceback(monkeypatch):
@@ -318,4 +607,4 @@ def test_the_exit_code_says_whether_a_notebook_failed(project, capsys, monkeypat
     out, error = capsys.readouterr()
     assert re.search(r"^\[ 1/1\] 00_fails \.\.\. failed, [\d.]+ s$", out, re.MULTILINE)
     assert error == "00_fails failed: cell 2 (In [1]: raise KeyError('gone')): KeyError: 'gone'\n"
-    assert "The page: " in out
+    assert re.search(r"^page +status +seconds\n00_fails +failed +[\d.]+\n", out, re.MULTILINE) and "The page: " in out

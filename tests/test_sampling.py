@@ -202,7 +202,9 @@ def test_the_bar_moves_with_every_token(monkeypatch):
     ({"count": 0}, "count must be an integer ≥ 1"), ({"seed": -1}, "seed must be"), ({"temperature": 0}, "temperature must be"),
     ({"temperature": -1.0}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
     ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"), ({"top_p": 1.1}, "top_p must be"), ({"batch": 0}, "batch must be"),
-    ({"first": -1}, "first must be"),
+    ({"first": -1}, "first must be"), ({"seed": 2**32}, "seed must be an integer from 0 to 4294967295, got 4294967296"),
+    ({"seed": 18446744073709551615}, "seed must be"), ({"seed": 10**20 - 1}, "seed must be"), ({"seed": True}, "seed must be"),
+    ({"first": 2**32 - 1}, "number of the last image must be an integer from 0 to 4294967295, got 4294967296"),
 ])
 def test_settings_that_cannot_be_are_refused_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(sampling, "continue_tokens", lambda *_: pytest.fail("work was begun"))
@@ -224,6 +226,18 @@ def test_a_completion_follows_from_image_and_sample_alone():
     whole = complete_images(model, images, 3, progress=False)
     assert torch.equal(complete_images(model, images, 5, progress=False)[:, :3], whole)
     assert torch.equal(complete_images(model, images[2:], 3, first=2, progress=False), whole[2:])
+
+
+def test_no_two_images_share_a_stream():
+    "What seeds a generator are four words; those of new images, first tokens and completions at the ends of the range all differ."
+    ends = (0, 1, 2, 2**32 - 1)
+    streams = [(seed, number, *rest) for seed in ends for number in ends for rest in ((), (1,), *((sample, 2) for sample in ends))]
+    first = torch.cat([seeded_uniforms([numbers], 2, seed) for seed, *numbers in streams])
+    assert len(torch.unique(first, dim=0)) == len(streams)
+    with pytest.raises(ValueError, match="seed and number of an image must be an integer from 0 to 4294967295, got 4294967297"):
+        seeded_uniforms([3], 1, 2**32 + 1)
+    with pytest.raises(ValueError, match="got 4294967296"):
+        seeded_uniforms([2**32], 1, 1)
 
 
 def test_the_mode_of_the_model_is_left_as_it_was():

@@ -2,24 +2,39 @@
 
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import socket
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from krause_repro import training
 from krause_repro.data import DATA, Collator, ImageSet, Splits, load_splits, photograph_folder
 from krause_repro.recipes import RECIPES, ImageClassificationRecipe, get_recipe
+from krause_repro.records import InUse, damage, lock_path, locked, write_digests
 from krause_repro.swin import SwinBlock, SwinClassifier
 from krause_repro.training import (
+    PartCollator,
     Run,
+    TrainingDiverged,
     build_trainer,
     check_run,
+    checkpoints,
     device_options,
+    drop_damaged,
+    flaw,
     last_checkpoint,
+    part_of,
+    process_count,
     run_path,
     save_model,
     train,
@@ -106,7 +121,9 @@ def spoil(recipe, source):
 def test_a_finished_run_is_whole(finished, recipe):
     assert finished.finished and finished.path.parts[-4:] == ("smoke", "kvit_t", "fashion_mnist", "seed-0")
     names = {path.name for path in finished.path.iterdir()}
-    assert names == {"recipe.json", "environment.json", "metrics.jsonl", "config.json", "model.safetensors", "finished.json", "checkpoints"}
+    assert names == {"recipe.json", "environment.json", "metrics.jsonl", "config.json", "model.safetensors", "digests.json", "checkpoints",
+                     "finished.json"}
+    assert damage(finished.path) is None and not lock_path(finished.path).exists()
     saved = json.loads((finished.path / "recipe.json").read_text(encoding="utf-8"))
     assert saved == {"fingerprint": recipe.fingerprint, "seed": 0, "recipe": recipe.to_dict()}
     assert {"commit", "dirty", "device", "threads", "versions"} <= set(finished.environment())
@@ -175,7 +192,7 @@ def test_training_never_looks_at_a_test_image(start, finished, monkeypatch):
 def test_a_finished_run_is_returned_untouched(finished, recipe, tmp_path):
     before = contents(finished.path)
     runs = finished.path.parents[3]
-    again = train(recipe, 0, runs=runs, progress=False, source=tmp_path / "not looked for")
+    again = train(recipe, 0, runs=runs, progress=False)
     assert again == finished and contents(finished.path) == before
     remarked = replace(recipe, seeds=(5,), ours=(), published={})
     assert train(remarked, 0, runs=runs, progress=False).path == finished.path and contents(finished.path) == before
@@ -465,28 +482,89 @@ def test_a_full_disk_costs_one_epoch(start, finished, monkeypatch, part, recipe,
     assert same(start(), finished)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_a_half_written_checkpoint_is_passed_over(start, finished, recipe, tmp_path, damage):
+STATE = ["model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "digests.json"]
+
+
+@pytest.fixture(scope="module")
+def killed_once(source, recipe, tmp_path_factory):
+    "The directory of a run that was killed after its last checkpoint; do not change it."
+    runs = tmp_path_factory.mktemp("killed")
     with pytest.raises(Killed):
-        start(callbacks=(Stop(2 * STEPS, "on_train_end"),))
-    folder = run_path(recipe, 0, tmp_path) / "checkpoints"
-    state = folder / f"checkpoint-{2 * STEPS}" / "trainer_state.json"
-    assert last_checkpoint(folder) == state.parent
-    if damage == "gone":
-        state.unlink()
+        train(recipe, 0, runs=runs, progress=False, source=source, callbacks=(Stop(2 * STEPS, "on_train_end"),))
+    return run_path(recipe, 0, runs)
+
+
+@pytest.fixture
+def killed(killed_once, recipe, tmp_path):
+    "A copy of it."
+    return Path(shutil.copytree(killed_once, run_path(recipe, 0, tmp_path)))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+@pytest.mark.parametrize("name", STATE)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_continued(killed, name, how, capsys):
+    folder = killed / "checkpoints"
+    file = folder / f"checkpoint-{2 * STEPS}" / name
+    assert last_checkpoint(folder) == file.parent
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
     else:
-        state.write_bytes(state.read_bytes()[:100] if damage == "cut" else b"")
+        file.write_bytes(content[: len(content) // 2] if how == "cut" else content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     assert last_checkpoint(folder) == folder / f"checkpoint-{STEPS}"
+    drop_damaged(folder)
+    told = capsys.readouterr().err
+    assert str(file) in told and f"training continues from checkpoint-{STEPS}" in told and told.count("\n") == 1
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{STEPS}"]
+
+
+def test_after_a_damaged_checkpoint_the_bits_are_those_of_an_unbroken_run(killed, start, finished, capsys):
+    for step in (STEPS, 2 * STEPS):
+        (killed / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt").unlink()
+        assert same(start(), finished)
+        told = capsys.readouterr().err
+        assert "optimizer.pt is missing" in told if step > STEPS else "its best state is not whole" in told or told == ""
+        (killed / "finished.json").unlink()
+
+
+def test_a_checkpoint_needs_its_best_sibling(start, spoil, recipe, tmp_path):
+    with pytest.raises(Killed):
+        start(callbacks=(spoil, Stop(2 * STEPS, "on_train_end")))
+    folder = run_path(recipe, 0, tmp_path) / "checkpoints"
+    weights = folder / f"checkpoint-{STEPS}" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert flaw(folder / f"checkpoint-{2 * STEPS}").startswith(f"its best state is not whole: {weights} has")
+    assert chose_the_first(start(callbacks=(spoil,)))
+
+
+def test_other_folders_among_the_checkpoints_are_left_alone(start, finished, recipe, tmp_path):
+    mine = run_path(recipe, 0, tmp_path) / "checkpoints" / "checkpoint-best"
+    with pytest.raises(Killed):
+        start(callbacks=(Stop(STEPS + 1),))
+    for folder in (mine, mine.with_name("checkpoint-8.old"), mine.with_name("checkpoint-")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"mine")
     assert same(start(), finished)
+    assert all((mine.with_name(name) / "model.safetensors").exists() for name in ("checkpoint-best", "checkpoint-8.old", "checkpoint-"))
+
+
+def test_the_best_and_the_newest_checkpoint_are_kept(start, recipe):
+    long = replace(recipe, epochs=5, lr=1e-3)
+    run = start(of=long)
+    best = round(run.summary()["chosen_epoch"] * STEPS)
+    kept = [int(path.name.rpartition("-")[2]) for path in checkpoints(run.path / "checkpoints")]
+    assert kept == sorted({best, 5 * STEPS} | ({4 * STEPS} if best == 5 * STEPS else set()), reverse=True)
+    assert all(damage(path) is None for path in checkpoints(run.path / "checkpoints"))
 
 
 def test_last_checkpoint_counts_as_numbers(tmp_path):
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"best_global_step": null}', encoding="utf-8")
     assert last_checkpoint(tmp_path) is None
     for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}', encoding="utf-8")
+        write_digests(tmp_path / f"checkpoint-{step}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
@@ -571,9 +649,9 @@ def test_restart_of_a_finished_run_gives_the_same_bits_again(start, finished):
 # Before any work
 
 
-@pytest.mark.parametrize("seed", [-1, True, 1.5, "0", None])
+@pytest.mark.parametrize("seed", [-1, True, 1.5, "0", None, 2**32, -(2**40)])
 def test_a_bad_seed_is_refused_before_any_work(start, tmp_path, seed):
-    with pytest.raises(ValueError, match=f"seed must be an integer ≥ 0, got {seed!r}"):
+    with pytest.raises(ValueError, match=f"seed must be an integer from 0 to 4294967295, got {seed!r}"):
         start(seed)
     assert list(tmp_path.iterdir()) == []
 
@@ -596,9 +674,10 @@ def test_missing_data_are_told_before_any_work(recipe, tmp_path, finished):
     assert contents(finished.path) == before
 
 
-@pytest.mark.parametrize("change", [{"held_out": 0}, {"held_out": 60_000}, {"heads": 3}, {"top_k": (0, 4)}, {"sigma": -1.0}])
+@pytest.mark.parametrize("change", [{"held_out": 0}, {"held_out": 60_000}, {"heads": 3}, {"top_k": (0, 4)}, {"sigma": -1.0}, {"radius": 20},
+                                    {"image_size": 32}, {"channels": 3}, {"classes": 9}])
 def test_settings_that_cannot_be_are_told_before_any_work(start, recipe, tmp_path, change):
-    with pytest.raises(ValueError, match="held_out|num_attention_heads|attention_top_k|sigma"):
+    with pytest.raises(ValueError, match="held_out|heads|top_k|sigma|attention_radius|image_size|channels|classes"):
         start(of=replace(recipe, **change))
     assert list(tmp_path.iterdir()) == []
 
@@ -608,3 +687,318 @@ def test_run_path(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_path(recipe, 3) == tmp_path / "runs" / "smoke" / "kvit_t" / "fashion_mnist" / "seed-3"
     assert run_path(recipe, 3, tmp_path / "elsewhere") == tmp_path / "elsewhere" / "smoke" / "kvit_t" / "fashion_mnist" / "seed-3"
+
+
+@pytest.mark.parametrize("wrong", ["nowhere", "empty"])
+def test_a_source_that_is_not_there_is_refused_whether_the_run_is_finished_or_not(finished, recipe, tmp_path, wrong):
+    (tmp_path / "empty").mkdir()
+    before = contents(finished.path)
+    for runs in (finished.path.parents[3], tmp_path / "runs"):
+        with pytest.raises(FileNotFoundError, match=f"source must be a file or folder that is there|no fashion_mnist in {tmp_path}/empty"):
+            train(recipe, 0, runs=runs, progress=False, source=tmp_path / wrong)
+    assert contents(finished.path) == before and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE must be an integer, .* got 'abc'"), ({"WORLD_SIZE": ""}, "WORLD_SIZE must be an integer"),
+    ({"RANK": "1.5"}, "RANK must be an integer"), ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK must be an integer"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be ≥ 1"), ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK and LOCAL_RANK below it"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; start with torchrun"),
+])
+def test_a_launcher_that_makes_no_sense_is_told_before_any_work(start, tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(start, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/smoke/.* cannot be made, since this is no folder: '{tmp_path}/file'"):
+        start(runs=tmp_path / "file")
+
+
+# Training that diverges
+
+
+def wild(recipe):
+    "As after a learning rate far too high."
+    return replace(recipe, lr=1e30, warmup_epochs=0)
+
+
+def test_a_diverged_run_is_not_finished_and_says_where(start, recipe, tmp_path):
+    bad = wild(recipe)
+    with pytest.raises(TrainingDiverged, match=r"seed-0: training diverged at step [12]: (loss|grad_norm) is (nan|inf).*; lower lr, or"):
+        start(of=bad)
+    run = Run(run_path(bad, 0, tmp_path), bad, 0)
+    assert not run.finished and not (run.path / "model.safetensors").exists()
+    assert any(not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]) for line in run.metrics() if "loss" in line)
+    assert not any(line.get("loss") == 0 for line in run.metrics())
+    assert json.loads((run.path / "diverged.json").read_text())["step"] in (1, 2)
+    assert not lock_path(run.path).exists()
+    with pytest.raises(TrainingDiverged, match="diverged.json: training diverged at step .*same settings end there again.*restart=True"):
+        start(of=bad)
+    assert start(of=recipe, restart=True).finished
+
+
+class Poison(TrainerCallback):
+    "Puts what is no number into the model, or into its gradient, after one step."
+
+    def __init__(self, step, value, gradient=False):
+        self.step, self.value, self.gradient = step, value, gradient
+
+    def on_step_end(self, args, state, control, model, **_):
+        if not self.gradient and state.global_step == self.step:
+            with torch.no_grad():
+                model.head.weight[0, 0] = self.value
+
+    def on_step_begin(self, args, state, control, model, **_):
+        if self.gradient and state.global_step == self.step:
+            handle = model.head.weight.register_hook(lambda grad: handle.remove() or grad * self.value)
+
+
+@pytest.mark.parametrize(("step", "value", "gradient"), [
+    (1, math.nan, False), (STEPS, math.inf, False), (2 * STEPS - 1, -math.inf, False), (1, math.inf, True), (STEPS - 1, math.nan, True),
+])
+def test_whatever_is_no_number_ends_the_training_before_the_next_checkpoint(start, recipe, tmp_path, step, value, gradient):
+    with pytest.raises(TrainingDiverged, match="training diverged at step"):
+        start(callbacks=(Poison(step, value, gradient),))
+    run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
+    assert not run.finished and all(flaw(path) is None for path in checkpoints(run.path / "checkpoints"))
+    for path in checkpoints(run.path / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
+
+
+def test_a_weight_that_no_loss_shows_is_found_before_it_is_saved(recipe, tmp_path):
+    model = VisionTransformer(recipe.config)
+    trainer = build_trainer(recipe, model, splits_of(), tmp_path, progress=False)
+    with torch.no_grad():
+        model.head.bias[9] = -math.inf
+    with pytest.raises(TrainingDiverged, match="at step 0: head.bias holds what is no number"):
+        trainer._save_checkpoint(model, None)
+    assert checkpoints(tmp_path) == []
+
+
+def test_an_evaluation_that_gives_no_number_says_so(recipe, tmp_path):
+    model = VisionTransformer(recipe.config)
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan
+    trainer = build_trainer(recipe, model, splits_of(), tmp_path, progress=False)
+    with pytest.raises(TrainingDiverged, match="the model gives what is no number: test_loss is nan"):
+        trainer.evaluate(splits_of().test, metric_key_prefix="test")
+
+
+# A finished run that is not whole any more
+
+
+@pytest.fixture
+def copied(finished, recipe, tmp_path):
+    "A copy of the finished run, to be damaged."
+    run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
+    shutil.copytree(finished.path, run.path)
+    return run
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+NOT_A_NUMBER = {"head.weight": torch.full((10, 16), math.nan)}
+DAMAGES = {
+    "model cut": ("model.safetensors", cut), "model gone": ("model.safetensors", Path.unlink), "model changed": ("model.safetensors", flip),
+    "model empty": ("model.safetensors", lambda path: path.write_bytes(b"")), "config cut": ("config.json", cut),
+    "config gone": ("config.json", Path.unlink), "end empty": ("finished.json", lambda path: path.write_bytes(b"")),
+    "end cut": ("finished.json", cut), "end {}": ("finished.json", lambda path: path.write_text("{}")),
+    "end []": ("finished.json", lambda path: path.write_text("[]")), "recipe {}": ("recipe.json", lambda path: path.write_text("{}")),
+    "recipe cut": ("recipe.json", cut), "recipe gone": ("recipe.json", Path.unlink),
+    "recipe []": ("recipe.json", lambda path: path.write_text("[]")), "digests cut": ("digests.json", cut),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_finished_run_that_is_damaged_is_an_error_that_names_the_file(copied, start, finished, what):
+    name, harm = DAMAGES[what]
+    harm(copied.path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{copied.path / name} (is not valid JSON|.*restart=True)"):
+        start()
+    if what == "model cut":  # the remedy that is told
+        (copied.path / "finished.json").unlink()
+        assert same(start(), finished)
+
+
+@pytest.mark.parametrize("what", [what for what in DAMAGES if what.startswith(("model", "config"))])
+def test_a_damaged_model_is_named_and_no_pickle_is_read_instead(copied, what):
+    name, harm = DAMAGES[what]
+    torch.save(copied.model().state_dict(), copied.path / "pytorch_model.bin")
+    harm(copied.path / name)
+    if what == "model changed":  # without digests only what is no number, or no tensor of this model, is found
+        harm(copied.path / name)
+        from safetensors.torch import save_file
+        save_file(load_file(copied.path / name) | NOT_A_NUMBER, copied.path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=str(copied.path / name)):
+        copied.model()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_weights_that_are_not_of_the_model_are_named(copied, change):
+    from safetensors.torch import save_file
+
+    weights = load_file(copied.path / "model.safetensors")
+    if change == "missing":
+        del weights["head.bias"]
+    else:
+        weights["other" if change == "extra" else "head.bias"] = torch.zeros(3)
+    save_file(weights, copied.path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors does not fit .*config.json"):
+        copied.model()
+
+
+def test_a_run_of_an_earlier_version_that_diverged_is_found_out(copied, start):
+    from safetensors.torch import save_file
+
+    save_file(load_file(copied.path / "model.safetensors") | NOT_A_NUMBER, copied.path / "model.safetensors")
+    (copied.path / "digests.json").unlink()
+    with pytest.raises(TrainingDiverged, match="model.safetensors: training diverged, head.weight holds what is no number"):
+        start()
+
+
+def test_a_damaged_log_is_named(copied):
+    cut(copied.path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
+        copied.metrics()
+
+
+def test_the_run_of_another_seed_is_refused(copied, start):
+    copied.path.rename(copied.path.with_name("seed-1"))
+    with pytest.raises(ValueError, match="seed-1 holds a run of another seed .0 there and 1 here."):
+        start(1)
+
+
+# Two processes on one directory, and what a killed one leaves
+
+
+def test_a_directory_in_use_is_refused_by_pid_and_host(start, recipe, tmp_path, finished):
+    folder = run_path(recipe, 0, tmp_path)
+    with locked(folder):
+        for restart in (False, True):
+            with pytest.raises(InUse, match=f"{folder} is in use by process {os.getpid()} on "):
+                start(restart=restart)
+        assert not folder.exists()
+    assert same(start(), finished) and not lock_path(folder).exists()
+    sampling = folder / "samples" / "seed-0"
+    sampling.mkdir(parents=True)
+    with locked(sampling):
+        with pytest.raises(InUse, match="samples/seed-0 is in use"):
+            start(restart=True)
+
+
+def test_a_run_finished_by_another_process_meanwhile_is_not_trained_again(start, recipe, finished, tmp_path, monkeypatch):
+    build = training.task_of(recipe).build
+
+    def slowly(found):
+        shutil.copytree(finished.path, run_path(recipe, 0, tmp_path))
+        return build(found)
+
+    monkeypatch.setattr(training, "TASKS", {ImageClassificationRecipe: replace(training.task_of(recipe), build=slowly)})
+    with pytest.raises(InUse, match="was finished by another process in the meantime"):
+        start()
+    assert start().finished
+
+
+def test_what_killed_processes_left_is_removed_at_the_next_start(start, finished, recipe, tmp_path):
+    with pytest.raises(Killed):
+        start(callbacks=(Stop(STEPS + 1),))
+    folder = run_path(recipe, 0, tmp_path)
+    for name in (".metrics.jsonl.x1y2.jsonl", ".metrics.jsonl.0a0a0a0a.12.zz.jsonl", ".finished.json.q.json"):
+        (folder / name).write_text("{")
+    (folder / ".scratch.0a0a0a0a.12.zz").mkdir()
+    lock_path(folder).write_text("")
+    assert same(start(), finished)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in folder.parent.iterdir()] == ["seed-0"]
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 32])
+def test_parts_are_a_batch_and_weights_make_its_mean(recipe, tmp_path, count, processes):
+    parts = [list(range(count))[part_of(count, rank, processes)] for rank in range(processes)]
+    assert sum(parts, []) == list(range(count)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    collator = Collator(replace(recipe, crop_padding=2), training=True)
+    data = splits_of(max(count, 8)).train
+    examples = [data[i] for i in range(count)]
+    torch.manual_seed(0)
+    whole = collator(examples)
+    for rank, part in enumerate(parts):
+        torch.manual_seed(0)
+        got = PartCollator(collator, rank, processes, by_token=False)(examples)
+        wanted = whole["pixel_values"][part or [0]]
+        assert torch.equal(got["pixel_values"], wanted) and len(got["labels"]) == len(wanted)
+
+
+def one_of_two(rank, port, jobs, runs, pipe):
+    "What a launcher makes of a process; it has everything imported already."
+    torch.set_num_threads(1)
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for state in (PartialState, AcceleratorState, GradientState):
+        state._reset_state()
+    pipe.send([train(recipe, 0, runs=runs, progress=False, source=source).summary()["steps"] for recipe, source in jobs])
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def train_by_two(jobs, runs):
+    "Train recipes on their sources by two processes; the steps that each of them reads in the summaries."
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe() for _ in range(2)]
+    processes = [context.Process(target=one_of_two, args=(rank, port, jobs, runs, theirs)) for rank, (_, theirs) in enumerate(pipes)]
+    for process in processes:
+        process.start()
+    try:
+        assert all(ours.poll(120) for ours, _ in pipes)
+        return [ours.recv() for ours, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
+
+
+def assert_trained_alike(recipe, source, runs, weights):
+    "One process comes to the weights, losses and choice of the two that have trained under `runs / '2'`."
+    one, two = train(recipe, 0, runs=runs / "1", progress=False, source=source), Run(run_path(recipe, 0, runs / "2"), recipe, 0)
+    found = [load_file(run.path / weights) for run in (one, two)]
+    assert found[0].keys() == found[1].keys()
+    assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-6
+    key = f"held_out_{training.task_of(recipe).metric}"
+    assert one.summary()[key] == pytest.approx(two.summary()[key], abs=1e-6)
+    losses = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    "The last batch of an epoch has 5 images, or 1; augmentation is random, and of the whole batch."
+    small = {"train_images": 37, "held_out": 33, "test_images": 32, "batch_size": 8, "epochs": 2, "lr": 1e-3}
+    image = replace(get_recipe("vit_t/digits").at("smoke"), score="krause", radius=1, norm="post", drop_path=0.0, **small)
+    generator = replace(get_recipe("karm/digits").at("smoke"), dropout=0.0, **{**small, "train_images": 33})
+    assert train_by_two([(image, None), (generator, None)], tmp_path / "2") == [[10, 10]] * 2
+    for recipe in (image, generator):
+        assert_trained_alike(recipe, None, tmp_path, "model.safetensors")
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_number_of_processes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert process_count() == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert process_count() == 3

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -17,8 +19,21 @@ from transformers import (
     LlamaConfig,
     Qwen2Config,
     StaticCache,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
 )
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sliding_window_causal_mask_function,
+)
 
 from krause_repro.attention import Neighborhood, attend, attention_weights
 from krause_repro.ring_cache import RingCache, cache_bytes, ring_positions
@@ -180,7 +195,7 @@ def test_a_cache_changes_nothing(models, name, kind, steps):
     cache, outputs, start = CACHES[kind](model.config), [], 0
     with torch.no_grad():
         for length in steps:
-            outputs.append(model(tokens[:, start:start + length], past_key_values=cache).logits)
+            outputs.append(model(tokens[:, start:start + length], cache=cache).logits)
             start += length
         assert_close(torch.cat(outputs, 1), model(tokens, use_cache=False).logits, **CLOSE)
 
@@ -201,7 +216,7 @@ def test_a_cache_changes_nothing_under_padding(models, name, kind, steps, paddin
         for length in steps:
             new = slice(start, start + length)
             positions, mask = options["position_ids"][:, new], options["attention_mask"][:, :new.stop]
-            outputs.append(model(tokens[:, new], attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+            outputs.append(model(tokens[:, new], attention_mask=mask, position_ids=positions, cache=cache).logits)
             start += length
         assert_close(torch.cat(outputs, 1), model(tokens, **options, use_cache=False).logits, **CLOSE)
 
@@ -212,7 +227,7 @@ def test_the_ring_stays_as_large_as_it_was_made(models, name):
     cache, sizes = RingCache(model.config), set()
     with torch.no_grad():
         for length in (11, 1, 1, 40, *[1] * 30):
-            model(text(length), past_key_values=cache)
+            model(text(length), cache=cache)
             sizes.add(cache_bytes(cache))
     heads = 4 if name == "gpt2" else 2
     assert sizes == {2 * 2 * 2 * heads * WINDOW * 8 * 4}  # layers, keys and values, batch, heads, slots, dimension, bytes
@@ -230,10 +245,10 @@ def test_a_ring_of_another_window_is_exact_or_refused(models, other):
                 new = slice(start, start + length)
                 if start >= other and (length == 1 or other < WINDOW):
                     with pytest.raises(ValueError, match=f"config.krause_window = {WINDOW}"):
-                        model(tokens[:, new], past_key_values=cache)
+                        model(tokens[:, new], cache=cache)
                     refused = True
                     break
-                assert_close(model(tokens[:, new], past_key_values=cache).logits, expected[:, new], **CLOSE)
+                assert_close(model(tokens[:, new], cache=cache).logits, expected[:, new], **CLOSE)
                 start += length
         assert refused or other > WINDOW
 
@@ -242,18 +257,18 @@ def test_a_ring_of_another_model_is_refused(models):
     model, tokens = models["llama"], text(4)
     for config in (tiny_config("llama", head_dim=16), tiny_config("gpt2")):
         cache = RingCache(configure_krause(config, SIGMA, WINDOW))
-        make(cache_owner := configure_krause(config, SIGMA, WINDOW))(tokens, past_key_values=cache)
+        make(cache_owner := configure_krause(config, SIGMA, WINDOW))(tokens, cache=cache)
         assert cache_owner.num_hidden_layers == 2
         with pytest.raises(ValueError, match="a cache serves one batch of one model"):
-            model(tokens[:, :1], past_key_values=cache)
+            model(tokens[:, :1], cache=cache)
     cache = RingCache(model.config)
-    model(tokens, past_key_values=cache)
+    model(tokens, cache=cache)
     with pytest.raises(ValueError, match="must be of 2 sequences"):
-        model(tokens[:1, :1], past_key_values=cache)
+        model(tokens[:1, :1], cache=cache)
     small = tiny_config("llama")
     small.num_hidden_layers = 1
     with pytest.raises(ValueError, match="this RingCache is of another model: it has 1 layers"):
-        model(tokens, past_key_values=RingCache(configure_krause(small, SIGMA, WINDOW)))
+        model(tokens, cache=RingCache(configure_krause(small, SIGMA, WINDOW)))
 
 
 # --- generate ---
@@ -270,7 +285,7 @@ def test_greedy_generation_far_beyond_the_window_is_the_same_with_every_cache(mo
     assert torch.equal(continued(model, prompt), expected)
     assert torch.equal(continued(model, prompt, cache_implementation="static"), expected)
     for options in ({}, {"prefill_chunk_size": 4}, {"prefill_chunk_size": 1}):
-        assert torch.equal(continued(model, prompt, past_key_values=RingCache(model.config), **options), expected)
+        assert torch.equal(continued(model, prompt, cache=RingCache(model.config), **options), expected)
 
 
 @each_model
@@ -280,7 +295,7 @@ def test_a_padded_batch_generates_as_each_prompt_alone(models, name, kind):
     tokens, options = padded_left(text(batch=3), lengths)
     caching = {"none": {"use_cache": False}, "dynamic": {}, "static": {"cache_implementation": "static"}}.get(kind)
     together = continued(model, tokens, attention_mask=options["attention_mask"], output_logits=True, return_dict_in_generate=True,
-                         **(caching or ({"past_key_values": RingCache(model.config)} if kind == "ring" else {})))
+                         **(caching or ({"cache": RingCache(model.config)} if kind == "ring" else {})))
     for row, length in enumerate(lengths):
         alone = continued(model, text(batch=3)[row:row + 1, :length], use_cache=False, output_logits=True, return_dict_in_generate=True)
         assert torch.equal(together.sequences[row, 12:], alone.sequences[0, length:])
@@ -293,10 +308,44 @@ def test_beam_search_with_a_ring_is_beam_search(models, name):
     options = {"attention_mask": prompt[1]["attention_mask"], "num_beams": 4, "num_return_sequences": 2,
                "return_dict_in_generate": True, "output_scores": True}
     expected = continued(model, prompt[0], use_cache=False, **options)
-    for caching in ({}, {"past_key_values": RingCache(model.config)}):
+    for caching in ({}, {"cache": RingCache(model.config)}):
         got = continued(model, prompt[0], **options, **caching)
         assert torch.equal(got.sequences, expected.sequences)
         assert_close(got.sequences_scores, expected.sequences_scores, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["none", "dynamic", "ring"])
+def test_other_ways_of_generation_are_the_same_or_refused(models, kind):
+    "Each way either continues a prompt as it is continued without a cache, or says by name that it cannot."
+    model, prompt = models["llama"], text(9, batch=1)
+    expected = continued(model, prompt, use_cache=False)
+
+    def ring():
+        return {"cache": RingCache(model.config)} if kind == "ring" else {}
+
+    goes_back = {"prompt_lookup_num_tokens": 3}, {"assistant_model": make(tiny_config("llama"))}, {"assistant_early_exit": 1}
+    if kind == "none":
+        for options in ({"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}, {"num_beams": 4, "num_beam_groups": 2}):
+            with pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+                continued(model, prompt, **options)
+        for call in (lambda: model.generate_batch(prompt.tolist(), max_new_tokens=2),
+                     lambda: continued(model, prompt, cache_implementation="paged")):
+            with pytest.raises(ValueError, match="Implementation krause is not supported for continuous batching"):
+                call()
+        return
+    for options in goes_back:
+        if kind == "ring":
+            with pytest.raises(ValueError, match="a cache that can be cropped"):
+                continued(model, prompt, **options, **ring())
+        else:
+            assert torch.equal(continued(model, prompt, **options), expected)
+    for options in ({"repetition_penalty": 1.3}, {"guidance_scale": 1.5, "negative_prompt_ids": prompt[:, :4]}):
+        without = continued(model, prompt, use_cache=False, **options)
+        assert torch.equal(continued(model, prompt, **options, **ring()), without)
+    vectors = model.get_input_embeddings()(prompt)
+    embedded = model.generate(inputs_embeds=vectors, max_new_tokens=5 * WINDOW, do_sample=False, pad_token_id=0,
+                              **ring())
+    assert torch.equal(embedded, expected[:, 9:])
 
 
 @each_model
@@ -305,17 +354,17 @@ def test_sampling_with_a_ring_is_sampling(models, name):
         torch.manual_seed(3)
         return continued(models[name], text(9), do_sample=True, top_k=20, **options)
 
-    assert torch.equal(sampled(past_key_values=RingCache(models[name].config)), sampled())
+    assert torch.equal(sampled(cache=RingCache(models[name].config)), sampled())
 
 
 @each_model
 def test_a_conversation_goes_on_from_the_ring(models, name):
     model, cache = models[name], RingCache(models[name].config)
-    first = continued(model, text(9), new=8, past_key_values=cache)
+    first = continued(model, text(9), new=8, cache=cache)
     both = torch.cat([first, text(6, seed=5)], 1)
-    assert torch.equal(continued(model, both, past_key_values=cache), continued(model, both, use_cache=False))
+    assert torch.equal(continued(model, both, cache=cache), continued(model, both, use_cache=False))
     cache.reset()
-    assert torch.equal(continued(model, text(9)[:1], past_key_values=cache), continued(model, text(9)[:1]))
+    assert torch.equal(continued(model, text(9)[:1], cache=cache), continued(model, text(9)[:1]))
 
 
 # --- training and precision ---
@@ -352,7 +401,7 @@ def test_half_precision_is_close(models, name):
     half = copy.deepcopy(models[name]).to(torch.bfloat16)
     with torch.no_grad():
         logits = half(text()).logits
-        ring = half(text(), past_key_values=RingCache(half.config)).logits
+        ring = half(text(), cache=RingCache(half.config)).logits
     assert logits.dtype == torch.bfloat16 and torch.equal(ring, logits)
     assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
@@ -362,7 +411,7 @@ def test_autocast_with_a_ring(models, name):
     model, cache = models[name], RingCache(models[name].config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(text(), use_cache=False).logits
-        outputs = [model(text()[:, new], past_key_values=cache).logits for new in (slice(0, 9), *(slice(i, i + 1) for i in range(9, 26)))]
+        outputs = [model(text()[:, new], cache=cache).logits for new in (slice(0, 9), *(slice(i, i + 1) for i in range(9, 26)))]
     assert (torch.cat(outputs, 1) - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
@@ -426,6 +475,7 @@ def test_a_softmax_model_can_be_switched(name):
     ("sigma", float("inf"), "sigma must be"), ("sigma", "2.5", "sigma must be"), ("sigma", -1.0, "sigma must be"),
     ("window", 0, "window must be an integer ≥ 1"), ("window", 2.0, "window must be"), ("window", True, "window must be"),
     ("top_k", 0, "top_k must be an integer ≥ 1"), ("top_k", 1.5, "top_k must be"),
+    ("top_k", WINDOW + 1, rf"(config.krause_)?top_k must be at most (config.krause_)?window = {WINDOW}, or None for all keys"),
 ])
 def test_wrong_settings_are_named(name, value, message):
     settings = {"sigma": SIGMA, "window": WINDOW, "top_k": TOP_K, name: value}
@@ -435,8 +485,23 @@ def test_wrong_settings_are_named(name, value, message):
     assert not hasattr(config, "krause_sigma")
     model = make(configure_krause(config, SIGMA, WINDOW, TOP_K))
     setattr(model.config, f"krause_{name}", value)
-    with pytest.raises(ValueError, match=f"config.krause_{message}"):
+    with pytest.raises(ValueError, match=f"config.krause_{name} must be"):
         model(text())
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("windw", "window"), ("topk", "top_k"), ("sgma", "sigma")])
+def test_a_misspelt_setting_is_told_with_the_nearest(wrong, right):
+    with pytest.raises(TypeError, match=f"configure_krause takes no '{wrong}'; the nearest name is '{right}'"):
+        configure_krause(tiny_config("llama"), **{"sigma": SIGMA, "window": WINDOW, wrong: 3})
+    with pytest.raises(TypeError, match="got multiple values|missing"):
+        configure_krause(tiny_config("llama"))
+
+
+def test_settings_of_numpy_are_saved(tmp_path):
+    config = configure_krause(tiny_config("llama"), np.float32(SIGMA), np.int64(WINDOW), np.int32(TOP_K))
+    assert [type(value) for value in krause_settings(config)] == [float, int, int]
+    config.save_pretrained(tmp_path)
+    assert RingCache(config).layers[0].window == WINDOW
 
 
 def test_top_k_may_be_absent():
@@ -444,6 +509,30 @@ def test_top_k_may_be_absent():
     expected = model(text()).logits
     del model.config.krause_top_k
     assert krause_settings(model.config).top_k is None and torch.equal(model(text()).logits, expected)
+
+
+def test_only_safetensors_are_read_and_no_code(models, tmp_path):
+    models["llama"].save_pretrained(tmp_path)
+    for options in ({"trust_remote_code": True}, {"use_safetensors": False}, {"weights_only": False}):
+        with pytest.raises(ValueError, match="load_krause runs no code from where a model lies and reads no pickled weights"):
+            load_krause(tmp_path, **options)
+    with pytest.raises(ValueError, match="attn_implementation must be 'krause' for load_krause"):
+        load_krause(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(TypeError, match="load_krause takes no 'dtpe'; the nearest name is 'dtype'"):
+        load_krause(tmp_path, dtpe=torch.bfloat16)
+    assert load_krause(tmp_path, dtype=torch.bfloat16, krause_window=WINDOW + 1).config.krause_window == WINDOW + 1
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        load_krause(tmp_path)
+    weights.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has pickled weights, pytorch_model.bin, which could run code and are not read"):
+        load_krause(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}))
+    with pytest.raises(ValueError, match="asks for code of its own to be run .* which is never done"):
+        load_krause(tmp_path)
 
 
 # --- attentions, on request ---
@@ -461,9 +550,9 @@ def test_attention_weights_are_those_of_the_reference(models, name):
         assert not weights[:, :, ~Band(WINDOW).build(26)].any()
         assert ((weights > 0).sum(-1) <= TOP_K).all()
     cache = DynamicCache()
-    models[name](tokens[:, :20], past_key_values=cache)
+    models[name](tokens[:, :20], cache=cache)
     with pytest.raises(ValueError, match="output_attentions needs all tokens in one step"):
-        models[name](tokens[:, 20:], past_key_values=cache, output_attentions=True)
+        models[name](tokens[:, 20:], cache=cache, output_attentions=True)
 
 
 def test_weights_agree_with_the_tensors_that_were_attended():
@@ -481,6 +570,98 @@ def test_values_of_lower_precision_do_not_lower_that_of_the_scores():
     module = SimpleNamespace(config=configure_krause(tiny_config("llama"), SIGMA, WINDOW, TOP_K), is_causal=True, layer_idx=0)
     got, expected = (krause_attention_forward(module, query, key, x, None)[0] for x in (value, value.float()))
     assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
+# --- compiled and exported ---
+
+@pytest.fixture
+def one_layer():
+    "A model that is compiled soon, on a compiler that remembers nothing."
+    torch.compiler.reset()
+    config = configure_krause(tiny_config("llama"), SIGMA, WINDOW + 1, TOP_K)  # a window that nothing else has used
+    config.num_hidden_layers = 1
+    yield make(config)
+    torch.compiler.reset()
+
+
+MASK = torch.arange(14).ge(torch.tensor([[0], [4]])).long()
+PADDED = {"attention_mask": MASK, "position_ids": (MASK.cumsum(-1) - 1).clamp_min(0)}
+
+
+def test_a_compiled_model_needs_no_mask(one_layer):
+    model, tokens = one_layer, text(14)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for options in ({}, PADDED):
+        model.zero_grad()
+        got = compiled(input_ids=tokens, labels=tokens, use_cache=False, **options)
+        got.loss.backward()
+        gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        model.zero_grad()
+        expected = model(tokens, labels=tokens, use_cache=False, **options)
+        assert_close(got.logits, expected.logits, **CLOSE)
+        expected.loss.backward()
+        for key, parameter in model.named_parameters():
+            assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
+    packed = torch.tensor([[*range(9), *range(5)]]).expand(2, -1)
+    with pytest.raises(RuntimeError, match="no packed sequences|cannot keep packed sequences apart"):
+        compiled(input_ids=tokens, labels=tokens, position_ids=packed, use_cache=False)
+
+
+def packed_by_transformers(positions):
+    "The mask function that transformers makes while a model is compiled."
+    packed = packed_sequence_mask_function((positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1))
+    return and_masks(remap_positions_for_packed_sequence(causal_mask_function, positions), packed)
+
+
+@pytest.mark.parametrize(("pattern", "fine"), [
+    (packed_by_transformers(torch.arange(12).expand(2, -1)), True), (sliding_window_causal_mask_function(WINDOW), True),
+    (packed_by_transformers(torch.arange(12).remainder(7).expand(2, -1)), False),
+    (packed_by_transformers(torch.stack([torch.arange(12), torch.arange(12).remainder(11)])), False),
+    (sliding_window_causal_mask_function(WINDOW - 1), False), (bidirectional_mask_function, False),
+    (or_masks(causal_mask_function, blockwise_overlay(torch.arange(24).view(2, 12) // 2)), False),
+    (chunked_causal_mask_function(6, torch.zeros(2, dtype=torch.long)), False),
+])
+def test_a_pattern_that_is_traced_is_looked_at_when_it_runs(pattern, fine, monkeypatch):
+    with pytest.raises(ValueError, match="takes no other pattern"):
+        mask_of(q_length=12, kv_length=12, mask_function=pattern)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if fine:
+        assert mask_of(q_length=12, kv_length=12, mask_function=pattern) is None
+    else:
+        with pytest.raises(RuntimeError, match="takes no other pattern"):
+            mask_of(q_length=12, kv_length=12, mask_function=pattern)
+    with pytest.raises(ValueError, match="takes no other pattern"):  # one of the user's own, which may be anything
+        mask_of(q_length=12, kv_length=12, mask_function=pattern, use_vmap=True)
+
+
+def test_trainer_compiles(one_layer, tmp_path):
+    before = {key: parameter.clone() for key, parameter in one_layer.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in text(9, batch=4).tolist()]
+    arguments = TrainingArguments(tmp_path, max_steps=2, per_device_train_batch_size=2, torch_compile=True, torch_compile_backend="eager",
+                                  report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    result = Trainer(one_layer, arguments, train_dataset=rows, data_collator=default_data_collator).train()
+    assert result.global_step == 2 and math.isfinite(result.training_loss)
+    assert all(not torch.equal(parameter, before[key]) for key, parameter in one_layer.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, PADDED], ids=["alone", "mask"])
+def test_an_exported_model_is_the_model_and_leaves_nothing_behind(one_layer, options):
+    options = {"input_ids": text(14), "use_cache": False, **options}
+    program = torch.export.export(one_layer, (), options, strict=False).module()
+    with torch.no_grad():
+        logits = make(one_layer.config)(**options).logits
+        assert type(logits) is torch.Tensor and logits.isfinite().all()
+        assert_close(program(**options).logits, logits, **CLOSE)
+
+
+def test_a_model_on_the_meta_device_has_shapes():
+    with torch.device("meta"):
+        model = make(configure_krause(tiny_config("llama"), SIGMA, WINDOW, TOP_K))
+        first = model(torch.zeros(2, 9, dtype=torch.long))
+        assert first.logits.shape == (2, 9, VOCABULARY)
+        with torch.no_grad():
+            for cache in (first.cache, RingCache(model.config)):
+                assert model(torch.zeros(2, 1, dtype=torch.long), cache=cache).logits.shape == (2, 1, VOCABULARY)
 
 
 # --- the mask function ---
@@ -524,9 +705,9 @@ def test_a_mask_has_one_column_for_each_token(models, shape):
 @each_model
 def test_a_mask_for_the_new_tokens_only_is_refused(models, name):
     for cache in (DynamicCache(), RingCache(models[name].config)):
-        models[name](text(12), past_key_values=cache)
+        models[name](text(12), cache=cache)
         with pytest.raises(ValueError, match=r"attention_mask must be of shape \(2, 13\)"):
-            models[name](text(1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+            models[name](text(1), attention_mask=torch.ones(2, 1), cache=cache)
 
 
 # --- refusals ---
@@ -551,7 +732,7 @@ def test_packed_sequences_are_refused(models, name, options):
 def test_masks_of_four_dimensions_are_refused(models, name, kind):
     triangle = torch.ones(26, 26).tril().expand(2, 1, -1, -1)
     for mask in (torch.ones(2, 1, 26, 26), triangle, triangle.bool()):
-        options = {"past_key_values": CACHES[kind](models[name].config)} if kind else {"use_cache": False}
+        options = {"cache": CACHES[kind](models[name].config)} if kind else {"use_cache": False}
         with pytest.raises(ValueError, match="no masks of 4 dimensions"):
             models[name](text(), attention_mask=mask, **options)
 
@@ -590,12 +771,12 @@ def test_a_cache_that_slides_by_itself_must_keep_enough(kind):
         cache, outputs = CACHES[kind](model.config), []
         with torch.no_grad():
             if not fine:
-                model(text()[:, :7], past_key_values=cache)
+                model(text()[:, :7], cache=cache)
                 with pytest.raises(ValueError, match="the cache keeps other tokens"):
-                    model(text()[:, 7:8], past_key_values=cache)
+                    model(text()[:, 7:8], cache=cache)
                 continue
             for new in (slice(0, 7), *(slice(i, i + 1) for i in range(7, 20)), slice(20, 26)):
-                outputs.append(model(text()[:, new], past_key_values=cache).logits)
+                outputs.append(model(text()[:, new], cache=cache).logits)
             assert_close(torch.cat(outputs, 1), model(text(), use_cache=False).logits, **CLOSE)
 
 

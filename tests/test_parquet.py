@@ -1,0 +1,166 @@
+"""The hub's Parquet layout, read and checked."""
+
+import io
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from krause_repro import data, evaluation
+from krause_repro.data import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, load, load_splits, read_parquet
+from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
+from krause_repro.recipes import get_recipe
+from krause_repro.training import train
+
+COUNTS = {"train": 40, "test": 20}
+
+
+def encode(image, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def columns(name, split, total=None):
+    "Images in the mean colour of their class, and the classes in turn."
+    labels = [i % 10 for i in range(total or COUNTS[split])]
+    means = torch.tensor(CLASS_MEANS.get(name, CLASS_MEANS["cifar10"]))
+    pixels = (means * 255).round().to(torch.uint8)[:, None, None, :].expand(10, SIDES[name], SIDES[name], -1)
+    images = [{"bytes": encode(pixels[label].squeeze(-1).numpy()), "path": None} for label in labels]
+    return {"image" if name == "mnist" else "img": images, LABEL_COLUMNS[name]: labels}
+
+
+def write(folder, split, table, parts=1):
+    table, folder = pa.table(table) if isinstance(table, dict) else table, folder / "plain_text"
+    folder.mkdir(exist_ok=True, parents=True)
+    for part in range(parts):
+        start, stop = (len(table) * each // parts for each in (part, part + 1))
+        path = folder / f"{split}-{part:05}-of-{parts:05}.parquet"
+        pq.write_table(table.slice(start, stop - start), path, row_group_size=10, compression="none")
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "Data sets of few images."
+    for name in LABEL_COLUMNS:
+        monkeypatch.setitem(DATA, name, replace(DATA[name], classes=10, **COUNTS))
+    monkeypatch.setattr(data, "MNIST_CLASSES", {split: (count // 10,) * 10 for split, count in COUNTS.items()})
+
+
+@pytest.fixture
+def cifar(tmp_path, small):
+    for split in COUNTS:
+        write(tmp_path, split, columns("cifar10", split))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(LABEL_COLUMNS))
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_data_set_is_read_in_order(tmp_path, small, name, parts):
+    for split, count in COUNTS.items():
+        table = columns(name, split)
+        write(tmp_path, split, table, parts)
+        found = load(name, split, tmp_path)
+        assert found.labels.tolist() == table[LABEL_COLUMNS[name]] and len(found) == count
+        assert tuple(found.images.shape[1:]) == (DATA[name].channels, SIDES[name], SIDES[name]) and found.images.is_contiguous()
+        first = torch.tensor(CLASS_MEANS.get(name, CLASS_MEANS["cifar10"])[3]) * 255
+        assert torch.equal(found.images[3, :, 5, 7], first.round().to(torch.uint8))
+
+
+def test_it_is_found_where_downloads_go(cifar, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "plain_text").rename(tmp_path / "base" / "cifar10")
+    monkeypatch.setenv("KRAUSE_REPRO_DATA", str(tmp_path / "base"))
+    assert len(load("cifar10", "test")) == COUNTS["test"] and find_source("cifar10", tmp_path / "base") == tmp_path / "base"
+
+
+def schema(table, **changes):
+    return {key: value for key, value in {**table, **changes}.items() if value is not None}
+
+
+TRAIN = columns("cifar10", "train")
+CHANGED = bytearray(TRAIN["img"][5]["bytes"])
+CHANGED[-14] ^= 1  # of the checksum of the pixels
+BAD = {  # what is wrong with the training part, and what the message says of it
+    "a column of another name": (schema(TRAIN, img=None, picture=TRAIN["img"]), r"picture .*a column img or image is expected"),
+    "images that are no structs": (schema(TRAIN, img=[row["bytes"] for row in TRAIN["img"]]), "column img must have the fields bytes"),
+    "no labels": (schema(TRAIN, label=None), "an integer column label is expected"),
+    "labels of CIFAR-100": (schema(TRAIN, label=None, fine_label=TRAIN["label"]), "fine_label .*an integer column label is expected"),
+    "labels in words": (schema(TRAIN, label=[str(each) for each in TRAIN["label"]]), "an integer column label is expected"),
+    "fewer images": ({k: v[:-1] for k, v in TRAIN.items()}, "column img must hold the 40 images of the train part of cifar10, got 39"),
+    "a class too many": (schema(TRAIN, label=[each + 1 for each in TRAIN["label"]]), "column label must hold classes from 0 to 9, got 10"),
+    "a class too often": (schema(TRAIN, label=[1, 1, *TRAIN["label"][2:]]), "column label must hold class 0 4 times .*got 3"),
+    "shifted labels": (schema(TRAIN, label=[(each + 1) % 10 for each in TRAIN["label"]]), "column label does not fit the images"),
+    "no label": (schema(TRAIN, label=[*TRAIN["label"][:13], None, *TRAIN["label"][14:]]), "column label, row 13: must be an integer"),
+    "no image": (schema(TRAIN, img=[*TRAIN["img"][:12], None, *TRAIN["img"][13:]]), "column img, row 12: must be an image of 32×32"),
+    "a path alone": (schema(TRAIN, img=[{"bytes": None, "path": "a.png"}, *TRAIN["img"][1:]]), "column img, row 0: .*no bytes"),
+    "bytes that are no image": (schema(TRAIN, img=[*TRAIN["img"][:-1], {"bytes": b"x" * 99, "path": ""}]), "column img, row 39: must be"),
+    "a changed byte": (schema(TRAIN, img=[*TRAIN["img"][:5], {"bytes": bytes(CHANGED), "path": ""}, *TRAIN["img"][6:]]),
+                       "column img, row 5: must"),
+    "images of MNIST": (schema(TRAIN, img=columns("mnist", "train")["image"]), r"column img, row 0: must be .*its size \(28, 28\)"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_wrong_is_named(cifar, what):
+    table, message = BAD[what]
+    path = write(cifar, "train", table)
+    with pytest.raises(ValueError, match=message) as raised:
+        load("cifar10", "train", cifar)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("where", ["footer", "row group", "empty"])
+def test_a_damaged_file_is_named(cifar, where):
+    path = cifar / "plain_text" / "train-00000-of-00001.parquet"
+    raw = bytearray(path.read_bytes())
+    raw = {"footer": raw[:-200], "row group": raw[:4] + b"\xff" * 400 + raw[404:], "empty": b""}[where]
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="column img" if where == "row group" else "is no Parquet file, or a damaged one") as raised:
+        load("cifar10", "train", cifar)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_a_missing_part_is_named(cifar, split):
+    (cifar / "plain_text" / f"{split}-00000-of-00001.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {split}-00000-of-00001.parquet"):
+        load_splits(replace(get_recipe("kvit_s/cifar10").at("smoke"), train_images=20, test_images=10, held_out=10), cifar)
+    write(cifar, split, columns("cifar10", split), 2)
+    (cifar / "plain_text" / f"{split}-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {split}-00001-of-00002.parquet"):
+        read_parquet("cifar10", cifar, split)
+
+
+def test_a_run_and_its_result_keep_the_origin_of_the_data(cifar, tmp_path, monkeypatch):
+    (cifar / "lossless.json").write_text(json.dumps({"train": [3], "test": []}), encoding="utf-8")
+    small = {"train_images": 20, "test_images": 10, "held_out": 10, "epochs": 1, "batch_size": 10}
+    recipe = replace(get_recipe("softmax_regression/cifar10").at("smoke"), **small)
+    run = train(recipe, runs=tmp_path / "runs", progress=False, source=cifar)
+    assert run.environment()["data"] == data_origin("cifar10", cifar) == summarise_runs([run], cifar)["data"]
+    assert learned_sigma(run) is None and run.environment()["data"]["train"]["altered"] == 1
+    monkeypatch.setattr(evaluation, "NEIGHBOURS", (1, 20))
+    found = nearest_neighbours(replace(recipe, train_images=None), cifar)  # images of a class are equal here
+    assert found["k"] == 1 and found["test_accuracy"] == found["held_out_accuracy"]["1"] == 1 > found["held_out_accuracy"]["20"]
+
+
+def test_a_run_knows_its_files_and_how_many_images_are_altered(cifar):
+    recipe = replace(get_recipe("kvit_s/cifar10").at("smoke"), train_images=20, test_images=10, held_out=10)
+    assert load_splits(recipe, cifar).origin["train"]["altered"] == 0
+    (cifar / "lossless.json").write_text(json.dumps({"train": [3, 17, 3], "test": []}), encoding="utf-8")
+    origin = load_splits(recipe, cifar).origin
+    assert {split: (origin[split]["images"], origin[split]["altered"]) for split in COUNTS} == {"train": (40, 2), "test": (20, 0)}
+    before = origin["train"]["files"]["train-00000-of-00001.parquet"]
+    write(cifar, "train", columns("cifar10", "train"), 2)
+    (cifar / "plain_text" / "train-00000-of-00001.parquet").unlink()
+    names = [f"train-0000{part}-of-00002.parquet" for part in (0, 1)]
+    assert len(before) == 64 and list(data_origin("cifar10", cifar)["train"]["files"]) == names
+    for wrong in ({"train": [40], "test": []}, {"test": []}, [1]):
+        (cifar / "lossless.json").write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"lossless.json: train must be a list of indices from 0 to 39"):
+            load_splits(recipe, cifar)
