@@ -144,8 +144,9 @@ NAMES = {  # names of the released autoregressive and language models
 def test_a_checkpoint_of_another_architecture_is_told_what_it_is(given, asked):
     said = ARCHITECTURES[given]
     state = {f"module.{key.removeprefix('state.')}": t for key, t in load_file(PARITY / f"{given}.safetensors").items() if "state." in key}
+    swin, vit = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4]}, {"d_model": 24, "n_heads": 2, "n_layers": 6, "d_ff": 8}
     with pytest.raises(ValueError, match=f"does not fit kind '{asked}' with this configuration.*: missing") as error:
-        load_author_checkpoint(asked, state)
+        load_author_checkpoint(asked, state, **swin if "swin" in asked else vit)
     assert (f"(its names are those of {said})" in str(error.value)) == (asked not in said.split())
 
 
