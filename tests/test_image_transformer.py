@@ -18,6 +18,7 @@ from krause_repro.image_transformer import (
     LINEAR_EPS,
     ImageTransformer,
     ImageTransformerConfig,
+    PixelAttention,
     PreallocatedLayer,
     StepLinear,
     image_cache,
@@ -136,6 +137,41 @@ def test_no_token_sees_a_later_one(attention):
     assert torch.equal(before[:, :13], after[:, :13]) and not torch.allclose(before[:, 13:], after[:, 13:])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_token_that_is_not_finite_reaches_no_earlier_one(attention, width, bad):
+    "Whole, in parts, token by token and with weights; the other images of the batch are as they were. Width 64: the C++ step."
+    model, images, place = small(attention, hidden_size=width, image_shape=(10, 10, 1), attention_window=40), tokens(2, 100, 16), 70
+    images[0, place] = 16
+    poisoned = ImageTransformer(model.config).eval()
+    poisoned.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        poisoned.token_embedding.weight[16] = bad
+        for cuts in ([], [30], [65, 66, 90], list(range(60, 100))):
+            clean, found = (in_parts(m, images, cuts) for m in (model, poisoned))
+            assert torch.equal(found[0, :place], clean[0, :place]) and torch.equal(found[1], clean[1])
+            assert not found[0, place:].isfinite().any()
+        states = poisoned(images, output_hidden_states=True).hidden_states
+        assert all(state[0, :place].isfinite().all() and state[1].isfinite().all() for state in states)
+        if attention != "linear":
+            weighed = poisoned(images, output_attentions=True).logits
+            assert_close(weighed[0, :place], clean[0, :place], rtol=1e-5, atol=1e-5)
+            assert not weighed[0, place:].isfinite().any()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_last_bits_of_a_token_do_not_depend_on_later_ones(attention):
+    "Not even where a sum over a later token is large."
+    query, key, value = torch.randn(3, 1, 2, 200, 16, generator=torch.Generator().manual_seed(0))
+    loud = value.clone()
+    loud[:, :, 150] *= 1e6
+    layer = PixelAttention(small(attention, hidden_size=32).config, 0)
+    with torch.no_grad():
+        plain, other = (layer.attend(query, key, v, None) for v in (value, loud))
+    assert torch.equal(plain[:, :, :150], other[:, :, :150]) and not torch.allclose(plain[:, :, 150:], other[:, :, 150:])
+
+
 def test_krause_forgets_what_has_left_all_windows():
     model, images = small("krause"), tokens()
     changed = images.clone()
@@ -236,11 +272,74 @@ def test_loss_is_the_mean_over_all_but_the_first_token_and_trains_everything(att
     ({"attention": "sparse"}, "attention must be one of krause, softmax, linear"), ({"image_shape": (28, 28)}, "image_shape must be"),
     ({"image_shape": (28, 0, 1)}, "image_shape must be"), ({"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 256"),
     ({"attention_window": 0}, "attention_window must be"), ({"attention_top_k": 0}, "attention_top_k must be"),
-    ({"sigma": 0.0}, "sigma must be"), ({"dropout": 1.5}, "dropout must be"),
+    ({"sigma": 0.0}, "sigma must be"), ({"dropout": 1.5}, "dropout must be"), ({"start_token": 1}, "start_token must be True or False"),
+    ({"use_cache": "no"}, "use_cache must be"), ({"initializer_range": float("nan")}, "initializer_range must be"),
+    ({"vocab_size": -1}, "vocab_size must be"), ({"hidden_size": float("nan")}, "hidden_size must be"),
+    ({"attention_window": 4, "attention_top_k": 9}, "attention_top_k must be at most attention_window = 4, or None, got 9"),
 ])
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ImageTransformerConfig(**settings)
+
+
+def test_a_smaller_window_alone_keeps_all_of_it():
+    assert ImageTransformerConfig(attention_window=5).attention_top_k == 96
+    assert ImageTransformerConfig(attention="softmax", attention_window=4, attention_top_k=9).attention_window == 4
+    with pytest.raises(ValueError, match="at most attention_window = 5"):
+        ImageTransformerConfig(attention_window=5, attention_top_k=95)
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    (torch.zeros(3, 20), "labels must be integers of the shape"), (torch.zeros(3, 19, dtype=torch.long), r"got torch.int64 \(3, 19\)"),
+    (torch.full((3, 20), 17), "labels must be classes from 0 to 16, or −100 for none, got 17"), (torch.full((3, 20), -1), "got -1"),
+])
+def test_labels_that_cannot_be_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        small("krause")(tokens(), labels=labels)
+
+
+def test_labels_of_one_token_have_nothing_to_predict():
+    with pytest.raises(ValueError, match="must be two tokens or more"):
+        small("krause")(tokens(length=1), labels=tokens(length=1))
+
+
+def test_labels_that_do_not_count_and_labels_of_few_bits():
+    model, images = small("softmax", start_token=True), tokens()
+    ignored = images.clone()
+    ignored[:, 10:] = -100
+    with torch.no_grad():
+        assert_close(model(images, labels=ignored).loss, model(images[:, :10], labels=images[:, :10]).loss)
+        assert_close(model(images, labels=images.to(torch.uint8)).loss, model(images, labels=images).loss)
+        started = torch.cat([torch.full((3, 1), 17), images], 1)
+        assert model(started, labels=started).loss.isfinite()  # the start token is no grey level, and nobody predicts it
+
+
+@pytest.mark.parametrize("attention", ["krause", "softmax"])
+@pytest.mark.parametrize("cuts", [[], [7], list(range(1, 20)), [10, 11, 15]])
+def test_weights_through_a_cache_are_those_of_the_whole(attention, cuts):
+    "Of the keys that the cache still holds, the oldest first."
+    model, images, cache, start = small(attention), tokens(), image_cache(small(attention).config), 0
+    with torch.no_grad():
+        whole = model(images, output_attentions=True)
+        assert [weights.shape for weights in whole.attentions] == [(3, 2, 20, 20)] * 2
+        assert_close(whole.logits, model(images).logits, rtol=1e-5, atol=1e-5)
+        for part in images.tensor_split(cuts, 1):
+            end = start + part.shape[1]
+            output = model(part, past_key_values=cache, output_attentions=True)
+            assert_close(output.logits, whole.logits[:, start:end], rtol=1e-5, atol=1e-5)
+            for found, wanted in zip(output.attentions, whole.attentions, strict=True):
+                assert_close(found, wanted[:, :, start:end, end - found.shape[-1]:end], rtol=1e-5, atol=1e-6)
+                assert not wanted[:, :, start:end, :end - found.shape[-1]].any()
+            start = end
+
+
+@pytest.mark.parametrize("attention", ["krause", "softmax"])
+def test_generate_returns_weights_and_states(attention):
+    found = small(attention).generate(tokens()[:, :9], max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+                                      output_attentions=True, output_hidden_states=True)
+    assert len(found.attentions) == len(found.hidden_states) == 4
+    assert found.attentions[0][0].shape == (3, 2, 9, 9) and found.attentions[3][1].shape[:3] == (3, 2, 1)
+    assert found.hidden_states[0][2].shape == (3, 9, 16)
 
 
 @pytest.mark.parametrize(("input_ids", "message"), [

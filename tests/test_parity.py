@@ -1,6 +1,7 @@
 """The authors' modules and ours give the same numbers, and a checkpoint that does not fit is refused by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,66 @@ def test_the_weights_of_another_neighbourhood_are_refused(kind, other):
     path, _, config = parity(other)
     with pytest.raises(ValueError, match="local_mask_buffer"):
         load_author_checkpoint(kind, path, **config)
+
+
+class Malice:
+    "Writes a file when it is unpickled."
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "author.pt", "author.ckpt", "author", "disguised.safetensors"])
+def test_a_pickle_is_never_opened(name, tmp_path):
+    mark, file = tmp_path / "mark", tmp_path / name
+    torch.save({"head.weight": Malice(mark)}, file)
+    told = rf"{re.escape(name)}(; pickled checkpoints are not read$| is not a whole safetensors file)"
+    with pytest.raises(ValueError, match=told) as error:
+        load_author_checkpoint("vit_baseline", file)
+    assert "weights_only" not in str(error.value) and not mark.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_of_odd_shapes_is_refused_by_name(kind):
+    if kind in ("kswin", "swin_baseline"):
+        state, config = author_swin("krause" if kind == "kswin" else "softmax")[1], SWIN
+    else:
+        _, tensors, config = parity(kind)
+        state = author_state(tensors)
+    for odd in (torch.zeros(()), torch.zeros(2, 2, 2), torch.zeros(0)):
+        with pytest.raises(ValueError, match=f"the checkpoint does not fit kind '{kind}'|is not the neighbourhood of kind '{kind}'"):
+            load_author_checkpoint(kind, {name: odd for name in state}, **config)
+    integers = {name: t.long() if t.is_floating_point() else t for name, t in state.items()}
+    with pytest.raises(ValueError, match=f"the checkpoint does not fit kind '{kind}' .* is of torch.int64, needed torch.float32"):
+        load_author_checkpoint(kind, integers, **config)
+
+
+@pytest.mark.parametrize(("state", "message"), [
+    ({"head.weight": 3}, "must map names to tensors, got int under 'head.weight'"), ({3: torch.zeros(1)}, "got Tensor under 3"),
+    ([torch.zeros(1)], "state_dict_or_path must be a dict or a .safetensors file"), (None, "must be a dict or a .safetensors file"),
+])
+def test_what_is_no_state_dict_is_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        load_author_checkpoint("vit_baseline", state)
+
+
+@pytest.mark.parametrize("kind", ["karm", "kswin", "kvit_5x5", "krause_lm_attention", "kswin_attention_plain"])
+def test_an_unknown_argument_is_told_the_nearest(kind):
+    told = f"config does not fit kind '{kind}': its constructor takes no 'sigm'; the nearest name is '(init_)?sigma'"
+    with pytest.raises(ValueError, match=told):
+        load_author_checkpoint(kind, {}, sigm=1.0)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        load_author_checkpoint([kind], {})
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    file = tmp_path / "author.safetensors"
+    file.write_bytes(parity("kvit_5x5")[0].read_bytes()[:1000])
+    with pytest.raises(ValueError, match="author.safetensors is not a whole safetensors file"):
+        load_author_checkpoint("kvit_5x5", file)
 
 
 def test_unreadable_files_are_named(tmp_path):

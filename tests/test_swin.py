@@ -16,6 +16,7 @@ from krause_repro.swin import (
     SwinClassifierConfig,
     WindowAttention,
     join_windows,
+    position_index,
     shift_mask,
     split_windows,
     window_layout,
@@ -289,6 +290,41 @@ def test_a_softmax_checkpoint_becomes_krause_with_the_initial_sigma(tmp_path):
             assert torch.equal(parameter, swin.get_parameter(name))
 
 
+@pytest.mark.parametrize("window", [(2, 2), (4, 4), (2, 3), (1, 5)])
+def test_the_index_of_positions_is_torchvisions(window):
+    assert torch.equal(position_index(window), ShiftedWindowAttention(8, list(window), [0, 0], 2).relative_position_index)
+
+
+def test_the_index_of_positions_is_made_for_another_window(tmp_path):
+    "All memory that nobody wrote would have to hold these numbers by chance."
+    build(window_size=2).save_pretrained(tmp_path)
+    for window in (4, 3):
+        model = SwinClassifier.from_pretrained(tmp_path, window_size=window, ignore_mismatched_sizes=True)
+        for stage in (1, 3):
+            for block in model.features[stage]:
+                assert torch.equal(block.attn.relative_position_index, position_index((window, window)))
+                assert block.attn.relative_position_bias_table.shape[0] == (2 * window - 1) ** 2
+                assert 0 < block.attn.relative_position_bias_table.abs().max() < 0.2
+        assert model(noise(2, 3, 16, 16)).logits.isfinite().all()
+
+
+def test_problem_types_have_their_losses():
+    pixels, several = noise(2, 3, 16, 16), torch.tensor([[1.0, 0, 0, 1, 1], [0, 0, 1, 0, 0]])
+    for problem, loss in (("multi_label_classification", F.binary_cross_entropy_with_logits), ("regression", F.mse_loss)):
+        found = build(problem_type=problem)(pixels, labels=several)
+        assert_close(found.loss, loss(found.logits, several))
+    with pytest.raises(ValueError, match="labels must be classes from 0 to 4"):
+        build()(pixels, labels=torch.tensor([5, 0]))
+
+
+def test_another_number_of_classes_changes_the_head_alone(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    other = SwinClassifier.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert other.head.weight.shape == (7, 16) and 0 < other.head.weight.std() < 0.04
+    assert all(torch.equal(other.get_parameter(name), p) for name, p in model.named_parameters() if not name.startswith("head"))
+
+
 def test_attentions_of_each_block():
     model, pixels = build(depths=(2, 2, 2), num_heads=(2, 4, 4)), noise(2, 3, 16, 16)
     labels = torch.tensor([3, 0])
@@ -411,6 +447,9 @@ def test_defaults_are_the_small_window_model_of_cifar():
         ({"pad_small_maps": "yes"}, "pad_small_maps must be"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
         ({"dropout": -0.5}, r"dropout must be in \[0, 1\)"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio must be a number > 0"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio must be a number ≥ 1/embed_dim"),
+        ({"learn_sigma": 1}, "learn_sigma must be True or False"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

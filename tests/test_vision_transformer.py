@@ -144,8 +144,9 @@ NAMES = {  # names of the released autoregressive and language models
 def test_a_checkpoint_of_another_architecture_is_told_what_it_is(given, asked):
     said = ARCHITECTURES[given]
     state = {f"module.{key.removeprefix('state.')}": t for key, t in load_file(PARITY / f"{given}.safetensors").items() if "state." in key}
+    swin, vit = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4]}, {"d_model": 24, "n_heads": 2, "n_layers": 6, "d_ff": 8}
     with pytest.raises(ValueError, match=f"does not fit kind '{asked}' with this configuration.*: missing") as error:
-        load_author_checkpoint(asked, state)
+        load_author_checkpoint(asked, state, **swin if "swin" in asked else vit)
     assert (f"(its names are those of {said})" in str(error.value)) == (asked not in said.split())
 
 
@@ -328,6 +329,50 @@ def test_labels_as_indices_and_as_probabilities():
     assert model(images()).loss is None
 
 
+def test_problem_types_have_their_losses():
+    "As in 🤗 Transformers; binary cross-entropy by its formula."
+    x, classes = images(), torch.tensor([3, 0])
+    several, numbers = torch.tensor([[1.0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]), torch.randn(2, 5, generator=torch.Generator().manual_seed(3))
+    for problem, labels in (("multi_label_classification", several), ("regression", numbers), ("single_label_classification", classes)):
+        model = build(problem_type=problem)
+        assert model.config.problem_type == problem
+        found = model(x, labels=labels)
+        logits = found.logits.detach()
+        wanted = {
+            "multi_label_classification": -(several * logits.sigmoid().log() + (1 - several) * (1 - logits.sigmoid()).log()).mean(),
+            "regression": (logits - numbers).square().mean(), "single_label_classification": F.cross_entropy(logits, classes),
+        }
+        assert_close(found.loss, wanted[problem])
+        found.loss.backward()
+        assert_close(model(x, labels=labels.double() if labels.is_floating_point() else labels.to(torch.int32)).loss, found.loss)
+        half = build(problem_type=problem).bfloat16()(x.bfloat16(), labels=labels)
+        assert half.loss.dtype == torch.float32 and abs(half.loss - found.loss) < 0.1
+    one, height = build(num_labels=1), torch.tensor([0.3, -1.2])
+    assert_close(one(x, labels=height).loss, (one(x).logits[:, 0] - height).square().mean())  # as in 🤗: one output is a number
+    assert_close(one(x, labels=height.unsqueeze(1)).loss, one(x, labels=height).loss)
+
+
+@pytest.mark.parametrize(("problem", "labels", "message"), [
+    (None, torch.tensor([5, 0]), "labels must be classes from 0 to 4, or −100 for none, got 5"), (None, torch.tensor([-1, 0]), "got -1"),
+    (None, torch.tensor([[3], [0]]), r"labels must be integers of shape \(2,\) or floating point of shape \(2, 5\) for single_label"),
+    (None, torch.tensor([0.0, 1.0]), "got torch.float32"), (None, torch.tensor([True, False]), "got torch.bool"),
+    (None, torch.zeros(2, 4), r"\(2, 4\)"), (None, torch.tensor([0, 1, 2]), r"\(3,\)"),
+    ("multi_label_classification", torch.tensor([3, 0]), r"floating point of shape \(2, 5\) for multi_label_class.*, got torch.int64"),
+    ("multi_label_classification", torch.ones(2, 5, dtype=torch.long), "got torch.int64"), ("regression", torch.zeros(2), "regression"),
+    ("regression", torch.zeros(2, 5, dtype=torch.complex64), "got torch.complex64"),
+])
+def test_labels_of_another_kind_are_refused(problem, labels, message):
+    with pytest.raises(ValueError, match=message):
+        build(problem_type=problem)(images(), labels=labels)
+
+
+def test_losses_that_are_not_finite_are_not_hidden():
+    model = build()
+    assert model(images(), labels=torch.full((2, 5), torch.nan)).loss.isnan()
+    assert model(images(), labels=torch.tensor([-100, -100])).loss.isnan()
+    assert_close(model(images(), labels=torch.tensor([2, -100])).loss, model(images()[:1], labels=torch.tensor([2])).loss)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_shapes_of_what_is_asked_for(score):
     model = build(attention_score=score, attention_radius=None, attention_top_k=None)
@@ -411,6 +456,11 @@ def test_a_fixed_sigma_stays_fixed_when_loaded(tmp_path):
         ({"sigma": math.nan}, "sigma must be"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
         ({"dropout": -0.5}, r"dropout must be in \[0, 1\)"),
+        ({"learn_sigma": "no"}, "learn_sigma must be True or False"),
+        ({"initializer_range": 0}, "initializer_range must be a number > 0"),
+        ({"hidden_size": -16}, "hidden_size must be an integer ≥ 1"),
+        ({"attention_random_seed": 2**64}, "attention_random_seed must be below"),
+        ({"attention_random_seed": -1}, "attention_random_seed must be an integer ≥ 0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -422,3 +472,5 @@ def test_bad_settings_are_named(changes, message):
 def test_wrong_images_are_refused(shape):
     with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 3, 8, 8\), got"):
         build()(torch.zeros(shape))
+    with pytest.raises(ValueError, match="pixel_values must be floating point, got torch.uint8"):
+        build()(torch.zeros(shape, dtype=torch.uint8))
