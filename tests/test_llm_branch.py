@@ -593,6 +593,88 @@ def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
         load_language_model(tmp_path)
 
 
+# NaN and derivatives
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    "What `native_branch_step` has returned so far."
+    seen, step = [], llm_branch.native_branch_step
+    monkeypatch.setattr(llm_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "wide llama", "qwen3"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_nan_in_padding_or_in_a_later_token_does_not_reach_the_branch(family, cached):
+    "What the first layer's branch gives; the base model's own softmax lets a NaN in padding through."
+    model, ids, pad = small(family), tokens(15) % 60, 60
+    mask = torch.ones_like(ids)
+    mask[0, :4], ids[0, :4], ids[1, 9] = 0, pad, pad
+    positions, outputs = (mask.cumsum(1) - 1).clamp(min=0), []
+    gate = branches(model)[0].token_gate
+    gate.register_forward_pre_hook(lambda gate, args: outputs.append(args[1]))
+
+    @torch.no_grad()
+    def krause():
+        outputs.clear()
+        cache = DynamicCache() if cached else None
+        for new in ((slice(0, 7), *(slice(t, t + 1) for t in range(7, 15))) if cached else (slice(0, 15),)):
+            model(ids[:, new], attention_mask=mask[:, :new.stop], position_ids=positions[:, new], cache=cache, use_cache=cached)
+        return torch.cat(outputs, 1)
+
+    expected = krause()
+    model.get_input_embeddings().weight.data[pad] = float("nan")
+    got = krause()
+    for row, real in ((0, slice(4, 15)), (1, slice(0, 9)), (1, slice(15, 15))):
+        assert_close(got[row, real], expected[row, real], rtol=0, atol=1e-5)
+    assert got[1, 9].isnan().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "wide llama"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_forward_derivatives_go_through_a_branch(steps, family, cached):
+    "In float32, where operators of our own are used otherwise, as in float64."
+    ids, tangents = tokens(9), []
+    for dtype in (torch.float32, torch.float64):
+        model = small(family).to(dtype)
+        model.set_attn_implementation("eager")
+        embedded = model.get_input_embeddings()(ids).detach()
+        direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            dual, cache = torch.autograd.forward_ad.make_dual(embedded, direction), DynamicCache() if cached else None
+            for part in (dual[:, :8], dual[:, 8:]) if cached else (dual,):
+                logits = model(inputs_embeds=part, cache=cache, use_cache=cached).logits
+            tangents.append(torch.autograd.forward_ad.unpack_dual(logits).tangent[:, -1].double())
+    assert_close(*tangents, rtol=1e-3, atol=1e-4)
+    assert tangents[1].abs().max() > 0.01 and not any(out is not None for out in steps)
+
+
+def test_a_model_with_a_branch_compiles_and_is_exported():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SMALL, "num_hidden_layers": 1})
+    model = add_krause_branch(LlamaForCausalLM(config).eval(), window=7, top_k=3)  # a window that nothing else has used
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    options = {"input_ids": tokens(12), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), options, strict=False).module()(**options).logits
+        expected = model(**options).logits
+        assert type(expected) is torch.Tensor
+        assert_close(exported, expected, rtol=0, atol=1e-5)
+        assert_close(torch.compile(model, backend="eager", fullgraph=True)(**options).logits, expected, rtol=0, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_a_model_with_a_branch_on_the_meta_device_has_shapes():
+    with torch.device("meta"):
+        model = add_krause_branch(LlamaForCausalLM(LlamaConfig(**SMALL)), **BRANCH)
+        first = model(torch.zeros(2, 9, dtype=torch.long), use_cache=True)
+        with torch.no_grad():
+            assert model(torch.zeros(2, 1, dtype=torch.long), cache=first.cache).logits.shape == (2, 1, 61)
+
+
 # Which base model
 
 
@@ -1040,14 +1122,6 @@ def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path, subfolder="inner")
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    "What `native_branch_step` has returned so far."
-    seen, step = [], llm_branch.native_branch_step
-    monkeypatch.setattr(llm_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
-    return seen
 
 
 @pytest.mark.parametrize(("family", "count"), [("wide llama", 6), ("wide qwen2", 6), ("wide mistral", 6), ("llama", 0), ("qwen3", 0)])
