@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -650,8 +649,7 @@ def test_forward_derivatives_go_through_a_branch(steps, family, cached):
     assert tangents[1].abs().max() > 0.01 and not any(out is not None for out in steps)
 
 
-def test_a_model_with_a_branch_compiles_and_is_exported():
-    torch.compiler.reset()
+def test_a_model_with_a_branch_is_exported_and_leaves_nothing_behind():
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMALL, "num_hidden_layers": 1})
     model = add_krause_branch(LlamaForCausalLM(config).eval(), window=7, top_k=3)  # a window that nothing else has used
@@ -663,8 +661,6 @@ def test_a_model_with_a_branch_compiles_and_is_exported():
         expected = model(**options).logits
         assert type(expected) is torch.Tensor
         assert_close(exported, expected, rtol=0, atol=1e-5)
-        assert_close(torch.compile(model, backend="eager", fullgraph=True)(**options).logits, expected, rtol=0, atol=1e-5)
-    torch.compiler.reset()
 
 
 def test_a_model_with_a_branch_on_the_meta_device_has_shapes():
@@ -880,16 +876,30 @@ def test_the_adapter_that_goes_on_training_is_the_active_one(tmp_path):
         assert bool(trains) is trainable and all(".b." in name for name in trains)
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "."])
-def test_names_that_no_folder_can_have_are_refused(tmp_path, name):
-    model = SimpleNamespace(peft_config={name: None}, active_adapters=[name])
-    with pytest.raises(ValueError, match="which is to be the name of a folder"):
-        save_adapter(model, tmp_path / "adapter")
+def test_names_that_no_folder_can_have_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="an adapter named 'a/b', which is to be the name of a folder"):
+        save_adapter(several(["a/b"]), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
     save_adapter(several(["default"]), tmp_path / "adapter")
     file = tmp_path / "adapter" / "krause_branch.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": [name]}))
-    with pytest.raises(ValueError, match="krause_branch.json is damaged"):
-        add_adapter(small(branch=False), tmp_path / "adapter")
+    saved = json.loads(file.read_text())
+    for names in (["a/b"], [".."], ["."], [3], "default", []):
+        file.write_text(json.dumps(saved | {"adapters": names}))
+        with pytest.raises(ValueError, match="krause_branch.json is damaged"):
+            add_adapter(small(branch=False), tmp_path / "adapter")
+
+
+def test_models_of_another_kind_are_named(tmp_path):
+    save_adapter(several(["default"]), tmp_path)
+    for call, error, message in (
+        (lambda: add_krause_branch(torch.nn.Linear(2, 2)), TypeError, "model must be a language model of transformers, got Linear"),
+        (lambda: save_adapter(small(), tmp_path / "new"), TypeError, "model must be wrapped by peft.*got LlamaForCausalLM"),
+        (lambda: add_adapter(several(["default"]), tmp_path), ValueError, "model has an adapter already"),
+        (lambda: add_adapter(small(), tmp_path), ValueError, "model has a Krause branch already"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_that_leaves_out_the_gate_is_not_saved(tmp_path):
