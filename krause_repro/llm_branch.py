@@ -10,8 +10,8 @@ __all__ = ['PLAIN_LAYERS', 'GOING_BACK', 'PAGED', 'REFUSED', 'SAVED_TYPE', 'READ
            'attention_layers', 'branches', 'branch_config', 'attach_branch', 'add_krause_branch',
            'remove_krause_branch', 'weight_samples', 'base_facts', 'BranchLoraConfig', 'with_facts', 'lora_config',
            'parameter_counts', 'recorded_branches', 'check_base', 'mark_adapter', 'save_adapter', 'read_branch_file',
-           'find_adapters', 'missing_tensors', 'check_adapter_tensors', 'add_adapter', 'load_tokenizer',
-           'load_language_model', 'load_with_branch']
+           'find_adapters', 'check_adapter_files', 'missing_tensors', 'check_adapter_tensors', 'add_adapter',
+           'load_tokenizer', 'load_language_model', 'load_with_branch']
 
 # %% ../nbs/13_llm_branch.ipynb #5aef9302
 import copy
@@ -633,6 +633,8 @@ def add_krause_branch(
     settings = BranchSettings(window, top_k, sigma, gate_start, freeze_sigma, random_biases, ignore_cache)
     if isinstance(model, PeftModel):
         raise ValueError("model must not be wrapped by peft: add the Krause branch to the base model first")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a language model of transformers, got {type(model).__name__}")
     if branches(model):
         raise ValueError("model has a Krause branch already; remove_krause_branch(model) takes it away")
     decoder = model.get_decoder()
@@ -820,6 +822,8 @@ def save_adapter(
 
     Raises `ValueError`, and changes nothing, for a name that no folder can have and for an adapter that leaves out the branch's gate.
     """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model must be wrapped by peft, get_peft_model(model, lora_config(model)), got {type(model).__name__}")
     folder, active = Path(folder), list(model.active_adapters)
     names = sorted(model.peft_config, key=lambda name: name not in active)
     if wrong := [name for name in names if not _is_plain_name(name)]:
@@ -928,6 +932,13 @@ def find_adapters(
     return places
 
 
+def check_adapter_files(
+    adapter: str | Path,  # must be a folder written by `save_adapter`
+) -> None:
+    "Raise `FileNotFoundError` or `ValueError` if the files of an adapter are not there, pickled or of another kind."
+    find_adapters(Path(adapter), read_branch_file(Path(adapter)))
+
+
 def missing_tensors(
     adapter: Path,  # the folder of one adapter
     settings: dict | None,  # of its branch
@@ -1002,6 +1013,8 @@ def add_adapter(
     Raises `ValueError` if it is damaged or of another base model, `FileNotFoundError` if it is not whole; the model is then as before.
     """
     adapter = Path(adapter)
+    if isinstance(model, PeftModel):
+        raise ValueError("model has an adapter already; add_adapter takes the base model, without one")
     if branches(model):
         raise ValueError("model has a Krause branch already; an adapter brings its own: remove_krause_branch(model) first")
     saved = read_branch_file(adapter)

@@ -215,6 +215,8 @@ class RingCache(Cache):
         self,
         config: PreTrainedConfig,  # of the model, with `krause_window` (see `transformers_attention.configure_krause`)
     ):
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be a model's configuration, model.config, got {type(config).__name__}")
         config = config.get_text_config(decoder=True)
         window = check_integer("config.krause_window", getattr(config, "krause_window", None), 1)
         super().__init__(layers=[RingLayer(window) for _ in range(config.num_hidden_layers)])

@@ -83,6 +83,8 @@ def configure_krause(
 
     Models made from it, or already using it, attend by `krause` unless they are told otherwise by an explicit `attn_implementation`.
     """
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(f"config must be a model's configuration, such as LlamaConfig(...), got {type(config).__name__}")
     settings = _checked(sigma, window, top_k)
     decoder = config.get_text_config(decoder=True)
     for name, value in settings._asdict().items():

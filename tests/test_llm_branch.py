@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -593,6 +592,85 @@ def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
         load_language_model(tmp_path)
 
 
+# NaN and derivatives
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    "What `native_branch_step` has returned so far."
+    seen, step = [], llm_branch.native_branch_step
+    monkeypatch.setattr(llm_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "wide llama", "qwen3"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_nan_in_padding_or_in_a_later_token_does_not_reach_the_branch(family, cached):
+    "What the first layer's branch gives; the base model's own softmax lets a NaN in padding through."
+    model, ids, pad = small(family), tokens(15) % 60, 60
+    mask = torch.ones_like(ids)
+    mask[0, :4], ids[0, :4], ids[1, 9] = 0, pad, pad
+    positions, outputs = (mask.cumsum(1) - 1).clamp(min=0), []
+    gate = branches(model)[0].token_gate
+    gate.register_forward_pre_hook(lambda gate, args: outputs.append(args[1]))
+
+    @torch.no_grad()
+    def krause():
+        outputs.clear()
+        cache = DynamicCache() if cached else None
+        for new in ((slice(0, 7), *(slice(t, t + 1) for t in range(7, 15))) if cached else (slice(0, 15),)):
+            model(ids[:, new], attention_mask=mask[:, :new.stop], position_ids=positions[:, new], cache=cache, use_cache=cached)
+        return torch.cat(outputs, 1)
+
+    expected = krause()
+    model.get_input_embeddings().weight.data[pad] = float("nan")
+    got = krause()
+    for row, real in ((0, slice(4, 15)), (1, slice(0, 9)), (1, slice(15, 15))):
+        assert_close(got[row, real], expected[row, real], rtol=0, atol=1e-5)
+    assert got[1, 9].isnan().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "wide llama"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_forward_derivatives_go_through_a_branch(steps, family, cached):
+    "In float32, where operators of our own are used otherwise, as in float64."
+    ids, tangents = tokens(9), []
+    for dtype in (torch.float32, torch.float64):
+        model = small(family).to(dtype)
+        model.set_attn_implementation("eager")
+        embedded = model.get_input_embeddings()(ids).detach()
+        direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            dual, cache = torch.autograd.forward_ad.make_dual(embedded, direction), DynamicCache() if cached else None
+            for part in (dual[:, :8], dual[:, 8:]) if cached else (dual,):
+                logits = model(inputs_embeds=part, cache=cache, use_cache=cached).logits
+            tangents.append(torch.autograd.forward_ad.unpack_dual(logits).tangent[:, -1].double())
+    assert_close(*tangents, rtol=1e-3, atol=1e-4)
+    assert tangents[1].abs().max() > 0.01 and not any(out is not None for out in steps)
+
+
+def test_a_model_with_a_branch_is_exported_and_leaves_nothing_behind():
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SMALL, "num_hidden_layers": 1})
+    model = add_krause_branch(LlamaForCausalLM(config).eval(), window=7, top_k=3)  # a window that nothing else has used
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    options = {"input_ids": tokens(12), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), options, strict=False).module()(**options).logits
+        expected = model(**options).logits
+        assert type(expected) is torch.Tensor
+        assert_close(exported, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_with_a_branch_on_the_meta_device_has_shapes():
+    with torch.device("meta"):
+        model = add_krause_branch(LlamaForCausalLM(LlamaConfig(**SMALL)), **BRANCH)
+        first = model(torch.zeros(2, 9, dtype=torch.long), use_cache=True)
+        with torch.no_grad():
+            assert model(torch.zeros(2, 1, dtype=torch.long), cache=first.cache).logits.shape == (2, 1, 61)
+
+
 # Which base model
 
 
@@ -798,16 +876,30 @@ def test_the_adapter_that_goes_on_training_is_the_active_one(tmp_path):
         assert bool(trains) is trainable and all(".b." in name for name in trains)
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "."])
-def test_names_that_no_folder_can_have_are_refused(tmp_path, name):
-    model = SimpleNamespace(peft_config={name: None}, active_adapters=[name])
-    with pytest.raises(ValueError, match="which is to be the name of a folder"):
-        save_adapter(model, tmp_path / "adapter")
+def test_names_that_no_folder_can_have_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="an adapter named 'a/b', which is to be the name of a folder"):
+        save_adapter(several(["a/b"]), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
     save_adapter(several(["default"]), tmp_path / "adapter")
     file = tmp_path / "adapter" / "krause_branch.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": [name]}))
-    with pytest.raises(ValueError, match="krause_branch.json is damaged"):
-        add_adapter(small(branch=False), tmp_path / "adapter")
+    saved = json.loads(file.read_text())
+    for names in (["a/b"], [".."], ["."], [3], "default", []):
+        file.write_text(json.dumps(saved | {"adapters": names}))
+        with pytest.raises(ValueError, match="krause_branch.json is damaged"):
+            add_adapter(small(branch=False), tmp_path / "adapter")
+
+
+def test_models_of_another_kind_are_named(tmp_path):
+    save_adapter(several(["default"]), tmp_path)
+    for call, error, message in (
+        (lambda: add_krause_branch(torch.nn.Linear(2, 2)), TypeError, "model must be a language model of transformers, got Linear"),
+        (lambda: save_adapter(small(), tmp_path / "new"), TypeError, "model must be wrapped by peft.*got LlamaForCausalLM"),
+        (lambda: add_adapter(several(["default"]), tmp_path), ValueError, "model has an adapter already"),
+        (lambda: add_adapter(small(), tmp_path), ValueError, "model has a Krause branch already"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_that_leaves_out_the_gate_is_not_saved(tmp_path):
@@ -1040,14 +1132,6 @@ def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path, subfolder="inner")
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    "What `native_branch_step` has returned so far."
-    seen, step = [], llm_branch.native_branch_step
-    monkeypatch.setattr(llm_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
-    return seen
 
 
 @pytest.mark.parametrize(("family", "count"), [("wide llama", 6), ("wide qwen2", 6), ("wide mistral", 6), ("llama", 0), ("qwen3", 0)])

@@ -229,6 +229,33 @@ def test_sequences_of_the_batch_are_chosen(change, chosen, seen):
                 assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dim", [8, 16])  # the second is for an operator
+def test_what_a_ring_no_longer_holds_has_no_effect(dim):
+    "NaN in a token that has left the window, or was taken back, or was of an earlier text."
+    keys, values = states(length=20, dim=dim)
+    query, layer = states(heads=4, length=20, dim=dim, seed=1)[0], RingLayer(6)
+    spoilt = [x.clone() for x in (keys, values)]
+
+    def attended(new, k, v):
+        return layer.attend(query[:, :, new], k[:, :, new], v[:, :, new], 3, 2.0)
+
+    with torch.no_grad():
+        expected = attend(query, keys, values, CausalWindow(6), 3, sigma=2.0)
+        for x in spoilt:
+            x[:, :, :3] = torch.nan
+        for new in pieces([4, *[1] * 16]):
+            got = attended(new, *spoilt)
+            assert new.stop <= 8 or torch.equal(got.isnan().any(-1), torch.zeros_like(got[..., 0], dtype=torch.bool))
+            assert new.start < 8 or torch.allclose(got, expected[:, :, new], atol=1e-5)
+        for forget in (layer.reset, lambda: layer.crop(-3)):
+            forget()
+            for new in pieces([2] if layer.get_seq_length() == 0 else [1, 2]):
+                attended(new, *spoilt)
+            layer.crop(-layer.get_seq_length())
+            for new in pieces([2, 1, 1]):
+                assert torch.allclose(attended(new, keys, values), expected[:, :, new], atol=1e-5)
+
+
 def test_a_ring_can_be_reset_and_used_for_another_batch():
     cache = RingCache(GPT2Config(n_layer=2, krause_window=4))
     for batch in (2, 3):

@@ -271,6 +271,76 @@ def test_a_ring_of_another_model_is_refused(models):
         model(tokens, cache=RingCache(configure_krause(small, SIGMA, WINDOW)))
 
 
+# --- NaN ---
+
+PAD = VOCABULARY - 1
+
+
+def with_nan(model):
+    "The model, whose embedding of `PAD` was never trained."
+    model = copy.deepcopy(model)
+    model.get_input_embeddings().weight.data[PAD] = math.nan
+    return model
+
+
+@torch.no_grad()
+def by_cache(model, kind, tokens, mask=None):
+    "Logits, but of `PAD`, of a prompt of 9, then token by token; or of all tokens at once."
+    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp_min(0)
+    if kind == "none":
+        return model(tokens, use_cache=False, attention_mask=mask, position_ids=positions).logits[..., :PAD]
+    cache, outputs = CACHES[kind](model.config), []
+    for new in (slice(0, 9), *(slice(t, t + 1) for t in range(9, tokens.shape[1]))):
+        seen = {} if mask is None else {"attention_mask": mask[:, :new.stop], "position_ids": positions[:, new]}
+        outputs.append(model(tokens[:, new], cache=cache, **seen).logits[..., :PAD])
+    return torch.cat(outputs, 1)
+
+
+@each_model
+@pytest.mark.parametrize("kind", ["none", *CACHES])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nan_in_padding_reaches_no_real_token(models, name, kind, side):
+    tokens, mask = text(20) % PAD, torch.ones(2, 20, dtype=torch.long)
+    mask[0, :11 if side == "left" else None] = 0 if side == "left" else 1
+    mask[1, 13:] = 1 if side == "left" else 0
+    tokens[mask == 0] = PAD
+    expected = by_cache(models[name], "none", tokens, mask)
+    assert_close(by_cache(with_nan(models[name]), kind, tokens, mask)[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+@each_model
+@pytest.mark.parametrize("kind", ["none", *CACHES])
+def test_nan_reaches_no_earlier_token_and_leaves_with_the_window(models, name, kind):
+    tokens = text(30) % PAD
+    tokens[0, 10] = PAD
+    expected, got = by_cache(models[name], "none", tokens), by_cache(with_nan(models[name]), kind, tokens)
+    assert_close(got[0, :10], expected[0, :10], **CLOSE)
+    assert_close(got[1], expected[1], **CLOSE)
+    reached = range(10, 10 + 2 * (WINDOW - 1) + 1)  # by two layers
+    assert got[0].isnan().all(-1).nonzero().flatten().tolist()[0] == 10
+    assert set(got[0].isnan().any(-1).nonzero().flatten().tolist()) <= set(reached)
+
+
+@pytest.mark.parametrize("kind", ["none", "dynamic", "ring"])
+def test_forward_derivatives_are_those_of_the_dense_model(models, kind):
+    model, tokens = models["llama"], text(12)
+    embedded = model.get_input_embeddings()(tokens).detach()
+    direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0))
+    dense = copy.deepcopy(model)
+    dense.set_attn_implementation("explicit")
+
+    def logits(embeddings, model=model, kind=kind):
+        if kind == "none":
+            return model(inputs_embeds=embeddings, use_cache=False).logits
+        cache = CACHES[kind](model.config)
+        return torch.cat([model(inputs_embeds=part, cache=cache).logits for part in (embeddings[:, :11], embeddings[:, 11:])], 1)
+
+    expected = torch.func.jvp(lambda x: logits(x, dense, "none"), (embedded,), (direction,))[1]
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(embedded, direction)
+        assert_close(torch.autograd.forward_ad.unpack_dual(logits(dual)).tangent, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- generate ---
 
 def continued(model, prompt, new=5 * WINDOW, **options):
@@ -493,8 +563,9 @@ def test_wrong_settings_are_named(name, value, message):
 def test_a_misspelt_setting_is_told_with_the_nearest(wrong, right):
     with pytest.raises(TypeError, match=f"configure_krause takes no '{wrong}'; the nearest name is '{right}'"):
         configure_krause(tiny_config("llama"), **{"sigma": SIGMA, "window": WINDOW, wrong: 3})
-    with pytest.raises(TypeError, match="got multiple values|missing"):
-        configure_krause(tiny_config("llama"))
+    for call in (lambda: configure_krause({}, SIGMA, WINDOW), lambda: RingCache({"krause_window": 3})):
+        with pytest.raises(TypeError, match="config must be a model's configuration, .*got dict"):
+            call()
 
 
 def test_settings_of_numpy_are_saved(tmp_path):
@@ -591,17 +662,15 @@ PADDED = {"attention_mask": MASK, "position_ids": (MASK.cumsum(-1) - 1).clamp_mi
 def test_a_compiled_model_needs_no_mask(one_layer):
     model, tokens = one_layer, text(14)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for options in ({}, PADDED):
-        model.zero_grad()
-        got = compiled(input_ids=tokens, labels=tokens, use_cache=False, **options)
-        got.loss.backward()
-        gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
-        model.zero_grad()
-        expected = model(tokens, labels=tokens, use_cache=False, **options)
-        assert_close(got.logits, expected.logits, **CLOSE)
-        expected.loss.backward()
-        for key, parameter in model.named_parameters():
-            assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
+    got = compiled(input_ids=tokens, labels=tokens, use_cache=False)
+    got.loss.backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = model(tokens, labels=tokens, use_cache=False)
+    assert_close(got.logits, expected.logits, **CLOSE)
+    expected.loss.backward()
+    for key, parameter in model.named_parameters():
+        assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
     packed = torch.tensor([[*range(9), *range(5)]]).expand(2, -1)
     with pytest.raises(RuntimeError, match="no packed sequences|cannot keep packed sequences apart"):
         compiled(input_ids=tokens, labels=tokens, position_ids=packed, use_cache=False)
