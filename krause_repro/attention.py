@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'METRICS', 'DTYPES', 'IMPLEMENTATIONS', 'single_precision', 'no_autocast', 'half_square_norm',
-           'transforms_active', 'readable', 'known_finite', 'without_bad', 'common_centre', 'pairwise_energy',
-           'check_integer', 'check_fraction', 'check_positive', 'constant_cache', 'Neighborhood', 'Full', 'band_mask',
-           'CausalWindow', 'GridWindow', 'select', 'support_softmax', 'score_temperature', 'match_heads',
-           'allowed_keys', 'weights_and_support', 'attention_weights', 'check_attention_arguments', 'sum_of_support',
-           'weighted_sum', 'attend', 'choose_implementation', 'krause_attention', 'krause_attention_weights',
-           'attention_stages', 'mechanism_example', 'merge_heads', 'KrauseAttention']
+           'transforms_active', 'tracing', 'readable', 'known_finite', 'without_bad', 'common_centre',
+           'pairwise_energy', 'check_integer', 'check_fraction', 'check_positive', 'constant_cache', 'Neighborhood',
+           'Full', 'band_mask', 'CausalWindow', 'GridWindow', 'select', 'support_softmax', 'score_temperature',
+           'match_heads', 'allowed_keys', 'weights_and_support', 'attention_weights', 'check_attention_arguments',
+           'sum_of_support', 'weighted_sum', 'attend', 'choose_implementation', 'krause_attention',
+           'krause_attention_weights', 'attention_stages', 'mechanism_example', 'merge_heads', 'KrauseAttention']
 
 # %% ../nbs/01_attention.ipynb #2c3fbc5a
 import math
@@ -55,12 +55,18 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def tracing() -> bool:
+    "Is the program being recorded (by `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace`), rather than run?"
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return recorded or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def readable(
     x: Tensor,
 ) -> bool:
     "May Python look at the numbers of `x`? On a CPU only, for it would have to wait for another device, and not where there are none yet."
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return not traced and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+    plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+    return plain and not (tracing() or torch._C._are_functorch_transforms_active())
 
 
 def known_finite(
@@ -79,29 +85,27 @@ def without_bad(
 
 # %% ../nbs/01_attention.ipynb #41d0c9aa
 def _real_key(key, real, first):
-    "The last key (B, H, 1, D) up to place `first` that is real (B, Tk) and finite, or else the first after it; zero if there is none."
-    usable, place = real.unsqueeze(1) & half_square_norm(key).isfinite(), torch.arange(key.shape[-2], device=key.device)
+    "The last key (B, H, 1, D) up to place `first` that is real, by `real` (B, Tk), or else the first after it; any if there is none."
+    place = torch.arange(key.shape[-2], device=key.device)
     preference = torch.where(place <= first, place + len(place), len(place) - place)
-    best = (usable * preference).argmax(-1)[..., None, None]
-    return key.take_along_dim(best, -2).masked_fill(~usable.any(-1)[..., None, None], 0)
+    return key.gather(-2, (real * preference).argmax(-1)[:, None, None, None].expand_as(key[..., :1, :]))
 
 
 @torch.no_grad()
 def common_centre(
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens
-    key: Tensor,  # (B, H, Tk, D)
+    key: Tensor,  # (B, H, Tk, D), zeros where there is padding
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> Tensor:  # (B, H, 1, D), finite
     "A point near queries and keys, found without looking at any token after the first query, padding aside."
     first = max(key.shape[-2] - query.shape[-2], 0)
-    query, own = query[..., :1, :], key[..., first:first + 1, :]
-    asked, found = (half_square_norm(x).isfinite().unsqueeze(-1) for x in (query, own))
+    own, asked = key[..., first:first + 1, :], query[..., :1, :]
     if key_mask is not None:
-        found = found & key_mask[:, None, first:first + 1, None]
-    other = query.where(asked, 0) if key_mask is None else _real_key(key, key_mask, first)
-    one = own.where(found, other)
-    two = query.where(asked & found, one)
-    return one.minimum(two).clamp_min(0) + one.maximum(two).clamp_max(0)  # of one, two and zero, the one in the middle
+        real = key_mask[:, None, first:first + 1, None]
+        own = own.where(real, _real_key(key, key_mask, first))
+        asked = asked.where(real, own)
+    middle = own.fmin(asked).clamp_min(0) + own.fmax(asked).clamp_max(0)  # of the two and zero; what is NaN is left aside
+    return middle.where(middle.abs() < torch.finfo(middle.dtype).max ** 0.25, 0)
 
 # %% ../nbs/01_attention.ipynb #92887a7d
 SCORES = ("krause", "softmax", "softmax_key_norm")
@@ -167,6 +171,11 @@ def check_positive(
     return value if type(value) in (int, float) else float(value)
 
 # %% ../nbs/01_attention.ipynb #c9d4a613
+def _with_index(x):
+    "A device with its index, for the current one is another thing to every thread; what else there is, as it is."
+    return torch.empty(0, device=x).device if isinstance(x, torch.device) and x.index is None and x.type not in ("cpu", "meta") else x
+
+
 def constant_cache(
     build: Callable[..., object],  # makes a tensor or a tuple of tensors from numbers, strings and devices
 ) -> Callable[..., object]:  # of positional arguments; what it returns is shared, do not write into it
@@ -180,7 +189,7 @@ def constant_cache(
     @torch.compiler.assume_constant_result
     @wraps(build)
     def constant(*arguments):
-        made, mode = remembered(*arguments), active_fake_mode()
+        made, mode = remembered(*(_with_index(x) for x in arguments)), active_fake_mode()
         return made if mode is None or mode.allow_non_fake_inputs else tree_map(mode.from_tensor, made)
 
     return constant
@@ -337,7 +346,7 @@ def support_softmax(
         return logits.softmax(-1), None
     if not empty_rows:
         return logits.masked_fill(~survivors, -torch.inf).softmax(-1), survivors
-    empty = ~survivors.any(-1, keepdim=True)
+    empty = ~allowed.any(-1, keepdim=True)  # a row of NaN has no survivors either, and stays NaN
     return logits.masked_fill(~(survivors | empty), -torch.inf).softmax(-1).masked_fill(empty, 0), survivors
 
 # %% ../nbs/01_attention.ipynb #38a49757
@@ -420,7 +429,7 @@ def _all_positive(sigma):
     "Is a tensor of bandwidths > 0? Yes, if it has no numbers yet."
     while torch._C._functorch.is_functorch_wrapped_tensor(sigma):
         sigma = torch._C._functorch.get_unwrapped(sigma)
-    return type(sigma) not in (Tensor, nn.Parameter) or sigma.is_meta or bool((sigma.detach() > 0).all())
+    return type(sigma) not in (Tensor, nn.Parameter) or sigma.is_meta or tracing() or bool((sigma.detach() > 0).all())
 
 
 def _check_sigma(sigma, heads):
@@ -456,7 +465,8 @@ def _check_tensors(query, key, value, neighborhood, key_mask):
             )
     shapes = f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if 0 in query.shape[1:] or 0 in key.shape[1:] or query.shape[::3] != key.shape[::3] or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"query (B, H, Tq, D), key (B, Hk, Tk, D) and value (B, Hk, Tk, Dv) must agree and have no zeros, B aside, {shapes}")
+        names = "query (B, H, Tq, D), key (B, Hk, Tk, D) and value (B, Hk, Tk, Dv)"
+        raise ValueError(f"{names} must agree and have no zeros, B aside, {shapes}")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"the heads of key and value must divide the {query.shape[1]} heads of query, {shapes}")
     if query.shape[2] != key.shape[2] and not (isinstance(neighborhood, CausalWindow) and query.shape[2] < key.shape[2]):
@@ -516,16 +526,16 @@ def weighted_sum(
     support: Callable[[], Tensor] | None = None,  # makes a bool, broadcastable to `weights`: who has a weight; None if all have one
 ) -> Tensor:  # (B, H, Tq, Dv), of the value's dtype
     "The outputs $z_i$: each token's average of the values it attends to. What has no weight, or whose weight is dropped, does not count."
-    value, kept = match_heads(value, weights.shape[1]), None
-    if dropout:
-        kept = F.dropout(torch.ones_like(weights), dropout)
-        weights = weights * kept
-    if support is None and kept is None:
-        return weights.to(value.dtype) @ value
+    kept = F.dropout(torch.ones_like(weights), dropout) if dropout else None
+    weights = weights if kept is None else weights * kept
 
     def reached(x):
+        if support is None and kept is None:
+            return x.sum(-2, keepdim=True)
         shares = kept if support is None else support() if kept is None else support() * kept
         return shares.to(x.dtype) @ x
+
+    value = match_heads(value, weights.shape[1])
 
     return sum_of_support(lambda x: weights.to(x.dtype) @ x, reached, value)
 
@@ -550,20 +560,17 @@ def attend(
 IMPLEMENTATIONS = ("auto", "reference", "banded", "gathered", "sdpa", "flex")
 
 
-def _no_tangents():
-    "Why a fused kernel cannot do what is asked; None if it can."
-    return 'has no forward-mode derivatives; use implementation="reference"' if forward_ad._current_level >= 0 else None
-
-
 def _refusal(implementation, neighborhood, top_k, key_mask, device):
     "Why an implementation cannot do what is asked; None if it can."
     reasons = {
         "reference": None,
         "banded": None if isinstance(neighborhood, CausalWindow) else "needs a CausalWindow",
         "gathered": None if isinstance(neighborhood, GridWindow) and key_mask is None else "needs a GridWindow and no key_mask",
-        "sdpa": "cannot select; top_k must be None" if top_k is not None else _no_tangents(),
-        "flex": _no_tangents() if torch.device(device).type == "cuda" else "has no backward pass on CPU; it needs CUDA tensors",
+        "sdpa": None if top_k is None else "cannot select; top_k must be None",
+        "flex": None if torch.device(device).type == "cuda" else "has no backward pass on CPU; it needs CUDA tensors",
     }
+    if implementation == "flex" and transforms_active():
+        return 'knows no transforms of torch.func and no forward-mode derivatives; use implementation="reference"'
     return reasons[implementation]
 
 
@@ -578,7 +585,7 @@ def choose_implementation(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     if implementation == "auto":
-        order = ("banded", "gathered", *(() if transforms_active() else ("sdpa",)), "reference")
+        order = ("banded", "gathered", "sdpa", "reference")
         implementation = next(name for name in order if not _refusal(name, neighborhood, top_k, key_mask, device))
     elif reason := _refusal(implementation, neighborhood, top_k, key_mask, device):
         raise ValueError(f"implementation {implementation!r} {reason}, got {neighborhood!r}, top_k={top_k!r}, device {device}")

@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['band_tiles', 'in_blocks', 'recompute', 'tiles_attention', 'banded_tiles', 'banded_attention', 'candidate_table',
            'spoil', 'relative_energy', 'centred', 'gathered_weights', 'gathered_rows', 'gathered_attention', 'augment',
-           'sdpa_attention', 'row_thresholds', 'flex_terms', 'flex_attention']
+           'graph_gradients', 'fused_attention', 'sdpa_attention', 'row_thresholds', 'flex_terms', 'flex_attention']
 
 # %% ../nbs/02_fast_attention.ipynb #7bd59334
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .attention import CausalWindow, GridWindow, Neighborhood
 from .attention import allowed_keys, band_mask, common_centre, constant_cache, half_square_norm, match_heads, no_autocast
-from .attention import score_temperature, single_precision, sum_of_support, support_softmax, transforms_active
+from .attention import score_temperature, single_precision, sum_of_support, support_softmax, tracing, transforms_active
 from .attention import weighted_sum, weights_and_support, without_bad
 
 # %% ../nbs/02_fast_attention.ipynb #2f94b6d1
@@ -53,14 +55,14 @@ def in_blocks(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if queries <= window:
         return attend(query, key, value, key_mask)
-    before, after = window - 1 - keys + queries, -queries % window  # places to fill
+    before, after, blocks = window - 1 - keys + queries, -queries % window, -(-queries // window)  # places to fill
     real = key.new_ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask
     key_mask = F.pad(real, (before, after)).unfold(1, 2 * window - 1, window).flatten(0, 1)
-    query = F.pad(query, (0, 0, 0, after)).unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+    query = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
     key, value = (F.pad(x, (0, 0, before, after)).unfold(2, 2 * window - 1, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
                   for x in (key, value))
     output = attend(query, key, value, key_mask)  # (B·blocks, H, W, Dv)
-    return output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :queries]
+    return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :queries]
 
 # %% ../nbs/02_fast_attention.ipynb #78107a91
 def recompute(
@@ -288,6 +290,62 @@ def _alone(allowed, queries, keys, causal):
         return allowed.sum(-1) == 1
     return torch.arange(queries) == 0 if causal else torch.ones(queries, dtype=torch.bool) if keys == 1 else None
 
+# %% ../nbs/02_fast_attention.ipynb #1e6c4f90
+def graph_gradients(
+    function: Callable[..., Tensor],  # of the tensors
+    tensors: tuple[Tensor, ...],
+    needed: tuple[bool, ...],  # which of their gradients
+    grad: Tensor,  # of the function's result
+) -> list[Tensor | None]:  # one for each tensor
+    "Gradients of a function that can be differentiated again."
+    leaves = [x.view_as(x) for x in tensors]
+    asked = [n for n, wanted in enumerate(needed) if wanted]
+    found = torch.autograd.grad(function(*leaves), [leaves[n] for n in asked], grad, create_graph=True, allow_unused=True)
+    found = dict(zip(asked, found, strict=True))
+    return [found.get(n) for n in range(len(tensors))]
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    "A fused kernel's output; a gradient that is to be differentiated goes around the kernel."
+
+    @staticmethod
+    def forward(ctx, output, query, key, value, allowed, causal, dropout, scale):
+        ctx.save_for_backward(query, key, value, allowed)
+        ctx.options = {"dropout_p": dropout, "is_causal": causal, "scale": scale}
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not torch.is_grad_enabled():
+            return grad, *[None] * 7
+        if ctx.options["dropout_p"]:
+            raise RuntimeError('a fused kernel has no second derivatives with dropout; use implementation="reference"')
+        *tensors, allowed = ctx.saved_tensors
+
+        def plain(query, key, value):
+            with sdpa_kernel(SDPBackend.MATH):
+                return F.scaled_dot_product_attention(query, key, value, allowed, **ctx.options).to(grad.dtype)
+
+        return None, *graph_gradients(plain, tensors, ctx.needs_input_grad[1:4], grad), *[None] * 4
+
+
+def fused_attention(
+    query: Tensor,  # (B, H, Tq, D)
+    key: Tensor,  # (B, H, Tk, D)
+    value: Tensor,  # (B, H, Tk, Dv)
+    allowed: Tensor | None,  # bool, broadcastable to (B, H, Tq, Tk)
+    causal: bool,  # a mask that the kernel makes itself
+    dropout: float,
+    scale: float | None,  # of the products; None: D^(−1/2)
+) -> Tensor:  # (B, H, Tq, Dv)
+    "`F.scaled_dot_product_attention`, with all derivatives of all kinds where it is not compiled."
+    tensors = query, key, value
+    with sdpa_kernel(SDPBackend.MATH) if transforms_active() else nullcontext():
+        output = F.scaled_dot_product_attention(*tensors, allowed, dropout, is_causal=causal, scale=scale)
+    if tracing() or transforms_active() or not output.requires_grad:
+        return output
+    return _TwiceDifferentiable.apply(output, *tensors, allowed, causal, dropout, scale)
+
 # %% ../nbs/02_fast_attention.ipynb #e757c874
 def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dropout):
     "Fused attention of queries (B, H, Tq, D) that are the last of the keys (B, Hk, Tk, D); `allowed` is None, or a mask without padding."
@@ -310,14 +368,13 @@ def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dro
 
     def product(value):
         if bad is None:
-            return F.scaled_dot_product_attention(query, key, value, allowed, dropout, is_causal=causal)
+            return fused_attention(query, key, value, allowed, causal, dropout, scale)
         long_value = F.pad(single_precision(value), (0, max(0, query.shape[-1] - value.shape[-1])))
         with no_autocast(query.device):  # the norms stand in the vectors: half precision would round them
-            output = F.scaled_dot_product_attention(query, key, long_value, allowed, dropout, is_causal=causal, scale=scale)
+            output = fused_attention(query, key, long_value, allowed, causal, dropout, scale)
         return output[..., :value.shape[-1]].to(value.dtype)
 
-    everyone = not causal and (allowed is None or allowed.shape[-2] == 1)  # rows do not differ in whom they consider
-    output = product(value) if everyone else sum_of_support(product, lambda x: _considers(allowed, x, causal), value)
+    output = sum_of_support(product, lambda x: _considers(allowed, x, causal), value)
     if bad is not None:
         output = output.masked_fill(bad.unsqueeze(-1), torch.nan)
     return output if key_mask is None else output.masked_fill(~allowed.any(-1, keepdim=True), 0)
@@ -438,7 +495,8 @@ def flex_attention(
     def product(value, temperature=temperature):
         score_mod, mask_mod = flex_terms(query, key, neighborhood, top_k, score, temperature)
         mask = create_block_mask(mask_mod, None, None, query.shape[2], key.shape[2], device=query.device)
-        return fused(query, key, value, score_mod=score_mod, block_mask=mask, scale=1.0)
+        with no_autocast(query.device):  # seen from their centre, queries and keys of half precision are no longer exact in it
+            return fused(query, key, value, score_mod=score_mod, block_mask=mask, scale=1.0)
 
     if not torch.compiler.is_compiling() and value.isfinite().all():
         return product(value).to(dtype)

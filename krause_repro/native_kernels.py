@@ -1597,14 +1597,10 @@ def _in_pytorch(name, query, key, value, tau, *rest):
 
 def _differentiable_gradients(name, grad, tensors, numbers, needed):
     "Gradients of query, key, value and tau that have a graph of their own."
+    from krause_repro.fast_attention import graph_gradients
     if numbers[-2]:
         raise RuntimeError('the C++ kernels have no second derivatives with dropout; use implementation="reference"')
-    leaves = [x.view_as(x) for x in tensors[:4]]
-    output = _in_pytorch(name, *leaves, *tensors[4:], *numbers)
-    asked = [n for n in range(4) if needed[n]]
-    gradients = torch.autograd.grad(output, [leaves[n] for n in asked], grad, create_graph=True, allow_unused=True)
-    found = dict(zip(asked, gradients, strict=True))
-    return [found.get(n) for n in range(4)]
+    return graph_gradients(lambda *leaves: _in_pytorch(name, *leaves, *tensors[4:], *numbers), tensors[:4], needed[:4], grad)
 
 
 def _register():
