@@ -85,29 +85,27 @@ def without_bad(
 
 # %% ../nbs/01_attention.ipynb #41d0c9aa
 def _real_key(key, real, first):
-    "The last key (B, H, 1, D) up to place `first` that is real (B, Tk) and finite, or else the first after it; zero if there is none."
-    usable, place = real.unsqueeze(1) & half_square_norm(key).isfinite(), torch.arange(key.shape[-2], device=key.device)
+    "The last key (B, H, 1, D) up to place `first` that is real, by `real` (B, Tk), or else the first after it; any if there is none."
+    place = torch.arange(key.shape[-2], device=key.device)
     preference = torch.where(place <= first, place + len(place), len(place) - place)
-    best = (usable * preference).argmax(-1)[..., None, None]
-    return key.take_along_dim(best, -2).masked_fill(~usable.any(-1)[..., None, None], 0)
+    return key.gather(-2, (real * preference).argmax(-1)[:, None, None, None].expand_as(key[..., :1, :]))
 
 
 @torch.no_grad()
 def common_centre(
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens
-    key: Tensor,  # (B, H, Tk, D)
+    key: Tensor,  # (B, H, Tk, D), zeros where there is padding
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> Tensor:  # (B, H, 1, D), finite
     "A point near queries and keys, found without looking at any token after the first query, padding aside."
     first = max(key.shape[-2] - query.shape[-2], 0)
-    query, own = query[..., :1, :], key[..., first:first + 1, :]
-    asked, found = (x.square().sum(-1, keepdim=True).isfinite() for x in (query, own))
+    own, asked = key[..., first:first + 1, :], query[..., :1, :]
     if key_mask is not None:
-        found = found & key_mask[:, None, first:first + 1, None]
-    other = query.where(asked, 0) if key_mask is None else _real_key(key, key_mask, first)
-    one = own.where(found, other)
-    two = query.where(asked & found, one)
-    return one.minimum(two).clamp_min(0) + one.maximum(two).clamp_max(0)  # of one, two and zero, the one in the middle
+        real = key_mask[:, None, first:first + 1, None]
+        own = own.where(real, _real_key(key, key_mask, first))
+        asked = asked.where(real, own)
+    middle = own.fmin(asked).clamp_min(0) + own.fmax(asked).clamp_max(0)  # of the two and zero; what is NaN is left aside
+    return middle.where(middle.abs() < torch.finfo(middle.dtype).max ** 0.25, 0)
 
 # %% ../nbs/01_attention.ipynb #92887a7d
 SCORES = ("krause", "softmax", "softmax_key_norm")
@@ -173,6 +171,11 @@ def check_positive(
     return value if type(value) in (int, float) else float(value)
 
 # %% ../nbs/01_attention.ipynb #c9d4a613
+def _with_index(x):
+    "A device with its index, for the current one is another thing to every thread; what else there is, as it is."
+    return torch.empty(0, device=x).device if isinstance(x, torch.device) and x.index is None and x.type not in ("cpu", "meta") else x
+
+
 def constant_cache(
     build: Callable[..., object],  # makes a tensor or a tuple of tensors from numbers, strings and devices
 ) -> Callable[..., object]:  # of positional arguments; what it returns is shared, do not write into it
@@ -186,7 +189,7 @@ def constant_cache(
     @torch.compiler.assume_constant_result
     @wraps(build)
     def constant(*arguments):
-        made, mode = remembered(*arguments), active_fake_mode()
+        made, mode = remembered(*(_with_index(x) for x in arguments)), active_fake_mode()
         return made if mode is None or mode.allow_non_fake_inputs else tree_map(mode.from_tensor, made)
 
     return constant

@@ -55,14 +55,14 @@ def in_blocks(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if queries <= window:
         return attend(query, key, value, key_mask)
-    before, after = window - 1 - keys + queries, -queries % window  # places to fill
+    before, after, blocks = window - 1 - keys + queries, -queries % window, -(-queries // window)  # places to fill
     real = key.new_ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask
     key_mask = F.pad(real, (before, after)).unfold(1, 2 * window - 1, window).flatten(0, 1)
-    query = F.pad(query, (0, 0, 0, after)).unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+    query = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
     key, value = (F.pad(x, (0, 0, before, after)).unfold(2, 2 * window - 1, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
                   for x in (key, value))
     output = attend(query, key, value, key_mask)  # (B·blocks, H, W, Dv)
-    return output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :queries]
+    return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :queries]
 
 # %% ../nbs/02_fast_attention.ipynb #78107a91
 def recompute(
@@ -324,7 +324,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
         def plain(query, key, value):
             with sdpa_kernel(SDPBackend.MATH):
-                return F.scaled_dot_product_attention(query, key, value, allowed, **ctx.options)
+                return F.scaled_dot_product_attention(query, key, value, allowed, **ctx.options).to(grad.dtype)
 
         return None, *graph_gradients(plain, tensors, ctx.needs_input_grad[1:4], grad), *[None] * 4
 

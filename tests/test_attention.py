@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from krause_repro.attention import (
@@ -22,6 +24,9 @@ from krause_repro.attention import (
     attend,
     attention_stages,
     attention_weights,
+    check_fraction,
+    check_integer,
+    check_positive,
     choose_implementation,
     half_square_norm,
     krause_attention,
@@ -38,6 +43,7 @@ from krause_repro.fast_attention import (
     gathered_weights,
     sdpa_attention,
 )
+from krause_repro.native_kernels import candidate_lists
 
 IMPLEMENTATIONS = {"reference": attend, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention}
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -539,6 +545,235 @@ def test_mechanism_example_is_plain_and_repeatable():
     assert example == mechanism_example(top_k=3) != mechanism_example(top_k=3, seed=1)
     assert sum(example["window"]) == 9 and sum(example["selected"]) == 3
     assert example["window"][12] and math.isclose(sum(example["weights"]), 1, abs_tol=1e-3)
+
+
+# Derivatives of other kinds
+
+
+def forward_derivative(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def second_derivative(function, x):
+    x = x.clone().requires_grad_()
+    slope, = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(slope.square().sum(), x)[0]
+
+
+DERIVATIVES = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1], "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x), "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])), "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "forward": forward_derivative, "second": second_derivative,
+    "vectorised": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize(
+    ("neighborhood", "top_k"), [(CausalWindow(3), None), (CausalWindow(3), 2), (GridWindow(2, 2, 1), 3), (Full(), None), (Full(), 3)]
+)
+def test_every_kind_of_derivative_is_that_of_the_reference(neighborhood, top_k, derivative):
+    query, key, value = tensors(0, (1, 2, 5, 3), dtype=torch.float32)
+    sigma = torch.tensor([0.9, 1.4])
+    for position, x in ((0, query), (3, sigma)):
+        found = []
+        for implementation in ("auto", "reference"):
+            def attention(x, position=position, implementation=implementation):
+                given = [query, key, value, sigma]
+                given[position] = x
+                return krause_attention(*given, neighborhood, top_k, implementation=implementation)
+
+            found.append(DERIVATIVES[derivative](attention, x))
+        assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        assert found[1].any()
+
+
+def test_forward_derivatives_have_the_right_size():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 8, 16)
+    for window, norm in ((CausalWindow(4), 9.467436), (GridWindow(2, 4, 1, cls_token=False), 14.681105)):
+        tangent = DERIVATIVES["jvp"](lambda q, window=window: krause_attention(q, key, value, 1.0, window, 3), query)
+        assert math.isclose(tangent.norm(), norm, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("neighborhood", [CausalWindow(4), GridWindow(2, 3, 1), Full()])
+def test_the_module_has_forward_derivatives(neighborhood, score):
+    torch.manual_seed(0)
+    module, hidden = KrauseAttention(8, 2, neighborhood, score=score), torch.randn(1, 7, 8)
+    backward = torch.autograd.functional.jacobian(lambda x: module(x)[0].sum(), hidden)
+    assert_close(torch.func.jacfwd(lambda x: module(x)[0].sum())(hidden), backward, rtol=1e-4, atol=1e-5)
+    parameters = {name: x.detach() for name, x in module.named_parameters()}
+    many = {name: torch.stack([x, x]) for name, x in parameters.items()}
+    output = torch.func.vmap(lambda p: torch.func.functional_call(module, p, (hidden,))[0])(many)
+    assert_close(output[1], module(hidden)[0], rtol=1e-4, atol=1e-5)
+
+
+# Constants, whoever asks for them first
+
+
+def in_fake_tensors(module, hidden):
+    with FakeTensorMode():
+        assert all(isinstance(table, FakeTensor) for table in constants_of(module.neighborhood))
+
+
+def on_meta(module, hidden):
+    with torch.device("meta"):
+        assert copy.deepcopy(module).to("meta")(hidden.to("meta"))[0].is_meta
+        assert not any(table.is_meta for table in constants_of(module.neighborhood))
+
+
+def while_predicting(module, hidden):
+    with torch.inference_mode():
+        module(hidden)
+
+
+FIRST = {
+    "export": lambda module, hidden: torch.export.export(module.eval(), (hidden,)), "fake": in_fake_tensors, "meta": on_meta,
+    "inference": while_predicting, "grad": lambda module, hidden: torch.func.grad(lambda x: module(x)[0].sum())(hidden),
+    "vmap": lambda module, hidden: torch.func.vmap(lambda x: module(x)[0])(hidden.unsqueeze(0)),
+    "compile": lambda module, hidden: torch.compile(module, backend="eager", fullgraph=True)(hidden),
+}
+
+
+def constants_of(neighborhood):
+    "All that is remembered of a grid."
+    length = neighborhood.length
+    return [neighborhood.mask(length), *candidate_table(neighborhood, torch.device("cpu")), *candidate_lists(neighborhood)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("first", FIRST)
+def test_constants_are_plain_tensors_whoever_asks_first(first, dtype):
+    torch._dynamo.reset()
+    grid = GridWindow(2, 3, 1, random_seed=10 * list(FIRST).index(first) + dtype.itemsize)  # of no other test
+    torch.manual_seed(0)
+    module, hidden = KrauseAttention(8, 2, grid, 3).to(dtype), torch.randn(2, 7, 8, dtype=dtype)
+    FIRST[first](module, hidden)
+    again = KrauseAttention(8, 2, grid, 3).to(dtype)
+    again.load_state_dict(module.state_dict())
+    output = again(hidden)[0]
+    expected = again(hidden, output_weights=True)[0]
+    assert type(output) is torch.Tensor
+    assert_close(output, expected, rtol=0, atol=1e-5)
+    output.sum().backward()
+    assert all(parameter.grad.any() for parameter in (again.q_proj.weight, again.v_proj.weight, again.log_sigma))
+    for table in constants_of(grid):
+        assert type(table) is torch.Tensor and not table.is_inference() and table.device.type == "cpu"
+    assert torch.equal(constants_of(grid)[0], grid.build(7))
+
+
+# Devices, compilers
+
+PROGRAMS = pytest.mark.parametrize(
+    ("neighborhood", "top_k", "dtype"),
+    [(CausalWindow(3), 2, torch.float32), (CausalWindow(3), None, torch.float64), (GridWindow(2, 3, 1), 3, torch.float32),
+     (GridWindow(2, 3, 1), 3, torch.float64), (Full(), None, torch.float32), (Full(), 3, torch.float32)],
+)
+
+
+@PROGRAMS
+def test_on_the_meta_device_there_are_shapes(neighborhood, top_k, dtype):
+    module = KrauseAttention(8, 2, neighborhood, top_k).to("meta", dtype)
+    hidden = torch.empty(3, 7, 8, device="meta", dtype=dtype)
+    output = module(hidden)[0]
+    assert output.is_meta and output.shape == hidden.shape and output.dtype == dtype
+    heads = hidden.unflatten(-1, (2, 4)).transpose(1, 2)
+    for sigma in (1.0, module.sigma):
+        output = krause_attention(heads, heads, heads[..., :3], sigma, neighborhood, top_k)
+        assert output.is_meta and output.shape == (3, 2, 7, 3)
+
+
+@PROGRAMS
+def test_programs_take_any_batch(neighborhood, top_k, dtype):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module, hidden = KrauseAttention(8, 2, neighborhood, top_k).to(dtype), torch.randn(5, 7, 8, dtype=dtype)
+    exported = torch.export.export(module, (hidden[:3],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)).module()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    expected = module(hidden)[0]
+    for program in (exported, compiled):
+        assert_close(program(hidden)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_dropout_can_be_compiled():
+    torch._dynamo.reset()
+    module, hidden = KrauseAttention(8, 2, CausalWindow(3), 2, dropout=0.5), torch.randn(2, 7, 8)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert not torch.equal(compiled(hidden)[0], compiled(hidden)[0])
+
+
+# Numbers and tensors of other types
+
+
+def test_numpy_numbers_are_numbers():
+    query, key, value = tensors(0, (1, 2, 7, 4), dtype=torch.float32)
+    expected = krause_attention(query, key, value, 1.5, CausalWindow(3), 2)
+    for integer, real in ((np.int64, np.float32), (np.int32, np.float64), (np.uint8, np.float16)):
+        assert CausalWindow(integer(3)) == CausalWindow(3) and type(CausalWindow(integer(3)).size) is int
+        grid = GridWindow(integer(2), integer(3), integer(1), random_seed=integer(4), cls_token=np.True_)
+        assert grid == GridWindow(2, 3, 1, random_seed=4) and repr(grid) == repr(GridWindow(2, 3, 1, random_seed=4))
+        assert torch.equal(krause_attention(query, key, value, real(1.5), CausalWindow(integer(3)), integer(2)), expected)
+        for window, top_k in ((CausalWindow(3), integer(2)), (grid, integer(2)), (Full(), integer(2)), (Full(), None)):
+            krause_attention(query, key, value, real(1.5), window, top_k, dropout=real(0.25))
+        module = KrauseAttention(integer(8), integer(2), Full(), integer(3), sigma=real(1.5), dropout=real(0.25))
+        assert type(module.top_k) is int and type(module.initial_sigma) is type(module.dropout) is float
+    assert type(check_integer("n", np.int64(3), 1)) is int and type(check_positive("x", np.float32(2))) is float
+    assert type(check_fraction("x", np.float32(0.5))) is float
+
+
+@pytest.mark.parametrize("change", [
+    {"top_k": np.True_}, {"top_k": np.float64(2)}, {"top_k": np.int64(0)}, {"top_k": torch.tensor(2)}, {"sigma": np.float32("nan")},
+    {"sigma": np.True_}, {"sigma": np.array([1.0, 1.0])}, {"sigma": torch.tensor([1, 2])}, {"sigma": 1j}, {"dropout": np.float32("nan")},
+    {"dropout": np.float64(1)},
+])
+def test_what_is_no_number_is_named(change):
+    with pytest.raises(ValueError, match=f"^{next(iter(change))} must be"):
+        krause_attention(**BASE | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.bool])
+@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(2), GridWindow(2, 2, 1)])
+def test_the_type_of_a_tensor_is_named(neighborhood, dtype):
+    tensor = torch.zeros(1, 2, 5, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=f"query must be a floating tensor.*got {dtype}"):
+        krause_attention(tensor, tensor, tensor, 1.0, neighborhood)
+    with pytest.raises(ValueError, match=f"query must be a floating tensor.*got {dtype}"):
+        krause_attention_weights(tensor, tensor, 1.0, neighborhood)
+    with pytest.raises(ValueError, match=f"hidden must be a floating tensor.*got {dtype}"):
+        KrauseAttention(8, 2, neighborhood)(torch.zeros(1, 5, 8, dtype=dtype))
+
+
+def test_what_is_no_tensor_is_named():
+    array = np.zeros((1, 2, 5, 3), dtype=np.float32)
+    for name in ("query", "key", "value", "key_mask"):
+        with pytest.raises(TypeError, match=f"{name} must be a .*tensor.*got ndarray"):
+            krause_attention(**BASE | {name: array})
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), CausalWindow(70), GridWindow(2, 2, 1)])
+def test_an_empty_batch_is_a_result(neighborhood, dtype, top_k):
+    query = torch.zeros(0, 4, 5, 8, dtype=dtype, requires_grad=True)
+    key, value = torch.zeros(0, 2, 5, 8, dtype=dtype), torch.zeros(0, 2, 5, 3, dtype=dtype)
+    for key_mask in (None, torch.zeros(0, 5, dtype=torch.bool)):
+        output = krause_attention(query, key, value, torch.ones(4), neighborhood, top_k, key_mask=key_mask)
+        assert output.shape == (0, 4, 5, 3) and output.dtype == dtype
+        assert torch.autograd.grad(output.sum(), query)[0].shape == query.shape
+    assert krause_attention_weights(query, key, 1.0, neighborhood, top_k).shape == (0, 4, 5, 5)
+    module = KrauseAttention(8, 2, neighborhood, top_k).to(dtype)
+    for output_weights in (False, True):
+        assert module(torch.zeros(0, 5, 8, dtype=dtype), output_weights=output_weights)[0].shape == (0, 5, 8)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 0, 8), (1, 5, 7), (1, 2, 5, 8)])
+def test_the_module_names_the_shape_it_takes(shape):
+    with pytest.raises(ValueError, match=r"hidden must be of shape \(B, T ≥ 1, 8\)"):
+        KrauseAttention(8, 2, Full())(torch.zeros(shape))
+
 
 
 # Refusals

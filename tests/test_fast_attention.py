@@ -15,21 +15,25 @@ Memory that an operator leaves uninitialised is NaN in these tests (`uninitialis
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from krause_repro import native_kernels
 from krause_repro.attention import (
     METRICS,
     SCORES,
@@ -63,6 +67,7 @@ from krause_repro.native_kernels import (
     few_rows,
     gate_applies,
     kernels_available,
+    library_is_whole,
     library_path,
     native_band,
     native_branch_step,
@@ -421,6 +426,10 @@ each_way = pytest.mark.parametrize(("name", "neighborhood", "top_k"), EACH_WAY)
 fast_ways = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if way.values[0] != "reference"])
 AS_FLEX = [pytest.param("flex", neighborhood, top_k) for neighborhood in (CausalWindow(5), Full()) for top_k in (None, 3)]
 with_flex = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [*EACH_WAY, *AS_FLEX])
+with_key_mask = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [
+    way for way in EACH_WAY if way.values[0] not in ("gathered_rows", "native_lists")
+])
+each_way_that_drops = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if way.values[0] != "sdpa"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -444,15 +453,12 @@ def test_gradients_in_half_precision_lose_no_more_than_twice_the_dense_ones(name
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize(
-    ("name", "neighborhood"),
-    [("banded_tiles", CausalWindow(4)), ("gathered_rows", GridWindow(2, 3, 1)), ("gathered_rows", GridWindow(1, 7, 2, cls_token=False)),
-     ("sdpa", CausalWindow(4)), ("sdpa", GridWindow(2, 3, 1)), ("sdpa", Full())],
-)
+@pytest.mark.parametrize(("name", "neighborhood", "top_k"), [
+    *itertools.product(["banded_tiles"], [CausalWindow(4)], [None, 3]),
+    *itertools.product(["gathered_rows"], [GridWindow(2, 3, 1), GridWindow(1, 7, 2, cls_token=False)], [None, 3]),
+    *itertools.product(["sdpa"], [CausalWindow(4), GridWindow(2, 3, 1), Full()], [None]),
+])
 def test_gradcheck(name, neighborhood, top_k, score):
-    if name == "sdpa" and top_k:
-        return
     queries = 5 if isinstance(neighborhood, CausalWindow) else 7
     leaves = [normal(n, 1, heads, tokens, dim, dtype=torch.float64).requires_grad_()
               for n, (heads, tokens, dim) in enumerate(((2, queries, 2), (1, 7, 2), (1, 7, 3)))]
@@ -461,23 +467,32 @@ def test_gradcheck(name, neighborhood, top_k, score):
     def output(query, key, value, sigma):
         return WAYS[name](query, key, value, neighborhood, top_k, score=score, sigma=sigma)
 
-    assert torch.autograd.gradcheck(output, (*leaves, sigma))
+    assert torch.autograd.gradcheck(output, (*leaves, sigma), check_forward_ad=True)
 
 
+@pytest.mark.parametrize("score", ["krause", "softmax"])
 @fast_ways
-def test_second_derivatives_are_right_or_refused(name, neighborhood, top_k):
+def test_second_derivatives_are_those_of_the_reference(name, neighborhood, top_k, score):
     found = []
     for way in ("reference", name):
-        leaves = [x.requires_grad_() for x in three(0, (1, 2, 12, 4))]
-        output = attend_by(way, *leaves, neighborhood, top_k, sigma=1.5)
+        leaves = [x.requires_grad_() for x in (*three(0, (1, 2, 12, 4)), torch.tensor([1.5, 1.2]))]
+        output = attend_by(way, *leaves[:3], neighborhood, top_k, score=score, sigma=leaves[3] if score == "krause" else None)
+        leaves = leaves if score == "krause" else leaves[:3]
         slopes = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
-        try:
-            found.append(torch.autograd.grad(sum(slope.square().sum() for slope in slopes), leaves, allow_unused=True))
-        except (RuntimeError, NotImplementedError):
-            assert way != "reference"
-            return
-    assert None not in found[1], "the second derivatives are missing, and nothing said so"
+        found.append([*slopes, *torch.autograd.grad(sum(slope.square().sum() for slope in slopes), leaves)])
     assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "neighborhood"), [
+    pytest.param("native_band", CausalWindow(5), marks=needs_kernels), pytest.param("native_lists", GridWindow(3, 4, 1, cls_token=False),
+                                                                                    marks=needs_kernels), ("sdpa", Full()),
+])
+def test_second_derivatives_with_dropout_are_refused(name, neighborhood):
+    leaves = [x.requires_grad_() for x in three(0, (1, 2, 12, 16))]
+    output = attend_by(name, *leaves, neighborhood, sigma=1.5, dropout=0.5)
+    assert all(gradient.any() for gradient in torch.autograd.grad(output.sum(), leaves, retain_graph=True))
+    with pytest.raises(RuntimeError, match='no second derivatives with dropout; use implementation="reference"'):
+        torch.autograd.grad(output.sum(), leaves, create_graph=True)
 
 
 @fast_ways
@@ -549,25 +564,22 @@ def test_one_candidate_is_copied(name, neighborhood, top_k):
     assert_close(attend_by(name, *token, one, top_k, sigma=1.0), value[:, :, :1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "neighborhood"), [(way.values[0], way.values[1]) for way in [*EACH_WAY, *AS_FLEX] if way.values[2]])
-def test_k_of_one_is_the_nearest_and_k_of_all_is_no_choice(name, neighborhood):
-    if name.startswith("native") and not NATIVE:
-        pytest.skip("the C++ kernels could not be built")
+@pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in [*EACH_WAY, *AS_FLEX] if way.values[2]])
+def test_k_of_one_is_the_nearest_and_k_of_all_is_no_choice(name, neighborhood, top_k):
     query, key, value = three(0, (2, 2, 12, 5))
     distance = torch.cdist(query.double(), key.double()).masked_fill(~neighborhood.mask(12), torch.inf)
     nearest = value.gather(2, distance.argmin(-1, keepdim=True).expand(-1, -1, -1, 5))
     assert_close(attend_by(name, query, key, value, neighborhood, 1, sigma=1.0), nearest, rtol=0, atol=1e-6)
     every = attend_by(name, query, key, value, neighborhood, None, sigma=1.0)
-    for top_k in (12, 13, 10**6):
-        assert_close(attend_by(name, query, key, value, neighborhood, top_k, sigma=1.0), every, rtol=0, atol=1e-6)
+    for many in (12, 13, 10**6):
+        assert_close(attend_by(name, query, key, value, neighborhood, many, sigma=1.0), every, rtol=0, atol=1e-6)
 
 
-@each_way
+@pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if isinstance(way.values[1], CausalWindow)])
 def test_a_window_may_be_longer_than_the_sequence(name, neighborhood, top_k):
-    if isinstance(neighborhood, CausalWindow):
-        tensors = three(0, (1, 2, 12, 5))
-        whole = attend_by(name, *tensors, CausalWindow(12), top_k, sigma=1.0)
-        assert torch.equal(attend_by(name, *tensors, CausalWindow(10**9), top_k, sigma=1.0), whole)
+    tensors = three(0, (1, 2, 12, 5))
+    whole = attend_by(name, *tensors, CausalWindow(12), top_k, sigma=1.0)
+    assert torch.equal(attend_by(name, *tensors, CausalWindow(10**9), top_k, sigma=1.0), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -586,11 +598,12 @@ def test_sigma_tiny_and_huge(name, neighborhood, top_k, as_tensor, dtype):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@each_way
+@pytest.mark.parametrize(("name", "neighborhood", "top_k", "dtype"), [
+    pytest.param(*way.values, dtype, marks=way.marks)
+    for way in EACH_WAY for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if way.values[0] not in ("gathered_rows", "native_lists") and (way.values[0], dtype) != ("native_band", torch.float64)
+])
 def test_rows_without_candidates_are_zero(name, neighborhood, top_k, dtype):
-    if name.startswith("gathered") or name == "native_lists" or (name == "native_band" and dtype == torch.float64):
-        return
     key_mask = torch.ones(3, 12, dtype=torch.bool)
     key_mask[0], key_mask[1, :3], key_mask[2, 4:11] = False, False, False
     empty = ~(neighborhood.mask(12) & key_mask[:, None, :]).any(-1)
@@ -622,10 +635,8 @@ def test_a_bad_vector_spoils_the_rows_that_consider_it(name, neighborhood, top_k
 
 
 @BAD
-@each_way
+@with_key_mask
 def test_a_bad_key_that_is_padding_does_not_matter(name, neighborhood, top_k, bad):
-    if name in ("gathered_rows", "native_lists"):
-        return
     query, key, value = three(0, (2, 2, 12, 16))
     key_mask = torch.ones(2, 12, dtype=torch.bool)
     key_mask[1, 6] = False
@@ -636,7 +647,7 @@ def test_a_bad_key_that_is_padding_does_not_matter(name, neighborhood, top_k, ba
 
 @needs_kernels
 @pytest.mark.parametrize(("compute", "neighborhood"), [(native_band, CausalWindow(5)), (native_lists, GridWindow(1, 11, 3))])
-def test_a_common_offset_costs_the_native_operators_no_precision(compute, neighborhood):
+def test_a_common_offset_costs_the_native_operators_nothing_at_all(compute, neighborhood):
     query, key, value = three(0, (1, 2, 12, 16))
     far = [query + 100, key + 100]
     near = [x - 100 for x in far]  # exact: what was lost, was lost in adding
@@ -1042,6 +1053,213 @@ def test_compiled_is_eager():
     assert_close(found[1], found[0], rtol=0, atol=1e-6)
 
 
+# What is not finite, and where it may not go
+
+
+@BAD
+@pytest.mark.parametrize("sigma", [2.0, 0.02])
+@with_flex
+def test_a_bad_value_reaches_the_rows_that_keep_its_key(name, neighborhood, top_k, sigma, bad):
+    "Also with weights that are too small for a float."
+    query, key, value = three(0, (2, 2, 12, 16))
+    expected = attend_by(name, query, key, value, neighborhood, top_k, sigma=sigma)
+    kept = attention_weights(*precise((query, key)), neighborhood, top_k, sigma=1e3)[1, 0, :, 6] > 0
+    expected[1, 0, kept, 3] = value[1, 0, 6, 3] = bad
+    assert kept.any() and (isinstance(neighborhood, Full) and top_k is None or not kept.all())
+    assert_close(attend_by(name, query, key, value, neighborhood, top_k, sigma=sigma), expected, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@with_flex
+def test_opposite_infinities_are_not_a_number(name, neighborhood, top_k):
+    query, key, value = torch.zeros(1, 1, 12, 16), torch.zeros(1, 1, 12, 16), normal(0, 1, 1, 12, 16)
+    value[..., 5, 0], value[..., 6, 0] = math.inf, -math.inf
+    output = attend_by(name, query, key, value, neighborhood, top_k, sigma=1.0)[0, 0, :, 0]  # all keys tie: all are kept
+    first, second = neighborhood.mask(12)[:, 5], neighborhood.mask(12)[:, 6]
+    assert torch.equal(output.isnan(), first & second)
+    assert torch.equal(output == math.inf, first & ~second) and torch.equal(output == -math.inf, second & ~first)
+
+
+@each_way
+def test_no_gradient_passes_through_what_a_bad_value_spoils(name, neighborhood, top_k):
+    "What else there is has the gradients of a problem in which the value is zero and the rows that keep it do not count."
+    tensors, found = three(0, (2, 2, 12, 16)), []
+    tensors[2][1, 0, 6] = math.nan
+    kept = attention_weights(*precise(tensors[:2]), neighborhood, top_k, sigma=2.0)[1, 0, :, 6] > 0
+    counts = torch.ones(2, 2, 12, 1)
+    counts[1, 0, kept] = 0
+    for way, value in ((name, tensors[2]), ("reference", tensors[2].nan_to_num(0))):
+        leaves = [x.clone().requires_grad_() for x in (*tensors[:2], value, torch.tensor([2.0, 2.5]))]
+        output = attend_by(way, *leaves[:3], neighborhood, top_k, sigma=leaves[3])
+        loss = (output if way == name else output * counts).square().sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        gradients[2][1, 0, 6] = 0
+        found.append(gradients)
+    assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@with_key_mask
+def test_padding_that_was_never_written_does_not_matter(name, neighborhood, top_k, dtype):
+    key_mask = torch.ones(2, 12, dtype=torch.bool)
+    key_mask[0, :3], key_mask[1, 5:8] = False, False
+    query, key, value = three(0, (2, 2, 12, 16), dtype=dtype)
+    padded, found = ~key_mask[:, None, :, None].expand_as(key), []
+    for filler in (0.0, math.nan, math.inf):
+        leaves = [query.clone(), key.masked_fill(padded, filler), value.masked_fill(padded, filler)]
+        leaves = [x.requires_grad_() for x in (*leaves, torch.tensor([2.0, 2.5]))]
+        output = attend_by(name, *leaves[:3], neighborhood, top_k, sigma=leaves[3], key_mask=key_mask)
+        found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    assert not any(x[padded].any() for x in found[0][2:4])
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=0, atol=0 if dtype == torch.float32 else 1e-6)
+
+
+@each_way_that_drops
+def test_a_dropped_value_does_not_count(name, neighborhood, top_k):
+    "Where the implementation tells what it dropped."
+    tensors = three(0, (1, 2, 12, 16))
+    kept = dropped_weights(name, 3, tensors, neighborhood, top_k)[..., 6] > 0
+    tensors[2][:, :, 6] = math.nan
+    output = drop(name, 3, tensors, neighborhood, top_k)
+    assert torch.equal(output.isnan().any(-1), kept) and 0 < kept.sum() < kept.numel()
+
+
+@pytest.mark.parametrize("name", ["reference", *CAUSAL])
+@pytest.mark.parametrize("window", [1, 3, 70, 200])
+def test_a_future_of_nan_changes_nothing(name, window):
+    now, tensors = 75, three(0, (1, 2, 100, 16))
+    later = [x.clone() for x in tensors]
+    for x in later:
+        x[:, :, now + 1:] = math.nan
+    before, after = (attend_by(name, *x, CausalWindow(window), sigma=2.0)[:, :, :now + 1] for x in (tensors, later))
+    assert torch.equal(before, after)
+    for changed in (1, 2):  # keys and values; a query that is not finite has a row of its own
+        leaves = [(later if n == changed else tensors)[n].clone().requires_grad_() for n in range(3)]
+        output = attend_by(name, *leaves, CausalWindow(window), sigma=2.0)[:, :, :now + 1]
+        assert torch.autograd.grad(output.sum(), leaves[0])[0][:, :, :now + 1].isfinite().all()
+
+
+@pytest.mark.parametrize("far", [0, 10, 100])
+@with_flex
+def test_a_common_offset_costs_no_precision(name, neighborhood, top_k, far):
+    query, key, value = three(0, (1, 2, 12, 16))
+    tensors = [query + far, key + far, value]
+    exact = attend(*precise(tensors), neighborhood, top_k, sigma=1.0)
+    assert largest(attend_by(name, *tensors, neighborhood, top_k, sigma=1.0) - exact) < 5e-5
+    if name == "flex":
+        return
+    gradients = [gradients_of(lambda *x, way=way: attend_by(way, *x[:3], neighborhood, top_k, sigma=x[3]), given_, torch.tensor(1.0), value)
+                 for way, given_ in ((name, tensors), ("reference", precise(tensors)))]
+    for gradient, true in zip(*gradients, strict=True):
+        assert largest(gradient - true) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["reference", *CAUSAL])
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_offset_costs_no_precision_beside_padding_nan_and_outliers(name, padded):
+    "The point that distances are measured from is neither padding, nor NaN, nor the one key that is far away."
+    query, key, value = three(0, (1, 2, 90, 16))
+    query, key, key_mask = query + 100, key + 100, None
+    if padded:
+        key_mask = torch.arange(90).expand(1, -1) >= 5
+        query[:, :, :5], key[:, :, :5], value[:, :, :5] = math.nan, math.nan, math.nan
+    else:
+        key[:, :, 0, 0], query[:, :, 1], key[:, :, 70] = math.nan, math.inf, 1e4
+    output = attend_by(name, query, key, value, CausalWindow(20), sigma=1.0, key_mask=key_mask)
+    exact = attend(*precise((query, key, value)), CausalWindow(20), sigma=1.0, key_mask=key_mask)
+    rows = ~exact.isnan()
+    assert torch.equal(~output.isnan(), rows) and rows.any(-1).sum() > 130
+    assert largest((output - exact)[rows]) < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["reference", "banded_tiles", pytest.param("native_band", marks=needs_kernels), "gathered_rows",
+                                  pytest.param("native_lists", marks=needs_kernels), "sdpa"])
+def test_sigma_has_no_gradient_where_there_is_no_choice(name, dtype):
+    "One candidate weighs one, whatever sigma is."
+    tokens, grid = (1, 7), name in ("gathered_rows", "native_lists")
+    alone = [(GridWindow(1, n, 0, cls_token=False) if grid else CausalWindow(1), n, None) for n in tokens]
+    if not grid:
+        alone.append((CausalWindow(7), 7, torch.arange(7).expand(3, -1) == 2))
+    if name in ("reference", "sdpa"):
+        alone += [(Full(), 1, None), (Full(), 7, torch.arange(7).expand(3, -1) == 2), (GridWindow(1, 7, 0, cls_token=False), 7, None)]
+    for neighborhood, length, key_mask in alone:
+        sigma = torch.tensor([0.3, 0.4], requires_grad=True)
+        output = attend_by(name, *three(0, (3, 2, length, 64), dtype=dtype), neighborhood, sigma=sigma, key_mask=key_mask)
+        assert torch.autograd.grad(output.sum(), sigma)[0].tolist() == [0, 0]
+
+
+# The operators themselves refuse what they cannot do
+
+
+def raw_operators():
+    "A function of one tensor for each operator, and the tensor."
+    ops, (query, key, value), tau = torch.ops.krause_repro, three(0, (1, 2, 7, 32)), torch.ones(2)
+    weights = [normal(n, 64, 64) for n in range(4)]
+    ring = [normal(0, 1, 2, 32, 4).mT, normal(1, 1, 2, 4, 32)]
+    angles, token = normal(2, 1, 7, 32), normal(3, 1, 1, 64)
+    last = (query[:, :, :1], key[:, :, :1].contiguous(), value[:, :, :1].contiguous())
+    return {
+        "band": (lambda x: ops.band(x, key, value, tau, None, 3, 0, 0, 0.0, 0)[0], query),
+        "lists": (lambda x: ops.lists(x, key, value, tau, *candidate_lists(GridWindow(2, 3, 1)), 0, 0, 0.0, 0)[0], query),
+        "few_rows": (lambda x: ops.few_rows(x, normal(1, 8, 32), None), normal(0, 2, 32)),
+        "rotate": (lambda x: ops.rotate(x, x, angles, angles)[0], normal(0, 1, 7, 2, 32)),
+        "gate": (lambda x: ops.gate(x, x, normal(1, 2, 128), normal(2, 2)), token),
+        "ring_step": (lambda x: ops.ring_step(x, *last[1:], *ring, tau, 0, 2, 0), last[0]),
+        "branch_step": (lambda x: ops.branch_step(x, token, weights, [None] * 4, *[angles[:, :1]] * 2, *ring, tau, normal(1, 2, 128),
+                                                  normal(2, 2), 0, 2, 0), token),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["band", "lists", "few_rows", "rotate", "gate", "ring_step", "branch_step"])
+def test_an_operator_refuses_by_name_what_it_cannot_follow(name):
+    function, x = raw_operators()[name]
+    with torch.no_grad():
+        assert function(x).isfinite().all()
+    for what in (lambda: torch.func.jvp(function, (x,), (x,)), lambda: torch.func.vmap(function)(torch.stack([x, x])),
+                 lambda: torch.func.grad(lambda x: function(x).sum())(x)):
+        with pytest.raises(RuntimeError, match=f'krause_repro::{name} .*implementation="reference"'):
+            what()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f'krause_repro::{name} .*implementation="reference"'):
+        function(forward_ad.make_dual(x, x))
+    if name not in ("band", "lists"):
+        with pytest.raises(RuntimeError, match=f'krause_repro::{name} has no gradient.*implementation="reference"'):
+            function(x.clone().requires_grad_())
+
+
+@needs_kernels
+def test_functions_of_the_operators_refuse_too_or_do_without():
+    query, key, value = three(0, (1, 2, 7, 32))
+    for compute, neighborhood in ((native_band, CausalWindow(3)), (native_lists, GridWindow(2, 3, 1))):
+        with pytest.raises(RuntimeError, match='implementation="reference"'):
+            torch.func.jvp(lambda q, n=neighborhood, c=compute: c(q, key, value, n, sigma=1.0), (query,), (query,))
+    layer, x = StepLinear(32, 8), normal(0, 2, 32)
+    with torch.no_grad():  # which does not switch forward derivatives off
+        assert few_rows(x, layer.weight)
+        tangent = torch.func.jvp(layer, (x,), (x,))[1]
+        assert_close(tangent, F.linear(x, layer.weight))
+        assert_close(torch.func.vmap(layer)(x.unsqueeze(1)).squeeze(1), layer(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"key": torch.zeros(1, 2, 7, 24)}, "do not fit together"), ({"value": torch.zeros(1, 2, 6, 16)}, "do not fit together"),
+     ({"key": torch.zeros(1, 2, 4, 16), "value": torch.zeros(1, 2, 4, 16)}, "do not fit together"),
+     ({"query": torch.zeros(1, 3, 7, 16)}, "do not fit together"), ({"query": torch.zeros(2, 7, 16)}, "four dimensions"),
+     ({"key_mask": torch.ones(1, 6, dtype=torch.bool)}, "key_mask must be"), ({"key_mask": torch.ones(1, 7)}, "key_mask must be"),
+     ({"window": 0}, "window must be"), ({"top_k": -1}, "out of range"), ({"score": 3}, "out of range"),
+     ({"dropout": 1.0}, "out of range")],
+)
+def test_an_operator_reads_nothing_beside_its_tensors(change, message):
+    tensors = dict(zip(("query", "key", "value"), three(0, (1, 2, 7, 16)), strict=True))
+    call = {**tensors, "tau": torch.ones(2), "key_mask": None, "window": 3, "top_k": 0, "score": 0, "dropout": 0.0, "seed": 0, **change}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.krause_repro.band(**call)
+
+
+
 # Memory
 
 
@@ -1188,6 +1406,78 @@ def test_the_library_is_kept_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert library_path().is_relative_to(tmp_path / "cache") and library_path().name == here.name
+
+
+@pytest.fixture
+def own_library(tmp_path, monkeypatch):
+    "A copy of the library in a folder of the test's own, and a list that grows with every build; a build takes no time."
+    built, good = [], build_kernels()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = library_path()
+    shutil.copytree(good.parent, path.parent)
+
+    def compile_at_once(folder, name):
+        built.append(name)
+        return Path(shutil.copy(good, folder / f"{name}.so"))
+
+    monkeypatch.setattr(native_kernels, "_compile", compile_at_once)
+    return path, built
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:50_000]), "empty": lambda path: path.write_bytes(b""),
+    "altered": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "gone": lambda path: path.unlink(),
+    "without checksum": lambda path: path.with_suffix(".sha256").unlink(),
+    "with half a checksum": lambda path: path.with_suffix(".sha256").write_bytes(b"\xff1234"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_built_again(own_library, damage):
+    path, built = own_library
+    assert library_is_whole(path) and build_kernels() == path and not built
+    DAMAGE[damage](path)
+    assert not library_is_whole(path)
+    assert build_kernels() == path and library_is_whole(path) and len(built) == 1
+    assert build_kernels() == path and len(built) == 1
+    assert sorted(files_in(path.parents[1])) == sorted([path, path.with_suffix(".sha256")])
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", [None, "empty", "gone"])
+def test_two_processes_may_build_at_once(own_library, damage, monkeypatch):
+    path, built = own_library
+    if damage is None:
+        shutil.rmtree(path.parent)
+    else:
+        DAMAGE[damage](path)
+    compile_at_once = native_kernels._compile
+
+    def meanwhile(folder, name):
+        monkeypatch.setattr(native_kernels, "_compile", compile_at_once)
+        build_kernels()  # another process
+        return compile_at_once(folder, name)
+
+    monkeypatch.setattr(native_kernels, "_compile", meanwhile)
+    assert build_kernels() == path and library_is_whole(path) and len(built) == 2
+    assert sorted(files_in(path.parents[1])) == sorted([path, path.with_suffix(".sha256")])
+
+
+@needs_kernels
+def test_a_damaged_library_is_never_loaded(own_library, tmp_path):
+    path, _ = own_library
+    DAMAGE["truncated"](path)
+    message = check_fallback(run_script(SCRIPT, tmp_path / "found.pt", CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path)))
+    assert "no-such-compiler" in message and "\n" not in message
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "extensions"
+    message = check_fallback(run_script(SCRIPT, tmp_path / "found.pt", TORCH_EXTENSIONS_DIR=str(folder)))
+    assert str(folder) in message and "\n" not in message
+
 
 
 # Parts
