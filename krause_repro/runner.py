@@ -439,12 +439,14 @@ def copy_mathjax(
     folder: Path,  # the site's folder
 ) -> str | None:
     "Copy MathJax into the site once and return its address there; None where jupyter-server-mathjax is not installed."
+    from krause_repro.records import disk_errors
+
     package = importlib.util.find_spec("jupyter_server_mathjax")
     if package is None:
         return None
     if not (folder / "mathjax").is_dir():
         static = Path(package.submodule_search_locations[0]) / "static"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".mathjax.") as aside:
+        with disk_errors(folder / "mathjax"), tempfile.TemporaryDirectory(dir=folder, prefix=".mathjax.") as aside:
             shutil.copytree(static, Path(aside) / "mathjax", ignore=shutil.ignore_patterns("localization"))
             os.replace(Path(aside) / "mathjax", folder / "mathjax")
     return f"mathjax/{MATHJAX}"
