@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'PACKAGES', 'RESULT_PAGES', 'KINDS', 'FIELDS', 'FIELD_KINDS', 'TRAIN_CHOICES', 'project_root', 'machine',
-           'is_alive', 'disk_error', 'replacing', 'scratch_folder', 'write_json', 'read_text', 'read_json',
-           'remove_leftovers', 'InUse', 'lock_path', 'locked', 'check_unlocked', 'file_digest', 'write_digests',
-           'damage', 'check_writable', 'cache_folder', 'package_versions', 'git_state', 'environment', 'summarise',
-           'summarise_curves', 'pack_images', 'unpack_images', 'result_path', 'save_result', 'result_page',
+           'is_alive', 'disk_error', 'disk_errors', 'replacing', 'scratch_folder', 'write_json', 'read_text',
+           'read_json', 'remove_leftovers', 'InUse', 'lock_path', 'locked', 'check_unlocked', 'file_digest',
+           'write_digests', 'damage', 'check_writable', 'cache_folder', 'package_versions', 'git_state', 'environment',
+           'summarise', 'summarise_curves', 'pack_images', 'unpack_images', 'result_path', 'save_result', 'result_page',
            'result_command', 'Fields', 'check_fields', 'load_result', 'check_train', 'stale_recipes', 'obtain_result']
 
 # %% ../nbs/27_records.ipynb #c525ff7a
@@ -39,8 +39,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-
-from safetensors import SafetensorError
 
 # %% ../nbs/27_records.ipynb #4b18e05e
 def project_root() -> Path:
@@ -88,13 +86,29 @@ def disk_error(
     error: Exception,  # raised while a file was written
     path: str | Path,  # of the file
 ) -> Exception:
-    "An `OSError` that names the file, if the disk is the reason; else the error itself."
+    "An `OSError` that names the file, if the disk is the reason, whichever library found it out; else the error itself."
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of a library in Rust: safetensors, tokenizers
         number = int(found[1])
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|file write failed|unexpected pos", str(error)):
+    if isinstance(error, shutil.Error) and (found := re.search(r"\[Errno (\d+)\]", str(error))):  # a list of them
+        number = int(found[1])
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|file write failed|unexpected pos|iostream error", str(error)):
         number = errno.ENOSPC if shutil.disk_usage(Path(path).parent).free < 2**20 else errno.EIO
     return error if number is None else OSError(number, os.strerror(number), str(path))
+
+
+@contextmanager
+def disk_errors(
+    path: str | Path,  # that is written
+) -> Iterator[None]:
+    "Turn what the disk refuses into an `OSError` that names the path."
+    try:
+        yield
+    except Exception as error:
+        found = disk_error(error, path)
+        if found is error:
+            raise
+        raise found from error
 
 
 @contextmanager
@@ -112,10 +126,11 @@ def replacing(
         yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "filename", None) not in (None, name, str(path), str(path.parent)):
+    except Exception as error:
+        found = disk_error(error, path)
+        if found is error or getattr(error, "filename", None) not in (None, name, str(path), str(path.parent)):
             raise
-        raise disk_error(error, path) from error
+        raise found from error
     finally:
         if name is not None:
             Path(name).unlink(missing_ok=True)
@@ -127,11 +142,9 @@ def scratch_folder(
 ) -> Iterator[Path]:
     "A temporary folder inside of another, so that files can be renamed out of it; those of killed processes are removed."
     parent = Path(parent)
-    try:
+    with disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         work = tempfile.mkdtemp(prefix=f".scratch.{_owner(os.getpid())}.", dir=parent)
-    except OSError as error:
-        raise disk_error(error, parent) from error
     try:
         for each in _abandoned(parent, "scratch", ""):
             shutil.rmtree(each, ignore_errors=True)
@@ -288,7 +301,7 @@ DIGESTS = "digests.json"
 
 
 def file_digest(
-    path: str | Path,
+    path: str | Path,  # a file
 ) -> str:
     "The SHA-256 of a file."
     digest = hashlib.sha256()

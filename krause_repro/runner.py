@@ -407,14 +407,14 @@ def copy_mathjax(
     folder: Path,  # the site's folder
 ) -> str | None:
     "Copy MathJax into the site once and return its address there; None where jupyter-server-mathjax is not installed."
-    from krause_repro.records import scratch_folder
+    from krause_repro.records import disk_errors, scratch_folder
 
     package = importlib.util.find_spec("jupyter_server_mathjax")
     if package is None:
         return None
     if not (folder / "mathjax").is_dir():
         static = Path(package.submodule_search_locations[0]) / "static"
-        with scratch_folder(folder) as aside:
+        with disk_errors(folder / "mathjax"), scratch_folder(folder) as aside:
             shutil.copytree(static, aside / "mathjax", ignore=shutil.ignore_patterns("localization"))
             os.replace(aside / "mathjax", folder / "mathjax")
     return f"mathjax/{MATHJAX}"

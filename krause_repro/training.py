@@ -15,6 +15,7 @@ __all__ = ['TrainedRecipe', 'ADVICE', 'MODEL_FILES', 'TASKS', 'Run', 'remedy', '
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -47,7 +48,7 @@ from krause_repro.llm_branch import (
     save_adapter)
 from .recipes import SEED, FineTuningRecipe, ImageClassificationRecipe, ImageGenerationRecipe, Recipe, plain
 from .records import (
-    DIGESTS, InUse, check_unlocked, check_writable, damage, disk_error, environment, locked, project_root, read_json, remove_leftovers,
+    DIGESTS, InUse, check_unlocked, check_writable, damage, disk_errors, environment, locked, project_root, read_json, remove_leftovers,
     replacing, scratch_folder, write_digests, write_json)
 from .sampling import check_images
 
@@ -320,10 +321,8 @@ class RecipeTrainer(Trainer):
         parameters = [] if self.is_fsdp_enabled else self.model.named_parameters()
         if wrong := next((name for name, parameter in parameters if not parameter.isfinite().all()), None):
             raise TrainingDiverged(f"training diverged at step {self.state.global_step}: {wrong} holds what is no number")
-        try:
+        with disk_errors(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise disk_error(error, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}") from error
 
 # %% ../nbs/22_training.ipynb #68259cbb
 def cpu_has_bf16() -> bool:
@@ -747,10 +746,8 @@ def save_model(
 ) -> None:
     "Write `config.json` and `model.safetensors`, each whole or not at all."
     with scratch_folder(path) as aside:
-        try:
+        with disk_errors(path / "model.safetensors"):
             model.save_pretrained(aside, state_dict=weights)
-        except SafetensorError as error:
-            raise disk_error(error, path / "model.safetensors") from error
         for name in MODEL_FILES:
             os.replace(aside / name, path / name)
 
@@ -766,15 +763,13 @@ def _left_out(splits: Splits, unreadable: str) -> dict:
 
 
 def _start(run: Run, restart: bool, left_out: dict) -> None:
-    try:
+    with disk_errors(run.path):
         if restart and run.finished:  # the finished run is kept aside until the new one has finished
             shutil.rmtree(_old(run), ignore_errors=True)
             run.path.rename(_old(run))
         elif restart:
             shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, run.path) from error
     remove_leftovers(run.path)
     if not (run.path / "recipe.json").is_file():
         write_json(run.path / "environment.json", {**environment(), **left_out})
@@ -821,7 +816,8 @@ def _finish(run: Run, trainer: RecipeTrainer, facts: dict, save: Callable) -> No
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if not state.is_world_process_zero:
         return
-    save(trainer.accelerator.unwrap_model(trainer.model), run.path, weights)
+    with disk_errors(run.path):
+        save(trainer.accelerator.unwrap_model(trainer.model), run.path, weights)
     write_digests(run.path, task.files)
     seconds = sum(line.get("seconds", 0.0) for line in state.log_history)
     held_out = {f"held_out_{name}": best[f"eval_{name}"] for name in (task.metric, "token_accuracy") if f"eval_{name}" in best}
@@ -853,15 +849,28 @@ def check_source(
         find_source(recipe.dataset, source)
 
 
+def _close_bars(trainer: RecipeTrainer) -> None:
+    "End the line of a progress bar that an error has left open."
+    for callback in trainer.callback_handler.callbacks:
+        for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
+            if bar is not None:
+                bar.close()
+
+
 def _train(run: Run, trainer: RecipeTrainer, checkpoint: Path | None, facts: dict, save: Callable) -> None:
     "Train to the end, and write down what came out."
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         _finish(run, trainer, facts, save)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{checkpoint} holds a pickle with more in it than numbers, which could run code and is not read; "
+                         "training writes no such files: remove it") from error
     except TrainingDiverged as error:
         if trainer.is_world_process_zero():
             write_json(run.path / "diverged.json", {"step": trainer.state.global_step, "why": str(error)})
         raise TrainingDiverged(f"{run.path}: {error}; {ADVICE}") from error
+    finally:
+        _close_bars(trainer)
 
 
 def train(

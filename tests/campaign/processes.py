@@ -1,0 +1,46 @@
+"""Two processes of a launcher must come to the weights of one, whether batches can be divided or not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from krause_repro.recipes import RECIPES
+from krause_repro.training import run_path, task_of
+from tests.campaign.common import new_project, register, shell, table
+
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+COUNTS = {"tiny/image": (96, 99, 97), "tiny/generator": (96, 99, 97), "tiny/language": (16, 18, 17)}  # a batch has 16, or 4
+
+
+def compare(work: Path, name: str, count: int) -> tuple:
+    "Train with so many examples by one process and by two."
+    projects, codes = [], []
+    for processes in (1, 2):
+        projects.append(new_project(work / f"{name.replace('/', '-')}-{count}-{processes}"))
+        more = ("--source", "items.jsonl") if "language" in name else ()
+        launcher = LAUNCHER if processes > 1 else ()
+        code, said = shell(projects[-1], "train", name, "--profile", "smoke", *more, launcher=launcher, CAMPAIGN_EXAMPLES=str(count))
+        codes.append(code)
+        if code:
+            print(said)
+    recipe = sized(register(), count)[name]
+    file = next(each for each in task_of(recipe).files if each.endswith(".safetensors"))
+    found = [load_file(run_path(recipe, 0, project / "runs") / file) for project in projects] if codes == [0, 0] else [{}, {}]
+    apart = max(((found[0][key] - found[1][key]).abs().max().item() for key in found[0]), default=float("nan"))
+    return name, count, recipe.batch_size, codes, f"{apart:.1e}", apart <= 1e-6
+
+
+def sized(recipes: dict, count: int) -> dict:
+    "The tiny recipes with so many examples to train on, in place of those that are registered."
+    fields = {name: "train_items" if "language" in name else "train_images" for name in recipes}
+    changed = {name: replace(recipe, **{fields[name]: count}) for name, recipe in recipes.items()}
+    RECIPES.update(changed)
+    return changed
+
+
+def campaign(work: Path) -> tuple[str, bool]:
+    "The table of distances, and whether all are small."
+    rows = [compare(work, name, count) for name, counts in COUNTS.items() for count in counts]
+    return table(("recipe", "examples", "global batch", "exit status", "largest distance of a weight", "as it should be"), rows), all(
+        row[-1] for row in rows)
