@@ -906,7 +906,8 @@ def read_branch_file(
         if saved["settings"] is not None:
             BranchSettings(**saved["settings"])
         saved["base"]["weights"]["embedding"], saved["base"]["vocab_size"]
-        if not saved.get("adapters", True) or not all(map(_is_plain_name, (*saved.get("adapters", ()), saved.get("name", "default")))):
+        names = saved.get("adapters", ["default"])
+        if not isinstance(names, list) or not names or not all(map(_is_plain_name, (*names, saved.get("name", "default")))):
             raise ValueError("names of adapters")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"adapter: {adapter / BRANCH_FILE} is damaged or of another version ({error!r})") from error

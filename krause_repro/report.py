@@ -48,8 +48,6 @@ def expected_results(
     }
     files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "cost", "counting",
              "training_profile", "attention_maps"]
-    if profile == "desk":
-        files += [f"image_classification_cifar10/{name}" for name in ("nearest_neighbours", "softmax_regression")]
     return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
 
 
