@@ -1,4 +1,4 @@
-# make figures [PROFILE=smoke|desk|paper] [ONLY=31] [TRAIN=never|missing|always]
+# make figures [PROFILE=smoke|desk|paper] [ONLY=61] [TRAIN=never|missing|always]
 PYTHON ?= python3
 PROFILE ?= smoke
 ONLY ?=
@@ -53,7 +53,7 @@ lock: $(INSTALLED)  ## resolve the requirements of settings.ini anew and write r
 		--python-version "$$(sed -n 's/^min_python = //p' settings.ini)" --extra dev --extra eval --output-file requirements-lock.txt setup.py
 
 help:  ## this list
-	@echo "make [TARGET] [PROFILE=smoke|desk|paper] [ONLY=31,40_report] [TRAIN=never|missing|always] [PYTHON=python3] [VENV=.venv]"
+	@echo "make [TARGET] [PROFILE=smoke|desk|paper] [ONLY=61,70_report] [TRAIN=never|missing|always] [PYTHON=python3] [VENV=.venv]"
 	@sed -n 's/^\([a-z-]*\):.*##/  \1\t/p' Makefile | expand -t 16
 
 # The stamp is written only by an installation that succeeded; new requirements install again. Without a lock, the newest releases

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PixelClassifierConfig', 'PixelClassifier', 'nearest_classes']
 
-# %% ../nbs/14_baselines.ipynb #5c90be13
+# %% ../nbs/14_baselines.ipynb #b8d58b69
 import torch
 import torch.nn.functional as F
+from .checks import check_integer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .attention import check_integer
 from .vision_transformer import check_pixels
 
 # %% ../nbs/14_baselines.ipynb #e7730c5b

@@ -8,7 +8,7 @@ __all__ = ['INTEGRATORS', 'distances', 'hk_step', 'hk_run', 'hk_bifurcation', 'u
            'observed_order', 'order_parameter', 'diameter', 'clusters', 'cluster_count', 'closed_groups',
            'unit_multiplicity', 'exponential_fit']
 
-# %% ../nbs/00_dynamics.ipynb #ed768ceb
+# %% ../nbs/00_dynamics.ipynb #c48caaf5
 import math
 from collections.abc import Callable
 from numbers import Integral, Real

@@ -8,7 +8,8 @@ import pytest
 import transformers
 from hypothesis import settings
 
-from krause_repro.data import FASHION_MNIST_FILES, fetch
+from krause_repro.image_data import fetch
+from krause_repro.image_files import FASHION_MNIST_FILES
 from krause_repro.recipes import get_recipe
 from krause_repro.training import train
 

@@ -10,34 +10,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from krause_repro.analysis import (
-    analyse,
-    attention_distance,
-    attention_entropy,
-    collect_attention,
-    effective_rank,
-    first_token_attention,
-    grid_places,
-    head_diversity,
-    map_row,
-    query_rows,
-    query_token,
-    rank_residual,
-    received_attention,
-    sink_profile,
-    sink_quantities,
-    sink_verdict,
-    summarise_analysis,
-    summarise_sinks,
-    test_pixels,
-    token_clusters,
-    token_cosine,
-    uniform_attention,
-    uniform_share,
-    value_ratio,
-)
-from krause_repro.attention import CausalWindow
-from krause_repro.llm_branch import add_krause_branch, recorded_branches
+from krause_repro.attention_maps import analyse, attention_distance, attention_entropy, collect_attention, effective_rank, grid_places, head_diversity, map_row, query_rows, query_token, rank_residual, summarise_analysis, test_pixels, token_clusters, token_cosine
+from krause_repro.sinks import first_token_attention, received_attention, sink_profile, sink_quantities, sink_verdict, summarise_sinks, uniform_attention, uniform_share, value_ratio
+from krause_repro.reference import CausalWindow
+from krause_repro.branched_models import add_krause_branch, recorded_branches
 from krause_repro.recipes import get_recipe
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig

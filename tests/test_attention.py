@@ -14,35 +14,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
-from krause_repro.attention import (
-    SCORES,
-    CausalWindow,
-    Full,
-    GridWindow,
-    KrauseAttention,
-    Neighborhood,
-    attend,
-    attention_stages,
-    attention_weights,
-    check_fraction,
-    check_integer,
-    check_positive,
-    choose_implementation,
-    half_square_norm,
-    krause_attention,
-    krause_attention_weights,
-    match_heads,
-    mechanism_example,
-    pairwise_energy,
-)
-from krause_repro.fast_attention import (
-    banded_attention,
-    candidate_table,
-    flex_attention,
-    gathered_attention,
-    gathered_weights,
-    sdpa_attention,
-)
+from krause_repro.attention import KrauseAttention, attention_stages, choose_implementation, krause_attention, krause_attention_weights, mechanism_example
+from krause_repro.checks import check_fraction, check_integer, check_positive
+from krause_repro.reference import SCORES, CausalWindow, Full, GridWindow, Neighborhood, attend, attention_weights, half_square_norm, match_heads, pairwise_energy
+from krause_repro.fast_attention import banded_attention, candidate_table, flex_attention, gathered_attention, gathered_weights, sdpa_attention
 from krause_repro.native_kernels import candidate_lists
 
 IMPLEMENTATIONS = {"reference": attend, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention}

@@ -9,30 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from krause_repro import data
-from krause_repro.data import (
-    AUGMENTATIONS,
-    CIFAR_MEAN,
-    DATA,
-    FASHION_MNIST_FILES,
-    PHOTOGRAPH_CROP,
-    PHOTOGRAPH_PLACES,
-    Collator,
-    ImageFolderSet,
-    ImageSet,
-    download_folder,
-    fetch,
-    find_source,
-    imagenet_transform,
-    load,
-    load_splits,
-    photograph_folder,
-    random_crop_flip,
-    read_idx,
-    read_image,
-    split_held_out,
-)
-from krause_repro.recipes import FOLDER_DATASETS, IMAGE_DATASETS, RECIPES, get_recipe
+from krause_repro import image_files
+from krause_repro.image_data import Collator, ImageFolderSet, ImageSet, fetch, imagenet_transform, load, load_splits, random_crop_flip, split_held_out
+from krause_repro.image_files import CIFAR_MEAN, DATA, FASHION_MNIST_FILES, PHOTOGRAPH_CROP, PHOTOGRAPH_PLACES, download_folder, find_source, photograph_folder, read_idx, read_image
+from krause_repro.image_recipes import AUGMENTATIONS
+from krause_repro.image_recipes import FOLDER_DATASETS, IMAGE_DATASETS
+from krause_repro.recipes import RECIPES, get_recipe
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -367,9 +349,9 @@ def test_levels_of_16_bits_are_scaled(tmp_path, name, picture):
 def test_levels_of_12_bits_and_white_at_zero_are_as_the_file_says():
     grey = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
     grey.tag_v2 = {258: (12,)}
-    assert np.asarray(data.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
     grey.tag_v2 = {258: (12,), 262: 0}
-    assert np.asarray(data.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
+    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -391,7 +373,7 @@ def test_damaged_images_stop_before_training(damaged):
 
 
 def test_in_a_large_folder_a_damaged_image_stops_when_it_is_met(damaged, monkeypatch):
-    monkeypatch.setattr(data, "SMALL_FOLDER", 0)
+    monkeypatch.setattr(image_files, "SMALL_FOLDER", 0)
     found = load("imagenet", "test", damaged)
     for i, (path, _) in enumerate(found.data.samples):
         if path.endswith("empty.jpeg"):
@@ -416,9 +398,9 @@ def test_damaged_images_are_skipped_and_told(damaged, folder):
 
 
 def test_a_large_folder_is_decoded_once_until_it_changes(damaged, no_downloads, monkeypatch):
-    monkeypatch.setattr(data, "SMALL_FOLDER", 0)
-    calls, works = [], data.damaged_images
-    monkeypatch.setattr(data, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
+    monkeypatch.setattr(image_files, "SMALL_FOLDER", 0)
+    calls, works = [], image_files.damaged_images
+    monkeypatch.setattr(image_files, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
     first, again = (load("imagenet", "train", damaged, unreadable="skip") for _ in range(2))
     assert calls == [12] and first.left_out == again.left_out == ["train/ant/cut.jpg", "train/bee/text.jpg"]
     (damaged / "train" / "bee" / "1.png").write_bytes(b"no more")
@@ -687,7 +669,7 @@ def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads,
     def unreachable(name):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(data, "_download", unreachable)
+    monkeypatch.setattr(image_files, "_download", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         fetch("fashion_mnist")
     for part in (str(tmp_path / "package"), "network is unreachable", "apt-get install dataset-fashion-mnist", str(no_downloads)):
@@ -734,7 +716,7 @@ def test_damaged_downloads_are_got_again(commands, no_downloads):
 def test_a_failed_package_is_told_with_its_last_words(commands, no_downloads, monkeypatch):
     tool = commands.parent / "tools" / "apt-get"
     tool.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
-    monkeypatch.setattr(data, "_download", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
+    monkeypatch.setattr(image_files, "_download", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
     with pytest.raises(FileNotFoundError, match="apt-get: E: Unable to locate package; no mirror. By hand: install .*sudo apt-get install"):
         fetch("fashion_mnist")
     assert not any(no_downloads.rglob("*ubyte*"))

@@ -8,49 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from krause_repro import evaluation
-from krause_repro.data import Collator, load_splits
-from krause_repro.evaluation import (
-    ABLATION_CELLS,
-    ABLATION_CONTROLS,
-    FLAT_GAIN,
-    FLAT_SHARE,
-    IMAGE_COMPARISONS,
-    SMALLEST_DIFFERENCE,
-    STUDENT_975,
-    accuracy_differences,
-    accuracy_table,
-    altered_note,
-    averaged_effects,
-    cell_table,
-    corrected_difference,
-    curve,
-    describe_difference,
-    difference_table,
-    factor_effect,
-    is_shown,
-    is_undertrained,
-    last_gain,
-    learned_sigma,
-    obtain_cells,
-    paired_difference,
-    paper_steps,
-    percent,
-    plain_answers,
-    planned_table,
-    provenance_table,
-    read_plan,
-    save_finished,
-    single_changes,
-    summarise_runs,
-    test_accuracy,
-    train_seeds,
-    trained_table,
-    training_curves,
-)
+from krause_repro import 
+from krause_repro.image_data import Collator, load_splits
+from krause_repro.ablation import ABLATION_CELLS, ABLATION_CONTROLS, averaged_effects, cell_table, difference_table, factor_effect, obtain_cells, paper_steps, plain_answers, single_changes
+from krause_repro.evaluation import FLAT_GAIN, FLAT_SHARE, IMAGE_COMPARISONS, accuracy_differences, accuracy_table, altered_note, curve, is_undertrained, last_gain, learned_sigma, planned_table, provenance_table, read_plan, save_finished, summarise_runs, test_accuracy, train_seeds, trained_table, training_curves
+from krause_repro.statistics import SMALLEST_DIFFERENCE, STUDENT_975, corrected_difference, describe_difference, is_shown, paired_difference
+from krause_repro.tables import percent
 from krause_repro.recipes import RECIPES, get_recipe
-from krause_repro.records import save_result, summarise
-from krause_repro.training import Run
+from krause_repro.results import save_result
+from krause_repro.statistics import summarise
+from krause_repro.runs import Run
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,20 @@ import shutil
 
 import pytest
 
-from krause_repro.analysis import SINKS, sink_models
-from krause_repro.attention import SCORES
-from krause_repro.benchmarks import COST, GENERATION_SPEED, LANGUAGE_SPEED
-from krause_repro.counting import COUNTED
-from krause_repro.evaluation import GENERATOR_LABELS, read_plan
-from krause_repro.figures import figure_index
-from krause_repro.recipes import FINE_TUNING_PLACES, GENERATORS, SUPPORTS, ablation_name, get_recipe
-from krause_repro.records import load_result, project_root, result_page, result_path, stale_recipes
+from krause_repro.recipes import SINKS
+from krause_repro.sinks import sink_models
+from krause_repro.reference import SCORES
+from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED
+from krause_repro.flops import COUNTED
+from krause_repro.evaluation import read_plan
+from krause_repro.generation_evaluation import GENERATOR_LABELS
+from krause_repro.drawing import figure_index
+from krause_repro.generation_recipes import GENERATORS
+from krause_repro.image_recipes import SUPPORTS, ablation_name
+from krause_repro.language_recipes import FINE_TUNING_PLACES
+from krause_repro.recipes import get_recipe
+from krause_repro.records import project_root
+from krause_repro.results import load_result, result_page, result_path, stale_recipes
 from krause_repro.report import expected_results
 from krause_repro.runner import run
 
@@ -48,15 +54,15 @@ def cifar_files():
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
-    "30_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
-    "31_image_classification": {"image_classification": TRIO, **cifar_files()},
-    "32_image_generation": generator_files("fashion_mnist") | {
+    "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
+    "61_image_classification": {"image_classification": TRIO, **cifar_files()},
+    "62_image_generation": generator_files("fashion_mnist") | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
-    "33_llm_finetuning": fine_tuning_files("desk"),
-    "35_ablations": cell_files(CELLS),
-    "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
-    "37_attention_maps": {"attention_maps": TRIO},
+    "63_llm_finetuning": fine_tuning_files("desk"),
+    "65_ablations": cell_files(CELLS),
+    "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
+    "48_attention_maps": {"attention_maps": TRIO},
 }
 
 
@@ -79,7 +85,7 @@ def test_committed_results_are_of_todays_recipes(page):
 
 
 def test_a_page_saves_the_recipes_it_was_passed(tmp_path):
-    page = "31_image_classification"  # one for all: `make figures PROFILE=smoke` executes every page
+    page = "61_image_classification"  # one for all: `make figures PROFILE=smoke` executes every page
     shutil.copy(project_root() / "settings.ini", tmp_path)
     shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
     (tmp_path / "nbs").mkdir()

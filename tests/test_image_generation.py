@@ -9,38 +9,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from krause_repro import evaluation, runner
-from krause_repro.benchmarks import GENERATION_SPEED, GenerationCase, _generation_row, bench_generation, generation_speed_table
-from krause_repro.data import ImageSet, Splits, TokenCollator, find_source, load, load_splits
-from krause_repro.evaluation import (
-    GENERATOR_LABELS,
-    bits_differences,
-    bits_table,
-    classifier_run,
-    contact_sheet,
-    context_baselines,
-    first_frequencies,
-    learned_sigma,
-    sample_run,
-    samples_folder,
-    summarise_generators,
-    test_bits,
-)
+from krause_repro import cli
+from krause_repro.bench_generation import _generation_row, bench_generation, generation_speed_table
+from krause_repro.recipes import GENERATION_SPEED, GenerationCase
+from krause_repro.image_data import ImageSet, Splits, TokenCollator, load, load_splits
+from krause_repro.image_files import find_source
+from krause_repro.evaluation import learned_sigma
+from krause_repro.generation_evaluation import GENERATOR_LABELS, bits_differences, bits_table, classifier_run, contact_sheet, context_baselines, first_frequencies, sample_run, samples_folder, summarise_generators, test_bits
 from krause_repro.image_transformer import ImageTransformer
 from krause_repro.likelihood import bits_per_dimension
-from krause_repro.recipes import (
-    CLASSIFIERS,
-    GENERATION_DATA,
-    GENERATORS,
-    KARM_ABLATIONS,
-    RECIPES,
-    ImageGenerationRecipe,
-    generation_recipes,
-    get_recipe,
-    published_tables,
-)
-from krause_repro.records import InUse, file_digest, locked, pack_images, summarise, unpack_images
-from krause_repro.training import Run, TrainingDiverged, build_trainer, run_path, save_model, train, training_arguments
+from krause_repro.generation_recipes import CLASSIFIERS, GENERATION_DATA, GENERATORS, KARM_ABLATIONS, ImageGenerationRecipe, generation_recipes
+from krause_repro.recipe_base import published_tables
+from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.records import InUse, file_digest, locked
+from krause_repro.results import pack_images, unpack_images
+from krause_repro.statistics import summarise
+from krause_repro.runs import Run, TrainingDiverged, run_path
+from krause_repro.tasks import save_model
+from krause_repro.training import build_trainer, train, training_arguments
 
 MNIST = {
     "image_shape": (28, 28, 1), "levels": 256, "width": 256, "depth": 12, "heads": 8, "mlp_width": 1024, "window": 128, "top_k": 96,
@@ -423,7 +409,7 @@ def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(ImageGenerationRecipe, "at", lambda self, profile: tiny)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run.path, run_path(tiny, 0, tmp_path / "runs"), ignore=shutil.ignore_patterns("samples"))
-    assert runner.main(["sample", "karm/digits", "--images", "3", "--top_p", "0.9"]) == 0
+    assert cli.main(["sample", "karm/digits", "--images", "3", "--top_p", "0.9"]) == 0
     sheet = capsys.readouterr().out.strip().removeprefix("The images: ")
     assert sheet.endswith("seed-0_temperature-1.0_top_p-0.9/sheet.png") and Image.open(sheet).size[0] > 8
 
@@ -435,7 +421,7 @@ def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
 ])
 def test_the_command_names_what_is_wrong(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert runner.main(arguments) == 2
+    assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 

@@ -13,17 +13,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from krause_repro.checkpoints import load_author_checkpoint, raster_shape
-from krause_repro.image_transformer import (
-    ATTENTIONS,
-    LINEAR_EPS,
-    ImageTransformer,
-    ImageTransformerConfig,
-    PixelAttention,
-    PreallocatedLayer,
-    StepLinear,
-    image_cache,
-    linear_attention,
-)
+from krause_repro.image_transformer import ATTENTIONS, LINEAR_EPS, ImageTransformer, ImageTransformerConfig, PixelAttention, PreallocatedLayer, image_cache, linear_attention
+from krause_repro.native_decode import StepLinear
 
 FOLDER = Path(__file__).parent / "parity"
 CIFAR = {"image_shape": (32, 32, 3), "hidden_size": 512, "num_hidden_layers": 16, "intermediate_size": 2048}

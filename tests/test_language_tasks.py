@@ -24,34 +24,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from krause_repro import evaluation, runner
-from krause_repro.evaluation import (
-    ITEM_FIELDS,
-    LANGUAGE_TASKS,
-    answer_token,
-    chance_scores,
-    check_answers,
-    check_ifeval,
-    check_items,
-    check_language_run,
-    constant_scores,
-    count_answers,
-    count_scores,
-    evaluate_language,
-    hub_answers,
-    hub_items,
-    language_items,
-    language_table,
-    letter_accuracy,
-    letter_baselines,
-    macro_f1,
-    read_task_items,
-    swap_labels,
-    task_config,
-    task_file,
-    task_prompt,
-)
-from krause_repro.llm_branch import ADAPTER_FILES
+from krause_repro import cli, language_benchmarks, language_tasks
+from krause_repro.fine_tuning_evaluation import letter_accuracy, letter_baselines
+from krause_repro.language_benchmarks import answer_token, chance_scores, check_answers, check_ifeval, check_language_run, constant_scores, count_answers, count_scores, evaluate_language, language_table, macro_f1, swap_labels
+from krause_repro.language_tasks import ITEM_FIELDS, LANGUAGE_TASKS, check_items, hub_answers, hub_items, language_items, read_task_items, task_config, task_file, task_prompt
+from krause_repro.adapters import ADAPTER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = LANGUAGE_TASKS[:-1]
@@ -379,7 +356,7 @@ def test_fields_of_the_users_own_do_no_harm(tiny, tokenizer, tmp_path):
 
 def test_items_that_were_checked_are_not_loaded_again(tiny, tokenizer, monkeypatch):
     items = check_language_run("cb,piqa", "local", 8, 2, "correct", 1280)
-    monkeypatch.setattr(evaluation, "language_items", lambda *_: pytest.fail("they are here"))
+    monkeypatch.setattr(language_tasks, "language_items", lambda *_: pytest.fail("they are here"))
     results = evaluate_language(tiny, tokenizer, "piqa", "local", limit=2, items=items)
     assert list(results) == ["piqa"] and results["piqa"]["items"] == 2
 
@@ -394,8 +371,8 @@ def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, toke
     with pytest.raises(ValueError, match="the answer 'J' must be exactly one token"):
         check_answers(encode, asked)
     check_answers(encode, {**asked, "mmlu_pro": [item for item in OWN["mmlu_pro"] if len(item["options"]) < 10]})
-    monkeypatch.setattr(evaluation, "_ask", lambda *_: pytest.fail("nothing may be asked"))
-    monkeypatch.setattr(evaluation, "answer_token", lambda *_: (_ for _ in ()).throw(ValueError("no token")))
+    monkeypatch.setattr(language_benchmarks, "_ask", lambda *_: pytest.fail("nothing may be asked"))
+    monkeypatch.setattr(language_benchmarks, "answer_token", lambda *_: (_ for _ in ()).throw(ValueError("no token")))
     with pytest.raises(ValueError, match="no token"):
         evaluate_language(tiny, tokenizer, "cb", "local")
 
@@ -456,7 +433,7 @@ def test_a_diverged_model_has_no_score(task, wrapped, checkers, tokenizer):
 
 def test_logits_that_are_infinite_choose_nothing():
     with pytest.raises(ValueError, match="logits that are not finite to the answers"):
-        evaluation._given({"filtered_resps": [(-math.inf, False), (-math.inf, False)]})
+        language_benchmarks._given({"filtered_resps": [(-math.inf, False), (-math.inf, False)]})
 
 
 @pytest.mark.parametrize("call", [
@@ -525,7 +502,7 @@ def test_items_of_the_hub_are_asked_for_by_name_and_checked(monkeypatch, tiny, t
         return datasets.Dataset.from_list(sets[path])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(evaluation, "hub_answers", lambda: True)
+    monkeypatch.setattr(language_tasks, "hub_answers", lambda: True)
     results = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"])
     assert asked == [("aps/super_glue", "cb", "validation"), ("facebook/anli", None, "test_r3")]
     local = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"], "local")
@@ -705,11 +682,11 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
     tuned.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "krause_branch.json"):
         (tuned / name).touch()
-    loads, load = [], evaluation.language_items
-    monkeypatch.setattr(evaluation, "language_items", lambda *given: loads.append(given) or load(*given))
+    loads, load = [], language_tasks.language_items
+    monkeypatch.setattr(language_tasks, "language_items", lambda *given: loads.append(given) or load(*given))
     arguments = ["evaluate", "some/model", "--tasks", "piqa,anli_r1", "--adapter", str(tuned), "--source", "local", "--limit", "5",
                  "--anli_labels", "swapped", "--output", str(output)]
-    assert runner.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert branch == [("some/model", str(tuned))] and len(loads) == 1
     record = json.loads(output.read_text(encoding="utf-8"))
     expected = evaluate_language(tiny, tokenizer, "piqa,anli_r1", "local", limit=5, anli_labels="swapped")
@@ -722,16 +699,16 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
 
 
 def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_path, capsys):
-    evaluate, output = evaluation.evaluate_language, tmp_path / "scores.json"
+    evaluate, output = language_benchmarks.evaluate_language, tmp_path / "scores.json"
 
     def fail(*given, tasks, **options):
         if tasks == "cb":
             raise RuntimeError("out of memory")
         return evaluate(*given, tasks=tasks, **options)
 
-    monkeypatch.setattr(evaluation, "evaluate_language", fail)
+    monkeypatch.setattr(language_benchmarks, "evaluate_language", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        runner.main(["evaluate", ".", "--tasks", "piqa,cb,boolq", "--source", "local", "--limit", "2", "--output", str(output)])
+        cli.main(["evaluate", ".", "--tasks", "piqa,cb,boolq", "--source", "local", "--limit", "2", "--output", str(output)])
     assert list(json.loads(output.read_text(encoding="utf-8"))["results"]) == ["piqa"]
     assert f"| piqa | {Path().resolve().name} | 2 |" in capsys.readouterr().out
 
@@ -747,7 +724,7 @@ def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_pat
 ])
 def test_the_command_refuses_before_it_loads_a_model(arguments, message, branch, tmp_path, capsys):
     output = tmp_path / "scores.json"
-    assert runner.main(["evaluate", "model", *arguments, "--output", str(output)]) == 2
+    assert cli.main(["evaluate", "model", *arguments, "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert branch == [] and not output.exists()
@@ -774,5 +751,5 @@ def test_checked_items_keep_the_fields_of_their_task():
 ])
 def test_the_command_refuses_an_output_before_it_loads_a_model(output, message, branch, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert runner.main(["evaluate", "model", "--tasks", "cb", "--source", "local", "--output", str(tmp_path / output)]) == 2
+    assert cli.main(["evaluate", "model", "--tasks", "cb", "--source", "local", "--output", str(tmp_path / output)]) == 2
     assert message in capsys.readouterr().err and branch == []

@@ -34,25 +34,12 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from krause_repro import llm_branch
-from krause_repro.attention import CausalWindow
-from krause_repro.llm_branch import (
-    BranchSettings,
-    KrauseBranch,
-    add_adapter,
-    add_krause_branch,
-    attention_layers,
-    base_facts,
-    branches,
-    check_base,
-    load_language_model,
-    lora_config,
-    padding_of_keys,
-    parameter_counts,
-    recorded_branches,
-    remove_krause_branch,
-    save_adapter,
-)
+from krause_repro import adapters, language_models
+from krause_repro.reference import CausalWindow
+from krause_repro.adapters import add_adapter, base_facts, check_base, lora_config, parameter_counts, save_adapter
+from krause_repro.branched_models import add_krause_branch, recorded_branches, remove_krause_branch
+from krause_repro.language_models import load_language_model
+from krause_repro.llm_branch import BranchSettings, KrauseBranch, attention_layers, branches, padding_of_keys
 from krause_repro.native_kernels import kernels_available
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

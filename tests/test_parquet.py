@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from krause_repro import data, evaluation
-from krause_repro.data import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, load, load_splits, read_parquet
+from krause_repro import evaluation, image_files
+from krause_repro.image_data import load, load_splits
+from krause_repro.image_files import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, read_parquet
 from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
 from krause_repro.recipes import get_recipe
 from krause_repro.training import train
@@ -49,7 +50,7 @@ def small(monkeypatch):
     "Data sets of few images."
     for name in LABEL_COLUMNS:
         monkeypatch.setitem(DATA, name, replace(DATA[name], classes=10, **COUNTS))
-    monkeypatch.setattr(data, "MNIST_CLASSES", {split: (count // 10,) * 10 for split, count in COUNTS.items()})
+    monkeypatch.setattr(image_files, "MNIST_CLASSES", {split: (count // 10,) * 10 for split, count in COUNTS.items()})
 
 
 @pytest.fixture

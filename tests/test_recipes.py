@@ -11,33 +11,13 @@ import torch
 from torch.optim import AdamW
 from transformers import AutoModelForImageClassification
 
-from krause_repro.attention import SCORES
-from krause_repro.data import Collator
-from krause_repro.recipes import (
-    CIFAR_CONTROLS,
-    IMAGE_DATA,
-    PARTICLE_FIELDS,
-    PROFILES,
-    RECIPES,
-    SUPPORTS,
-    UNPUBLISHED,
-    UNPUBLISHED_SWIN,
-    ImageClassificationRecipe,
-    ParticleRecipe,
-    PixelRecipe,
-    SwinRecipe,
-    ablation_name,
-    ablation_recipes,
-    baseline_recipes,
-    fine_tuning_recipes,
-    generation_recipes,
-    get_recipe,
-    parse_row,
-    photograph_recipes,
-    published_tables,
-    row_name,
-    swin_recipes,
-)
+from krause_repro.reference import SCORES
+from krause_repro.image_data import Collator
+from krause_repro.generation_recipes import generation_recipes
+from krause_repro.image_recipes import CIFAR_CONTROLS, IMAGE_DATA, SUPPORTS, UNPUBLISHED, UNPUBLISHED_SWIN, ImageClassificationRecipe, PixelRecipe, SwinRecipe, ablation_name, ablation_recipes, baseline_recipes, parse_row, photograph_recipes, row_name, swin_recipes
+from krause_repro.language_recipes import fine_tuning_recipes
+from krause_repro.recipe_base import PROFILES, published_tables
+from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, get_recipe
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]

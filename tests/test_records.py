@@ -17,35 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from krause_repro.recipes import get_recipe
-from krause_repro.records import (
-    InUse,
-    cache_folder,
-    check_train,
-    check_unlocked,
-    check_writable,
-    damage,
-    disk_error,
-    environment,
-    git_state,
-    load_result,
-    lock_path,
-    locked,
-    machine,
-    obtain_result,
-    package_versions,
-    project_root,
-    read_json,
-    remove_leftovers,
-    replacing,
-    result_path,
-    save_result,
-    scratch_folder,
-    stale_recipes,
-    summarise,
-    summarise_curves,
-    write_digests,
-    write_json,
-)
+from krause_repro.records import InUse, cache_folder, check_unlocked, check_writable, damage, disk_error, environment, git_state, lock_path, locked, machine, package_versions, project_root, read_json, remove_leftovers, replacing, scratch_folder, write_digests, write_json
+from krause_repro.results import check_train, load_result, obtain_result, result_path, save_result, stale_recipes
+from krause_repro.statistics import summarise, summarise_curves
 
 FORK = multiprocessing.get_context("fork")  # a process that has everything imported already
 SMOKE = [get_recipe(name).at("smoke") for name in ("kvit_t/fashion_mnist", "vit_t/fashion_mnist")]

@@ -9,7 +9,8 @@ from hypothesis import given
 from torch.testing import assert_close
 from transformers import DynamicCache, GPT2Config, LlamaConfig
 
-from krause_repro.attention import CausalWindow, attend, krause_attention
+from krause_repro.attention import krause_attention
+from krause_repro.reference import CausalWindow, attend
 from krause_repro.ring_cache import RingCache, RingLayer, cache_bytes, ring_positions
 
 SINGLE = {"rtol": 0, "atol": 1e-5}

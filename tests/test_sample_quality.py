@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from krause_repro.sample_quality import class_features, fidelity_fid, frechet_distance
+from krause_repro.frechet import class_features, fidelity_fid, frechet_distance
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
 

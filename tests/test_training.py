@@ -17,29 +17,16 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
-from krause_repro import training
-from krause_repro.data import DATA, Collator, ImageSet, Splits, load_splits, photograph_folder
-from krause_repro.recipes import RECIPES, ImageClassificationRecipe, get_recipe
+from krause_repro import tasks, training
+from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
+from krause_repro.image_files import DATA, photograph_folder
+from krause_repro.image_recipes import ImageClassificationRecipe
+from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import InUse, damage, lock_path, locked, write_digests
 from krause_repro.swin import SwinBlock, SwinClassifier
-from krause_repro.training import (
-    PartCollator,
-    Run,
-    TrainingDiverged,
-    build_trainer,
-    check_run,
-    checkpoints,
-    device_options,
-    drop_damaged,
-    flaw,
-    last_checkpoint,
-    part_of,
-    process_count,
-    run_path,
-    save_model,
-    train,
-    training_arguments,
-)
+from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
+from krause_repro.tasks import process_count, save_model
+from krause_repro.training import PartCollator, build_trainer, device_options, part_of, train, training_arguments
 from krause_repro.vision_transformer import Block, VisionTransformer
 
 STEPS = 4  # in an epoch of the `recipe` fixture
@@ -900,13 +887,13 @@ def test_a_directory_in_use_is_refused_by_pid_and_host(start, recipe, tmp_path, 
 
 
 def test_a_run_finished_by_another_process_meanwhile_is_not_trained_again(start, recipe, finished, tmp_path, monkeypatch):
-    build = training.task_of(recipe).build
+    build = tasks.task_of(recipe).build
 
     def slowly(found):
         shutil.copytree(finished.path, run_path(recipe, 0, tmp_path))
         return build(found)
 
-    monkeypatch.setattr(training, "TASKS", {ImageClassificationRecipe: replace(training.task_of(recipe), build=slowly)})
+    monkeypatch.setattr(tasks, "TASKS", {ImageClassificationRecipe: replace(tasks.task_of(recipe), build=slowly)})
     with pytest.raises(InUse, match="was finished by another process in the meantime"):
         start()
     assert start().finished
@@ -980,7 +967,7 @@ def assert_trained_alike(recipe, source, runs, weights):
     found = [load_file(run.path / weights) for run in (one, two)]
     assert found[0].keys() == found[1].keys()
     assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-6
-    key = f"held_out_{training.task_of(recipe).metric}"
+    key = f"held_out_{tasks.task_of(recipe).metric}"
     assert one.summary()[key] == pytest.approx(two.summary()[key], abs=1e-6)
     losses = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -35,17 +35,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from krause_repro.attention import Neighborhood, attend, attention_weights
+from krause_repro.reference import Neighborhood, attend, attention_weights
 from krause_repro.ring_cache import RingCache, cache_bytes, ring_positions
-from krause_repro.transformers_attention import (
-    UNSUPPORTED,
-    KrauseSettings,
-    configure_krause,
-    krause_attention_forward,
-    krause_mask,
-    krause_settings,
-    load_krause,
-)
+from krause_repro.transformers_attention import UNSUPPORTED, KrauseSettings, configure_krause, krause_attention_forward, krause_mask, krause_settings, load_krause
 
 NAMES = ("llama", "qwen2", "gpt2")
 WINDOW, TOP_K, SIGMA, VOCABULARY = 5, 3, 3.0, 60

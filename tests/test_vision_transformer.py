@@ -11,20 +11,11 @@ from torch.testing import assert_close
 from torchvision.models import VisionTransformer as TorchvisionViT
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from krause_repro.attention import SCORES, Full, GridWindow
+from krause_repro.reference import SCORES, Full, GridWindow
 from krause_repro.checkpoints import convert_vit, load_author_checkpoint, load_into, recognise, swin_config, vit_config
 from krause_repro.recipes import RECIPES
 from krause_repro.swin import SwinClassifier
-from krause_repro.vision_transformer import (
-    SIZES,
-    VisionTransformer,
-    VisionTransformerConfig,
-    largest_radius,
-    rotary_table,
-    rotate,
-    top_k_schedule,
-    vision_neighborhood,
-)
+from krause_repro.vision_transformer import SIZES, VisionTransformer, VisionTransformerConfig, largest_radius, rotary_table, rotate, top_k_schedule, vision_neighborhood
 
 PUBLISHED = [name for name, recipe in RECIPES.items() if "parameters" in recipe.published]
 

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from krause_repro.recipes import RECIPES, Recipe, get_recipe
-from krause_repro.runner import main
-from krause_repro.training import Run, run_path, task_of
+from krause_repro.recipe_base import Recipe
+from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.cli import main
+from krause_repro.runs import Run, run_path
+from krause_repro.tasks import task_of
 from tests.test_language_data import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]  # of the repository

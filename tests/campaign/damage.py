@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from krause_repro.data import FASHION_MNIST_FILES, find_source
-from krause_repro.records import load_result, write_json
-from krause_repro.training import checkpoints, task_of
+from krause_repro.image_files import FASHION_MNIST_FILES, find_source
+from krause_repro.records import write_json
+from krause_repro.results import load_result
+from krause_repro.runs import checkpoints
+from krause_repro.tasks import task_of
 from tests.campaign.common import JOBS, Command, is_told, prepared, problem, run_of, table, undisturbed
 
 
