@@ -17,14 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from .branched_models import add_krause_branch, remove_krause_branch
-from .checks import check_fraction, check_integer, check_positive
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .branched_models import add_krause_branch, remove_krause_branch
+from .checks import UserError, check_fraction, check_integer, check_positive
 from .llm_branch import PROJECTIONS, BranchSettings, attention_layers, branches
 from .transformers_attention import named_options
 
@@ -96,7 +96,7 @@ def lora_config(
     rank, alpha = check_integer("rank", rank, 1), check_positive("alpha", alpha)
     ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, BaseTunerLayer))}
     if missing := [name for name in LORA_TARGETS if name not in ends]:
-        raise ValueError(f"model must have linear layers named {', '.join(LORA_TARGETS)}, and has no {', '.join(missing)}")
+        raise UserError(f"model must have linear layers named {', '.join(LORA_TARGETS)}, and has no {', '.join(missing)}")
     settings = model.config.krause_branch if branches(model) else None
     whole = None if settings is None else ["token_gate"] if settings["freeze_sigma"] else ["token_gate", "bandwidth"]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=check_fraction("dropout", dropout), target_modules=list(LORA_TARGETS),
@@ -122,11 +122,11 @@ def check_base(
     own, other = base_facts(model), f"adapter {adapter} is of another base model: its"
     for name, value in facts.items():
         if name != "weights" and own[name] != value:
-            raise ValueError(f"{other} {name} is {value}, this model's is {own[name]}")
+            raise UserError(f"{other} {name} is {value}, this model's is {own[name]}")
     for name, values in own["weights"].items():
         apart = _relative_distance(values, facts["weights"].get(name))
         if not apart <= tolerance:  # also where it is NaN
-            raise ValueError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where {tolerance:.0%} is allowed")
+            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where {tolerance:.0%} is allowed")
 
 
 def _relative_distance(values, others):
@@ -169,14 +169,14 @@ def save_adapter(
     folder, active = Path(folder), list(model.active_adapters)
     names = sorted(model.peft_config, key=lambda name: name not in active)
     if wrong := [name for name in names if not _is_plain_name(name)]:
-        raise ValueError(f"model has an adapter named {wrong[0]!r}, which is to be the name of a folder, and cannot be")
+        raise UserError(f"model has an adapter named {wrong[0]!r}, which is to be the name of a folder, and cannot be")
     settings = model.config.krause_branch if branches(model) else None  # a model read without its branch still has them
     facts, layers = {"settings": settings, "base": base or base_facts(model.get_base_model())}, len(attention_layers(model.get_decoder()))
     with _aside(folder) as aside:
         model.save_pretrained(aside, state_dict=weights, save_embedding_layers=False)
         for name, place in {"default": aside, **_places(aside, names)}.items():
             if name in names and (missing := missing_tensors(place, settings, layers)):
-                raise ValueError(f"adapter {name!r} does not save {', '.join(missing)}; make it with lora_config(model)")
+                raise UserError(f"adapter {name!r} does not save {', '.join(missing)}; make it with lora_config(model)")
             listed = {"adapters": names, "active": active} if place == aside else {}
             mark_adapter(place, {**facts, "name": name, **listed}, model.peft_config[name].task_type if name in names else None)
         _replace_adapters(aside, folder, names)
@@ -250,9 +250,9 @@ def read_branch_file(
         saved["base"]["weights"]["embedding"], saved["base"]["vocab_size"]
         names = saved.get("adapters", ["default"])
         if not isinstance(names, list) or not names or not all(map(_is_plain_name, (*names, saved.get("name", "default")))):
-            raise ValueError("names of adapters")
+            raise UserError("names of adapters")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"adapter: {adapter / BRANCH_FILE} is damaged or of another version ({error!r})") from error
+        raise UserError(f"adapter: {adapter / BRANCH_FILE} is damaged or of another version ({error!r})") from error
     return saved
 
 
@@ -268,7 +268,7 @@ def find_adapters(
     for place in places.values():
         missing = [name for name in ADAPTER_FILES if not (place / name).is_file()]
         if "adapter_model.safetensors" in missing and (place / "adapter_model.bin").is_file():
-            raise ValueError(f"adapter {place} has pickled weights, adapter_model.bin, which could run code and are not read; "
+            raise UserError(f"adapter {place} has pickled weights, adapter_model.bin, which could run code and are not read; "
                              "save_adapter writes safetensors")
         if missing:
             raise FileNotFoundError(f"adapter {place} has no {' and no '.join(missing)}; save_adapter(model, folder) writes them")
@@ -293,7 +293,7 @@ def missing_tensors(
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
     except SafetensorError as error:
-        raise ValueError(f"adapter: {file} is damaged ({error})") from error
+        raise UserError(f"adapter: {file} is damaged ({error})") from error
     wanted = {"lora_A.weight": 1, "lora_B.weight": 1}
     if settings is not None:
         wanted |= {f"krause_branch.token_gate.proj.{part}": layers for part in ("weight", "bias")}
@@ -308,7 +308,7 @@ def check_adapter_tensors(
 ) -> None:
     "Raise a `ValueError` if an adapter lacks LoRA's matrices, or what its branch has trained in one of the layers."
     if missing := missing_tensors(adapter, settings, layers):
-        raise ValueError(f"adapter: {adapter / 'adapter_model.safetensors'} does not have {', '.join(missing)} for all of {layers} layers, "
+        raise UserError(f"adapter: {adapter / 'adapter_model.safetensors'} does not have {', '.join(missing)} for all of {layers} layers, "
                          "which its settings ask for")
 
 # %% ../nbs/17_adapters.ipynb #8e667629
@@ -336,12 +336,12 @@ def _read_lora(place, saved):
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         if entries["peft_type"] != "LORA" or entries.get("megatron_config") is not None:
-            raise ValueError("it is not of plain LoRA")
+            raise UserError("it is not of plain LoRA")
         if entries["task_type"] == READ_ADAPTER:
             entries["task_type"] = json.loads((place / BRANCH_FILE).read_text(encoding="utf-8"))["task_type"]
         config = LoraConfig.from_peft_type(**entries)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"adapter: {file} cannot be read ({error!r}); save the adapter again") from error
+        raise UserError(f"adapter: {file} cannot be read ({error!r}); save the adapter again") from error
     return with_facts(config, {"settings": saved["settings"], "base": saved["base"]})
 
 
@@ -357,9 +357,9 @@ def add_adapter(
     """
     adapter = Path(adapter)
     if isinstance(model, PeftModel):
-        raise ValueError("model has an adapter already; add_adapter takes the base model, without one")
+        raise UserError("model has an adapter already; add_adapter takes the base model, without one")
     if branches(model):
-        raise ValueError("model has a Krause branch already; an adapter brings its own: remove_krause_branch(model) first")
+        raise UserError("model has a Krause branch already; an adapter brings its own: remove_krause_branch(model) first")
     saved = read_branch_file(adapter)
     places = find_adapters(adapter, saved)
     check_base(model, saved["base"], adapter)

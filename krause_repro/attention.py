@@ -13,22 +13,13 @@ from numbers import Real
 
 import torch
 import torch.nn.functional as F
-from .checks import check_fraction, check_integer
-from krause_repro.reference import (
-    SCORES,
-    CausalWindow,
-    GridWindow,
-    Neighborhood,
-    _dense,
-    attend,
-    attention_weights,
-    pairwise_energy,
-    select,
-    tracing,
-    transforms_active,
-    weighted_sum,
-)
 from torch import Tensor, nn
+
+from .checks import UserError, check_fraction, check_integer
+from krause_repro.reference import (
+    SCORES, CausalWindow, GridWindow, Neighborhood, attention_weights, dense_attention_weights, pairwise_energy, reference_attention,
+    topk_mask, tracing, transforms_active, weighted_sum,
+)
 
 # %% ../nbs/06_attention.ipynb #7df121ec
 def _all_positive(sigma):
@@ -41,12 +32,12 @@ def _all_positive(sigma):
 def _check_sigma(sigma, heads):
     if isinstance(sigma, Tensor):
         if sigma.shape not in ((), (1,), (heads,)):
-            raise ValueError(f"sigma must be a number or have shape ({heads},), one for each head, got shape {tuple(sigma.shape)}")
+            raise UserError(f"sigma must be a number or have shape ({heads},), one for each head, got shape {tuple(sigma.shape)}")
         bad = not sigma.is_floating_point() or not torch.compiler.is_compiling() and not _all_positive(sigma)
     else:
         bad = isinstance(sigma, bool) or not isinstance(sigma, Real) or not sigma > 0
     if bad:
-        raise ValueError(f"sigma must be a number > 0 (not NaN), or a floating tensor of them, got {sigma!r}")
+        raise UserError(f"sigma must be a number > 0 (not NaN), or a floating tensor of them, got {sigma!r}")
 
 # %% ../nbs/06_attention.ipynb #aa12b708
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,34 +47,34 @@ def _check_floating(name, tensor):
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} must be a floating tensor, float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        raise UserError(f"{name} must be a floating tensor, float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
 def _check_tensors(query, key, value, neighborhood, key_mask):
     for name, tensor in {"query": query, "key": key, "value": value}.items():
         _check_floating(name, tensor)
         if tensor.ndim != 4:
-            raise ValueError(f"{name} must have four dimensions (B, H, T, D), got shape {tuple(tensor.shape)}")
+            raise UserError(f"{name} must have four dimensions (B, H, T, D), got shape {tuple(tensor.shape)}")
         if (tensor.dtype, tensor.device) != (query.dtype, query.device):
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a floating tensor of query's dtype and device, {query.dtype} on {query.device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
     shapes = f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
     if 0 in query.shape[1:] or 0 in key.shape[1:] or query.shape[::3] != key.shape[::3] or key.shape[:3] != value.shape[:3]:
-        raise ValueError(
+        raise UserError(
             f"query (B, H, Tq, D), key (B, Hk, Tk, D) and value (B, Hk, Tk, Dv) must agree and have no zeros, B aside, {shapes}"
         )
     if query.shape[1] % key.shape[1]:
-        raise ValueError(f"the heads of key and value must divide the {query.shape[1]} heads of query, {shapes}")
+        raise UserError(f"the heads of key and value must divide the {query.shape[1]} heads of query, {shapes}")
     if query.shape[2] != key.shape[2] and not (isinstance(neighborhood, CausalWindow) and query.shape[2] < key.shape[2]):
-        raise ValueError(f"query and key must have one length T (a CausalWindow also takes the last queries of a longer past), {shapes}")
+        raise UserError(f"query and key must have one length T (a CausalWindow also takes the last queries of a longer past), {shapes}")
     if key_mask is not None:
         shape = (key.shape[0], key.shape[2])
         if not isinstance(key_mask, Tensor):
             raise TypeError(f"key_mask must be a bool tensor of shape {shape}, got {type(key_mask).__name__}")
         if key_mask.dtype != torch.bool or key_mask.shape != shape or key_mask.device != query.device:
-            raise ValueError(
+            raise UserError(
                 f"key_mask must be a bool tensor of shape {shape} (batch, keys) on {query.device}, True = may be attended, "
                 f"got {key_mask.dtype} of shape {tuple(key_mask.shape)} on {key_mask.device}"
             )
@@ -105,7 +96,7 @@ def check_attention_arguments(
     _check_tensors(query, key, value, neighborhood, key_mask)
     neighborhood.check(key.shape[-2])
     if isinstance(sigma, Tensor) and sigma.device != query.device:
-        raise ValueError(f"sigma must be on query's device {query.device}, got {sigma.device}")
+        raise UserError(f"sigma must be on query's device {query.device}, got {sigma.device}")
     _check_sigma(sigma, query.shape[1])
     if top_k is not None:
         check_integer("top_k", top_k, 1)
@@ -135,17 +126,17 @@ def choose_implementation(
     top_k: int | None = None,  # keys kept in each row; None keeps all
     key_mask: Tensor | None = None,  # (B, Tk) bool
     device: torch.device | str = "cpu",  # of the tensors
-) -> Callable[..., Tensor]:  # a function with the arguments of `attend`
+) -> Callable[..., Tensor]:  # a function with the arguments of `reference_attention`
     "The function that attends; a `ValueError` if the implementation asked for cannot do what is asked."
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+        raise UserError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     if implementation == "auto":
         order = ("banded", "gathered", "sdpa", "reference")
         implementation = next(name for name in order if not _refusal(name, neighborhood, top_k, key_mask, device))
     elif reason := _refusal(implementation, neighborhood, top_k, key_mask, device):
-        raise ValueError(f"implementation {implementation!r} {reason}, got {neighborhood!r}, top_k={top_k!r}, device {device}")
+        raise UserError(f"implementation {implementation!r} {reason}, got {neighborhood!r}, top_k={top_k!r}, device {device}")
     if implementation == "reference":
-        return attend
+        return reference_attention
     from krause_repro import fast_attention  # notebook 03 builds on this one
 
     return getattr(fast_attention, f"{implementation}_attention")
@@ -206,7 +197,7 @@ def attention_stages(
     query, key = query[None, None], key[None, None]
     check_attention_arguments(query, key, key, sigma, neighborhood, top_k)
     energy, window = pairwise_energy(query, key), neighborhood.mask(query.shape[-2], query.device)
-    selected, _ = select(energy, window, top_k)
+    selected, _ = topk_mask(energy, window, top_k)
     weights = attention_weights(query, key, neighborhood, top_k, sigma=sigma)
     return {
         "score": (-energy[0, 0].clamp_min(0) / sigma**2).exp(), "window": window,
@@ -254,11 +245,11 @@ class KrauseAttention(nn.Module):
         super().__init__()
         dim, heads = check_integer("dim", dim, 1), check_integer("heads", heads, 1)
         if dim % heads:
-            raise ValueError(f"heads must divide dim = {dim}, got {heads}")
+            raise UserError(f"heads must divide dim = {dim}, got {heads}")
         if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+            raise UserError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if sigma_per not in ("head", "layer"):
-            raise ValueError(f"sigma_per must be 'head' or 'layer', got {sigma_per!r}")
+            raise UserError(f"sigma_per must be 'head' or 'layer', got {sigma_per!r}")
         if not isinstance(neighborhood, Neighborhood):
             raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
         top_k = None if top_k is None else check_integer("top_k", top_k, 1)
@@ -266,7 +257,7 @@ class KrauseAttention(nn.Module):
         if score == "krause":
             _check_sigma(sigma, heads)
             if isinstance(sigma, Tensor):
-                raise ValueError(f"sigma must be a number, the initial bandwidth of all heads, got a tensor of shape {tuple(sigma.shape)}")
+                raise UserError(f"sigma must be a number, the initial bandwidth of all heads, got a tensor of shape {tuple(sigma.shape)}")
         self.dim, self.heads, self.neighborhood, self.top_k = dim, heads, neighborhood, top_k
         self.score, self.initial_sigma, self.dropout = score, float(sigma) if score == "krause" else sigma, dropout
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
@@ -294,14 +285,14 @@ class KrauseAttention(nn.Module):
         "Attend; returns the output and, when asked, the weights (before dropout)."
         _check_floating("hidden", hidden)
         if hidden.ndim != 3 or hidden.shape[1] == 0 or hidden.shape[2] != self.dim:
-            raise ValueError(f"hidden must be of shape (B, T ≥ 1, {self.dim}), got {tuple(hidden.shape)}")
+            raise UserError(f"hidden must be of shape (B, T ≥ 1, {self.dim}), got {tuple(hidden.shape)}")
         split = (*hidden.shape[:2], self.heads, self.dim // self.heads)
         query, key, value = (p(hidden).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         if rotary is not None:
             query, key = rotary(query), rotary(key)
         dropout = self.dropout if self.training else 0.0
         if output_weights:
-            weights, support = _dense(query, key, self.neighborhood, self.top_k, self.score, self.sigma, None)
+            weights, support = dense_attention_weights(query, key, self.neighborhood, self.top_k, self.score, self.sigma, None)
             return self.o_proj(merge_heads(weighted_sum(weights, value, dropout, support))), weights
         compute = choose_implementation("auto", self.neighborhood, self.top_k, device=hidden.device)
         output = compute(query, key, value, self.neighborhood, self.top_k, score=self.score, sigma=self.sigma, dropout=dropout)

@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from .checks import check_integer
-from .image_data import Collator
-from .statistics import summarise_curves
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from .checks import check_integer
 from .dynamics import cluster_count
+from .image_data import Collator
+from .statistics import summarise_curves
 
 # %% ../nbs/48_attention_maps.ipynb #e7f5dea3
 def check_numbers(

@@ -8,11 +8,11 @@ __all__ = ['PixelClassifierConfig', 'PixelClassifier', 'nearest_classes']
 # %% ../nbs/14_baselines.ipynb #b8d58b69
 import torch
 import torch.nn.functional as F
-from .checks import check_integer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .checks import UserError, check_integer
 from .vision_transformer import check_pixels
 
 # %% ../nbs/14_baselines.ipynb #e7730c5b
@@ -33,7 +33,7 @@ class PixelClassifierConfig(PreTrainedConfig):
         for channels in self.stages or []:
             check_integer("stages", channels, 1)
         if self.image_size >> len(self.stages or []) < 1:
-            raise ValueError(f"stages must be at most {self.image_size.bit_length() - 1} for images of {self.image_size} pixels, each "
+            raise UserError(f"stages must be at most {self.image_size.bit_length() - 1} for images of {self.image_size} pixels, each "
                              f"halves them; got {len(self.stages)}")
 
 # %% ../nbs/14_baselines.ipynb #b6402fe8
@@ -95,7 +95,7 @@ def nearest_classes(
     "The most frequent class among the nearest training images."
     for k in ks:
         if check_integer("ks", k, 1) > len(train):
-            raise ValueError(f"ks must be at most {len(train)}, the number of training images, got {k}")
+            raise UserError(f"ks must be at most {len(train)}, the number of training images, got {k}")
     train, classes = train.flatten(1).float(), int(labels.max()) + 1
     norms, found = train.square().sum(1), {k: [] for k in ks}
     for part in queries.flatten(1).float().split(chunk):

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from .checks import check_integer
-from .reference import CausalWindow, GridWindow, attend
-from .timing import compare, compare_in_pairs, fitted_exponent, in_turns, peak_beyond, summarise_times
 from torch import Tensor
 
+from .checks import UnavailableError, UserError, check_integer
 from .fast_attention import banded_tiles, gathered_rows, sdpa_attention
 from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import CIFAR_CASE, COST, PASSES, AttentionCase, CostRecipe, GridCase
+from .reference import CausalWindow, GridWindow, reference_attention
+from .timing import compare, compare_in_pairs, fitted_exponent, in_turns, peak_beyond, summarise_times
 
 # %% ../nbs/50_bench_attention.ipynb #8e5014fc
 BASELINE = "fused full"
@@ -56,7 +56,7 @@ def attention_contenders(
         contenders["sdpa"] = lambda q, k, v, s: sdpa_attention(q, k, v, window, sigma=s)
     contenders["fused, window mask"] = lambda q, k, v, s: fused(q, k, v, window.mask(case.length))
     if case.length <= DENSE_LENGTH:
-        contenders["dense reference"] = lambda q, k, v, s: attend(q, k, v, window, top_k, sigma=s)
+        contenders["dense reference"] = lambda q, k, v, s: reference_attention(q, k, v, window, top_k, sigma=s)
     return contenders
 
 # %% ../nbs/50_bench_attention.ipynb #73630c1e
@@ -66,7 +66,7 @@ def _grid_contenders(case):
     if kernels_available():
         contenders["gathered, C++"] = lambda q, k, v, s: native_lists(q, k, v, window, top_k, sigma=s)
     contenders["gathered, PyTorch"] = lambda q, k, v, s: gathered_rows(q, k, v, window, top_k, sigma=s)
-    contenders["dense reference"] = lambda q, k, v, s: attend(q, k, v, window, top_k, sigma=s)
+    contenders["dense reference"] = lambda q, k, v, s: reference_attention(q, k, v, window, top_k, sigma=s)
     return contenders
 
 # %% ../nbs/50_bench_attention.ipynb #d8a4aeb6
@@ -129,7 +129,7 @@ def peak_memory(
     done = subprocess.run([sys.executable, "-c", _FRESH], input=json.dumps(request), env={**os.environ, **_GIVE_BACK},
                           capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"peak memory could not be measured: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
+        raise UnavailableError(f"peak memory could not be measured: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/50_bench_attention.ipynb #9658a61f
@@ -174,9 +174,9 @@ def kth_largest(
 ) -> Tensor:  # (N,)
     "The k-th largest score of each row by bisection over the 32-bit numbers."
     if scores.ndim != 2 or scores.dtype != torch.float32:
-        raise ValueError(f"scores must be (N, C) float32, got {scores.dtype} {tuple(scores.shape)}")
+        raise UserError(f"scores must be (N, C) float32, got {scores.dtype} {tuple(scores.shape)}")
     if check_integer("k", k, 1) > scores.shape[1]:
-        raise ValueError(f"k must be at most the {scores.shape[1]} columns of scores, got {k}")
+        raise UserError(f"k must be at most the {scores.shape[1]} columns of scores, got {k}")
     bits = scores.view(torch.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the numbers
     low, high = order.amin(-1, keepdim=True), order.amax(-1, keepdim=True) + 1  # at least k are ≥ low, fewer than k are ≥ high
@@ -219,7 +219,7 @@ def bench_selection(
     scores = torch.randn(case.batch * case.heads * case.length, case.window, generator=torch.Generator().manual_seed(0))
     compiled, reason = compiled_selector(scores, case.top_k) if recipe.compiled else (None, f"not tried, profile {recipe.profile}")
     selectors = SELECTORS | ({"bisection, compiled": compiled} if compiled else {})
-    calls = {name: lambda s=select: s(scores, case.top_k) for name, select in selectors.items()}
+    calls = {name: lambda s=topk_mask: s(scores, case.top_k) for name, topk_mask in selectors.items()}
     if reason:
         missing["bisection, compiled"] = reason
     if kernels_available():

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from .checks import check_integer, check_positive
-from .generation_recipes import GENERATORS, ImageGenerationRecipe
-from .timing import _quartiles, compare, in_turns, interleave, summarise_times
 
+from .checks import UserError, check_integer, check_positive
+from .generation_recipes import GENERATORS, ImageGenerationRecipe
 from .image_transformer import ImageTransformer, image_cache
 from .recipes import GENERATION_SPEED, GenerationCase, GenerationSpeedRecipe, get_recipe
+from .timing import compare, in_turns, interleave, quartiles, summarise_times
 
 # %% ../nbs/52_bench_generation.ipynb #908538cb
 def _writer(recipe, case):
@@ -45,7 +45,7 @@ def generation_seconds(
     tokens = recipes["KARM"].config.tokens
     stop = case.stop or tokens
     if not case.start + 2 <= stop <= tokens:
-        raise ValueError(f"start and stop must leave 2 tokens or more of the image's {tokens}, got {case.start} and {stop}")
+        raise UserError(f"start and stop must leave 2 tokens or more of the image's {tokens}, got {case.start} and {stop}")
     writers = {name: _writer(recipe, case) for name, recipe in recipes.items()}
     return interleave(writers, stop - case.start - 1, warmup=1)  # the first token takes the memory
 
@@ -54,7 +54,7 @@ def _generation_row(case, name, seconds, tokens):
     mine, rival = seconds[name], seconds["ARM"]
     tenth = max(1, len(mine) // 10)
     parts = [slice(k * tenth, (k + 1) * tenth) for k in range(min(10, len(mine)))]
-    low, _, high = _quartiles([sum(mine[part]) / sum(rival[part]) for part in parts])
+    low, _, high = quartiles([sum(mine[part]) / sum(rival[part]) for part in parts])
     whole = case.start == 0 and case.stop in (None, tokens)
     speed = case.batch * len(mine) / sum(mine)
     return {

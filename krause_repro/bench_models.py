@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from .checks import check_integer
-from .image_data import load_splits
-from .image_recipes import ImageClassificationRecipe
-from .timing import compare, in_turns
 from transformers import TrainerCallback
 
+from .checks import UserError, check_integer
+from .image_data import load_splits
+from .image_recipes import ImageClassificationRecipe
 from .recipes import COST, CostRecipe, get_recipe
+from .timing import compare, in_turns
 from .training import build_trainer
 from .vision_transformer import VisionTransformer
 
@@ -76,7 +76,7 @@ def bench_images(
     "Seconds and images per second of KViT and of ViT with fused attention, in turns, equal size and drop-path."
     recipe.check()
     if unknown := [name for name in passes if name not in IMAGE_PASSES]:
-        raise ValueError(f"passes must be of {', '.join(IMAGE_PASSES)}, got {unknown[0]!r}")
+        raise UserError(f"passes must be of {', '.join(IMAGE_PASSES)}, got {unknown[0]!r}")
     rows = []
     for case in recipe.images:
         for step in passes:

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from .bench_attention import add_peak_memory, bench_attention, bench_grids, bench_scaling, bench_selection
 from .bench_generation import bench_generation
 from .bench_language import bench_language
 from .bench_models import bench_images, bench_training
 from .checks import check_integer
-from .timing import compare, interleave
-
 from .dynamics import flow, uniform_sphere
 from .recipes import COST, CostRecipe
 from .records import environment, project_root, write_json
+from .timing import compare, interleave
 
 # %% ../nbs/54_benchmarks.ipynb #8ac3d072
 def bench_dynamics(

@@ -19,16 +19,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .checks import UserError
 from krause_repro.llm_branch import (
-    REFUSED,
-    BranchSettings,
-    KrauseBranch,
-    _mix,
-    _note_padding,
-    _records,
-    attention_layers,
-    branch_config,
-    branches,
+    REFUSED, BranchSettings, KrauseBranch, attention_layers, branch_config, branch_records, branches, mix_outputs, note_padding,
 )
 from .transformers_attention import LOAD_OPTIONS, SAFE_LOADING, hub_options, named_options
 
@@ -50,11 +43,11 @@ class SavedWithBranch(PreTrainedConfig):
         "As in 🤗 Transformers; settings among `kwargs` are the base model's."
         kind, base = config_dict.get("base_model_type"), config_dict.get("base_config")
         if not (isinstance(base, dict) and isinstance(config_dict.get("krause_branch"), dict) and kind in CONFIG_MAPPING):
-            raise ValueError(f"model: config.json has no krause_branch, or no base_config of a known base_model_type, got {kind!r}")
+            raise UserError(f"model: config.json has no krause_branch, or no base_config of a known base_model_type, got {kind!r}")
         try:
             base = {**base, "krause_branch": asdict(BranchSettings(**config_dict["krause_branch"]))}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"model: the krause_branch of config.json cannot be read ({error})") from error
+            raise UserError(f"model: the krause_branch of config.json cannot be read ({error})") from error
         config = super().from_dict(config_dict)
         config._base, unused = CONFIG_MAPPING[kind].from_dict(base, return_unused_kwargs=True, **kwargs)
         return (config, unused) if return_unused_kwargs else config
@@ -137,7 +130,7 @@ def attach_branch(
 
 def _attach(layer, branch):
     layer.krause_branch = branch.train(layer.training)
-    layer._krause_hook = layer.register_forward_hook(_mix, with_kwargs=True)
+    layer._krause_hook = layer.register_forward_hook(mix_outputs, with_kwargs=True)
 
 
 def _check_branchable(model, layers):
@@ -145,7 +138,7 @@ def _check_branchable(model, layers):
     other = [name for name, layer in layers.items() if getattr(layer, "is_causal", True) is False or "Cross" in type(layer).__name__]
     if getattr(model.config, "is_encoder_decoder", False) or other:
         where = f", and {other[0]} is not" if other else f", and {type(model).__name__} has an encoder"
-        raise ValueError(f"model must be a decoder whose attention is causal self-attention{where}")
+        raise UserError(f"model must be a decoder whose attention is causal self-attention{where}")
 
 
 def _own_config(model):
@@ -171,7 +164,7 @@ def add_krause_branch(
     window: int = 32,  # W, in tokens, the token itself included
     top_k: int = 16,  # keys kept inside the window
     sigma: float = 5.5,  # σ₀ of every head
-    gate_start: float = 0.8,  # share of the pretrained attention at the start
+    gate_init: float = 0.8,  # share of the pretrained attention at the start
     *,
     freeze_sigma: bool = False,  # as the released code: σ stays at σ₀, and is not saved
     random_biases: bool = False,  # as the released code for Llama: q, k and v get random biases, neither trained nor saved
@@ -182,13 +175,13 @@ def add_krause_branch(
     Raises `ValueError` for settings that are not allowed, a model without such layers or with cross-attention, one that has branches
     already, and one that is wrapped by peft (add the branch first, then LoRA). The model is changed when all branches are made.
     """
-    settings = BranchSettings(window, top_k, sigma, gate_start, freeze_sigma, random_biases, ignore_cache)
+    settings = BranchSettings(window, top_k, sigma, gate_init, freeze_sigma, random_biases, ignore_cache)
     if isinstance(model, PeftModel):
-        raise ValueError("model must not be wrapped by peft: add the Krause branch to the base model first")
+        raise UserError("model must not be wrapped by peft: add the Krause branch to the base model first")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a language model of transformers, got {type(model).__name__}")
     if branches(model):
-        raise ValueError("model has a Krause branch already; remove_krause_branch(model) takes it away")
+        raise UserError("model has a Krause branch already; remove_krause_branch(model) takes it away")
     decoder = model.get_decoder()
     layers = attention_layers(decoder)
     _check_branchable(model, layers)
@@ -197,7 +190,7 @@ def add_krause_branch(
     for layer, branch in zip(layers.values(), made, strict=True):
         _attach(layer, branch)
     decoder.krause_window, decoder.krause_ignores_cache = settings.window, settings.ignore_cache
-    decoder._krause_hook = decoder.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    decoder._krause_hook = decoder.register_forward_pre_hook(note_padding, with_kwargs=True)
     _own_config(model)
     model.config.krause_branch, model.config.__class__ = asdict(settings), config_with_branch(type(model.config))
     for name, refusal in REFUSED.items():
@@ -211,7 +204,7 @@ def remove_krause_branch(
 ) -> PreTrainedModel:  # the same object
     "Give the base model back, as it is now without its branches. Raises `ValueError` if it has none."
     if not branches(model):
-        raise ValueError("model has no Krause branch")
+        raise UserError("model has no Krause branch")
     decoder = model.get_decoder()
     parts = (decoder, *attention_layers(decoder).values())
     for module in parts:  # the hooks first: without its branch a hook would fail
@@ -232,11 +225,11 @@ def remove_krause_branch(
 @contextmanager
 def recorded_branches() -> Iterator[list[dict]]:
     "While it is open, each layer that runs adds {layer, weights (B, H, T, T), gate (B, T), the share of softmax}, in order."
-    token = _records.set([])
+    token = branch_records.set([])
     try:
-        yield _records.get()
+        yield branch_records.get()
     finally:
-        _records.reset(token)
+        branch_records.reset(token)
 
 # %% ../nbs/16_branched_models.ipynb #912d68c5
 def load_with_branch(
@@ -261,7 +254,7 @@ def load_with_branch(
 
     model, found = WithBranch.from_pretrained(source, config=config, output_loading_info=True, **SAFE_LOADING, **options)
     if found["missing_keys"]:
-        raise ValueError(f"model {source} lacks {len(found['missing_keys'])} weights, such as {min(found['missing_keys'])}")
+        raise UserError(f"model {source} lacks {len(found['missing_keys'])} weights, such as {min(found['missing_keys'])}")
     model.__class__ = kind
     model.generation_config.disable_compile = True  # another one was read from the folder since the branch was added
     return model

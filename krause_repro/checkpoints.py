@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from .branched_models import attach_branch
-from .checks import check_integer, check_names
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,6 +25,8 @@ from transformers import LlamaConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
+from .branched_models import attach_branch
+from .checks import UserError, check_integer, check_names
 from .image_transformer import ImageTransformer, ImageTransformerConfig
 from .llm_branch import PROJECTIONS, BranchSettings
 from .swin import SwinClassifier, SwinClassifierConfig, WindowAttention
@@ -38,20 +38,20 @@ def read_state_dict(
 ) -> dict[str, Tensor]:
     "The tensors of a checkpoint, without the `state.`, `module.` and `_orig_mod.` prefixes that its saving may have added."
     if not isinstance(source, (dict, str, Path)):
-        raise ValueError(f"state_dict_or_path must be a dict or a .safetensors file, got {source!r}")
+        raise UserError(f"state_dict_or_path must be a dict or a .safetensors file, got {source!r}")
     if not isinstance(source, dict):
         path = Path(source)
         if path.suffix != ".safetensors":
-            raise ValueError(f"state_dict_or_path must be a dict or a .safetensors file, got {path}; pickled checkpoints are not read")
+            raise UserError(f"state_dict_or_path must be a dict or a .safetensors file, got {path}; pickled checkpoints are not read")
         if not path.is_file():
             raise FileNotFoundError(f"state_dict_or_path: there is no file {path}")
         try:
             source = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"state_dict_or_path: {path} is not a whole safetensors file ({error})") from error
+            raise UserError(f"state_dict_or_path: {path} is not a whole safetensors file ({error})") from error
     for name, tensor in source.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"state_dict_or_path must map names to tensors, got {type(tensor).__name__} under {name!r}")
+            raise UserError(f"state_dict_or_path must map names to tensors, got {type(tensor).__name__} under {name!r}")
     if any(name.startswith("state.") for name in source):  # a parity file holds inputs and outputs as well
         source = {name.removeprefix("state."): tensor for name, tensor in source.items() if name.startswith("state.")}
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in source.items()}
@@ -119,7 +119,7 @@ def check_masks(
             continue
         own = block.attention.neighborhood.mask(1 + module.side**2)
         if state[name].shape != own.shape or not bool((state[name].cpu().bool() == own).all()):
-            raise ValueError(f"{name} is not the neighbourhood of kind {kind!r} with this configuration ({block.attention.neighborhood})")
+            raise UserError(f"{name} is not the neighbourhood of kind {kind!r} with this configuration ({block.attention.neighborhood})")
 
 # %% ../nbs/19_checkpoints.ipynb #4010569f
 VIT_NAMES = (
@@ -180,7 +180,7 @@ def square_side(
     "The side of a square that torchvision describes by two numbers."
     sides = set(value) if isinstance(value, (list, tuple)) else {value}
     if len(sides) != 1:
-        raise ValueError(f"{name} must be one number, or twice the same, got {value!r}")
+        raise UserError(f"{name} must be one number, or twice the same, got {value!r}")
     return sides.pop()
 
 
@@ -264,7 +264,7 @@ def image_config(
 ) -> ImageTransformerConfig:
     "Our settings for the arguments of the authors' image transformers."
     if attn_type not in (None, ATTENTION_TYPES[attention]):
-        raise ValueError(f"attn_type must be {ATTENTION_TYPES[attention]!r} for this kind, got {attn_type!r}")
+        raise UserError(f"attn_type must be {ATTENTION_TYPES[attention]!r} for this kind, got {attn_type!r}")
     shape = raster_shape(check_integer("seq_len", seq_len, 1))
     top_k = min(top_k, window_size) if isinstance(top_k, int) and isinstance(window_size, int) else top_k
     return ImageTransformerConfig(
@@ -374,7 +374,7 @@ def build_module(
         check_names("its constructor", config, inspect.signature(build).parameters)
         made = build(**config)
     except TypeError as error:
-        raise ValueError(f"config does not fit kind {kind!r}: {error}") from error
+        raise UserError(f"config does not fit kind {kind!r}: {error}") from error
     return made if isinstance(made, nn.Module) else MODELS[type(made)](made)
 
 # %% ../nbs/19_checkpoints.ipynb #42e2aec3
@@ -428,7 +428,7 @@ def load_into(
     )
     if any(problems):
         listed = (line for group in problems for line in (*group[:3], *([f"and {len(group) - 3} more"] if len(group) > 3 else [])))
-        raise ValueError(f"the checkpoint does not fit kind {kind!r} with this configuration{remark}: {'; '.join(listed)}")
+        raise UserError(f"the checkpoint does not fit kind {kind!r} with this configuration{remark}: {'; '.join(listed)}")
     module.load_state_dict(state)
 
 # %% ../nbs/19_checkpoints.ipynb #d4fed2cb
@@ -443,7 +443,7 @@ def load_author_checkpoint(
     and `FileNotFoundError` for a missing file.
     """
     if kind not in list(KINDS):
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise UserError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     state = read_state_dict(state_dict_or_path)
     module = build_module(kind, config)
     load_into(module, KINDS[kind][1](state), kind, hint(state, kind))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'LIMITS', 'list_recipes', 'summary', 'report_pages', 'run_notebooks', 'train_recipe', 'sample_recipe',
            'fetch_data', 'make_report', 'build_site', 'execute_book', 'run_benchmark', 'prepare_kernels',
-           'check_evaluation_files', 'show_evaluation', 'evaluate_model', 'usage', 'check_options', 'options',
-           'deliberate', 'Ended', 'ending', 'tell', 'main']
+           'check_evaluation_files', 'show_evaluation', 'evaluate_model', 'usage', 'check_options', 'options', 'Ended',
+           'ending', 'tell', 'main']
 
 # %% ../nbs/80_cli.ipynb #314251ae
 import inspect
@@ -16,17 +16,17 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import anno_parser
-from .website import site
 
 import krause_repro
+from .checks import UserError
 from .runner import book, check_output, check_word, did_you_mean, interactive, notebooks, run, site_folder
+from .website import site
 
 # %% ../nbs/80_cli.ipynb #d0af11b3
 def list_recipes() -> None:
@@ -115,14 +115,14 @@ def sample_recipe(
 
     chosen = get_recipe(recipe).at(profile)
     if not isinstance(chosen, ImageGenerationRecipe):
-        raise ValueError(f"recipe {recipe!r} makes no images; generators do, such as karm/fashion_mnist")
-    from krause_repro.generation_evaluation import contact_sheet, sample_run, samples_folder
+        raise UserError(f"recipe {recipe!r} makes no images; generators do, such as karm/fashion_mnist")
+    from krause_repro.generation_evaluation import save_image_grid, sample_run, samples_folder
     from krause_repro.runs import Run, check_run, run_path
 
     run = Run(run_path(chosen, seed), chosen, seed)
     check_run(run)
     made = sample_run(run, images, image_seed, temperature, top_p, batch, interactive(), source)
-    print(f"The images: {contact_sheet(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
+    print(f"The images: {save_image_grid(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
 
 # %% ../nbs/80_cli.ipynb #1319dfa7
 def fetch_data(
@@ -272,12 +272,12 @@ def check_options(
     "Raise `ValueError` for an integer beyond its limits, a number that is not finite and a text that is empty."
     for name, value in given.items():
         if value == "":
-            raise ValueError(f"{name} must not be empty")
+            raise UserError(f"{name} must not be empty")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
+            raise UserError(f"{name} must be a finite number, got {value}")
         least, most = LIMITS.get(name, (-math.inf, math.inf))
         if isinstance(value, int) and not least <= value <= most:
-            raise ValueError(f"{name} must be an integer from {least} to {most}, got {value}")
+            raise UserError(f"{name} must be an integer from {least} to {most}, got {value}")
 
 
 def options(
@@ -290,7 +290,7 @@ def options(
 
     def reject(message: str) -> None:
         unknown = re.search("unrecognized arguments: (--[^ =]+)", message)
-        raise ValueError(f"{message}{did_you_mean(unknown[1], known) if unknown else ''}; see krause-repro {name} --help")
+        raise UserError(f"{message}{did_you_mean(unknown[1], known) if unknown else ''}; see krause-repro {name} --help")
 
     parser = anno_parser(COMMANDS[name], prog=f"krause-repro {name}")
     parser.error, parser.allow_abbrev = reject, False
@@ -299,14 +299,6 @@ def options(
         reject(f"unrecognized arguments: {' '.join(extra)}")
     check_options(given)
     return given
-
-# %% ../nbs/80_cli.ipynb #25f3e491
-def deliberate(
-    error: Exception,  # an error that was caught
-) -> bool:
-    "Whether a `raise` statement of this package is its origin."
-    origin = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(krause_repro.__file__).parent in Path(origin.filename).parents and (origin.line or "").startswith("raise ")
 
 # %% ../nbs/80_cli.ipynb #825f5ec1
 class Ended(KeyboardInterrupt):
@@ -366,7 +358,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer is not wanted
         return 128 + signal.SIGPIPE
     except Exception as error:
-        if not (deliberate(error) or isinstance(error, OSError)):
+        if not isinstance(error, (UserError, OSError)):
             raise
         tell(f"error: {error}")
         return 2

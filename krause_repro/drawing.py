@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'house_style',
-           'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'read_figure', 'figure_files', 'figure_index']
+           'Drawing', 'new_figure', 'figure_folder', 'plural', 'save_figure', 'read_figure', 'figure_files',
+           'figure_index', 'field_path', 'require_fields', 'require_each', 'check_same_length', 'kind_colour',
+           'line_styles', 'draw_curve', 'draw_legend']
 
 # %% ../nbs/55_drawing.ipynb #b57d000f
 import io
@@ -16,13 +18,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from .results import Fields
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
-from .records import project_root, replacing
+from .checks import UserError
+from .records import atomic_write, project_root
+from .results import Fields
 
 # %% ../nbs/55_drawing.ipynb #e748ba12
 COLOURS = {
@@ -105,12 +108,12 @@ def figure_folder(
 ) -> Path:
     "Where the figures of one profile stand. Raises ValueError for any other profile."
     if profile not in FIGURE_PROFILES:
-        raise ValueError(f"profile is {profile!r}; allowed are {', '.join(FIGURE_PROFILES)}")
+        raise UserError(f"profile is {profile!r}; allowed are {', '.join(FIGURE_PROFILES)}")
     root = project_root() if root is None else Path(root)
     return root / "figures" if profile == "desk" else root / "runs" / profile / "figures"
 
 # %% ../nbs/55_drawing.ipynb #7d463dc5
-def _counted(count: int, thing: str) -> str:
+def plural(count: int, thing: str) -> str:
     "'1 seed', '3 seeds'."
     return f"{count} {thing}" + ("" if count == 1 else "s")
 
@@ -120,7 +123,7 @@ def _marked(fig: Figure, profile: str, seeds: int | None) -> Iterator[Bbox]:
     "Put the provenance above `fig` and the stamp of a smoke run on it; yield the part to save, in inches; take them off again."
     width, height = fig.get_size_inches()
     above = fig.transFigure + ScaledTranslation(-0.06, 0.04, fig.dpi_scale_trans)
-    line = f"{profile} profile" + ("" if seeds is None else f" · {_counted(seeds, 'seed')}")
+    line = f"{profile} profile" + ("" if seeds is None else f" · {plural(seeds, 'seed')}")
     marks = [fig.text(1, 1, line, ha="right", va="bottom", size=8, color=COLOURS["neutral"], transform=above)]
     if profile == "smoke":
         marks.append(fig.text(0.5, 0.5, SMOKE_STAMP, ha="center", va="center", size=2.8 * width, rotation=10,
@@ -137,13 +140,13 @@ def _check_save(fig: Figure, name: str, caption: str, notebook: str, seeds: int 
     if not isinstance(fig, Figure):
         raise TypeError(f"fig is {type(fig).__name__}; give a matplotlib Figure")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", str(name)):
-        raise ValueError(f"name is {name!r}; allowed is snake_case, such as 'learned_sigma'")
+        raise UserError(f"name is {name!r}; allowed is snake_case, such as 'learned_sigma'")
     if not str(caption or "").strip():
-        raise ValueError(f"caption is {caption!r}; say in a sentence what the figure shows")
+        raise UserError(f"caption is {caption!r}; say in a sentence what the figure shows")
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", str(notebook)):
-        raise ValueError(f"notebook is {notebook!r}; give its name without the ending, such as '60_particles'")
+        raise UserError(f"notebook is {notebook!r}; give its name without the ending, such as '60_particles'")
     if seeds is not None and (not isinstance(seeds, int) or seeds < 1):
-        raise ValueError(f"seeds is {seeds!r}; give the number of seeds, 1 or more, or None")
+        raise UserError(f"seeds is {seeds!r}; give the number of seeds, 1 or more, or None")
 
 # %% ../nbs/55_drawing.ipynb #a0276a5e
 def save_figure(
@@ -162,7 +165,7 @@ def save_figure(
     about = {"Title": name, "Description": caption, "Source": notebook}
     metadata = {png: about | {"Comment": profile, "Software": None},
                 svg: about | {"Keywords": [profile], "Creator": None, "Date": None}}
-    with house_style(), _unmoved(fig), _marked(fig, profile, seeds) as part, replacing(png) as new_png, replacing(svg) as new_svg:
+    with house_style(), _unmoved(fig), _marked(fig, profile, seeds) as part, atomic_write(png) as new_png, atomic_write(svg) as new_svg:
         for path, new in ((png, new_png), (svg, new_svg)):
             fig.savefig(new, format=path.suffix[1:], dpi=DPI, bbox_inches=part, metadata=metadata[path])
     return png, svg
@@ -177,9 +180,9 @@ def read_figure(
             image.load()
             text = {key: str(value) for key, value in image.text.items()}
     except (OSError, SyntaxError, ValueError, AttributeError) as error:
-        raise ValueError(f"{png} is not a PNG, or damaged ({error}); draw it again") from error
+        raise UserError(f"{png} is not a PNG, or damaged ({error}); draw it again") from error
     if absent := [key for key in ("Title", "Description", "Source", "Comment") if key not in text]:
-        raise ValueError(f"{png} carries no {', '.join(absent)}; save figures with save_figure, or move the file elsewhere")
+        raise UserError(f"{png} carries no {', '.join(absent)}; save figures with save_figure, or move the file elsewhere")
     return {"name": text["Title"], "caption": text["Description"], "notebook": text["Source"], "profile": text["Comment"], "png": png,
             "svg": png.with_suffix(".svg")}
 
@@ -200,7 +203,7 @@ def figure_index(
     return [read_figure(png) for png in figure_files(profile, root)]
 
 # %% ../nbs/55_drawing.ipynb #5bb7f934
-def _place(data: object, where: str) -> str:
+def field_path(data: object, where: str) -> str:
     "Where `data` is: in which field of which file, if it comes from a file of results."
     return f"{data.file}: {data.place.rstrip('.') or 'the result'}" if isinstance(data, Fields) else where
 
@@ -214,60 +217,60 @@ def _finite(value: object) -> bool:
     return not isinstance(value, (float, np.ndarray)) or bool(np.isfinite(value).all())
 
 
-def _take(data: dict, where: str, *keys: str) -> list:
+def require_fields(data: dict, where: str, *keys: str) -> list:
     "The values of `keys` in `data`. TypeError for anything but a dict, ValueError for a key missing, a list empty or NaN."
     if not isinstance(data, dict):
         raise TypeError(f"{where} is {type(data).__name__}; give a dict with {', '.join(keys)}")
-    where = _place(data, where)
+    where = field_path(data, where)
     if missing := [key for key in keys if key not in data]:
-        raise ValueError(f"{where} has no {', '.join(missing)}; it needs {', '.join(keys)}")
+        raise UserError(f"{where} has no {', '.join(missing)}; it needs {', '.join(keys)}")
     if empty := [key for key in keys if isinstance(data[key], (list, tuple)) and not data[key]]:
-        raise ValueError(f"{where} has nothing in {', '.join(empty)}; give at least one entry")
+        raise UserError(f"{where} has nothing in {', '.join(empty)}; give at least one entry")
     if odd := [key for key in keys if not _finite(data[key])]:
-        raise ValueError(f"{where} has numbers that are not finite in {', '.join(odd)}; leave them out, or make the result again")
+        raise UserError(f"{where} has numbers that are not finite in {', '.join(odd)}; leave them out, or make the result again")
     return [data[key] for key in keys]
 
 # %% ../nbs/55_drawing.ipynb #e841d651
-def _take_each(entries: list[dict], where: str, *keys: str) -> list[list]:
-    "`_take` for every dict of a list."
-    return [_take(entry, f"{where}[{i}]", *keys) for i, entry in enumerate(entries)]
+def require_each(entries: list[dict], where: str, *keys: str) -> list[list]:
+    "`require_fields` for every dict of a list."
+    return [require_fields(entry, f"{where}[{i}]", *keys) for i, entry in enumerate(entries)]
 
 # %% ../nbs/55_drawing.ipynb #953ccd77
-def _same_length(where: str, **lists: list) -> None:
+def check_same_length(where: str, **lists: list) -> None:
     "Raise ValueError unless all `lists` are equally long."
     lengths = {name: np.size(values, 0) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{where} has lists of different lengths, {lengths}; give equally long ones")
+        raise UserError(f"{where} has lists of different lengths, {lengths}; give equally long ones")
 
 # %% ../nbs/55_drawing.ipynb #88b689b6
-def _colour(kind: str, where: str) -> str:
+def kind_colour(kind: str, where: str) -> str:
     "The colour of a role. Raises ValueError for a role without one."
     if kind not in COLOURS:
-        raise ValueError(f"{where} has kind {kind!r}; allowed are {', '.join(COLOURS)}")
+        raise UserError(f"{where} has kind {kind!r}; allowed are {', '.join(COLOURS)}")
     return COLOURS[kind]
 
 # %% ../nbs/55_drawing.ipynb #ecf03382
-def _line_styles(series: list[dict], where: str) -> list[dict]:
+def line_styles(series: list[dict], where: str) -> list[dict]:
     "Colour by kind, dashes by how many series of that kind came before, label: the keywords of `Axes.plot`."
     seen, styles = Counter(krause_full=2), []  # dotted: on the sphere its line lies exactly on that of softmax
-    for i, (label, kind) in enumerate(_take_each(series, where, "label", "kind")):
+    for i, (label, kind) in enumerate(require_each(series, where, "label", "kind")):
         dashes = ("-", "--", ":", "-.")[seen[kind] % 4]
-        styles.append({"color": _colour(kind, f"{where}[{i}]"), "linestyle": dashes, "label": label})
+        styles.append({"color": kind_colour(kind, f"{where}[{i}]"), "linestyle": dashes, "label": label})
         seen[kind] += 1
     return styles
 
 # %% ../nbs/55_drawing.ipynb #8e9414c9
-def _curve(ax: Axes, x: list[float], summary: dict, where: str, style: dict, scale: float = 1.0, **options) -> None:
+def draw_curve(ax: Axes, x: list[float], summary: dict, where: str, style: dict, scale: float = 1.0, **options) -> None:
     "Draw `scale` times the mean over `x`, with a band of one standard deviation to either side where there is one."
-    mean, sd = _take(summary, where, "mean", "sd")
+    mean, sd = require_fields(summary, where, "mean", "sd")
     sd = [0.0] * len(mean) if sd is None else sd
-    _same_length(where, x=x, mean=mean, sd=sd)
+    check_same_length(where, x=x, mean=mean, sd=sd)
     mean, sd = scale * np.asarray(mean, float), scale * np.nan_to_num(np.asarray(sd, float))
     ax.plot(x, mean, **style, **options)
     ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
 
 # %% ../nbs/55_drawing.ipynb #cc4a645f
-def _legend(fig: Figure, axes: Axes | np.ndarray, spread: str, columns: int = 3) -> None:
+def draw_legend(fig: Figure, axes: Axes | np.ndarray, spread: str, columns: int = 3) -> None:
     "One legend below all axes, headed by what lines and bands are."
     named = {label: handle for ax in np.ravel(axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), columns), title=spread)

@@ -14,19 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from .image_data import load_splits
-from .image_recipes import ImageClassificationRecipe
-from .results import save_result
-from .runs import Run, check_run, run_path
-from .statistics import corrected_difference, describe_difference, is_shown, paired_difference, summarise, summarise_curves
-from .tables import percent
 
 from .attention import KrauseAttention
 from .baselines import nearest_classes
+from .checks import UserError
+from .image_data import load_splits
+from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
+from .results import save_result
+from .runs import Run, check_run, run_path
+from .statistics import corrected_difference, describe_difference, is_shown, paired_difference, summarise, summarise_curves
 from .swin import WindowAttention
+from .tables import percent
 from .training import build_trainer, train
 
 # %% ../nbs/42_evaluation.ipynb #909ca3f1
@@ -43,7 +44,7 @@ def finished_model(
     "The chosen model of a run, on the GPU if there is one; a `ValueError` that says how to finish the run if it is not finished."
     if not run.finished:
         command = f"krause-repro train {run.recipe.name} --profile {run.recipe.profile} --seed {run.seed}"
-        raise ValueError(f"run {run.path} is not finished; finish it with: {command}")
+        raise UserError(f"run {run.path} is not finished; finish it with: {command}")
     return on_device(run.model())
 
 # %% ../nbs/42_evaluation.ipynb #747f3fce
@@ -56,7 +57,7 @@ def kept_test(
     model = file_digest(weights) if weights.is_file() else None
     record = read_json(path) if path.is_file() else {"model": ""}
     if not isinstance(record, dict):
-        raise ValueError(f"{path} must hold an object, got {record!r:.60}; delete it, and it is made again")
+        raise UserError(f"{path} must hold an object, got {record!r:.60}; delete it, and it is made again")
     if record.get("model", model) != model:  # there is no digest in the file of an earlier version
         record = {**measure(), "model": model}
         write_json(path, record)

@@ -14,30 +14,16 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from krause_repro.reference import (
-    CausalWindow,
-    GridWindow,
-    Neighborhood,
-    allowed_keys,
-    band_mask,
-    common_centre,
-    constant_cache,
-    half_square_norm,
-    match_heads,
-    no_autocast,
-    score_temperature,
-    single_precision,
-    sum_of_support,
-    support_softmax,
-    tracing,
-    transforms_active,
-    weighted_sum,
-    weights_and_support,
-    without_bad,
-)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from .checks import UserError
+from krause_repro.reference import (
+    CausalWindow, GridWindow, Neighborhood, band_mask, common_centre, constant_cache, half_square_norm, masked_softmax, no_autocast,
+    repeat_kv, score_temperature, sum_of_support, support_mask, tracing, transforms_active, upcast_to_float32, weighted_sum,
+    weights_and_support, without_bad,
+)
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
 def band_tiles(
@@ -60,24 +46,24 @@ def _attend_tile(query, key, value, key_mask, temperature, window, top_k, score,
 
 # %% ../nbs/03_fast_attention.ipynb #7d3a90e4
 def in_blocks(
-    attend: Callable[..., Tensor],  # of query, key, value and key_mask
+    reference_attention: Callable[..., Tensor],  # of query, key, value and key_mask
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens
     key: Tensor,  # (B, Hk, Tk, D), no more than Tq + W − 1
     value: Tensor,  # (B, Hk, Tk, Dv)
     key_mask: Tensor | None,  # (B, Tk) bool, False = padding
     window: int,  # W
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`attend` for queries in blocks of W, as if they were sequences of their own; for W queries or fewer it is called as it is."
+    "`reference_attention` for queries in blocks of W, as if they were sequences of their own; for W queries or fewer it is called as it is."
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if queries <= window:
-        return attend(query, key, value, key_mask)
+        return reference_attention(query, key, value, key_mask)
     before, after, blocks = window - 1 - keys + queries, -queries % window, -(-queries // window)  # places to fill
     real = key.new_ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask
     key_mask = F.pad(real, (before, after)).unfold(1, 2 * window - 1, window).flatten(0, 1)
     query = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
     key, value = (F.pad(x, (0, 0, before, after)).unfold(2, 2 * window - 1, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
                   for x in (key, value))
-    output = attend(query, key, value, key_mask)  # (B·blocks, H, W, Dv)
+    output = reference_attention(query, key, value, key_mask)  # (B·blocks, H, W, Dv)
     return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :queries]
 
 # %% ../nbs/03_fast_attention.ipynb #78107a91
@@ -106,13 +92,13 @@ def tiles_attention(
     "A causal band tile by tile, with the temperature given."
     window = min(window, key.shape[2])
 
-    def attend(*tile):
+    def reference_attention(*tile):
         return _attend_tile(*tile, temperature, window, top_k, score, dropout)
 
     outputs = []
     for rows, span in band_tiles(window, query.shape[2], key.shape[2]):
         tile = (query[:, :, rows], key[:, :, span], value[:, :, span], None if key_mask is None else key_mask[:, span])
-        outputs.append(recompute(lambda *tile: in_blocks(attend, *tile, window), *tile, dropout=dropout))
+        outputs.append(recompute(lambda *tile: in_blocks(reference_attention, *tile, window), *tile, dropout=dropout))
     return torch.cat(outputs, 2)
 
 
@@ -128,8 +114,8 @@ def banded_tiles(
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`attention.attend` with a causal window, tile by tile: O(T·W) time, O(tile·W) memory beside the tensors. Any device, any dtype."
-    temperature = score_temperature(single_precision(query[..., :0]), score, sigma, query.shape[-1])
+    "`attention.reference_attention` with a causal window, tile by tile: O(T·W) time, O(tile·W) memory beside the tensors. Any device, any dtype."
+    temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
     return tiles_attention(query, key, value, key_mask, temperature, neighborhood.size, top_k, score, dropout)
 
 # %% ../nbs/03_fast_attention.ipynb #42434a25
@@ -139,9 +125,9 @@ def banded_attention(
     value: Tensor,  # (B, Hk, Tk, Dv)
     neighborhood: CausalWindow,
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
-    **options,  # score, sigma, dropout, key_mask, as in `attention.attend`
+    **options,  # score, sigma, dropout, key_mask, as in `attention.reference_attention`
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`attention.attend` with a causal window in O(T·W): the C++ operator on a CPU, tiles elsewhere and for float64."
+    "`attention.reference_attention` with a causal window in O(T·W): the C++ operator on a CPU, tiles elsewhere and for float64."
     from krause_repro.native_kernels import kernels_apply, native_band  # notebook 04 comes after this one
 
     compute = native_band if kernels_apply(query, options.get("dropout", 0.0)) else banded_tiles
@@ -188,7 +174,7 @@ def centred(
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> tuple[Tensor, Tensor]:  # float32 or float64
     "Queries and keys as they are seen from their `attention.common_centre`, for the only score that has no origin."
-    query, key = single_precision(query), single_precision(key)
+    query, key = upcast_to_float32(query), upcast_to_float32(key)
     if score != "krause":
         return query, key
     centre = common_centre(query, key, key_mask)
@@ -226,7 +212,7 @@ def _near_weights(query, key, neighborhood, top_k, score, sigma):
     energy = relative_energy(query, key, score)
     index, real = candidate_table(neighborhood, energy.device)
     index = index.expand(*energy.shape[:2], -1, -1)  # (B, H, N, C)
-    near, support = support_softmax(energy.gather(-1, index), score_temperature(energy, score, sigma, query.shape[-1]), real, top_k)
+    near, support = masked_softmax(energy.gather(-1, index), score_temperature(energy, score, sigma, query.shape[-1]), real, top_k)
     return near, support, lambda x: torch.zeros_like(energy, dtype=x.dtype).scatter(-1, index, x.expand(index.shape))
 
 # %% ../nbs/03_fast_attention.ipynb #b69cb5da
@@ -241,15 +227,15 @@ def gathered_rows(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, Dv)
-    "`attention.attend` on an image grid, selecting and normalising only the candidates of each patch. Any device, any dtype."
+    "`attention.reference_attention` on an image grid, selecting and normalising only the candidates of each patch. Any device, any dtype."
     hub = int(neighborhood.cls_token)
-    key, value = (match_heads(x, query.shape[1]).contiguous() for x in (key, value))  # once, instead of in each of the products
+    key, value = (repeat_kv(x, query.shape[1]).contiguous() for x in (key, value))  # once, instead of in each of the products
     near, support, scatter = _near_weights(query[:, :, hub:], key, neighborhood, top_k, score, sigma)
     output = weighted_sum(scatter(near), value, dropout, lambda: scatter(support))
     if not hub:
         return output
     energy = relative_energy(query[:, :, :1], key, score)  # (B, H, 1, T): the CLS token considers all
-    row, kept = support_softmax(energy, score_temperature(energy, score, sigma, query.shape[-1]), None, top_k)
+    row, kept = masked_softmax(energy, score_temperature(energy, score, sigma, query.shape[-1]), None, top_k)
     return torch.cat([weighted_sum(row, value, dropout, None if kept is None else lambda: kept), output], 2)
 
 # %% ../nbs/03_fast_attention.ipynb #117d2f26
@@ -260,14 +246,14 @@ def gathered_attention(
     neighborhood: GridWindow,
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
     *,
-    key_mask: None = None,  # a grid has no padding; for the arguments of `attention.attend`
-    **options,  # score, sigma, dropout, as in `attention.attend`
+    key_mask: None = None,  # a grid has no padding; for the arguments of `attention.reference_attention`
+    **options,  # score, sigma, dropout, as in `attention.reference_attention`
 ) -> Tensor:  # (B, H, T, Dv)
-    "`attention.attend` on an image grid through lists of candidates: the C++ operator on a CPU, else PyTorch's gather."
+    "`attention.reference_attention` on an image grid through lists of candidates: the C++ operator on a CPU, else PyTorch's gather."
     from krause_repro.native_kernels import kernels_apply, native_lists  # notebook 04 comes after this one
 
     if key_mask is not None:
-        raise ValueError("key_mask must be None on an image grid; use implementation 'reference' or 'auto'")
+        raise UserError("key_mask must be None on an image grid; use implementation 'reference' or 'auto'")
     neighborhood.check(key.shape[-2])
     compute = native_lists if kernels_apply(query, options.get("dropout", 0.0)) else gathered_rows
     return compute(query, key, value, neighborhood, top_k, **options)
@@ -281,7 +267,7 @@ def augment(
 ) -> tuple[Tensor, Tensor]:  # (B, H, Tq, D') and (B, Hk, Tk, D'), D' > D a multiple of 8
     "Vectors whose dot product is −energy/τ up to a constant in each row."
     weight = 0.0 if score == "softmax" else 1.0
-    query, key = single_precision(query), single_precision(key)
+    query, key = upcast_to_float32(query), upcast_to_float32(key)
     query = F.pad(query, (0, 1), value=weight) / temperature
     key = torch.cat([key, -half_square_norm(key).unsqueeze(-1)], -1)
     filler = (0, -query.shape[-1] % 8)
@@ -369,7 +355,7 @@ def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dro
         key, value = (_without(x, ~key_mask.unsqueeze(1)) for x in (key, value))
         padding = key_mask[:, None, None, :]
         allowed = padding if allowed is None else allowed & padding
-    key, value = match_heads(key, query.shape[1]), match_heads(value, query.shape[1])
+    key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])
     if score == "softmax":
         bad, scale = None, None
     else:
@@ -385,7 +371,7 @@ def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dro
     def product(value):
         if bad is None:
             return fused_attention(query, key, value, allowed, causal, dropout, scale)
-        long_value = F.pad(single_precision(value), (0, max(0, query.shape[-1] - value.shape[-1])))
+        long_value = F.pad(upcast_to_float32(value), (0, max(0, query.shape[-1] - value.shape[-1])))
         with no_autocast(query.device):  # the norms stand in the vectors: half precision would round them
             output = fused_attention(query, key, long_value, allowed, causal, dropout, scale)
         return output[..., :value.shape[-1]].to(value.dtype)
@@ -408,24 +394,24 @@ def sdpa_attention(
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`attention.attend` without top-k by `F.scaled_dot_product_attention`; a window tile by tile, a grid as one mask, in O(T²) work."
+    "`attention.reference_attention` without top-k by `F.scaled_dot_product_attention`; a window tile by tile, a grid as one mask, in O(T²) work."
     if top_k is not None:
-        raise ValueError(f"top_k must be None for implementation 'sdpa', got {top_k!r}")
+        raise UserError(f"top_k must be None for implementation 'sdpa', got {top_k!r}")
     queries, keys = query.shape[2], key.shape[2]
-    temperature = score_temperature(single_precision(query[..., :0]), score, sigma, query.shape[-1])
+    temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
     if not isinstance(neighborhood, CausalWindow) or neighborhood.size >= keys:
         causal = isinstance(neighborhood, CausalWindow) and keys == queries and key_mask is None
-        allowed = None if causal else allowed_keys(neighborhood, queries, keys, key.device)
+        allowed = None if causal else support_mask(neighborhood, queries, keys, key.device)
         return _fused(query, key, value, key_mask, allowed, causal, score, temperature, dropout)
     window, outputs = neighborhood.size, []
 
-    def attend(query, key, value, key_mask):
+    def reference_attention(query, key, value, key_mask):
         allowed = band_mask(window, query.shape[2], key.shape[2], query.device)
         return _fused(query, key, value, key_mask, allowed, False, score, temperature, dropout)
 
     for rows, span in band_tiles(window, queries, keys):
         padding = None if key_mask is None else key_mask[:, span]
-        outputs.append(in_blocks(attend, query[:, :, rows], key[:, :, span], value[:, :, span], padding, window))
+        outputs.append(in_blocks(reference_attention, query[:, :, rows], key[:, :, span], value[:, :, span], padding, window))
     return torch.cat(outputs, 2)
 
 # %% ../nbs/03_fast_attention.ipynb #7e15412d
@@ -466,7 +452,7 @@ def flex_terms(
     temperature: Tensor | float,  # τ, a number or (H, 1, 1)
 ):  # score_mod and mask_mod of FlexAttention
     "FlexAttention's two functions: the score −E/τ (with the row's constant left out), and who survives."
-    bias = torch.zeros_like(key[..., 0]) if score == "softmax" else half_square_norm(single_precision(key))  # (B, H, T)
+    bias = torch.zeros_like(key[..., 0]) if score == "softmax" else half_square_norm(upcast_to_float32(key))  # (B, H, T)
     tau = torch.as_tensor(temperature, dtype=bias.dtype, device=bias.device).reshape(-1).expand(query.shape[1])
     limit = None if top_k is None or top_k >= key.shape[2] else row_thresholds(query, key, neighborhood, top_k, score)
     window = neighborhood.size if isinstance(neighborhood, CausalWindow) else None
@@ -495,14 +481,14 @@ def flex_attention(
     dropout: float = 0.0,  # must be 0: FlexAttention has none
     key_mask: None = None,  # must be None
 ) -> Tensor:  # (B, H, T, Dv)
-    "`attention.attend` by FlexAttention, compiled; blocks outside the neighbourhood are skipped. Runs eagerly, and slowly, off CUDA."
+    "`attention.reference_attention` by FlexAttention, compiled; blocks outside the neighbourhood are skipped. Runs eagerly, and slowly, off CUDA."
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as eager
 
     if dropout or key_mask is not None or query.shape[2] != key.shape[2]:
-        raise ValueError("implementation 'flex' needs dropout = 0, no key_mask and as many queries as keys; use 'auto'")
+        raise UserError("implementation 'flex' needs dropout = 0, no key_mask and as many queries as keys; use 'auto'")
     dtype = value.dtype
-    query, key, value = (match_heads(single_precision(x), query.shape[1]) for x in (query, key, value))
+    query, key, value = (repeat_kv(upcast_to_float32(x), query.shape[1]) for x in (query, key, value))
     temperature = score_temperature(query[..., :0], score, sigma, query.shape[-1])
     query, key = centred(query, key, score)
     query = query if score == "softmax" else spoil(query)

@@ -13,18 +13,18 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
-from .checks import check_integer
-from .image_recipes import IMAGE_DATA, row_name
-from .recipe_base import published_tables
-from .reference import attention_weights
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from .attention import KrauseAttention
+from .checks import UnavailableError, UserError, check_integer
+from .image_recipes import IMAGE_DATA, row_name
 from .llm_branch import PROJECTIONS, attention_layers, branches
 from .native_kernels import kernels_available
+from .recipe_base import published_tables
 from .recipes import get_recipe
+from .reference import attention_weights
 from .swin import SWIN_SIZES, SwinClassifier, SwinClassifierConfig
 from .vision_transformer import VisionTransformer, VisionTransformerConfig, top_k_schedule, vision_neighborhood
 
@@ -164,7 +164,7 @@ def ptflops_macs(
         print_per_layer_stat=False, custom_modules_hooks={KrauseAttention: attention_rule(projections, per_entry)},
     )
     if count is None:
-        raise RuntimeError("ptflops could not run the model; what it printed says why")
+        raise UnavailableError("ptflops could not run the model; what it printed says why")
     return count
 
 # %% ../nbs/37_flops.ipynb #f6d6cee2
@@ -201,7 +201,7 @@ def count_row(
     "The counts of one row, for the paper's size whatever the profile."
     recipe, choices = get_recipe(name), {"with": True, "without": False}
     if "gflops_as_published" not in recipe.published:
-        raise ValueError(f"name must be a row of the paper's Tables 1–3, one of {', '.join(COUNTED)}; got {name!r}")
+        raise UserError(f"name must be a row of the paper's Tables 1–3, one of {', '.join(COUNTED)}; got {name!r}")
     config = recipe.config
     row = {
         "recipe": name, "model": recipe.published["model"], "dataset": recipe.dataset, "score": config.attention_score,
@@ -243,7 +243,7 @@ def swin_row(
 ) -> dict:
     "Measured multiply-accumulates of one Swin transformer on one CIFAR-10 image."
     if size not in SWIN_SIZES:
-        raise ValueError(f"size must be one of {', '.join(SWIN_SIZES)}, got {size!r}")
+        raise UserError(f"size must be one of {', '.join(SWIN_SIZES)}, got {size!r}")
     config = SwinClassifierConfig(**SWIN_SIZES[size], attention_score=score, pad_small_maps=padded, num_labels=10)
     model = SwinClassifier(config).eval()
     macs = counted_macs(lambda: model(torch.zeros(1, 3, config.image_size, config.image_size)))["Global"]
@@ -263,7 +263,7 @@ def branch_macs(
     check_integer("context", context, 1)
     decoder, found = model.get_decoder(), branches(model)
     if not found:
-        raise ValueError("model must have a Krause branch; add_krause_branch(model) adds it")
+        raise UserError("model must have a Krause branch; add_krause_branch(model) adds it")
     layers = attention_layers(decoder).values()
     own = sum(_linear_macs(branch.attention) for branch in found)
     gate = sum(_linear_macs(branch.token_gate) for branch in found)
@@ -310,7 +310,7 @@ def count_models(
 ) -> dict:
     "All that notebook 66 shows under Counting: the rows of Tables 1–3, the free choice of the rule, and Swin."
     if unknown := [name for name in measured if name not in COUNTED]:
-        raise ValueError(f"measured must be of {', '.join(COUNTED)}, got {unknown[0]!r}")
+        raise UserError(f"measured must be of {', '.join(COUNTED)}, got {unknown[0]!r}")
     return {
         "rows": [count_row(name, name in measured) for name in COUNTED],
         "entry_operations": try_entry_operations(),

@@ -7,9 +7,9 @@ __all__ = ['frechet_distance', 'class_features', 'fidelity_fid']
 
 # %% ../nbs/33_frechet.ipynb #204104aa
 import torch
-from .checks import check_integer
 from torch import Tensor, nn
 
+from .checks import MissingPackageError, UserError, check_integer
 from .sampling import evaluating
 
 # %% ../nbs/33_frechet.ipynb #744c051f
@@ -20,7 +20,7 @@ def frechet_distance(
     "Squared Fréchet distance of the normal distributions fitted to two sets of features (Heusel et al., 2017, with other features)."
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"first and second must be (N, D) and (M, D) features of at least two images each, got {shapes}")
+        raise UserError(f"first and second must be (N, D) and (M, D) features of at least two images each, got {shapes}")
     (mean1, cov1), (mean2, cov2) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (first.double(), second.double()))
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -54,11 +54,11 @@ def fidelity_fid(
     "FID by torch-fidelity (`pip install torch-fidelity`), which downloads the weights of its network."
     for name, images in (("first", first), ("second", second)):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) < 2:
-            raise ValueError(f"{name} must be uint8 of shape (N, 1 or 3, H, W), N ≥ 2, got {images.dtype} {tuple(images.shape)}")
+            raise UserError(f"{name} must be uint8 of shape (N, 1 or 3, H, W), N ≥ 2, got {images.dtype} {tuple(images.shape)}")
     try:
         from torch_fidelity import calculate_metrics
     except ImportError as error:
-        raise ModuleNotFoundError("FID needs torch-fidelity, which is not installed; get it with: pip install torch-fidelity") from error
+        raise MissingPackageError("FID needs torch-fidelity, which is not installed; get it with: pip install torch-fidelity") from error
     colour = [list(x.expand(-1, 3, -1, -1)) for x in (first, second)]
     return calculate_metrics(input1=_Images(colour[0]), input2=_Images(colour[1]), fid=True, cuda=torch.cuda.is_available(),
                              verbose=False)["frechet_inception_distance"]

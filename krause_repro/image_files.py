@@ -7,9 +7,10 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR_MEAN', 'CIFAR_STD', 'DATA', '
            'MNIST_FILES', 'IDX_FILES', 'IDX_FOLDERS', 'LABEL_COLUMNS', 'IMAGE_COLUMNS', 'SIDES', 'MNIST_CLASSES',
            'CLASS_MEANS', 'MEANS_WITHIN', 'PHOTOGRAPH_CROP', 'PHOTOGRAPH_PLACES', 'PHOTOGRAPH_NOTE', 'TILE',
            'UNREADABLE', 'SKIP_HINT', 'DAMAGE', 'BITS_PER_SAMPLE', 'PHOTOMETRIC', 'SMALL_FOLDER', 'DataSpec',
-           'check_dataset', 'download_folder', 'parquet_files', 'find_source', 'unpack_package', 'read_idx',
-           'check_schema', 'check_labels', 'check_class_means', 'read_parquet', 'altered_images', 'data_origin',
-           'photograph_folder', 'check_unreadable', 'to_rgb', 'read_image', 'damaged_images', 'why', 'scan']
+           'check_dataset', 'download_folder', 'parquet_files', 'has_published_layout', 'find_source', 'unpack_package',
+           'download_dataset', 'read_idx', 'read_idx_images', 'read_cifar', 'check_schema', 'check_labels',
+           'check_class_means', 'read_parquet', 'altered_images', 'data_origin', 'photograph_folder', 'read_bundled',
+           'check_unreadable', 'to_rgb', 'read_image', 'damaged_images', 'why', 'scan']
 
 # %% ../nbs/27_image_files.ipynb #9b99b844
 import gzip
@@ -36,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
+from .checks import UserError
 from .records import cache_folder, disk_error, read_json, scratch_folder, write_json
 
 # %% ../nbs/27_image_files.ipynb #e8760a65
@@ -79,7 +81,7 @@ def check_dataset(
 ) -> DataSpec:
     "The facts of a data set, or a `ValueError` that lists those known."
     if name not in DATA:
-        raise ValueError(f"dataset must be one of {', '.join(DATA)}, got {name!r}")
+        raise UserError(f"dataset must be one of {', '.join(DATA)}, got {name!r}")
     return DATA[name]
 
 # %% ../nbs/27_image_files.ipynb #f7e79158
@@ -122,10 +124,10 @@ def parquet_files(
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
 def _holds(name: str, folder: Path) -> bool:
-    return _published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
+    return has_published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
 
 
-def _published_layout(name: str, folder: Path) -> bool:
+def has_published_layout(name: str, folder: Path) -> bool:
     if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
@@ -141,7 +143,7 @@ def find_source(
     spec = check_dataset(name)
     if spec.bundled:
         if source is not None:
-            raise ValueError(f"source must not be given for {name}, which is made from what comes with scikit-learn; got {source}")
+            raise UserError(f"source must not be given for {name}, which is made from what comes with scikit-learn; got {source}")
         return Path(importlib.util.find_spec("sklearn.datasets").origin).parent
     base = download_folder()
     places = [base, base / name]
@@ -203,7 +205,7 @@ def unpack_package(
         _put(work / "root" / folder.lstrip("/"), target)
 
 # %% ../nbs/27_image_files.ipynb #392369fc
-def _download(name: str) -> None:
+def download_dataset(name: str) -> None:
     classes = {
         "fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST,
         "cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
@@ -222,20 +224,20 @@ def read_idx(
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); delete it and get it again") from error
+        raise UserError(f"{path} is truncated or damaged ({error}); delete it and get it again") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes")
+        raise UserError(f"{path} is not an IDX file of bytes")
     shape = [int.from_bytes(raw[4 + 4 * i: 8 + 4 * i], "big") for i in range(raw[3])]
     start = 4 + 4 * raw[3]
     if len(raw) != start + math.prod(shape):
-        raise ValueError(f"{path} is truncated: it announces {math.prod(shape)} values and holds {len(raw) - start}")
+        raise UserError(f"{path} is truncated: it announces {math.prod(shape)} values and holds {len(raw) - start}")
     found = hashlib.sha256(raw).hexdigest()
     if sha256 and found != sha256:
-        raise ValueError(f"{path} is not the file expected: another data set or a changed one (by its SHA-256)")
+        raise UserError(f"{path} is not the file expected: another data set or a changed one (by its SHA-256)")
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).reshape(shape)
 
 # %% ../nbs/27_image_files.ipynb #4983e403
-def _read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         stem = f"{'train' if split == 'train' else 't10k'}-{kind}-ubyte"
@@ -246,13 +248,13 @@ def _read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tenso
     return found[0].unsqueeze(1), found[1].long()
 
 # %% ../nbs/27_image_files.ipynb #c2a11090
-def _read_cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
     for stem, md5 in (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])):
         path = folder / kind.base_folder / stem
         if not check_integrity(path, md5):
             what = "is not the file expected: truncated, changed or of another data set (by its MD5)" if path.is_file() else "is missing"
-            raise ValueError(f"{folder} does not hold a whole {name}: {path} {what}; delete it and get it again")
+            raise UserError(f"{folder} does not hold a whole {name}: {path} {what}; delete it and get it again")
     data = kind(folder, train=split == "train", download=False)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
@@ -269,17 +271,17 @@ def check_schema(
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error}); get it again") from error
+        raise UserError(f"{path} is no Parquet file, or a damaged one ({error}); get it again") from error
     columns = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
     label, image = LABEL_COLUMNS[name], next((each for each in IMAGE_COLUMNS if each in columns), None)
     has = f"{path} is not {name} in the hub's layout; it has the columns {', '.join(f'{k} ({v})' for k, v in columns.items())}"
     if image is None:
-        raise ValueError(f"{has}: a column img or image is expected, with fields bytes and path")
+        raise UserError(f"{has}: a column img or image is expected, with fields bytes and path")
     kind = columns[image]
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise ValueError(f"{has}: column {image} must have the fields bytes (an encoded image) and path")
+        raise UserError(f"{has}: column {image} must have the fields bytes (an encoded image) and path")
     if label not in columns or not pa.types.is_integer(columns[label]):
-        raise ValueError(f"{has}: an integer column {label} is expected")
+        raise UserError(f"{has}: an integer column {label} is expected")
     return file, image
 
 # %% ../nbs/27_image_files.ipynb #a90b44f2
@@ -309,11 +311,11 @@ def check_labels(
     counts = MNIST_CLASSES[split] if name == "mnist" else (len(labels) // spec.classes,) * spec.classes
     outside = labels[(labels < 0) | (labels >= spec.classes)]
     if len(outside):
-        raise ValueError(f"{where} must hold classes from 0 to {spec.classes - 1}, got {int(outside[0])}")
+        raise UserError(f"{where} must hold classes from 0 to {spec.classes - 1}, got {int(outside[0])}")
     found = labels.bincount(minlength=spec.classes).tolist()
     wrong = next((each for each in range(spec.classes) if found[each] != counts[each]), None)
     if wrong is not None:
-        raise ValueError(f"{where} must hold class {wrong} {counts[wrong]} times in the {split} part of {name}, got {found[wrong]}")
+        raise UserError(f"{where} must hold class {wrong} {counts[wrong]} times in the {split} part of {name}, got {found[wrong]}")
 
 
 def check_class_means(
@@ -332,18 +334,18 @@ def check_class_means(
     if worst.max() > MEANS_WITHIN[split]:
         each = int(worst.argmax())
         told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name][each]
-        raise ValueError(f"{where} does not fit the images, or these are not those of {name}: "
+        raise UserError(f"{where} does not fit the images, or these are not those of {name}: "
                          f"the mean of class {each} must be {means} ± {MEANS_WITHIN[split]}, got {told}")
 
 # %% ../nbs/27_image_files.ipynb #e3a5c861
 def _image_pixels(row: dict | None, name: str) -> np.ndarray:
     side, mode = SIDES[name], "RGB" if DATA[name].channels == 3 else "L"
     if row is None or row["bytes"] is None:
-        raise ValueError("no bytes")
+        raise UserError("no bytes")
     Image.open(io.BytesIO(row["bytes"])).verify()  # of a PNG the checksums, which decoding leaves unread
     image = Image.open(io.BytesIO(row["bytes"]))
     if image.mode != mode or image.size != (side, side):
-        raise ValueError(f"its mode is {image.mode} and its size {image.size}")
+        raise UserError(f"its mode is {image.mode} and its size {image.size}")
     return np.asarray(image)
 
 
@@ -354,10 +356,10 @@ def _read_parquet_file(path: Path, file: pq.ParquetFile, image: str, name: str) 
             try:
                 found = file.read_row_group(group, [column])[column].to_pylist()
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path}: column {column} of row group {group} is damaged ({error}); get the file again") from error
+                raise UserError(f"{path}: column {column} of row group {group} is damaged ({error}); get the file again") from error
             if column == label:
                 if None in found:
-                    raise ValueError(f"{path}: column {label}, row {number + found.index(None)}: must be an integer, got none")
+                    raise UserError(f"{path}: column {label}, row {number + found.index(None)}: must be an integer, got none")
                 labels += found
                 continue
             for row, value in enumerate(found):
@@ -365,7 +367,7 @@ def _read_parquet_file(path: Path, file: pq.ParquetFile, image: str, name: str) 
                     values.append(_image_pixels(value, name))
                 except (*DAMAGE, OSError) as error:
                     what = f"must be an image of {side}×{side} pixels and {DATA[name].channels} channels"
-                    raise ValueError(f"{path}: column {image}, row {number + row}: {what} ({error})") from error
+                    raise UserError(f"{path}: column {image}, row {number + row}: {what} ({error})") from error
         number += len(found)
     return torch.from_numpy(np.stack(pixels)).view(len(pixels), side, side, -1).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
@@ -393,7 +395,7 @@ def read_parquet(
     rows = sum(file.metadata.num_rows for file, _ in files)
     where = f"{', '.join(map(str, paths))}: column {LABEL_COLUMNS[name]}"
     if rows != expected:
-        raise ValueError(f"{', '.join(map(str, paths))}: column {files[0][1]} must hold the {expected:,} images of the {split} part "
+        raise UserError(f"{', '.join(map(str, paths))}: column {files[0][1]} must hold the {expected:,} images of the {split} part "
                          f"of {name}, got {rows:,}")
     found = [_read_parquet_file(path, *file, name) for path, file in zip(paths, files, strict=True)]
     images, labels = (torch.cat(each) for each in zip(*found, strict=True))
@@ -413,7 +415,7 @@ def altered_images(
             listed = read_json(path)
             known = listed.get(split) if isinstance(listed, dict) else None
             if not isinstance(known, list) or not all(type(each) is int and 0 <= each < total for each in known):
-                raise ValueError(f"{path}: {split} must be a list of indices from 0 to {total - 1}")
+                raise UserError(f"{path}: {split} must be a list of indices from 0 to {total - 1}")
             return len(set(known))
     return 0
 
@@ -424,7 +426,7 @@ def data_origin(
 ) -> dict[str, dict]:  # by part: "files" with their SHA-256, "images", and how many are "altered"; empty unless it comes as Parquet files
     "What is kept with a run about files that no published checksum vouches for."
     folder = find_source(name, source) if name in LABEL_COLUMNS else None
-    if folder is None or not parquet_files(name, folder) or _published_layout(name, folder):
+    if folder is None or not parquet_files(name, folder) or has_published_layout(name, folder):
         return {}
     origin = {}
     for split in ("train", "test"):
@@ -499,7 +501,7 @@ def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
     return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
 
 
-def _read_bundled(name: str, split: str) -> tuple[Tensor, Tensor]:
+def read_bundled(name: str, split: str) -> tuple[Tensor, Tensor]:
     return _read_digits(split) if name == "digits" else _read_tiles(split)
 
 # %% ../nbs/27_image_files.ipynb #98de87bc
@@ -512,7 +514,7 @@ def check_unreadable(
 ) -> str:
     "Return `unreadable`, or raise a `ValueError` that lists the choices."
     if unreadable not in UNREADABLE:
-        raise ValueError(f"unreadable must be one of {', '.join(UNREADABLE)}, got {unreadable!r}")
+        raise UserError(f"unreadable must be one of {', '.join(UNREADABLE)}, got {unreadable!r}")
     return unreadable
 
 # %% ../nbs/27_image_files.ipynb #d031bfe7
@@ -527,7 +529,7 @@ def to_rgb(
         return image.convert("RGB")
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
-        raise ValueError(f"its mode is {image.mode}, numbers of 32 bits whose range nobody knows; convert it to 8 or 16 bits")
+        raise UserError(f"its mode is {image.mode}, numbers of 32 bits whose range nobody knows; convert it to 8 or 16 bits")
     levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
     if tags.get(PHOTOMETRIC) == 0:  # white is 0
         levels = top - levels
@@ -550,7 +552,7 @@ def read_image(
         reason = error
     except DAMAGE as error:
         reason = error
-    raise ValueError(f"{path} is not a readable image ({reason}); {SKIP_HINT}") from reason
+    raise UserError(f"{path} is not a readable image ({reason}); {SKIP_HINT}") from reason
 
 # %% ../nbs/27_image_files.ipynb #8a180c66
 def damaged_images(

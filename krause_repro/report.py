@@ -14,37 +14,28 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
 from krause_repro.ablation import (
-    ablation_names,
-    averaged_effects,
-    cell_table,
-    difference_table,
-    obtain_cells,
-    plain_answers,
-    single_changes,
+    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, single_changes,
 )
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
+from .checks import UserError
+from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS,
-    fine_tuning_differences,
-    fine_tuning_table,
-    parameter_table,
-    summarise_fine_tuning,
+    FINE_TUNED_LABELS, fine_tuning_differences, fine_tuning_table, parameter_table, summarise_fine_tuning,
 )
 from .generation_evaluation import GENERATOR_LABELS, bits_table, summarise_generators
-from .generation_recipes import COLOUR_PLACES, GENERATION_PLACES, GENERATORS, generation_recipes
+from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
-from .language_recipes import FINE_TUNING_PLACES
+from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE
 from .recipe_base import check_profile, published_tables
-from .results import load_result, obtain_result, result_command, result_page, result_path, stale_recipes
-from .sinks import branch_files, sink_answer, sink_models
-from .statistics import SMALLEST_DIFFERENCE
-from .tables import decimals, percent
-
-from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from .recipes import PASSES, SINKS, get_recipe
-from .records import project_root, read_text, replacing
+from .records import atomic_write, project_root, read_text
+from .results import load_or_compute, load_result, result_command, result_page, result_path, stale_recipes
+from .sinks import branch_files, sink_answer, sink_models
+from .statistics import MIN_EFFECT
+from .tables import decimals, percent
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
@@ -58,10 +49,10 @@ def expected_results(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> list[str]:
     "The results that the experiments make under a profile, by page."
-    model, datasets = FINE_TUNING_PLACES[check_profile(profile)]
+    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     folders = {
         "image_classification_cifar10": CIFAR10_RESULTS if profile != "smoke" else [],
-        "image_generation": [*GENERATOR_LABELS, "baselines"], "image_generation_colour": GENERATORS if profile in COLOUR_PLACES else [],
+        "image_generation": [*GENERATOR_LABELS, "baselines"], "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
@@ -123,9 +114,9 @@ def our_results(
 
 def _first_token(profile, root):
     "Mean first-token attention of the base model and of the branch, over layers, as the paper measures it."
-    sinks, data = sink_results(profile, root), FINE_TUNING_PLACES[profile][1][0]
+    sinks, data = sink_results(profile, root), FINE_TUNING_DATASET_BY_PROFILE[profile][1][0]
     files = {"softmax": "base", "krause": f"krause_{data}"}
-    shown = {"base": get_recipe(f"lora_{FINE_TUNING_PLACES[profile][0]}/{data}").base, "length": SINKS.at(profile).length}
+    shown = {"base": get_recipe(f"lora_{FINE_TUNING_DATASET_BY_PROFILE[profile][0]}/{data}").base, "length": SINKS.at(profile).length}
     return {f"sinks/{kind}": sinks[file]["sinks"][kind]["first_all"]["all_layers"] | shown for kind, file in files.items() if file in sinks}
 
 
@@ -134,8 +125,8 @@ def generator_results(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict | None]:
     "By recipe, what the image generation runs of a profile measured, None where there is no result."
-    names = [f"{model}/{GENERATION_PLACES[check_profile(profile)]}" for model in GENERATOR_LABELS]
-    return obtain_cells("image_generation", names, profile, "never", root=root, summary=summarise_generators)
+    names = [f"{model}/{GENERATION_DATASET_BY_PROFILE[check_profile(profile)]}" for model in GENERATOR_LABELS]
+    return load_or_run_grid("image_generation", names, profile, "never", root=root, summary=summarise_generators)
 
 
 def colour_results(
@@ -143,9 +134,9 @@ def colour_results(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict | None]:
     "By recipe, what the image generation runs in colour measured, None where there is no result."
-    place = COLOUR_PLACES.get(check_profile(profile))
+    place = COLOUR_DATASET_BY_PROFILE.get(check_profile(profile))
     names = [f"{model}/{place}" for model in GENERATORS] if place else []
-    return obtain_cells("image_generation_colour", names, profile, "never", root=root, summary=summarise_generators)
+    return load_or_run_grid("image_generation_colour", names, profile, "never", root=root, summary=summarise_generators)
 
 
 def language_results(
@@ -153,11 +144,11 @@ def language_results(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict | None]:
     "By recipe, what the fine-tuning runs of a profile measured, None where there is no result."
-    model, datasets = FINE_TUNING_PLACES[check_profile(profile)]
+    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     cells = {}
     for data in datasets:
         names = [f"{kind}_{model}/{data}" for kind in FINE_TUNED_LABELS]
-        cells |= obtain_cells(f"fine_tuning_{data}", names, profile, "never", root=root, summary=summarise_fine_tuning)
+        cells |= load_or_run_grid(f"fine_tuning_{data}", names, profile, "never", root=root, summary=summarise_fine_tuning)
     return cells
 
 
@@ -166,7 +157,7 @@ def sink_results(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict]:
     "By file, the first-token attention that was measured under a profile."
-    return {file: obtain_result(f"sinks/{file}", profile, "never", [SINKS.at(profile), recipe], dict, root)
+    return {file: load_or_compute(f"sinks/{file}", profile, "never", [SINKS.at(profile), recipe], dict, root)
             for file, (_, recipe) in sink_models(profile).items() if result_path(f"sinks/{file}", profile, root).is_file()}
 
 
@@ -180,7 +171,7 @@ def classifier_results(
     result = load_result("image_classification", profile, root)
     stale = stale_recipes(result, [get_recipe(name).at(profile) for name in result["recipes"]])
     if stale:
-        raise ValueError(
+        raise UserError(
             f"the {profile} results are stale, not made with today's {', '.join(stale)}; "
             f"make them again with: make figures PROFILE={profile} TRAIN=missing"
         )
@@ -271,7 +262,7 @@ def _speed_statement(profile, root):
     rows = load_result("language_speed", profile, root)["rows"]
     ratios = [row["speed_ratio"] for row in rows if (row["pass"], row["name"]) == ("decode", "Krause")]
     if not ratios:
-        raise ValueError(f"{result_path('language_speed', profile, root)} has no row of the pass decode and the name Krause")
+        raise UserError(f"{result_path('language_speed', profile, root)} has no row of the pass decode and the name Krause")
     return f"SmolLM2, writing: with a branch {min(ratios):.2f} to {max(ratios):.2f} times the tokens per second of the base model"
 
 
@@ -363,13 +354,13 @@ def readme_ablation(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The cells and effects of notebook 65 as the README shows them; cells that are not finished show a dash."
-    results = obtain_cells("ablations", ablation_names("desk"), "desk", "never", root=root)
+    results = load_or_run_grid("ablations", ablation_names("desk"), "desk", "never", root=root)
     finished = [result for result in results.values() if result]
     if not finished:
         return "No cell is finished."
     one = finished[0]
     made = f"{one['test_accuracy']['n']} seeds, mean ± standard deviation; {one['device']}, torch {one['versions']['torch']}"
-    bar = f"at least {100 * SMALLEST_DIFFERENCE:g} point, and a 95% interval that excludes zero"
+    bar = f"at least {100 * MIN_EFFECT:g} point, and a 95% interval that excludes zero"
     return "\n\n".join([
         f"{len(finished)} of {len(results)} cells are finished. Test accuracy, Fashion-MNIST, desk profile, "
         f"{one['test_images']:,} test images ({made}):",
@@ -384,7 +375,7 @@ def readme_generation(
     "The generators of notebook 62 as the README shows them, beside tables of counts; a dash where there is no run yet."
     results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/fashion_mnist").at("desk")
     known = result_path(file, "desk", root).is_file()
-    baselines = obtain_result(file, "desk", "never", [karm], dict, root)["bits"] if known else {}
+    baselines = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if known else {}
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     told = (f"{len(finished)} of {len(results)} models are trained. Fashion-MNIST, 784 tokens of 256 levels, desk profile: "
@@ -465,10 +456,10 @@ def update_readme(
     for name, make in README_BLOCKS.items():
         start, end = block_marks(name)
         if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
-            raise ValueError(f"{path} must hold the lines {start!r} and {end!r} once each, in this order")
+            raise UserError(f"{path} must hold the lines {start!r} and {end!r} once each, in this order")
         before, rest = text.split(start)
         text = f"{before}{start}\n{make(root)}\n{end}{rest.split(end)[1]}"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 

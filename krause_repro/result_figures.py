@@ -9,27 +9,18 @@ __all__ = ['MARKS', 'LINE_MARKS', 'plot_training_curves', 'plot_accuracy', 'plot
 
 # %% ../nbs/57_result_figures.ipynb #6615f05b
 import numpy as np
-from krause_repro.drawing import (
-    COLOURS,
-    WIDTH,
-    _colour,
-    _counted,
-    _curve,
-    _legend,
-    _line_styles,
-    _same_length,
-    _take,
-    _take_each,
-    house_style,
-    new_figure,
-)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .figures import _bare, _by_layer
+from .checks import UserError
+from krause_repro.drawing import (
+    COLOURS, WIDTH, check_same_length, draw_curve, draw_legend, house_style, kind_colour, line_styles, new_figure, plural, require_each,
+    require_fields,
+)
+from .figures import hide_axes, plot_by_layer
 
 # %% ../nbs/57_result_figures.ipynb #82f8e08d
 @house_style()
@@ -37,17 +28,17 @@ def plot_training_curves(
     data: dict,  # {"series": [{"label", "kind", "epochs", "validation_accuracy", "train_loss"}], "seeds": count}, see above
 ) -> Figure:
     "Validation accuracy (given in 0..1) and training loss over epochs: mean and standard deviation over seeds."
-    series, seeds = _take(data, "data", "series", "seeds")
+    series, seeds = require_fields(data, "data", "series", "seeds")
     fig, axes = new_figure(3.4, 1, 2)
-    for i, style in enumerate(_line_styles(series, "data['series']")):
+    for i, style in enumerate(line_styles(series, "data['series']")):
         where = f"data['series'][{i}]"
-        epochs, accuracy, loss = _take(series[i], where, "epochs", "validation_accuracy", "train_loss")
-        _curve(axes[0, 0], epochs, accuracy, f"{where}['validation_accuracy']", style, 100, marker="o", markersize=3.5)
-        _curve(axes[0, 1], _take(loss, f"{where}['train_loss']", "epochs")[0], loss, f"{where}['train_loss']", style)
+        epochs, accuracy, loss = require_fields(series[i], where, "epochs", "validation_accuracy", "train_loss")
+        draw_curve(axes[0, 0], epochs, accuracy, f"{where}['validation_accuracy']", style, 100, marker="o", markersize=3.5)
+        draw_curve(axes[0, 1], require_fields(loss, f"{where}['train_loss']", "epochs")[0], loss, f"{where}['train_loss']", style)
     axes[0, 0].set(xlabel="epoch", ylabel="validation accuracy (%)")
     axes[0, 1].set(xlabel="epoch", ylabel="training loss")
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
+    draw_legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #044796c6
@@ -60,8 +51,8 @@ def _seen_range(values: list[float]) -> tuple[float, float]:
 # %% ../nbs/57_result_figures.ipynb #947fa7f1
 def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, digits: int = 2) -> list[float]:
     "Draw seeds, mean and spread of one row, `scale` times as large, at height `place`; return what has to be in sight."
-    kind, values, mean, sd = _take(row, where, "kind", "values", "mean", "sd")
-    colour, values, mean, spread = _colour(kind, where), scale * np.asarray(values, float), scale * mean, scale * (sd or 0)
+    kind, values, mean, sd = require_fields(row, where, "kind", "values", "mean", "sd")
+    colour, values, mean, spread = kind_colour(kind, where), scale * np.asarray(values, float), scale * mean, scale * (sd or 0)
     ax.errorbar(mean, place, xerr=spread if sd else None, fmt="o", color=colour, markersize=7, capsize=4)
     ax.plot(values, np.full(len(values), place - 0.26), "o", color=colour, markerfacecolor="white", markersize=5)
     written = f"{mean:.{digits}f}" + ("" if sd is None else f" ± {spread:.{digits}f}")
@@ -74,8 +65,8 @@ def plot_accuracy(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "metric", "chance" or None}; in 0..1
 ) -> Figure:
     "Every seed as a circle, their mean as a dot with a bar of one standard deviation, in percent."
-    rows, metric, chance = _take(data, "data", "rows", "metric", "chance")
-    labels = [label for (label,) in _take_each(rows, "data['rows']", "label")]
+    rows, metric, chance = require_fields(data, "data", "rows", "metric", "chance")
+    labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.1 + 0.42 * len(rows))
     ax = axes[0, 0]
     low, high = _seen_range([x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]")])
@@ -91,8 +82,8 @@ def plot_differences(
     data: dict,  # {"rows": [{"label", "values": [seeds], "mean", "interval": [low, high] or None}], "counts"}; in 0..1
 ) -> Figure:
     "Differences in percentage points: every seed as a circle, their mean as a dot, a bar over the 95% interval."
-    rows, counts = _take(data, "data", "rows", "counts")
-    entries = _take_each(rows, "data['rows']", "label", "values", "mean", "interval")
+    rows, counts = require_fields(data, "data", "rows", "counts")
+    entries = require_each(rows, "data['rows']", "label", "values", "mean", "interval")
     fig, axes = new_figure(1.1 + 0.36 * len(rows))
     ax = axes[0, 0]
     ax.axvspan(-100 * counts, 100 * counts, color=COLOURS["neutral"], alpha=0.15, linewidth=0)
@@ -115,11 +106,11 @@ def _size_label(size: float) -> str:
 # %% ../nbs/57_result_figures.ipynb #7bce932e
 def _scaling_panel(ax: Axes, panel: dict, where: str, symbol: str) -> None:
     "Lines of cost over size on logarithmic axes, with a tick at every size measured."
-    title, series = _take(panel, where, "title", "series")
+    title, series = require_fields(panel, where, "title", "series")
     sizes = set()
-    for i, style in enumerate(_line_styles(series, f"{where}['series']")):
-        x, y, exponent = _take(series[i], f"{where}['series'][{i}]", "x", "y", "exponent")
-        _same_length(f"{where}['series'][{i}]", x=x, y=y)
+    for i, style in enumerate(line_styles(series, f"{where}['series']")):
+        x, y, exponent = require_fields(series[i], f"{where}['series'][{i}]", "x", "y", "exponent")
+        check_same_length(f"{where}['series'][{i}]", x=x, y=y)
         if exponent is not None:
             style["label"] += rf", $\propto {symbol}^{{{round(exponent, 2) + 0.0:.2f}}}$"  # + 0.0: no "-0.00"
         ax.plot(x, y, marker="o", markersize=4, **style)
@@ -135,7 +126,7 @@ def plot_scaling(
     data: dict,  # {"panels": [{"title", "series": [{"label", "kind", "x", "y", "exponent" or None}]}], "xlabel", "ylabel", "symbol"}
 ) -> Figure:
     "Cost over size on logarithmic axes, a panel beside the other, exponents of `symbol` in the legends. Source: paper, Section 4."
-    panels, xlabel, ylabel, symbol = _take(data, "data", "panels", "xlabel", "ylabel", "symbol")
+    panels, xlabel, ylabel, symbol = require_fields(data, "data", "panels", "xlabel", "ylabel", "symbol")
     fig, axes = new_figure(4.2, 1, len(panels), sharey=True)
     for i, ax in enumerate(axes[0]):
         _scaling_panel(ax, panels[i], f"data['panels'][{i}]", symbol)
@@ -149,13 +140,13 @@ MARKS = ("o", "s", "^")  # the first filled, the others with a white middle
 
 def _ratio_row(ax: Axes, place: float, row: dict, where: str, marks: list[str]) -> None:
     "Draw the marks of one row, one below the other, each with its quartiles and its number."
-    kind, points = _take(row, where, "kind", "points")
-    _same_length(where, points=points, marks=marks)
-    colour = _colour(kind, where)
+    kind, points = require_fields(row, where, "kind", "points")
+    check_same_length(where, points=points, marks=marks)
+    colour = kind_colour(kind, where)
     for i, (point, shape) in enumerate(zip(points, MARKS, strict=False)):
         if point is None:
             continue
-        ratio, low, high = _take(point, f"{where}['points'][{i}]", "ratio", "low", "high")
+        ratio, low, high = require_fields(point, f"{where}['points'][{i}]", "ratio", "low", "high")
         height = place + 0.3 * (i - (len(points) - 1) / 2)
         ax.plot([low, high], [height, height], color=colour, linewidth=1.2)
         ax.plot(ratio, height, shape, color=colour, markerfacecolor="white" if i else colour, markersize=5)
@@ -167,11 +158,11 @@ def plot_ratios(
     data: dict,  # {"panels": [{"title", "rows": [{"label", "kind", "points"}]}], "marks": [names of the points], "baseline"}
 ) -> Figure:
     "Ratios to a baseline on a logarithmic axis with the quartiles of the rounds, a panel for each case, two panels to a line."
-    panels, marks, baseline = _take(data, "data", "panels", "marks", "baseline")
+    panels, marks, baseline = require_fields(data, "data", "panels", "marks", "baseline")
     if len(marks) > len(MARKS):
-        raise ValueError(f"data has {len(marks)} marks; give at most {len(MARKS)}")
-    entries = _take_each(panels, "data['panels']", "title", "rows")
-    labels = list(dict.fromkeys(_take(row, "a row", "label")[0] for _, rows in entries for row in rows))
+        raise UserError(f"data has {len(marks)} marks; give at most {len(MARKS)}")
+    entries = require_each(panels, "data['panels']", "title", "rows")
+    labels = list(dict.fromkeys(require_fields(row, "a row", "label")[0] for _, rows in entries for row in rows))
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     fig, axes = new_figure(0.5 + lines * (0.8 + 0.15 * (1 + len(marks)) * len(labels)), lines, columns, sharex=True)
@@ -198,12 +189,12 @@ def plot_bits(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "baselines": [{"label", "value"}]}, see above
 ) -> Figure:
     "Bits per dimension, or `quantity`: every seed as a circle, mean as a dot with a bar of one standard deviation; baselines as lines."
-    rows, baselines = _take(data, "data", "rows", "baselines")
-    labels = [label for (label,) in _take_each(rows, "data['rows']", "label")]
+    rows, baselines = require_fields(data, "data", "rows", "baselines")
+    labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.6 + 0.42 * len(rows))
     ax = axes[0, 0]
     seen = [x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3)]
-    for label, value in _take_each(baselines, "data['baselines']", "label", "value"):
+    for label, value in require_each(baselines, "data['baselines']", "label", "value"):
         ax.axvline(value, color=COLOURS["neutral"], linewidth=1, linestyle="--")
         ax.annotate(label, (value, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points", size=8, rotation=30,
                     color=COLOURS["neutral"])
@@ -221,16 +212,16 @@ def plot_bits_curves(
     data: dict,  # {"series": [{"label", "kind", "held_out", "training": {"epochs", "mean", "sd"}}], "seeds"}; in bits
 ) -> Figure:
     "Bits per token of held-out and of training images over epochs: mean and standard deviation over seeds."
-    series, seeds = _take(data, "data", "series", "seeds")
+    series, seeds = require_fields(data, "data", "series", "seeds")
     fig, axes = new_figure(3.6, 1, 2, sharey=True)
-    for i, style in enumerate(_line_styles(series, "data['series']")):
+    for i, style in enumerate(line_styles(series, "data['series']")):
         for ax, part in zip(axes[0], ("held_out", "training"), strict=True):
             where = f"data['series'][{i}]['{part}']"
-            (curve,) = _take(series[i], f"data['series'][{i}]", part)
-            _curve(ax, _take(curve, where, "epochs")[0], curve, where, style, marker="o" if part == "held_out" else None, markersize=3.5)
+            (curve,) = require_fields(series[i], f"data['series'][{i}]", part)
+            draw_curve(ax, require_fields(curve, where, "epochs")[0], curve, where, style, marker="o" if part == "held_out" else None, markersize=3.5)
     axes[0, 0].set(xlabel="epoch", ylabel="bits per token", title="held-out images")
     axes[0, 1].set(xlabel="epoch", title="training images")
-    _legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
+    draw_legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #a765a576
@@ -239,17 +230,17 @@ def plot_token_time(
     data: dict,  # {"cases": [{"title", "series": [{"label", "kind", "positions", "milliseconds"}]}], "made": str}
 ) -> Figure:
     "Median time of one token over its position, one panel for each case."
-    cases, made = _take(data, "data", "cases", "made")
+    cases, made = require_fields(data, "data", "cases", "made")
     fig, axes = new_figure(3.6, 1, len(cases))
-    for i, (title, series) in enumerate(_take_each(cases, "data['cases']", "title", "series")):
+    for i, (title, series) in enumerate(require_each(cases, "data['cases']", "title", "series")):
         where = f"data['cases'][{i}]['series']"
-        numbers = _take_each(series, where, "positions", "milliseconds")
-        for style, (positions, times) in zip(_line_styles(series, where), numbers, strict=True):
-            _same_length(where, positions=positions, milliseconds=times)
+        numbers = require_each(series, where, "positions", "milliseconds")
+        for style, (positions, times) in zip(line_styles(series, where), numbers, strict=True):
+            check_same_length(where, positions=positions, milliseconds=times)
             axes[0, i].plot(positions, times, **style)
         axes[0, i].set(xlabel="position of the token", ylabel="time of a token (ms)", title=title)
         axes[0, i].set_ylim(bottom=0)
-    _legend(fig, axes[0, 0], made)
+    draw_legend(fig, axes[0, 0], made)
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #e3751edb
@@ -257,7 +248,7 @@ def _picture(ax: Axes, image: np.ndarray, levels: int, colour: str | None = None
     "One image (C, H, W) of `levels` levels, in a frame of its model's colour."
     shown = np.moveaxis(np.asarray(image), 0, -1) / (levels - 1)
     ax.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray", vmin=0, vmax=1)
-    _bare(ax)
+    hide_axes(ax)
     for spine in ax.spines.values():
         spine.set(visible=True, color=colour or COLOURS["neutral"], linewidth=1.2 if colour else 0.6)
 
@@ -267,8 +258,8 @@ def plot_samples(
     data: dict,  # {"rows": [{"label", "kind", "images": (N, C, H, W) integers}], "levels": number of levels}
 ) -> Figure:
     "Images that models made, a row for each model. Source: paper, Section 5."
-    rows, levels = _take(data, "data", "rows", "levels")
-    entries = _take_each(rows, "data['rows']", "label", "kind", "images")
+    rows, levels = require_fields(data, "data", "rows", "levels")
+    entries = require_each(rows, "data['rows']", "label", "kind", "images")
     columns = max(len(images) for _, _, images in entries)
     fig, axes = new_figure(0.3 + len(rows) * (WIDTH - 1.2) / columns, len(rows), columns)
     for ax in axes.flat:
@@ -276,8 +267,8 @@ def plot_samples(
     for i, (label, kind, images) in enumerate(entries):
         for ax, image in zip(axes[i], images, strict=False):
             ax.set_axis_on()
-            _picture(ax, image, levels, _colour(kind, f"data['rows'][{i}]"))
-        axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=_colour(kind, "data"), rotation=0, ha="right", va="center")
+            _picture(ax, image, levels, kind_colour(kind, f"data['rows'][{i}]"))
+        axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=kind_colour(kind, "data"), rotation=0, ha="right", va="center")
     return fig
 
 
@@ -286,8 +277,8 @@ def plot_completions(
     data: dict,  # {"originals": (N, C, H, W), "given": rows, "levels", "models": [{"label", "kind", "completed": (N, S, C, H, W)}]}
 ) -> Figure:
     "Images of which the upper rows are given, completed several times by each model. Source: paper, Figures 5 and 10."
-    originals, given, levels, models = _take(data, "data", "originals", "given", "levels", "models")
-    entries = _take_each(models, "data['models']", "label", "kind", "completed")
+    originals, given, levels, models = require_fields(data, "data", "originals", "given", "levels", "models")
+    entries = require_each(models, "data['models']", "label", "kind", "completed")
     columns = 2 + sum(len(completed[0]) for _, _, completed in entries)
     fig, axes = new_figure(0.6 + len(originals) * (WIDTH / columns + 0.03), len(originals), columns)
     for i, original in enumerate(originals):
@@ -299,13 +290,13 @@ def plot_completions(
         place = 1
         for j, (_, kind, completed) in enumerate(entries):
             for image in completed[i]:
-                _picture(axes[i, place], image, levels, _colour(kind, f"data['models'][{j}]"))
+                _picture(axes[i, place], image, levels, kind_colour(kind, f"data['models'][{j}]"))
                 place += 1
     place = 1
     axes[0, 0].set_title("given", size=9)
     axes[0, -1].set_title("original", size=9)
     for label, kind, completed in entries:
-        axes[0, place].set_title(label, size=9, color=_colour(kind, "data"), loc="left")
+        axes[0, place].set_title(label, size=9, color=kind_colour(kind, "data"), loc="left")
         place += len(completed[0])
     return fig
 
@@ -322,11 +313,11 @@ LINE_MARKS = ("o", "s", "^", "D", "v")
 def _shared_styles(panels: list[dict], where: str) -> dict[tuple[str, str], dict]:
     "Keywords of `Axes.plot` by label and kind, the same in all panels, so that one legend serves them."
     named = {}
-    for p, (series,) in enumerate(_take_each(panels, where, "series")):
-        for i, (label, kind) in enumerate(_take_each(series, f"{where}[{p}]['series']", "label", "kind")):
-            _colour(kind, f"{where}[{p}]['series'][{i}]")
+    for p, (series,) in enumerate(require_each(panels, where, "series")):
+        for i, (label, kind) in enumerate(require_each(series, f"{where}[{p}]['series']", "label", "kind")):
+            kind_colour(kind, f"{where}[{p}]['series'][{i}]")
             named[label, kind] = {"label": label, "kind": kind}
-    styles = _line_styles(list(named.values()), where)
+    styles = line_styles(list(named.values()), where)
     for i, style in enumerate(styles):
         middle = style["color"] if style["linestyle"] == "-" else "white"
         style |= {"marker": LINE_MARKS[i % len(LINE_MARKS)], "markerfacecolor": middle}
@@ -347,9 +338,9 @@ def _apart(values: list[float], gap: float) -> np.ndarray:
 def _sink_panel(ax: Axes, series: list[dict], where: str, styles: dict) -> None:
     "Lines over the layers; the mean of each over the layers as a dashed line across, with its mark and number on the right."
     drawn = []
-    for i, (label, kind, layers) in enumerate(_take_each(series, where, "label", "kind", "layers")):
-        mean, style = _take(layers, f"{where}[{i}]['layers']", "mean")[0], styles[label, kind]
-        _curve(ax, range(1, len(mean) + 1), layers, f"{where}[{i}]['layers']", style, markersize=4, linewidth=1.3,
+    for i, (label, kind, layers) in enumerate(require_each(series, where, "label", "kind", "layers")):
+        mean, style = require_fields(layers, f"{where}[{i}]['layers']", "mean")[0], styles[label, kind]
+        draw_curve(ax, range(1, len(mean) + 1), layers, f"{where}[{i}]['layers']", style, markersize=4, linewidth=1.3,
                markevery=(i % 3, 3) if len(mean) > 12 else 1, clip_on=False)  # marks of lines close to each other do not meet
         ax.axhline(np.mean(mean), color=style["color"], linestyle=(0, (5, 4)), linewidth=0.9)
         drawn.append((np.mean(mean), style))
@@ -366,15 +357,15 @@ def plot_sinks(
     data: dict,  # {"panels": [{"title", "series": [{"label", "kind", "layers": {"mean": [L], "sd": [L]}}]}], "ylabel", "passages"}
 ) -> Figure:
     "Attention on the first token by layer, in 0..1: mean and standard deviation over passages. Source: paper, Figures 7 and 11."
-    panels, ylabel, passages = _take(data, "data", "panels", "ylabel", "passages")
+    panels, ylabel, passages = require_fields(data, "data", "panels", "ylabel", "passages")
     styles = _shared_styles(panels, "data['panels']")
     fig, axes = new_figure(4.4, 1, len(panels), sharey=True)
-    for p, (title, series) in enumerate(_take_each(panels, "data['panels']", "title", "series")):
+    for p, (title, series) in enumerate(require_each(panels, "data['panels']", "title", "series")):
         _sink_panel(axes[0, p], series, f"data['panels'][{p}]['series']", styles)
         axes[0, p].set(title=title, xlabel="layer", ylabel=ylabel, ylim=(0, 1))
         axes[0, p].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes[0, p].label_outer()
-    _legend(fig, axes, f"mean, and band of one standard deviation, over {_counted(passages, 'passage')}; "
+    draw_legend(fig, axes, f"mean, and band of one standard deviation, over {plural(passages, 'passage')}; "
                        "dashed, with its number: mean over the layers")
     return fig
 
@@ -384,20 +375,20 @@ def plot_fine_tuning(
     data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "seeds"}, see above
 ) -> Figure:
     "Held-out loss over steps, a panel for each data set: mean and standard deviation over seeds, baselines dotted."
-    panels, seeds = _take(data, "data", "panels", "seeds")
+    panels, seeds = require_fields(data, "data", "panels", "seeds")
     styles, dots = _shared_styles(panels, "data['panels']"), {}
     fig, axes = new_figure(3.8, 1, len(panels))
-    entries = _take_each(panels, "data['panels']", "title", "ylabel", "series", "baselines")
+    entries = require_each(panels, "data['panels']", "title", "ylabel", "series", "baselines")
     for p, (title, ylabel, series, baselines) in enumerate(entries):
         ax, where = axes[0, p], f"data['panels'][{p}]"
-        for i, (label, kind, steps) in enumerate(_take_each(series, f"{where}['series']", "label", "kind", "steps")):
-            _curve(ax, steps, series[i], f"{where}['series'][{i}]", styles[label, kind], markersize=4)
-        for label, value in _take_each(baselines, f"{where}['baselines']", "label", "value"):
+        for i, (label, kind, steps) in enumerate(require_each(series, f"{where}['series']", "label", "kind", "steps")):
+            draw_curve(ax, steps, series[i], f"{where}['series'][{i}]", styles[label, kind], markersize=4)
+        for label, value in require_each(baselines, f"{where}['baselines']", "label", "value"):
             spacing = dots.setdefault(label, 1.5 + 2.5 * len(dots))  # a baseline has the same dots in every panel
             ax.axhline(value, color=COLOURS["neutral"], linestyle=(0, (1, spacing)), label=label)
         ax.set(title=title, xlabel="step", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    _legend(fig, axes, f"mean, and band of one standard deviation, over {_counted(seeds, 'seed')}")
+    draw_legend(fig, axes, f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #f60e29a7
@@ -406,6 +397,6 @@ def plot_gate(
     data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "over": such as "3 seeds"}
 ) -> Figure:
     "Share of the softmax branch by layer, in 0..1: mean and standard deviation `over` what is said, the initial value dotted."
-    fig = _by_layer(data, "share of the softmax branch", "start, {:g}", (0, (1, 1.5)), _take(data, "data", "over")[0])
+    fig = plot_by_layer(data, "share of the softmax branch", "start, {:g}", (0, (1, 1.5)), require_fields(data, "data", "over")[0])
     fig.axes[0].set_ylim(0, 1)
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESULT_PAGES', 'KINDS', 'FIELDS', 'FIELD_KINDS', 'TRAIN_CHOICES', 'pack_images', 'unpack_images', 'result_path',
            'save_result', 'result_page', 'result_command', 'Fields', 'check_fields', 'load_result', 'check_train',
-           'stale_recipes', 'obtain_result']
+           'stale_recipes', 'load_or_compute']
 
 # %% ../nbs/21_results.ipynb #69daa385
 import base64
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import UserError
 from .records import environment, project_root, read_json, write_json
 
 # %% ../nbs/21_results.ipynb #c74893c0
@@ -28,7 +29,7 @@ def pack_images(
 ) -> dict[str, object]:  # "shape" and "bytes", for JSON
     "Images as a short text."
     if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, got {images.dtype}")
+        raise UserError(f"images must be uint8, got {images.dtype}")
     return {"shape": list(images.shape), "bytes": base64.b64encode(zlib.compress(images.contiguous().numpy().tobytes(), 9)).decode()}
 
 
@@ -41,7 +42,7 @@ def unpack_images(
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(packed["shape"])
     except (ValueError, RuntimeError, TypeError, zlib.error) as error:
         where = f"{packed.file}: {packed.place}bytes" if isinstance(packed, Fields) else "the text"
-        raise ValueError(f"packed images are damaged ({error}) in {where}; make the result again") from error
+        raise UserError(f"packed images are damaged ({error}) in {where}; make the result again") from error
 
 # %% ../nbs/21_results.ipynb #7d38e761
 def result_path(
@@ -180,7 +181,7 @@ class Fields(dict):
         self.file, self.remedy, self.place = file, remedy, place
 
     def __missing__(self, field):
-        raise ValueError(f"{self.file} has no field {self.place}{field}; {self.remedy}")
+        raise UserError(f"{self.file} has no field {self.place}{field}; {self.remedy}")
 
     def __or__(self, others):
         return Fields({**self, **others}, self.file, self.remedy, self.place)
@@ -194,7 +195,7 @@ def check_fields(
 ) -> object:
     "`value` with its objects as `Fields`. Raises `ValueError` for a number that is not finite and for a field of another kind."
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{file}: {place} is {value}, not a finite number; {remedy}")
+        raise UserError(f"{file}: {place} is {value}, not a finite number; {remedy}")
     if isinstance(value, list):
         return [check_fields(each, file, remedy, f"{place}[{i}]") for i, each in enumerate(value)]
     if not isinstance(value, dict):
@@ -203,7 +204,7 @@ def check_fields(
     for field, held in value.items():
         kinds = FIELD_KINDS.get(f"{within}.{field}", FIELD_KINDS.get(field))
         if kinds and not any(KINDS[kind](held) for kind in kinds.split(" or ")):
-            raise ValueError(f"{file}: {path}{field} must be {kinds}, got {json.dumps(held):.60}; {remedy}")
+            raise UserError(f"{file}: {path}{field} must be {kinds}, got {json.dumps(held):.60}; {remedy}")
     held = {field: each if field == "recipes" else check_fields(each, file, remedy, f"{path}{field}") for field, each in value.items()}
     return Fields(held, file, remedy, path)
 
@@ -219,9 +220,9 @@ def load_result(
         raise FileNotFoundError(f"no results of {name!r} under profile {profile!r} ({path}); make them with: {command}")
     result, remedy = read_json(path), f"delete it and make it again with: {command}"
     if not isinstance(result, dict):
-        raise ValueError(f"{path} must hold an object of results, got {json.dumps(result):.60}; {remedy}")
+        raise UserError(f"{path} must hold an object of results, got {json.dumps(result):.60}; {remedy}")
     if result.get("profile") != profile:
-        raise ValueError(f"{path} holds results of profile {result.get('profile')!r}, not {profile!r}; {remedy}")
+        raise UserError(f"{path} holds results of profile {result.get('profile')!r}, not {profile!r}; {remedy}")
     return check_fields(result, str(path), remedy)
 
 # %% ../nbs/21_results.ipynb #b2d6a375
@@ -233,7 +234,7 @@ def check_train(
 ) -> str:
     "Return `train`, or raise a `ValueError` that lists the choices."
     if train not in TRAIN_CHOICES:
-        raise ValueError(f"train must be one of {', '.join(TRAIN_CHOICES)}, got {train!r}")
+        raise UserError(f"train must be one of {', '.join(TRAIN_CHOICES)}, got {train!r}")
     return train
 
 # %% ../nbs/21_results.ipynb #2b343d94
@@ -243,14 +244,14 @@ def stale_recipes(
 ) -> list[str]:
     "Names of the recipes that are not those the result was made with; published values and remarks do not count."
     def deciding(recipe):
-        return {k: v for k, v in recipe.items() if k not in ("ours", "published")}
+        return {k: v for k, v in recipe.items() if k not in ("unpublished", "published")}
 
     saved = {name: deciding(recipe) for name, recipe in result.get("recipes", {}).items() if isinstance(recipe, dict)}
     wanted = {recipe.name: deciding(recipe.to_dict()) for recipe in recipes}
     return sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
 
 # %% ../nbs/21_results.ipynb #d4675302
-def obtain_result(
+def load_or_compute(
     name: str,  # the experiment, e.g. "image_classification"
     profile: str,  # "smoke", "desk" or "paper"
     train: str,  # one of `TRAIN_CHOICES`
@@ -261,14 +262,14 @@ def obtain_result(
     "The experiment's result, loaded or made as `train` says. Raises `FileNotFoundError` or `ValueError` instead of making in silence."
     check_train(train)
     if any(recipe.profile != profile for recipe in recipes):
-        raise ValueError(f"recipes must be under profile {profile!r}, got {[(r.name, r.profile) for r in recipes]}")
+        raise UserError(f"recipes must be under profile {profile!r}, got {[(r.name, r.profile) for r in recipes]}")
     if train == "never" or (train == "missing" and result_path(name, profile, root).is_file()):
         result = load_result(name, profile, root)
         stale = stale_recipes(result, recipes)
         if not stale:
             return result
         if train == "never":
-            raise ValueError(
+            raise UserError(
                 f"{result_path(name, profile, root)} is stale: it was not made with today's {', '.join(stale)}; "
                 f"make it again with: {result_command(name, profile)}"
             )

@@ -9,15 +9,15 @@ __all__ = ['CACHE_NAMES', 'CACHE_NAME', 'ring_positions', 'RingLayer', 'RingCach
 from collections.abc import Callable
 
 import torch
-from .checks import check_integer
-from .reference import CausalWindow
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .checks import UserError, check_integer
 from .fast_attention import banded_attention
 from .native_kernels import native_step, step_applies
+from .reference import CausalWindow
 
 # %% ../nbs/07_ring_cache.ipynb #4f42f7d2
 def ring_positions(
@@ -58,11 +58,11 @@ class RingLayer(CacheLayerMixin):
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
             shapes = f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
-            raise ValueError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, got {shapes}")
+            raise UserError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, got {shapes}")
         for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
             if self.is_initialized and (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
                 batch, heads, _, dim = held.shape
-                raise ValueError(
+                raise UserError(
                     f"{name} must be of {batch} sequences, {heads} heads, dimension {dim} and {held.dtype}, as those held, "
                     f"got {tuple(new.shape)} of {new.dtype}; a cache serves one batch of one model: reset() it, or make a new one"
                 )
@@ -118,7 +118,7 @@ class RingLayer(CacheLayerMixin):
         self._write(key_states, value_states)
         return keys, values
 
-    def attend(
+    def reference_attention(
         self,
         query: Tensor,  # (B, H, T, D), of the new tokens
         key_states: Tensor,  # (B, Hk, T, D)
@@ -137,12 +137,12 @@ class RingLayer(CacheLayerMixin):
 
     def step(
         self,
-        attend: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, and the number of slots in use
+        reference_attention: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, and the number of slots in use
     ) -> Tensor | None:  # what it returns
         "Let an operator put one token into the ring, which has seen others, and attend to what it holds; if it returns None, it did not."
         self._own()
         slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
-        output = attend(self.keys, self.values, slot, held)
+        output = reference_attention(self.keys, self.values, slot, held)
         self.cumulative_length += output is not None  # nor is a step that fails counted
         return output
 
@@ -177,9 +177,9 @@ class RingLayer(CacheLayerMixin):
     ) -> None:
         "Forget the last tokens; a `ValueError` if the ring no longer holds what it would have to go back to."
         if tokens_to_remove > 0 or -tokens_to_remove > self.cumulative_length:
-            raise ValueError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
+            raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
         if tokens_to_remove and self.cumulative_length > self.window:
-            raise ValueError(
+            raise UserError(
                 f"a RingLayer of {self.window} slots cannot be cropped after {self.cumulative_length} tokens; use a DynamicCache"
             )
         self.cumulative_length += tokens_to_remove
@@ -225,7 +225,7 @@ class RingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         "`RingLayer.update` of one layer."
         if layer_idx >= len(self.layers):
-            raise ValueError(f"this RingCache is of another model: it has {len(self.layers)} layers, and layer {layer_idx} was asked for")
+            raise UserError(f"this RingCache is of another model: it has {len(self.layers)} layers, and layer {layer_idx} was asked for")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 # %% ../nbs/07_ring_cache.ipynb #1dcd6f4f

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from .checks import UserError
 from .website import place, site
 
 # %% ../nbs/58_runner.ipynb #10b4482f
@@ -54,12 +55,12 @@ def read_notebook(
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     if not (isinstance(notebook, dict) and isinstance(notebook.get("metadata"), dict) and isinstance(notebook.get("cells"), list)):
-        raise ValueError(f"{path} is damaged (it has no metadata or no list of cells); {remedy}")
+        raise UserError(f"{path} is damaged (it has no metadata or no list of cells); {remedy}")
     for place, cell in enumerate(notebook["cells"], 1):
         if not (isinstance(cell, dict) and isinstance(cell.get("metadata"), dict) and isinstance(cell.get("source"), (str, list))):
-            raise ValueError(f"{path} is damaged (cell {place} has no metadata or no source); {remedy}")
+            raise UserError(f"{path} is damaged (cell {place} has no metadata or no source); {remedy}")
     return notebook
 
 
@@ -96,7 +97,7 @@ def check_names(
         try:
             str(page.path).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{str(page.path)!r} is a path that is not UTF-8; rename it, or set a locale such as C.UTF-8") from error
+            raise UserError(f"{str(page.path)!r} is a path that is not UTF-8; rename it, or set a locale such as C.UTF-8") from error
 
 # %% ../nbs/58_runner.ipynb #002eddb9
 def did_you_mean(
@@ -115,7 +116,7 @@ def check_word(
 ) -> None:
     "Raise a `ValueError` that names the argument, the nearest word that is allowed, and all of them."
     if word not in allowed:
-        raise ValueError(f"{name}={word!r} is not known{did_you_mean(word, allowed)}; allowed: {', '.join(allowed)}")
+        raise UserError(f"{name}={word!r} is not known{did_you_mean(word, allowed)}; allowed: {', '.join(allowed)}")
 
 
 def select(
@@ -130,7 +131,7 @@ def select(
         if not any(name in (page.number, page.stem) for page in pages):
             names = [page.stem for page in pages]
             near = did_you_mean(name, names + [page.name for page in pages])
-            raise ValueError(f"only={name!r} is not a notebook{near}; allowed: {', '.join(names)}")
+            raise UserError(f"only={name!r} is not a notebook{near}; allowed: {', '.join(names)}")
     return [page for page in pages if page.number in wanted or page.stem in wanted]
 
 # %% ../nbs/58_runner.ipynb #8795bc95
@@ -168,13 +169,13 @@ def parameters_for(
     if not page.takes_profile:
         return {}
     if not page.has_parameters:
-        raise ValueError(f"{page.stem} has no cell tagged 'parameters' and would ignore profile={profile!r}; tag the cell")
+        raise UserError(f"{page.stem} has no cell tagged 'parameters' and would ignore profile={profile!r}; tag the cell")
     from papermill import inspect_notebook
 
     known, given = inspect_notebook(str(page.path)), {"profile": profile, "train": train}
     if unknown := sorted(set(given) - set(known)):
         has = ", ".join(known) or "nothing"
-        raise ValueError(f"{page.stem} has no parameter {', '.join(unknown)}; its parameters cell defines: {has}")
+        raise UserError(f"{page.stem} has no parameter {', '.join(unknown)}; its parameters cell defines: {has}")
     return given
 
 # %% ../nbs/58_runner.ipynb #85407b57
@@ -230,10 +231,10 @@ def run_page(
     bar: dict | bool = False,  # settings of a progress bar over the cells, or False
 ) -> dict[str, object]:
     "Execute one page and record in the copy how it went: status, error, seconds, time and commit."
-    from krause_repro.records import git_state, replacing
+    from krause_repro.records import git_state, atomic_write
 
     start = time.perf_counter()
-    with replacing(output) as temporary:
+    with atomic_write(output) as temporary:
         error = execute(page.path, temporary, parameters, root, bar)
         record = {"status": "failed" if error else "ok", "error": error, "seconds": round(time.perf_counter() - start, 1),
                   "executed": datetime.now().astimezone().isoformat(timespec="seconds"), **parameters, **git_state(root)}
@@ -334,9 +335,9 @@ def check_output(
         kept = path.exists() and not path.is_file()
     except OSError as error:
         why = f"which {above} is not ({error.strerror})"
-        raise ValueError(f"{name}={str(path)!r} must be in a folder that can be made and written to, {why}") from error
+        raise UserError(f"{name}={str(path)!r} must be in a folder that can be made and written to, {why}") from error
     if kept:
-        raise ValueError(f"{name}={str(path)!r} must be a file, but is a folder or a device")
+        raise UserError(f"{name}={str(path)!r} must be a file, but is a folder or a device")
 
 
 def check_run_folders(

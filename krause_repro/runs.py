@@ -20,14 +20,15 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
-from .records import DIGESTS, damage, project_root, read_json, replacing, write_digests
+from .checks import UserError
+from .records import DIGESTS, atomic_write, damage, project_root, read_json, write_digests
 from .tasks import TrainedRecipe, task_of
 
 # %% ../nbs/35_runs.ipynb #4c8a6461
 ADVICE = "lower lr, or set max_grad_norm"
 
 
-class TrainingDiverged(ValueError):
+class TrainingDiverged(UserError):
     "A loss, a gradient or a weight is no number any more."
 
 
@@ -75,7 +76,7 @@ class Run:
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); {self.remedy}") from error
+            raise UserError(f"{path} is damaged ({error}); {self.remedy}") from error
 
     def model(self) -> PreTrainedModel:
         "The chosen model, in eval mode. A `ValueError` or `FileNotFoundError` names the file that is damaged or missing."
@@ -100,11 +101,11 @@ def _saved_recipe(run: Run) -> dict | None:
     path, way_out = run.path / "recipe.json", "move the directory away, or train with restart=True (--restart)"
     if not path.is_file():
         if run.finished or (run.path / "checkpoints").is_dir():
-            raise ValueError(f"{path} is missing, so nobody knows what was trained there; {way_out}")
+            raise UserError(f"{path} is missing, so nobody knows what was trained there; {way_out}")
         return None
     saved = read_json(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("recipe"), dict) or not isinstance(saved.get("fingerprint"), str):
-        raise ValueError(f"{path} is damaged: it must hold a recipe and its fingerprint; {way_out}")
+        raise UserError(f"{path} is damaged: it must hold a recipe and its fingerprint; {way_out}")
     return saved
 
 
@@ -119,9 +120,9 @@ def check_run(
         wanted = run.recipe.to_dict()
         fields = [k for k in wanted if k not in run.recipe.remarks and saved["recipe"].get(k) != wanted[k]]
         differs = ", ".join(f"{k} is {saved['recipe'].get(k)!r} there and {wanted[k]!r} here" for k in fields[:4])
-        raise ValueError(f"{run.path} holds a run of another recipe ({differs}); {way_out}")
+        raise UserError(f"{run.path} holds a run of another recipe ({differs}); {way_out}")
     if saved.get("seed", run.seed) != run.seed:
-        raise ValueError(f"{run.path} holds a run of another seed ({saved['seed']!r} there and {run.seed} here); {way_out}")
+        raise UserError(f"{run.path} holds a run of another seed ({saved['seed']!r} there and {run.seed} here); {way_out}")
 
 # %% ../nbs/35_runs.ipynb #2c7be914
 def _weights(run: Run) -> Path:
@@ -142,7 +143,7 @@ def check_weights(
         with safe_open(path, "pt") as tensors:
             wrong = next((name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()), None)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); {run.remedy}") from error
+        raise UserError(f"{path} is damaged ({error}); {run.remedy}") from error
     if wrong is not None:
         raise TrainingDiverged(f"{path}: training diverged, {wrong} holds what is no number; {ADVICE}, and train with restart=True")
 
@@ -153,9 +154,9 @@ def check_finished(
     "Raise an error that names the file if a finished run is not whole any more."
     summary = read_json(run.path / "finished.json")
     if not isinstance(summary, dict) or "steps" not in summary:
-        raise ValueError(f"{run.path / 'finished.json'} is damaged; {run.remedy}")
+        raise UserError(f"{run.path / 'finished.json'} is damaged; {run.remedy}")
     if (run.path / DIGESTS).is_file() and (wrong := damage(run.path)):  # there are none of a run of an earlier version
-        raise ValueError(f"{wrong}; {run.remedy}")
+        raise UserError(f"{wrong}; {run.remedy}")
     check_weights(run)
 
 
@@ -183,7 +184,7 @@ class RunWriter(TrainerCallback):
 
     def on_log(self, args, state, control, **_):
         if state.is_world_process_zero:
-            with replacing(self.path / "metrics.jsonl") as temporary:
+            with atomic_write(self.path / "metrics.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in state.log_history), encoding="utf-8")
 
     def on_save(self, args, state, control, **_):
@@ -245,6 +246,6 @@ def relocate(
     state = read_json(path)
     best = state["best_model_checkpoint"] and str(checkpoint.parent / Path(state["best_model_checkpoint"]).name)
     if best != state["best_model_checkpoint"]:
-        with replacing(path) as temporary:  # not `write_json`: Trainer's log may hold what JSON has no word for
+        with atomic_write(path) as temporary:  # not `write_json`: Trainer's log may hold what JSON has no word for
             temporary.write_text(json.dumps(state | {"best_model_checkpoint": best}, indent=2), encoding="utf-8")
         write_digests(checkpoint)

@@ -14,11 +14,11 @@ from numbers import Real
 
 import numpy as np
 import torch
-from .checks import check_integer, check_positive
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, ImageTransformerConfig, check_images, image_tokens, start_tokens, token_images
 
 # %% ../nbs/31_sampling.ipynb #35475aa0
@@ -40,7 +40,7 @@ class SeededDraw(LogitsProcessor):
     ) -> Tensor:  # (B, V): 0 for the level that is drawn, −∞ for all others
         cumulated = scores.double().softmax(-1).cumsum(-1)
         if not cumulated[:, -1].isfinite().all():
-            raise ValueError("the model's logits must be finite after division by temperature; they are not: "
+            raise UserError("the model's logits must be finite after division by temperature; they are not: "
                              "is it too low, or has training diverged?")
         number = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cumulated[:, -1:]
         level = (cumulated <= number).sum(-1, keepdim=True).clamp_max(scores.shape[1] - 1)
@@ -59,7 +59,7 @@ def check_words(
     "Raise a `ValueError` unless both are numbers that a stream can be told by."
     for value in (least, most):
         if not 0 <= value <= LARGEST_SEED:
-            raise ValueError(f"{name} must be an integer from 0 to {LARGEST_SEED}, got {value!r}")
+            raise UserError(f"{name} must be an integer from 0 to {LARGEST_SEED}, got {value!r}")
 
 
 def seeded_uniforms(
@@ -86,7 +86,7 @@ def check_sampling(
     check_words("seed", check_integer("seed", seed, 0), 0)
     check_positive("temperature", temperature)
     if isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+        raise UserError(f"top_p must be in (0, 1], got {top_p!r}")
     check_integer("batch", batch, 1)
     check_words("number of the last image", 0, check_integer("first", first, 0) + check_integer("count", count, 1) - 1)
 
@@ -108,7 +108,7 @@ def check_generator(
 ) -> None:
     "Raise a `ValueError` for what is not an image transformer."
     if not isinstance(model, ImageTransformer):
-        raise ValueError(f"model must be an ImageTransformer, got {type(model).__name__}")
+        raise UserError(f"model must be an ImageTransformer, got {type(model).__name__}")
 
 # %% ../nbs/31_sampling.ipynb #781e562a
 @torch.no_grad()
@@ -123,13 +123,13 @@ def continue_tokens(
     "Write each sequence to its end. Raises `ValueError`, before any work, for prompts that are no beginnings of images."
     config = model.config
     if prompts.ndim != 2 or not 0 < prompts.shape[1] < config.positions:
-        raise ValueError(f"prompts must have 1…{config.positions - 1} tokens, fewer than an image, got {tuple(prompts.shape)}")
+        raise UserError(f"prompts must have 1…{config.positions - 1} tokens, fewer than an image, got {tuple(prompts.shape)}")
     after_start = prompts[:, int(config.start_token):]
     if config.start_token and (prompts[:, 0] != config.vocab_size).any() or (after_start >= config.vocab_size).any():
-        raise ValueError(f"prompts must be levels below {config.vocab_size}, after the start token if the model has one")
+        raise UserError(f"prompts must be levels below {config.vocab_size}, after the start token if the model has one")
     wanted = len(prompts), config.positions - prompts.shape[1]
     if uniforms.shape != wanted:
-        raise ValueError(f"uniforms must be one number for each token to write, {wanted}, got {tuple(uniforms.shape)}")
+        raise UserError(f"uniforms must be one number for each token to write, {wanted}, got {tuple(uniforms.shape)}")
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     processors = LogitsProcessorList([*warpers, SeededDraw(uniforms.to(model.device), prompts.shape[1], on_token)])
@@ -175,9 +175,9 @@ def first_prompts(
         return lambda numbers: start_tokens(len(numbers), config)
     if first_levels is None or tuple(first_levels.shape) != (config.vocab_size,):
         shape = None if first_levels is None else tuple(first_levels.shape)
-        raise ValueError(f"first_levels must be ({config.vocab_size},) frequencies: the model has no start token; got {shape}")
+        raise UserError(f"first_levels must be ({config.vocab_size},) frequencies: the model has no start token; got {shape}")
     if not torch.isfinite(first_levels).all() or (first_levels < 0).any() or not first_levels.sum() > 0:
-        raise ValueError("first_levels must be finite, not negative, and not all zero")
+        raise UserError("first_levels must be finite, not negative, and not all zero")
     cumulated = first_levels.double().cumsum(0) / first_levels.double().sum()
 
     def drawn(numbers):
@@ -230,7 +230,7 @@ def complete_images(
     height, width, channels = config.image_shape
     rows = height // 2 if rows is None else check_integer("rows", rows, 1)
     if rows >= height or rows < 1:
-        raise ValueError(f"rows must be between 1 and {height - 1}, some but not all of the image, got {rows}")
+        raise UserError(f"rows must be between 1 and {height - 1}, some but not all of the image, got {rows}")
     given = image_tokens(images, config)[:, :int(config.start_token) + rows * width * channels]
     numbers = [(first + image, sample, 2) for image in range(len(images)) for sample in range(samples)]  # 2: not the streams of new images
     written = written_batches(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SINK_LEFT', 'first_token_attention', 'uniform_attention', 'uniform_share', 'received_attention', 'recorded_values',
            'value_ratio', 'sink_quantities', 'sink_profile', 'summarise_sinks', 'sink_passages', 'measure_sinks',
-           'cut_off', 'sink_verdict', 'sink_answer', 'sink_table', 'sink_models', 'branch_files', 'sink_model']
+           'window_effect', 'sink_verdict', 'sink_answer', 'sink_table', 'sink_models', 'branch_files', 'sink_model']
 
 # %% ../nbs/49_sinks.ipynb #5359a189
 import math
@@ -15,22 +15,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from .attention_maps import attention_entropy, check_defined, check_numbers, collect_attention
-from .branched_models import add_krause_branch, recorded_branches
-from .checks import check_integer
-from .fine_tuning_evaluation import FINE_TUNED_LABELS
-from .language_recipes import FINE_TUNING_PLACES, FineTuningRecipe
-from .recipe_base import check_profile
-from .reference import band_mask
-from .statistics import summarise, summarise_curves
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
+from .attention_analysis import attention_entropy, check_defined, check_numbers, collect_attention
+from .branched_models import add_krause_branch, recorded_branches
+from .checks import UserError, check_integer
 from .evaluation import finished_model, on_device
+from .fine_tuning_evaluation import FINE_TUNED_LABELS
 from .language_data import shakespeare_text, split_works, start_tokens, text_blocks
+from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, FineTuningRecipe
 from .llm_branch import attention_layers, branches
+from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
+from .reference import band_mask
+from .statistics import summarise, summarise_curves
 from .tasks import base_model
 from .training import train
 
@@ -42,7 +42,7 @@ def first_token_attention(
     "Attention on token 0, averaged over heads and over all queries 1 … T − 1, the near ones 1 … W − 1 and the far ones W … T − 1."
     check_numbers("weights", weights, "(B, H, Tq, Tk)")
     if not 2 <= window < weights.shape[-1]:
-        raise ValueError(f"window must be between 2 and {weights.shape[-1] - 1}, the number of tokens less one, got {window}")
+        raise UserError(f"window must be between 2 and {weights.shape[-1] - 1}, the number of tokens less one, got {window}")
     column = weights[..., 0].mean(1)  # (B, T)
     return {"first_all": column[:, 1:].mean(1), "first_near": column[:, 1:window].mean(1), "first_far": column[:, window:].mean(1)}
 
@@ -72,7 +72,7 @@ def received_attention(
     "Attention that each token gets from the W − 1 queries after it, over heads, as a multiple of what uniform attention would give."
     count = check_numbers("weights", weights, "(B, H, Tq, Tk)").shape[-1] - window + 1
     if window < 2 or count < 1 or uniform.shape[-1:] != weights.shape[-1:]:
-        raise ValueError(f"window must be between 2 and T = {weights.shape[-1]} and uniform of shape (T,) or (B, T), got {window} and "
+        raise UserError(f"window must be between 2 and T = {weights.shape[-1]} and uniform of shape (T,) or (B, T), got {window} and "
                          f"{tuple(uniform.shape)}")
     mean = weights.mean(1) / uniform[..., None].to(weights)
     after = [mean.diagonal(-offset, 1, 2)[:, :count] for offset in range(1, window)]
@@ -99,7 +99,7 @@ def value_ratio(
 ) -> Tensor:  # (B,)
     "Norm of the first token's value over the mean norm of the others', averaged over heads."
     if check_numbers("values", values, "(B, T, H·D)").shape[1] < 2:
-        raise ValueError(f"values must be of at least two tokens (B, T, H·D), got shape {tuple(values.shape)}")
+        raise UserError(f"values must be of at least two tokens (B, T, H·D), got shape {tuple(values.shape)}")
     norms = values.float().unflatten(-1, (-1, head_dim)).norm(dim=-1)  # (B, T, H)
     return check_defined("the ratio to values that are all zero", (norms[:, 0] / norms[:, 1:].mean(1)).mean(-1))
 
@@ -152,11 +152,11 @@ def sink_profile(
     Raises `ValueError` for a window that is not the branch's.
     """
     if other := {branch.window for branch in branches(model)} - {window}:
-        raise ValueError(f"window must be {other.pop()}, the branch's, got {window}")
+        raise UserError(f"window must be {other.pop()}, the branch's, got {window}")
     if tokens.ndim != 2 or not len(tokens):
-        raise ValueError(f"tokens must be of shape (N ≥ 1, T), got {tuple(tokens.shape)}")
+        raise UserError(f"tokens must be of shape (N ≥ 1, T), got {tuple(tokens.shape)}")
     if not 2 <= window < tokens.shape[1]:
-        raise ValueError(f"window must be between 2 and {tokens.shape[1] - 1}, the number of tokens less one, got {window}")
+        raise UserError(f"window must be between 2 and {tokens.shape[1] - 1}, the number of tokens less one, got {window}")
     check_integer("batch", batch, 1)
     layers, found = list(attention_layers(model.get_decoder()).values()), {}
     implementation, training = model.config._attn_implementation, model.training
@@ -198,7 +198,7 @@ def sink_passages(
     blocks, _ = text_blocks(tokenizer, list(split_works(shakespeare_text(source))["test"].values()), recipe.length - len(start))
     blocks = torch.cat([start.expand(len(blocks), -1), blocks], 1)
     if not 0 < recipe.passages <= len(blocks):
-        raise ValueError(f"passages must be between 1 and {len(blocks)} of {recipe.length} tokens, got {recipe.passages}")
+        raise UserError(f"passages must be between 1 and {len(blocks)} of {recipe.length} tokens, got {recipe.passages}")
     return blocks[torch.arange(recipe.passages) * len(blocks) // recipe.passages]
 
 
@@ -218,7 +218,7 @@ def _over_layers(result: dict, kind: str, name: str) -> float:
     return result["sinks"][kind][name]["all_layers"]["mean"]
 
 
-def cut_off(
+def window_effect(
     base: dict,  # `measure_sinks` of the base model
     krause: dict,  # of the model with a branch
     length: int,  # tokens of a passage, T
@@ -228,7 +228,7 @@ def cut_off(
     whole, near = (_over_layers(base, "softmax", name) for name in ("first_all", "first_near"))
     branch, cut = _over_layers(krause, "krause", "first_all"), near * (window - 1) / (length - 1)
     if not all(map(math.isfinite, (whole, near, branch))):
-        raise ValueError(f"base and krause must hold finite numbers, got {whole}, {near} and {branch} on the first token")
+        raise UserError(f"base and krause must hold finite numbers, got {whole}, {near} and {branch} on the first token")
     return {"base": whole, "cut": cut, "branch": branch, "share": (whole - cut) / (whole - branch) if whole != branch else math.nan}
 
 
@@ -244,7 +244,7 @@ def sink_verdict(
     "Is there a sink, by the excess over uniform attention, measured by that of the base model?"
     for name, number in (("value", value), ("uniform", uniform), ("base", base), ("base_uniform", base_uniform)):
         if not math.isfinite(number):
-            raise ValueError(f"{name} must be a finite number, got {number!r}")
+            raise UserError(f"{name} must be a finite number, got {number!r}")
     whole = base - base_uniform
     if whole < SINK_LEFT[1] / 2:
         return "never there"
@@ -267,7 +267,7 @@ def sink_answer(
     recipe: SinkRecipe,
 ) -> str:  # Markdown
     "Is the sink removed, or cut off by the window? From the numbers alone."
-    fall, past, window = cut_off(base, krause, recipe.length, recipe.window), base["uniform"]["past"], krause["uniform"]["window"]
+    fall, past, window = window_effect(base, krause, recipe.length, recipe.window), base["uniform"]["past"], krause["uniform"]["window"]
     near, base_near = _over_layers(krause, "krause", "first_near"), _over_layers(base, "softmax", "first_near")
     kept, mixed = (_over_layers(krause, kind, "first_all") for kind in ("softmax", "mixed"))
     seen = sink_verdict(near, window["first_near"], base_near, past["first_near"])
@@ -311,7 +311,7 @@ def sink_models(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> dict[str, tuple[str, FineTuningRecipe]]:  # by file of results: label, and the recipe whose model it is, or whose base
     "The models of which first-token attention is measured."
-    model, datasets = FINE_TUNING_PLACES[check_profile(profile)]
+    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     recipes = {(kind, data): get_recipe(f"{kind}_{model}/{data}").at(profile) for data in datasets for kind in FINE_TUNED_LABELS}
     base, branch = (recipes[kind, datasets[0]] for kind in ("lora", "krause"))
     return {"base": ("base model", base), "untrained_branch": ("untrained branch", branch)} | {

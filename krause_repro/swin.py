@@ -14,15 +14,15 @@ from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from .checks import check_flag, check_fraction, check_integer, check_positive
-from .reference import SCORES, pairwise_energy, score_temperature, weighted_sum
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .attention import merge_heads
+from .checks import UserError, check_flag, check_fraction, check_integer, check_positive
 from .model_base import CheckedConfig, CheckedModel, named_arguments
+from .reference import SCORES, pairwise_energy, score_temperature, weighted_sum
 from .vision_transformer import check_pixels, classification_loss
 
 # %% ../nbs/12_swin.ipynb #233e7ed8
@@ -106,12 +106,12 @@ def check_window(
     "Raise a `ValueError` that names the first argument of a window attention that is not allowed, and what is."
     check_integer("dim", dim, 1)
     if check_integer("num_heads", heads, 1) and dim % heads:
-        raise ValueError(f"num_heads must divide the width {dim}, got {heads}")
+        raise UserError(f"num_heads must divide the width {dim}, got {heads}")
     for w, s in zip(window, shift, strict=True):
         if check_integer("shift_size", s, 0) >= check_integer("window_size", w, 1):
-            raise ValueError(f"shift_size must be smaller than window_size = {w}, got {s}")
+            raise UserError(f"shift_size must be smaller than window_size = {w}, got {s}")
     if score not in SCORES:
-        raise ValueError(f"attention_score must be one of {', '.join(SCORES)}, got {score!r}")
+        raise UserError(f"attention_score must be one of {', '.join(SCORES)}, got {score!r}")
     check_positive("sigma", sigma)
 
 # %% ../nbs/12_swin.ipynb #c810e21a
@@ -220,19 +220,19 @@ def check_swin_config(
     for name in ("image_size", "patch_size", "num_channels", "embed_dim", "window_size", "num_labels"):
         check_integer(name, getattr(config, name), 1)
     if config.image_size % config.patch_size:
-        raise ValueError(f"image_size must be a multiple of patch_size = {config.patch_size}, got {config.image_size}")
+        raise UserError(f"image_size must be a multiple of patch_size = {config.patch_size}, got {config.image_size}")
     for name in ("depths", "num_heads"):
         if not isinstance(getattr(config, name), (list, tuple)) or not getattr(config, name):
-            raise ValueError(f"{name} must be a list of one number for each stage, got {getattr(config, name)!r}")
+            raise UserError(f"{name} must be a list of one number for each stage, got {getattr(config, name)!r}")
         for number in getattr(config, name):
             check_integer(name, number, 1)
     if len(config.depths) != len(config.num_heads) or sum(config.depths) < 2:
-        raise ValueError(f"depths must be as many as num_heads = {config.num_heads}, and at least two blocks in all, got {config.depths}")
+        raise UserError(f"depths must be as many as num_heads = {config.num_heads}, and at least two blocks in all, got {config.depths}")
     window = (config.window_size, config.window_size)
     for stage, heads in enumerate(config.num_heads):
         check_window(config.embed_dim * 2**stage, window, (0, 0), heads, config.attention_score, config.sigma)
     if check_positive("mlp_ratio", config.mlp_ratio) * config.embed_dim < 1:
-        raise ValueError(f"mlp_ratio must be a number ≥ 1/embed_dim, got {config.mlp_ratio!r}")
+        raise UserError(f"mlp_ratio must be a number ≥ 1/embed_dim, got {config.mlp_ratio!r}")
     check_positive("layer_norm_eps", config.layer_norm_eps)
     check_flag("learn_sigma", config.learn_sigma)
     if config.pad_small_maps is not None:

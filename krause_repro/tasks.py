@@ -17,39 +17,28 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator,
+)
+from transformers.trainer_utils import EvalPrediction
+
 from .adapters import ADAPTER_FILES, add_adapter, base_facts, lora_config, save_adapter
 from .branched_models import add_krause_branch
+from .checks import UserError
 from .generation_recipes import ImageGenerationRecipe
 from .image_data import Collator, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
+from .image_transformer import check_images
+from krause_repro.language_data import (
+    IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, shakespeare_text, split_items, split_works,
+    text_blocks,
+)
 from .language_models import load_language_model, load_tokenizer
 from .language_recipes import FineTuningRecipe
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe
-from peft import PeftModel, get_peft_model
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-)
-from transformers.trainer_utils import EvalPrediction
-
-from .image_transformer import check_images
-from krause_repro.language_data import (
-    IGNORED,
-    SPLIT_SEED,
-    ResponseCollator,
-    encode_items,
-    flan_items,
-    question_answers,
-    shakespeare_text,
-    split_items,
-    split_works,
-    text_blocks,
-)
 from .records import disk_errors, scratch_folder
 
 # %% ../nbs/34_tasks.ipynb #b664466e
@@ -106,8 +95,8 @@ def _fine_tuning_options(recipe: FineTuningRecipe, epoch: int) -> dict:
     return {
         "lr_scheduler_type": "cosine", "warmup_steps": round(recipe.warmup_share * steps), "max_grad_norm": recipe.max_grad_norm,
         "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part, "eval_on_start": True,
-        "per_device_train_batch_size": recipe.micro_batch, "per_device_eval_batch_size": recipe.micro_batch,
-        "gradient_accumulation_steps": recipe.batch_size // (processes * recipe.micro_batch), "logging_steps": max(1, steps // 20),
+        "per_device_train_batch_size": recipe.per_device_batch_size, "per_device_eval_batch_size": recipe.per_device_batch_size,
+        "gradient_accumulation_steps": recipe.batch_size // (processes * recipe.per_device_batch_size), "logging_steps": max(1, steps // 20),
         **(less_memory if recipe.gradient_checkpointing else {}),
     }
 
@@ -154,7 +143,7 @@ def base_model(
     decoder, keep, config = model.get_decoder(), recipe.base_layers, model.config.get_text_config(decoder=True)
     if keep is not None:
         if not 0 < keep <= len(decoder.layers):
-            raise ValueError(f"base_layers must be between 1 and {len(decoder.layers)}, or None for all, got {keep}")
+            raise UserError(f"base_layers must be between 1 and {len(decoder.layers)}, or None for all, got {keep}")
         decoder.layers, config.num_hidden_layers = decoder.layers[:keep], keep
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:keep]
@@ -183,7 +172,7 @@ def _adapter_saver(model: PeftModel) -> Callable:
 def _drawn(total: int, limit: int | None) -> list[int]:
     "All training items, or so many of them, drawn once."
     if limit is not None and not 0 < limit <= total:
-        raise ValueError(f"train_items must be between 1 and {total}, or None for all, got {limit}")
+        raise UserError(f"train_items must be between 1 and {total}, or None for all, got {limit}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return list(range(total)) if limit is None else order[:limit].tolist()
 
@@ -193,7 +182,7 @@ def _text_blocks(recipe: FineTuningRecipe, tokenizer: PreTrainedTokenizerBase, s
     parts = split_works(shakespeare_text(source))
     (train, _), (test, _) = (text_blocks(tokenizer, list(parts[part].values()), recipe.max_length) for part in ("train", "test"))
     if not 0 < recipe.held_out <= len(test):
-        raise ValueError(f"held_out must be between 1 and {len(test)} blocks of {recipe.max_length} tokens, got {recipe.held_out}")
+        raise UserError(f"held_out must be between 1 and {len(test)} blocks of {recipe.max_length} tokens, got {recipe.held_out}")
     spread = torch.arange(recipe.held_out) * len(test) // recipe.held_out
     blocks = train[_drawn(len(train), recipe.train_items)], test[spread]
     counts = {part: {"items": len(each), "tokens": each.numel()} for part, each in zip(("train", "held_out"), blocks, strict=True)}
@@ -217,7 +206,7 @@ def language_splits(
 ) -> TextSplits:
     "The tokens of a recipe's texts or items. Raises before any training for a data set, a file or a length that does not fit."
     if recipe.dataset not in ("flan", "questions", "shakespeare"):
-        raise ValueError(f"dataset must be flan, questions or shakespeare, got {recipe.dataset!r}")
+        raise UserError(f"dataset must be flan, questions or shakespeare, got {recipe.dataset!r}")
     tokenizer = load_tokenizer(base_source(recipe))
     make = _text_blocks if recipe.dataset == "shakespeare" else _response_items
     train, held_out, counts = make(recipe, tokenizer, source)
@@ -260,9 +249,9 @@ def read_model(
     try:
         model, found = auto.from_pretrained(run.path, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit {run.path / 'config.json'} ({str(error).strip().splitlines()[0]}); {run.remedy}") from error
+        raise UserError(f"{path} does not fit {run.path / 'config.json'} ({str(error).strip().splitlines()[0]}); {run.remedy}") from error
     if wrong := [str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[key]]:
-        raise ValueError(f"{path} does not fit {run.path / 'config.json'}: {', '.join(wrong[:3])}; {run.remedy}")
+        raise UserError(f"{path} does not fit {run.path / 'config.json'}: {', '.join(wrong[:3])}; {run.remedy}")
     return model
 
 
@@ -289,7 +278,7 @@ def task_of(
     "The task of a recipe, or a `ValueError` if it has nothing to train."
     found = next((task for kind, task in TASKS.items() if isinstance(recipe, kind)), None)
     if found is None:
-        raise ValueError(f"recipe {getattr(recipe, 'name', recipe)!r} has nothing to train; "
+        raise UserError(f"recipe {getattr(recipe, 'name', recipe)!r} has nothing to train; "
                          "image classification, image generation and fine-tuning have")
     return found
 
@@ -300,10 +289,10 @@ def process_count() -> int:
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         value = os.environ.get(name, default)
         if not re.fullmatch(r"-?\d+", value.strip()):
-            raise ValueError(f"{name} must be an integer, as torchrun and accelerate launch set it, got {value!r}")
+            raise UserError(f"{name} must be an integer, as torchrun and accelerate launch set it, got {value!r}")
         found[name] = int(value)
     if found["WORLD_SIZE"] < 1 or max(found["RANK"], found["LOCAL_RANK"]) >= found["WORLD_SIZE"]:
-        raise ValueError(f"WORLD_SIZE must be ≥ 1, and RANK and LOCAL_RANK below it, got {found}")
+        raise UserError(f"WORLD_SIZE must be ≥ 1, and RANK and LOCAL_RANK below it, got {found}")
     return found["WORLD_SIZE"]
 
 
@@ -311,18 +300,18 @@ def check_launch() -> None:
     "Raise a `ValueError` for several processes that do not know of each other."
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if process_count() > 1 and (missing := [name for name in needed if name not in os.environ]):
-        raise ValueError(f"WORLD_SIZE is {process_count()}, but {', '.join(missing)} is not set; start with torchrun or accelerate launch")
+        raise UserError(f"WORLD_SIZE is {process_count()}, but {', '.join(missing)} is not set; start with torchrun or accelerate launch")
 
 
 def check_batch(
     recipe: TrainedRecipe,  # under its profile
 ) -> int:  # number of processes
-    "Raise a `ValueError` if a step's batch cannot be divided over the processes, in parts of `micro_batch` where there is one."
+    "Raise a `ValueError` if a step's batch cannot be divided over the processes, in parts of `per_device_batch_size` where there is one."
     processes = process_count()
-    share = processes * getattr(recipe, "micro_batch", 1)
+    share = processes * getattr(recipe, "per_device_batch_size", 1)
     if recipe.batch_size % share:
-        told = f"processes × micro_batch, {share}" if share > processes else f"the number of processes, {processes}"
-        raise ValueError(f"batch_size = {recipe.batch_size} must be a multiple of {told}")
+        told = f"processes × per_device_batch_size, {share}" if share > processes else f"the number of processes, {processes}"
+        raise UserError(f"batch_size = {recipe.batch_size} must be a multiple of {told}")
     return processes
 
 # %% ../nbs/34_tasks.ipynb #519e1732

@@ -20,42 +20,25 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-from .adapters import parameter_counts
-from .image_data import Splits
-from .image_files import check_unreadable, find_source
-from .language_recipes import FineTuningRecipe
-from .recipe_base import SEED, plain
-from krause_repro.runs import (
-    ADVICE,
-    Run,
-    RunWriter,
-    TrainingDiverged,
-    check_diverged,
-    check_finished,
-    check_run,
-    drop_damaged,
-    last_checkpoint,
-    not_finite,
-    relocate,
-    run_path,
-)
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker, set_seed
 
+from .adapters import parameter_counts
+from .checks import UserError
+from .image_data import Splits
+from .image_files import check_unreadable, find_source
 from .language_data import IGNORED
+from .language_recipes import FineTuningRecipe
+from .recipe_base import SEED, plain
 from krause_repro.records import (
-    InUse,
-    check_unlocked,
-    check_writable,
-    disk_errors,
-    environment,
-    locked,
-    remove_leftovers,
-    write_digests,
-    write_json,
+    InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
+)
+from krause_repro.runs import (
+    ADVICE, Run, RunWriter, TrainingDiverged, check_diverged, check_finished, check_run, drop_damaged, last_checkpoint, not_finite,
+    relocate, run_path,
 )
 from .tasks import Task, TextSplits, TrainedRecipe, check_batch, check_launch, task_of
 
@@ -359,7 +342,7 @@ def _train(run: Run, trainer: RecipeTrainer, checkpoint: Path | None, facts: dic
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         _finish(run, trainer, facts, save)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{checkpoint} holds a pickle with more in it than numbers, which could run code and is not read; "
+        raise UserError(f"{checkpoint} holds a pickle with more in it than numbers, which could run code and is not read; "
                          "training writes no such files: remove it") from error
     except TrainingDiverged as error:
         if trainer.is_world_process_zero():

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from .checks import check_integer, check_names, check_positive, check_weights, values_known
-from .reference import CausalWindow
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
 from .attention import krause_attention, krause_attention_weights
+from .checks import UserError, check_integer, check_names, check_positive, check_weights, values_known
+from .reference import CausalWindow
 from .ring_cache import ring_positions
 
 # %% ../nbs/08_transformers_attention.ipynb #bf99dd85
@@ -42,7 +42,7 @@ def _checked(sigma, window, top_k, prefix=""):
     if top_k is not None:
         top_k = check_integer(f"{prefix}top_k", top_k, 1)
         if top_k > window:
-            raise ValueError(f"{prefix}top_k must be at most {prefix}window = {window}, or None for all keys in the window, got {top_k}")
+            raise UserError(f"{prefix}top_k must be at most {prefix}window = {window}, or None for all keys in the window, got {top_k}")
     return KrauseSettings(sigma, window, top_k)
 
 
@@ -52,7 +52,7 @@ def krause_settings(
     "The Krause settings of a configuration; a `ValueError` names the ones that are missing or wrong."
     sigma, window, top_k = (getattr(config, f"krause_{name}", None) for name in KrauseSettings._fields)
     if missing := [name for name, value in (("krause_sigma", sigma), ("krause_window", window)) if value is None]:
-        raise ValueError(
+        raise UserError(
             f"the configuration has no {' and no '.join(missing)}; set krause_sigma, krause_window and krause_top_k with "
             "configure_krause(config, sigma, window, top_k)"
         )
@@ -109,7 +109,7 @@ def ensure(
         if not condition.is_meta:
             torch._assert_async(condition, message)
     elif not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _check_pattern(mask_function, batch_size, queries, past, window, device, custom):
@@ -117,7 +117,7 @@ def _check_pattern(mask_function, batch_size, queries, past, window, device, cus
     if mask_function is causal_mask_function:
         return
     if custom or not torch.compiler.is_compiling():
-        raise ValueError(OTHER_PATTERN)
+        raise UserError(OTHER_PATTERN)
     row = past + torch.arange(queries, device=device)[:, None]
     column = row + torch.tensor([1, 0, -1, 1 - window], device=device)  # a token ahead, the token itself, one back, and the farthest
     batch, last = torch.arange(batch_size, device=device)[:, None, None], past + queries - 1
@@ -143,12 +143,12 @@ def krause_mask(
     total = past + q_length
     _check_pattern(mask_function, batch_size, q_length, past, window, device, kwargs.get("use_vmap"))
     if attention_mask is not None and attention_mask.shape != (batch_size, total):
-        raise ValueError(
+        raise UserError(
             f"attention_mask must be of shape ({batch_size}, {total}), one column for each token so far, got {tuple(attention_mask.shape)}"
         )
     in_ring = kv_offset + kv_length < total
     if kv_length != window if in_ring else kv_offset > max(0, past - window + 1):
-        raise ValueError(
+        raise UserError(
             f"the cache keeps other tokens than config.krause_window = {window} needs; use DynamicCache(), or RingCache(config) "
             "made from this model's configuration"
         )
@@ -183,11 +183,11 @@ def check_positions(
 def _refuse(module, query, attention_mask, kwargs):
     "Raise a `ValueError` for what the Krause attention of a causal language model cannot do."
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise ValueError(f"attn_implementation='krause' is causal self-attention; {type(module).__name__} asks for another kind here")
+        raise UserError(f"attn_implementation='krause' is causal self-attention; {type(module).__name__} asks for another kind here")
     if given := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
-        raise ValueError(f"attn_implementation='krause' cannot take {', '.join(given)}, which {type(module).__name__} passes")
+        raise UserError(f"attn_implementation='krause' cannot take {', '.join(given)}, which {type(module).__name__} passes")
     if attention_mask is not None and getattr(attention_mask, "ndim", 4) != 2:
-        raise ValueError(
+        raise UserError(
             "attention_mask must be of shape (batch, tokens), 0 = padding; attn_implementation='krause' takes no masks of 4 dimensions"
         )
     if not getattr(module, "layer_idx", 0):  # all layers get the same positions
@@ -215,7 +215,7 @@ def krause_attention_forward(
     weights = None
     if "attentions" in (_active_collector.get() or ()):
         if query.shape[2] != used:
-            raise ValueError("output_attentions needs all tokens in one step; use use_cache=False")
+            raise UserError("output_attentions needs all tokens in one step; use use_cache=False")
         weights = krause_attention_weights(query, key, sigma, CausalWindow(window), top_k, attention_mask)
     output = krause_attention(query, key, value, sigma, CausalWindow(window), top_k, key_mask=attention_mask, dropout=dropout)
     return output.transpose(1, 2), weights
@@ -250,7 +250,7 @@ def no_code(
     except ValueError as error:
         if "trust_remote_code" in str(error):
             message = f"model {source} asks for code of its own to be run (auto_map in one of its files), which is never done"
-            raise ValueError(message) from None
+            raise UserError(message) from None
         raise
 
 
@@ -263,7 +263,7 @@ def check_load_options(
     "Raise a `TypeError` with the nearest name for an option that does not exist, a `ValueError` for one that would let a folder run code."
     unsafe = [name for name in UNSAFE_LOADING if options.pop(name, None)]
     if unsafe or not options.pop("use_safetensors", True) or not options.pop("weights_only", True):
-        raise ValueError(f"{owner} runs no code from where a model lies and reads no pickled weights, so it takes no "
+        raise UserError(f"{owner} runs no code from where a model lies and reads no pickled weights, so it takes no "
                          f"{unsafe[0] if unsafe else 'use_safetensors=False or weights_only=False'}")
     check_names(owner, options, [*own, *LOAD_OPTIONS, *(config.to_dict() if config else ())], [*own, *LOAD_OPTIONS])
 
@@ -282,7 +282,7 @@ def load_krause(
     krause_settings(config.get_text_config(decoder=True))
     check_load_options("load_krause", options, config)
     if options.pop("attn_implementation", "krause") != "krause":
-        raise ValueError("attn_implementation must be 'krause' for load_krause; use AutoModelForCausalLM.from_pretrained for another")
+        raise UserError("attn_implementation must be 'krause' for load_krause; use AutoModelForCausalLM.from_pretrained for another")
     check_weights(Path(path) / hub.get("subfolder", ""))
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="krause", **SAFE_LOADING, **options)
     model.config.get_text_config(decoder=True).attn_implementation = "krause"

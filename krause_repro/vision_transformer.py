@@ -13,15 +13,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from .checks import check_flag, check_fraction, check_integer, check_positive
-from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, single_precision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .attention import KrauseAttention
+from .checks import UserError, check_flag, check_fraction, check_integer, check_positive
 from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
+from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, upcast_to_float32
 
 # %% ../nbs/11_vision_transformer.ipynb #3ffad8f3
 NORMS = ("post", "pre")
@@ -67,11 +67,11 @@ def _check_sizes(config) -> None:
                  "intermediate_size", "num_labels"):
         check_integer(name, getattr(config, name), 1)
     if config.image_size % config.patch_size:
-        raise ValueError(f"image_size must be a multiple of patch_size = {config.patch_size}, got {config.image_size}")
+        raise UserError(f"image_size must be a multiple of patch_size = {config.patch_size}, got {config.image_size}")
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
+        raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
     if config.positions == "rotary" and config.hidden_size // config.num_attention_heads % 4:
-        raise ValueError(f"rotary positions need a head dimension divisible by 4, got {config.hidden_size}/{config.num_attention_heads}")
+        raise UserError(f"rotary positions need a head dimension divisible by 4, got {config.hidden_size}/{config.num_attention_heads}")
 
 # %% ../nbs/11_vision_transformer.ipynb #7a9fe833
 def largest_radius(
@@ -85,17 +85,17 @@ def largest_radius(
 def _check_window(config) -> None:
     if config.attention_radius is None:
         if config.attention_random_seed is not None:
-            raise ValueError("attention_random_seed must be None without an attention_radius: it needs a number of candidates to draw")
+            raise UserError("attention_random_seed must be None without an attention_radius: it needs a number of candidates to draw")
         return
     side = config.image_size // config.patch_size
     largest = largest_radius(side, config.attention_metric)
     if check_integer("attention_radius", config.attention_radius, 0) > largest:
-        raise ValueError(
+        raise UserError(
             f"attention_radius must be at most {largest} on a grid of {side}×{side} patches with the {config.attention_metric} metric, "
             f"or None for full support, got {config.attention_radius}"
         )
     if config.attention_random_seed is not None and check_integer("attention_random_seed", config.attention_random_seed, 0) >= 2**64:
-        raise ValueError(f"attention_random_seed must be below 2**64, got {config.attention_random_seed}")
+        raise UserError(f"attention_random_seed must be below 2**64, got {config.attention_random_seed}")
 
 # %% ../nbs/11_vision_transformer.ipynb #f6fd6997
 def check_vision_config(
@@ -105,12 +105,12 @@ def check_vision_config(
     choices = {"attention_score": SCORES, "attention_metric": METRICS, "norm": NORMS, "positions": POSITIONS}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+            raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
     _check_sizes(config)
     _check_window(config)
     if config.attention_top_k is not None:
         if not isinstance(config.attention_top_k, (list, tuple)) or len(config.attention_top_k) != 2:
-            raise ValueError(f"attention_top_k must be None or (first layer, last layer), got {config.attention_top_k!r}")
+            raise UserError(f"attention_top_k must be None or (first layer, last layer), got {config.attention_top_k!r}")
         for k in config.attention_top_k:
             check_integer("attention_top_k", k, 1)
     for name in ("sigma", "layer_norm_eps", "initializer_range"):
@@ -209,10 +209,10 @@ def check_pixels(
 ) -> None:
     "Raise a `ValueError` that names the kind and the shape which a model's images must have."
     if not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values must be floating point, got {pixel_values.dtype}")
+        raise UserError(f"pixel_values must be floating point, got {pixel_values.dtype}")
     expected = (config.num_channels, config.image_size, config.image_size)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-        raise ValueError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
+        raise UserError(f"pixel_values must have shape (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
 
 # %% ../nbs/11_vision_transformer.ipynb #f9c2d1e8
 def classification_loss(
@@ -221,7 +221,7 @@ def classification_loss(
     problem_type: str | None = None,  # one of `model_base.PROBLEM_TYPES`; None: a regression for one output, else single labels
 ) -> Tensor:  # a scalar
     "Cross-entropy, binary cross-entropy or mean squared error. Raises `ValueError` for labels of another kind or shape."
-    logits, (batch, classes) = single_precision(logits), logits.shape
+    logits, (batch, classes) = upcast_to_float32(logits), logits.shape
     problem = problem_type or ("regression" if classes == 1 else "single_label_classification")
     indices = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if problem == "single_label_classification" and indices and labels.shape == (batch,):
@@ -230,7 +230,7 @@ def classification_loss(
         labels = labels.unsqueeze(1)
     if not labels.is_floating_point() or labels.shape != logits.shape:
         single = f"integers of shape ({batch},) or " if problem == "single_label_classification" else ""
-        raise ValueError(
+        raise UserError(
             f"labels must be {single}floating point of shape ({batch}, {classes}) for {problem}, got {labels.dtype} {tuple(labels.shape)}"
         )
     loss = {"regression": F.mse_loss, "multi_label_classification": F.binary_cross_entropy_with_logits}.get(problem, F.cross_entropy)

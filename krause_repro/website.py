@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from urllib.parse import quote
 
+from .checks import UserError
 from .runner import Page, check_names, failed_need, first_line, notebooks, read_notebook, settled_train, site_folder
 
 # %% ../nbs/59_website.ipynb #d130634f
@@ -131,11 +132,11 @@ def read_copy(
     notebook = read_notebook(path, remedy)
     record = notebook["metadata"].get("krause_repro", {})
     if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged (metadata.krause_repro is not an object); {remedy}")
+        raise UserError(f"{path} is damaged (metadata.krause_repro is not an object); {remedy}")
     for field, kind in RECORD.items():
         value = record.get(field)
         if field in record and not isinstance(value, kind) or isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path} is damaged (metadata.krause_repro.{field} is {value!r}); {remedy}")
+            raise UserError(f"{path} is damaged (metadata.krause_repro.{field} is {value!r}); {remedy}")
     return notebook, record
 
 
@@ -153,7 +154,7 @@ def notebook_html(
         node = nbformat.reads(json.dumps(plain), as_version=4)
         text, _ = page_exporter(mathjax_url).from_notebook_node(node, {"metadata": {"name": path.stem}, "record": record})
     except Exception as error:  # whatever the converter trips over: this page is damaged, the others can be built
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {first_line(str(error))}); execute the page again") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(str(error))}); execute the page again") from error
     return re.sub(r'href="(?:\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', text)
 
 # %% ../nbs/59_website.ipynb #bbfcbf3f
@@ -162,9 +163,9 @@ def place(
     target: Path,  # where a copy is to stand
 ) -> Path:
     "Copy a file, whole or not at all."
-    from krause_repro.records import replacing
+    from krause_repro.records import atomic_write
 
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         shutil.copyfile(path, temporary)
     return target
 
@@ -228,7 +229,7 @@ def site_row(
     mathjax: str | None,  # where the page finds MathJax
 ) -> dict[str, object]:
     "Write the HTML of one page, if it was executed under this profile, and return what the index says of it."
-    from krause_repro.records import replacing
+    from krause_repro.records import atomic_write
 
     path, html = folder / "notebooks" / f"{page.stem}.ipynb", folder / f"{page.stem}.html"
     row = {"page": page, "part": PARTS.get(page.number[0], ""), "subtitle": with_code(page.subtitle), "status": "not run", "error": None,
@@ -241,7 +242,7 @@ def site_row(
     except (OSError, ValueError) as error:
         html.unlink(missing_ok=True)
         return {**row, "status": "damaged", "error": first_line(str(error).replace(f"{folder}/", ""))}
-    with replacing(html) as temporary:
+    with atomic_write(html) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return {**row, "status": record.get("status", "ok"), "error": record.get("error"), "seconds": record.get("seconds"),
             "executed": record.get("executed", ""), "commit": (record.get("commit") or "")[:9], "link": quote(html.name)}
@@ -405,7 +406,7 @@ def site(
     A copy or a figure that is damaged is marked as such; the others are shown.
     """
     from jinja2 import Environment
-    from krause_repro.records import project_root, replacing
+    from krause_repro.records import project_root, atomic_write
 
     settled_train(profile)
     root = Path(root or project_root()).resolve()
@@ -419,6 +420,6 @@ def site(
     text = Environment(autoescape=True).from_string(INDEX_TEMPLATE).render(
         profile=profile, meaning=MEANING[profile], report=links.get("70_report"), facts=site_facts(rows, root), rows=rows,
         links=links, figures=paired_figures(profile, root, folder))
-    with replacing(folder / "index.html") as temporary:
+    with atomic_write(folder / "index.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / "index.html"

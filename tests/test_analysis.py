@@ -10,11 +10,37 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from krause_repro.attention_maps import analyse, attention_distance, attention_entropy, collect_attention, effective_rank, grid_places, head_diversity, map_row, query_rows, query_token, rank_residual, summarise_analysis, test_pixels, token_clusters, token_cosine
-from krause_repro.sinks import first_token_attention, received_attention, sink_profile, sink_quantities, sink_verdict, summarise_sinks, uniform_attention, uniform_share, value_ratio
-from krause_repro.reference import CausalWindow
+from krause_repro.attention_analysis import (
+    analyse,
+    attention_distance,
+    attention_entropy,
+    collect_attention,
+    effective_rank,
+    grid_places,
+    head_diversity,
+    map_row,
+    query_rows,
+    query_token,
+    rank_residual,
+    summarise_analysis,
+    test_pixels,
+    token_clusters,
+    token_cosine,
+)
 from krause_repro.branched_models import add_krause_branch, recorded_branches
 from krause_repro.recipes import get_recipe
+from krause_repro.reference import CausalWindow
+from krause_repro.sinks import (
+    first_token_attention,
+    received_attention,
+    sink_profile,
+    sink_quantities,
+    sink_verdict,
+    summarise_sinks,
+    uniform_attention,
+    uniform_share,
+    value_ratio,
+)
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
 
@@ -271,7 +297,7 @@ def test_sink_profile_is_what_the_layers_do():
     tokens = torch.randint(61, (5, 24))
     base = sink_profile(model, tokens, window=6)
     assert set(base) == {"softmax"} and model.config._attn_implementation != "eager"
-    add_krause_branch(model, window=6, top_k=3, gate_start=0.6)
+    add_krause_branch(model, window=6, top_k=3, gate_init=0.6)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

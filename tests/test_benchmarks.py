@@ -12,21 +12,66 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from krause_repro import bench_attention, timing
-from krause_repro.reference import CausalWindow, GridWindow, attend
-from krause_repro.bench_attention import BASELINE, DENSE_LENGTH, KINDS, SELECTORS, attention_calls, attention_contenders, bench_attention, bench_grids, bench_scaling, bench_selection, compiled_selector, kth_largest, peak_memory, scaling_series
+from krause_repro.bench_attention import (
+    BASELINE,
+    DENSE_LENGTH,
+    KINDS,
+    SELECTORS,
+    attention_calls,
+    attention_contenders,
+    bench_attention,
+    bench_grids,
+    bench_scaling,
+    bench_selection,
+    compiled_selector,
+    kth_largest,
+    peak_memory,
+    scaling_series,
+)
 from krause_repro.bench_generation import bench_generation, generation_seconds
-from krause_repro.bench_language import bench_language, benchmark_language_model, branch_memory, deployed_models, language_speed_table, lora_step, reader_and_writer, resident_growth
+from krause_repro.bench_language import (
+    bench_language,
+    benchmark_language_model,
+    branch_memory,
+    deployed_models,
+    language_speed_table,
+    lora_step,
+    prefill_and_decode,
+    resident_growth,
+)
 from krause_repro.bench_models import bench_images, bench_training, forward_pass, training_step
 from krause_repro.benchmarks import BENCHMARKS, bench_cost, bench_dynamics, format_rows, report_benchmark
-from krause_repro.recipes import CIFAR_CASE, COST, GENERATION_SPEED, LANGUAGE_GOALS, LANGUAGE_SPEED, PASSES, AttentionCase, GenerationCase, ImageCase, LanguageCase
-from krause_repro.timing import LONG_ROUNDS, ROUNDS, compare, compare_in_pairs, fitted_exponent, in_turns, interleave, peak_beyond, summarise_times
-from krause_repro.flops import language_mac_table
 from krause_repro.drawing import COLOURS
+from krause_repro.flops import language_mac_table
 from krause_repro.llm_branch import branches
-from krause_repro.native_decode import StepLinear
-from krause_repro.recipes import get_recipe
+from krause_repro.native_decode import DecodeLinear
+from krause_repro.recipes import (
+    CIFAR_CASE,
+    COST,
+    GENERATION_SPEED,
+    LANGUAGE_GOALS,
+    LANGUAGE_SPEED,
+    PASSES,
+    AttentionCase,
+    GenerationCase,
+    ImageCase,
+    LanguageCase,
+    get_recipe,
+)
 from krause_repro.records import read_json
+from krause_repro.reference import CausalWindow, GridWindow, reference_attention
 from krause_repro.results import stale_recipes
+from krause_repro.timing import (
+    LONG_ROUNDS,
+    ROUNDS,
+    compare,
+    compare_in_pairs,
+    fitted_exponent,
+    in_turns,
+    interleave,
+    peak_beyond,
+    summarise_times,
+)
 from krause_repro.training import build_trainer
 
 SMOKE = COST.at("smoke")
@@ -99,7 +144,7 @@ def oracle(name, case, leaves):
     soft = full or "softmax" in name or name == "fused, window mask"
     top_k = None if full or name in ("fused, window mask", "sdpa") else case.top_k
     window = CausalWindow(case.length if full else case.window)
-    return attend(*leaves[:3], window, top_k, score="softmax" if soft else "krause", sigma=leaves[3])
+    return reference_attention(*leaves[:3], window, top_k, score="softmax" if soft else "krause", sigma=leaves[3])
 
 
 @pytest.mark.parametrize("top_k", [4, None])
@@ -294,7 +339,7 @@ def test_deployed_models_differ_in_the_branch_alone():
     assert torch.equal(base, merged) and not torch.allclose(base, krause)
     torch.testing.assert_close(krause, plain)
     layers = [{type(module) for module in models[name].modules()} for name in ("Krause", "Krause, plain layers")]
-    assert StepLinear in layers[0] and StepLinear not in layers[1]
+    assert DecodeLinear in layers[0] and DecodeLinear not in layers[1]
 
 
 @pytest.mark.parametrize("name", ["base", "Krause"])
@@ -302,7 +347,7 @@ def test_what_is_timed_writes_what_generate_writes(name):
     model = deployed_models(benchmark_language_model("random"))[name]
     ids, written = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0)), []
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, min_new_tokens=6)
-    read, write = reader_and_writer(model, ids, 6)
+    read, write = prefill_and_decode(model, ids, 6)
     model.register_forward_hook(lambda module, args, output: written.append(output.logits[:, -1].argmax(-1)))
     for _ in range(2):  # a second reading begins anew
         written.clear()

@@ -9,11 +9,29 @@ from ptflops import get_model_complexity_info
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from krause_repro.reference import GridWindow
-from krause_repro.recipes import COST
-from krause_repro.flops import COMPONENTS, COUNTED, ENTRY_OPERATIONS, as_printed, attention_pairs, attention_rule, branch_macs, component_macs, count_models, count_row, counted_macs, counter_macs, language_mac_table, measured_macs, ptflops_macs, swin_row, token_count, try_entry_operations
 from krause_repro.branched_models import add_krause_branch
-from krause_repro.recipes import get_recipe
+from krause_repro.flops import (
+    COMPONENTS,
+    COUNTED,
+    ENTRY_OPERATIONS,
+    as_printed,
+    attention_pairs,
+    attention_rule,
+    branch_macs,
+    component_macs,
+    count_models,
+    count_row,
+    counted_macs,
+    counter_macs,
+    language_mac_table,
+    measured_macs,
+    ptflops_macs,
+    swin_row,
+    token_count,
+    try_entry_operations,
+)
+from krause_repro.recipes import COST, get_recipe
+from krause_repro.reference import GridWindow
 from krause_repro.swin import SwinClassifierConfig
 from krause_repro.vision_transformer import SIZES, VisionTransformerConfig
 

@@ -10,10 +10,30 @@ import torch
 from PIL import Image
 
 from krause_repro import image_files
-from krause_repro.image_data import Collator, ImageFolderSet, ImageSet, fetch, imagenet_transform, load, load_splits, random_crop_flip, split_held_out
-from krause_repro.image_files import CIFAR_MEAN, DATA, FASHION_MNIST_FILES, PHOTOGRAPH_CROP, PHOTOGRAPH_PLACES, download_folder, find_source, photograph_folder, read_idx, read_image
-from krause_repro.image_recipes import AUGMENTATIONS
-from krause_repro.image_recipes import FOLDER_DATASETS, IMAGE_DATASETS
+from krause_repro.image_data import (
+    Collator,
+    ImageFolderSet,
+    ImageSet,
+    fetch,
+    imagenet_transform,
+    load,
+    load_splits,
+    random_crop_flip,
+    split_held_out,
+)
+from krause_repro.image_files import (
+    CIFAR_MEAN,
+    DATA,
+    FASHION_MNIST_FILES,
+    PHOTOGRAPH_CROP,
+    PHOTOGRAPH_PLACES,
+    download_folder,
+    find_source,
+    photograph_folder,
+    read_idx,
+    read_image,
+)
+from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS
 from krause_repro.recipes import RECIPES, get_recipe
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
@@ -669,7 +689,7 @@ def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads,
     def unreachable(name):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(image_files, "_download", unreachable)
+    monkeypatch.setattr(image_files, "download_dataset", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         fetch("fashion_mnist")
     for part in (str(tmp_path / "package"), "network is unreachable", "apt-get install dataset-fashion-mnist", str(no_downloads)):
@@ -716,7 +736,7 @@ def test_damaged_downloads_are_got_again(commands, no_downloads):
 def test_a_failed_package_is_told_with_its_last_words(commands, no_downloads, monkeypatch):
     tool = commands.parent / "tools" / "apt-get"
     tool.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
-    monkeypatch.setattr(image_files, "_download", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
+    monkeypatch.setattr(image_files, "download_dataset", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
     with pytest.raises(FileNotFoundError, match="apt-get: E: Unable to locate package; no mirror. By hand: install .*sudo apt-get install"):
         fetch("fashion_mnist")
     assert not any(no_downloads.rglob("*ubyte*"))

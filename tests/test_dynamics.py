@@ -5,7 +5,26 @@ import math
 import pytest
 import torch
 
-from krause_repro.dynamics import INTEGRATORS, closed_groups, cluster_count, clusters, diameter, distances, exponential_fit, flow, hk_bifurcation, hk_run, hk_step, interaction_graph, interaction_weights, observed_order, order_parameter, uniform_sphere, unit_multiplicity, velocity
+from krause_repro.dynamics import (
+    INTEGRATORS,
+    closed_groups,
+    cluster_count,
+    clusters,
+    diameter,
+    distances,
+    exponential_fit,
+    flow,
+    hk_bifurcation,
+    hk_run,
+    hk_step,
+    interaction_graph,
+    interaction_weights,
+    observed_order,
+    order_parameter,
+    uniform_sphere,
+    unit_multiplicity,
+    velocity,
+)
 
 RULES = {
     "softmax": {"beta": 4.0},

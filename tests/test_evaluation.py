@@ -10,9 +10,9 @@ import torch
 
 from krause_repro import 
 from krause_repro.image_data import Collator, load_splits
-from krause_repro.ablation import ABLATION_CELLS, ABLATION_CONTROLS, averaged_effects, cell_table, difference_table, factor_effect, obtain_cells, paper_steps, plain_answers, single_changes
+from krause_repro.ablation import ABLATION_CELLS, ABLATION_CONTROLS, averaged_effects, cell_table, difference_table, factor_effect, load_or_run_grid, paper_steps, plain_answers, single_changes
 from krause_repro.evaluation import FLAT_GAIN, FLAT_SHARE, IMAGE_COMPARISONS, accuracy_differences, accuracy_table, altered_note, curve, is_undertrained, last_gain, learned_sigma, planned_table, provenance_table, read_plan, save_finished, summarise_runs, test_accuracy, train_seeds, trained_table, training_curves
-from krause_repro.statistics import SMALLEST_DIFFERENCE, STUDENT_975, corrected_difference, describe_difference, is_shown, paired_difference
+from krause_repro.statistics import MIN_EFFECT, STUDENT_975, corrected_difference, describe_difference, is_shown, paired_difference
 from krause_repro.tables import percent
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.results import save_result
@@ -211,14 +211,14 @@ def test_factor_effect_averages_over_the_other_factors_and_skips_what_is_missing
 
 def test_cells_without_a_file_are_missing_and_stale_ones_an_error(tmp_path):
     first, second = "ablation_fixed_sigma/fashion_mnist", "ablation_krause_full_post/fashion_mnist"
-    assert obtain_cells("ablations", [first, second], "desk", "never", root=tmp_path) == {first: None, second: None}
+    assert load_or_run_grid("ablations", [first, second], "desk", "never", root=tmp_path) == {first: None, second: None}
     recipe = get_recipe(first).at("desk")
     save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict()}, "answer": 42}, "desk", tmp_path)
-    cells = obtain_cells("ablations", [first, second], "desk", "never", root=tmp_path)
+    cells = load_or_run_grid("ablations", [first, second], "desk", "never", root=tmp_path)
     assert cells[first]["answer"] == 42 and cells[second] is None
     save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict() | {"lr": 1}}}, "desk", tmp_path)
     with pytest.raises(ValueError, match="stale"):
-        obtain_cells("ablations", [first], "desk", "never", root=tmp_path)
+        load_or_run_grid("ablations", [first], "desk", "never", root=tmp_path)
 
 
 def test_provenance_names_every_commit_and_version_once():
@@ -246,7 +246,7 @@ def cells_with(**effects):
 
 def test_cells_are_recipes_that_differ_in_score_support_and_norm_alone():
     assert len(ABLATION_CELLS) == 18 and len(set(ABLATION_CELLS.values())) == 18 and len(ABLATION_CONTROLS) == 3
-    allowed = {"name", "score", "radius", "top_k", "norm", "ours", "published"}
+    allowed = {"name", "score", "radius", "top_k", "norm", "unpublished", "published"}
     kvit = get_recipe("kvit_t/fashion_mnist").at("desk").to_dict()
     for cell, name in ABLATION_CELLS.items():
         recipe = get_recipe(name).at("desk")
@@ -254,7 +254,7 @@ def test_cells_are_recipes_that_differ_in_score_support_and_norm_alone():
         assert (recipe.score, recipe.radius is None, recipe.top_k is None, recipe.norm) == (
             cell[0], cell[1] == "full", cell[1] != "local_top_k", cell[2])
     fixed = get_recipe(ABLATION_CONTROLS["window + top-k, σ fixed"]).at("desk").to_dict()
-    assert {field for field, value in fixed.items() if value != kvit[field]} - {"name", "ours", "published"} == {"learn_sigma"}
+    assert {field for field, value in fixed.items() if value != kvit[field]} - {"name", "unpublished", "published"} == {"learn_sigma"}
 
 
 def test_effects_of_made_up_cells_are_found():
@@ -357,7 +357,7 @@ def test_the_plans_table_has_a_dash_for_what_is_not_trained_and_names_its_commit
 def test_the_committed_plan_is_about_recipes():
     plan = read_plan("cifar10")
     assert {name for pair in plan["comparisons"] for name in pair} <= set(plan["models"]) and set(plan["models"]) <= set(RECIPES)
-    assert (plan["flat_gain"], plan["flat_share"]) == (FLAT_GAIN, FLAT_SHARE) and plan["smallest_difference"] == SMALLEST_DIFFERENCE
+    assert (plan["flat_gain"], plan["flat_share"]) == (FLAT_GAIN, FLAT_SHARE) and plan["smallest_difference"] == MIN_EFFECT
     assert all(RECIPES[name].at("desk").seeds == tuple(plan["seeds"]) for name in plan["models"])
 
 

@@ -4,22 +4,20 @@ import shutil
 
 import pytest
 
-from krause_repro.recipes import SINKS
-from krause_repro.sinks import sink_models
-from krause_repro.reference import SCORES
-from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED
-from krause_repro.flops import COUNTED
-from krause_repro.evaluation import read_plan
-from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.drawing import figure_index
+from krause_repro.evaluation import read_plan
+from krause_repro.flops import COUNTED
+from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.generation_recipes import GENERATORS
 from krause_repro.image_recipes import SUPPORTS, ablation_name
-from krause_repro.language_recipes import FINE_TUNING_PLACES
-from krause_repro.recipes import get_recipe
+from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE
+from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, get_recipe
 from krause_repro.records import project_root
-from krause_repro.results import load_result, result_page, result_path, stale_recipes
+from krause_repro.reference import SCORES
 from krause_repro.report import expected_results
+from krause_repro.results import load_result, result_page, result_path, stale_recipes
 from krause_repro.runner import run
+from krause_repro.sinks import sink_models
 
 CELLS = [
     *(ablation_name(score, support, norm) for score in SCORES for support in SUPPORTS for norm in ("post", "pre")),
@@ -37,7 +35,7 @@ def generator_files(data):
 
 
 def fine_tuning_files(profile):
-    model, datasets = FINE_TUNING_PLACES[profile]
+    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[profile]
     names = [(data, f"{kind}_{model}") for data in datasets for kind in ("lora", "krause")]
     tuned = {f"fine_tuning_{data}/{name}": [get_recipe(f"{name}/{data}")] for data, name in names}
     sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
@@ -62,7 +60,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "63_llm_finetuning": fine_tuning_files("desk"),
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
-    "48_attention_maps": {"attention_maps": TRIO},
+    "48_attention_analysis": {"attention_maps": TRIO},
 }
 
 

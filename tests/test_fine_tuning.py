@@ -16,14 +16,14 @@ from transformers.trainer_utils import EvalPrediction
 
 from krause_repro import fine_tuning_evaluation, packaged_data, training
 from krause_repro.recipes import SINKS
-from krause_repro.sinks import cut_off, measure_sinks, sink_answer, sink_passages, sink_table
+from krause_repro.sinks import window_effect, measure_sinks, sink_answer, sink_passages, sink_table
 from krause_repro.fine_tuning_evaluation import answer_letters, fine_tuning_curves, fine_tuning_differences, fine_tuning_table, letter_accuracy, letter_baselines, offered_letters, parameter_table, summarise_fine_tuning
 from krause_repro.language_data import IGNORED, split_works
 from krause_repro.packaged_data import pretrained_source, smollm2_folder
 from krause_repro.adapters import ADAPTER_FILES
 from krause_repro.language_models import load_language_model
 from krause_repro.llm_branch import branches
-from krause_repro.language_recipes import FINE_TUNING_PLACES, fine_tuning_recipes
+from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, fine_tuning_recipes
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.runs import Run, TrainingDiverged, run_path
@@ -92,7 +92,7 @@ def held_out_loss(model, splits):
 
 def test_recipes_are_the_papers():
     expected = {
-        "window": 32, "top_k": 16, "sigma": 5.5, "gate_start": 0.8, "rank": 16, "alpha": 32, "lora_dropout": 0.1, "epochs": 2, "lr": 5e-5,
+        "window": 32, "top_k": 16, "sigma": 5.5, "gate_init": 0.8, "rank": 16, "alpha": 32, "lora_dropout": 0.1, "epochs": 2, "lr": 5e-5,
         "warmup_share": 0.1, "weight_decay": 0.01, "bf16": True, "batch_size": 128, "max_length": 2048, "gradient_checkpointing": True,
         "train_items": 50_000, "held_out": 5_000, "dataset": "flan", "seeds": (3407,),
     }
@@ -114,11 +114,11 @@ def test_the_two_models_differ_by_their_branch(name, profile):
 
 
 def test_the_comparison_of_each_profile_has_recipes():
-    assert set(FINE_TUNING_PLACES) == set(PROFILES)
-    for profile, (model, datasets) in FINE_TUNING_PLACES.items():
+    assert set(FINE_TUNING_DATASET_BY_PROFILE) == set(PROFILES)
+    for profile, (model, datasets) in FINE_TUNING_DATASET_BY_PROFILE.items():
         for data in datasets:
             recipe = get_recipe(f"krause_{model}/{data}").at(profile)
-            assert recipe.batch_size % recipe.micro_batch == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
+            assert recipe.batch_size % recipe.per_device_batch_size == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
 
 
 # Data
@@ -279,9 +279,9 @@ def test_long_responses_count_by_their_tokens():
 @pytest.mark.parametrize(("change", "message"), [
     ({"dataset": "bible"}, "dataset must be flan, questions or shakespeare, got 'bible'"),
     ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
-    ({"batch_size": 5}, "batch_size = 5 must be a multiple of micro_batch, 2"), ({"train_items": 0}, "train_items must be an integer ≥ 1"),
+    ({"batch_size": 5}, "batch_size = 5 must be a multiple of per_device_batch_size, 2"), ({"train_items": 0}, "train_items must be an integer ≥ 1"),
     ({"top_k": 9}, "top_k must be at most window = 8"), ({"window": 0}, "window must"),
-    ({"gate_start": 1.0}, "gate_start must be between 0 and 1"), ({"micro_batch": 0}, "micro_batch"), ({"rank": 0}, "rank"),
+    ({"gate_init": 1.0}, "gate_init must be between 0 and 1"), ({"per_device_batch_size": 0}, "per_device_batch_size"), ({"rank": 0}, "rank"),
     ({"epochs": 0}, "epochs"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lr": 0.0}, "lr"),
     ({"held_out": 16, "train_items": None}, "held_out|n must be"), ({"train_items": 13}, "n must be at most 16"),
 ])
@@ -417,7 +417,7 @@ def told(kind, near, far, length=128, window=32):
 def test_what_the_window_cuts_off():
     base = {"sinks": {"softmax": told("softmax", 0.8, 0.4)}}
     for near, share in ((0.8, 1.0), (0.4, None), (0.9, None)):
-        fall = cut_off(base, {"sinks": {"krause": told("krause", near, 0.0)}}, 128, 32)
+        fall = window_effect(base, {"sinks": {"krause": told("krause", near, 0.0)}}, 128, 32)
         whole, cut, branch = (0.8 * 31 + 0.4 * 96) / 127, 0.8 * 31 / 127, near * 31 / 127
         assert fall == pytest.approx({"base": whole, "cut": cut, "branch": branch, "share": (whole - cut) / (whole - branch)})
         assert share is None or fall["share"] == pytest.approx(share)

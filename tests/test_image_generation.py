@@ -11,20 +11,38 @@ from safetensors.torch import load_file
 
 from krause_repro import cli
 from krause_repro.bench_generation import _generation_row, bench_generation, generation_speed_table
-from krause_repro.recipes import GENERATION_SPEED, GenerationCase
+from krause_repro.evaluation import learned_sigma
+from krause_repro.generation_evaluation import (
+    GENERATOR_LABELS,
+    bits_differences,
+    bits_table,
+    classifier_run,
+    context_baselines,
+    first_frequencies,
+    sample_run,
+    samples_folder,
+    save_image_grid,
+    summarise_generators,
+    test_bits,
+)
+from krause_repro.generation_recipes import (
+    CLASSIFIERS,
+    GENERATION_DATA,
+    GENERATORS,
+    KARM_ABLATIONS,
+    ImageGenerationRecipe,
+    generation_recipes,
+)
 from krause_repro.image_data import ImageSet, Splits, TokenCollator, load, load_splits
 from krause_repro.image_files import find_source
-from krause_repro.evaluation import learned_sigma
-from krause_repro.generation_evaluation import GENERATOR_LABELS, bits_differences, bits_table, classifier_run, contact_sheet, context_baselines, first_frequencies, sample_run, samples_folder, summarise_generators, test_bits
 from krause_repro.image_transformer import ImageTransformer
 from krause_repro.likelihood import bits_per_dimension
-from krause_repro.generation_recipes import CLASSIFIERS, GENERATION_DATA, GENERATORS, KARM_ABLATIONS, ImageGenerationRecipe, generation_recipes
 from krause_repro.recipe_base import published_tables
-from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.recipes import GENERATION_SPEED, RECIPES, GenerationCase, get_recipe
 from krause_repro.records import InUse, file_digest, locked
 from krause_repro.results import pack_images, unpack_images
-from krause_repro.statistics import summarise
 from krause_repro.runs import Run, TrainingDiverged, run_path
+from krause_repro.statistics import summarise
 from krause_repro.tasks import save_model
 from krause_repro.training import build_trainer, train, training_arguments
 
@@ -62,7 +80,7 @@ def run(tiny, tmp_path_factory):
 def test_published_settings_are_exact(model, data, expected, table):
     recipe = get_recipe(f"{model}/{data}")
     found = asdict(recipe)
-    assert {key: found[key] for key in expected} == expected and recipe.ours == ("held_out",)
+    assert {key: found[key] for key in expected} == expected and recipe.unpublished == ("held_out",)
     row = next(row for row in published_tables()[table]["rows"] if row[0] == model.upper())
     assert recipe.published == {"table": table, **dict(zip(published_tables()[table]["columns"], row, strict=True))}
     assert recipe.config.attention == GENERATORS[model] and recipe.config.tokens == math.prod(expected["image_shape"])
@@ -397,7 +415,7 @@ def test_packed_images_are_the_images():
 
 def test_a_sheet_shows_every_image_from_black_to_white(tmp_path):
     images = torch.stack([torch.full((1, 4, 4), level, dtype=torch.uint8) for level in range(17)])
-    picture = Image.open(contact_sheet(images, 17, tmp_path / "sheet.png", zoom=1)).convert("L")
+    picture = Image.open(save_image_grid(images, 17, tmp_path / "sheet.png", zoom=1)).convert("L")
     assert picture.size == (8 * 5 + 1, 3 * 5 + 1)
     assert [picture.getpixel((2 + 5 * (n % 8), 2 + 5 * (n // 8))) for n in (0, 8, 16)] == [0, 128, 255]
 

@@ -23,9 +23,36 @@ from transformers import PreTrainedTokenizerFast
 
 from krause_repro import image_files, language_data, packaged_data
 from krause_repro.language_benchmarks import answer_token
-from krause_repro.language_data import IGNORED, MARKER, ResponseCollator, answer_letter, check_tokenizer, clean_work, encode_items, encode_prompt, flan_items, hub_errors, question_answers, read_item_lines, shakespeare_text, split_item, split_items, split_works, text_blocks
-from krause_repro.packaged_data import PACKAGED, PackagedFiles, fetch_packaged_files, find_packaged_files, language_folder, read_packaged_files, smollm2_folder, smollm2_path
+from krause_repro.language_data import (
+    IGNORED,
+    MARKER,
+    ResponseCollator,
+    answer_letter,
+    check_tokenizer,
+    clean_work,
+    encode_items,
+    encode_prompt,
+    flan_items,
+    hub_errors,
+    question_answers,
+    read_item_lines,
+    shakespeare_text,
+    split_item,
+    split_items,
+    split_works,
+    text_blocks,
+)
 from krause_repro.language_models import load_language_model
+from krause_repro.packaged_data import (
+    PACKAGED,
+    PackagedFiles,
+    fetch_packaged_files,
+    find_packaged_files,
+    language_folder,
+    read_packaged_files,
+    smollm2_folder,
+    smollm2_path,
+)
 
 GGUF = PACKAGED["smollm2"].pattern
 

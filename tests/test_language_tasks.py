@@ -25,10 +25,34 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from krause_repro import cli, language_benchmarks, language_tasks
-from krause_repro.fine_tuning_evaluation import letter_accuracy, letter_baselines
-from krause_repro.language_benchmarks import answer_token, chance_scores, check_answers, check_ifeval, check_language_run, constant_scores, count_answers, count_scores, evaluate_language, language_table, macro_f1, swap_labels
-from krause_repro.language_tasks import ITEM_FIELDS, LANGUAGE_TASKS, check_items, hub_answers, hub_items, language_items, read_task_items, task_config, task_file, task_prompt
 from krause_repro.adapters import ADAPTER_FILES
+from krause_repro.fine_tuning_evaluation import letter_accuracy, letter_baselines
+from krause_repro.language_benchmarks import (
+    answer_token,
+    chance_scores,
+    check_answers,
+    check_ifeval,
+    check_language_run,
+    confusion_matrix,
+    constant_scores,
+    count_scores,
+    evaluate_language,
+    language_table,
+    macro_f1,
+    swap_labels,
+)
+from krause_repro.language_tasks import (
+    ITEM_FIELDS,
+    LANGUAGE_TASKS,
+    check_items,
+    hub_answers,
+    hub_items,
+    language_items,
+    read_task_items,
+    task_config,
+    task_file,
+    task_prompt,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = LANGUAGE_TASKS[:-1]
@@ -185,7 +209,7 @@ def test_a_model_of_random_weights_agrees_with_its_own_logits(random_weights, to
                 last = model(torch.tensor([tokenizer.encode(task_prompt(task, item))])).logits[0, -1]
             given = last[tokenizer.convert_tokens_to_ids(choices)].argmax().item()
             pairs.append((ANSWERS[task].index(right_answer(task, item)), given))
-        assert result["counts"] == count_answers(pairs, len(ANSWERS[task]))
+        assert result["counts"] == confusion_matrix(pairs, len(ANSWERS[task]))
         assert result["accuracy"] == pytest.approx(count_scores(result["counts"])["accuracy"], abs=1e-12)
 
 
@@ -254,7 +278,7 @@ def test_macro_f1_is_scikit_learns():
 def test_chance_is_the_mean_over_many_even_guesses():
     right, options, draw = [0, 0, 1, 2, 2, 2], [3, 3, 3, 3, 3, 3], random.Random(0)
     many = [(a, draw.randrange(n)) for _ in range(4000) for a, n in zip(right, options, strict=True)]
-    found, expected = count_scores(count_answers(many, 3)), chance_scores(right, options)
+    found, expected = count_scores(confusion_matrix(many, 3)), chance_scores(right, options)
     assert expected["accuracy"] == pytest.approx(1 / 3)
     assert [found[key] for key in expected] == pytest.approx(list(expected.values()), abs=0.01)
     assert chance_scores([0, 1], [2, 4])["accuracy"] == pytest.approx((1 / 2 + 1 / 4) / 2)

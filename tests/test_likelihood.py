@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig
+from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig, image_tokens
 from krause_repro.likelihood import ContextModel, bits_per_dimension, context_index, count_levels, fit_context_model, mean_bits, token_bits
-from krause_repro.image_transformer import image_tokens
 
 
 def small(attention="krause", start=True):

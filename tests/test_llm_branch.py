@@ -35,12 +35,12 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from krause_repro import adapters, language_models
-from krause_repro.reference import CausalWindow
 from krause_repro.adapters import add_adapter, base_facts, check_base, lora_config, parameter_counts, save_adapter
 from krause_repro.branched_models import add_krause_branch, recorded_branches, remove_krause_branch
 from krause_repro.language_models import load_language_model
 from krause_repro.llm_branch import BranchSettings, KrauseBranch, attention_layers, branches, padding_of_keys
 from krause_repro.native_kernels import kernels_available
+from krause_repro.reference import CausalWindow
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -56,7 +56,7 @@ FAMILIES = {
     "wide mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=32, sliding_window=11)),
 }
 WIDE = [family for family in FAMILIES if family.startswith("wide")]
-BRANCH = {"window": 6, "top_k": 3, "sigma": 1.5, "gate_start": 0.7}
+BRANCH = {"window": 6, "top_k": 3, "sigma": 1.5, "gate_init": 0.7}
 
 
 def small(family="llama", branch=True, **changes):
@@ -127,7 +127,7 @@ def test_at_the_start_it_is_the_base_model_but_for_the_gate():
     model = small(branch=False)
     layer = next(iter(attention_layers(model).values()))
     base = {name: p.clone() for name, p in model.state_dict().items()}
-    add_krause_branch(model, window=32, top_k=16, sigma=5.5, gate_start=0.8)
+    add_krause_branch(model, window=32, top_k=16, sigma=5.5, gate_init=0.8)
     state = model.state_dict()
     assert all(torch.equal(state[name], p) for name, p in base.items())
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -150,7 +150,7 @@ def test_at_the_start_it_is_the_base_model_but_for_the_gate():
 
 def test_gate_starts_where_it_is_told():
     torch.manual_seed(0)
-    model = add_krause_branch(FAMILIES["llama"]().eval(), gate_start=0.8)
+    model = add_krause_branch(FAMILIES["llama"]().eval(), gate_init=0.8)
     with torch.no_grad(), recorded_branches() as records:
         model(tokens())
     assert [r["layer"] for r in records] == [0, 1]
@@ -419,8 +419,8 @@ def test_a_damaged_configuration_of_a_saved_model_is_named(tmp_path, change):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"window": 0}, "window must be an integer ≥ 1, got 0"), ({"window": 2.5}, "window must be an integer"),
     ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"), ({"window": 8, "top_k": 9}, "top_k must be at most window = 8, got 9"),
-    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_start": 1.0}, "gate_start must be between 0 and 1"),
-    ({"gate_start": "0.8"}, "gate_start must be between 0 and 1"), ({"gate_start": float("nan")}, "gate_start must be between 0 and 1"),
+    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_init": 1.0}, "gate_init must be between 0 and 1"),
+    ({"gate_init": "0.8"}, "gate_init must be between 0 and 1"), ({"gate_init": float("nan")}, "gate_init must be between 0 and 1"),
     ({"freeze_sigma": "no"}, "freeze_sigma must be True or False"), ({"random_biases": 1}, "random_biases must be True or False"),
     ({"ignore_cache": None}, "ignore_cache must be True or False"),
 ])

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from krause_repro import evaluation, image_files
+from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
 from krause_repro.image_data import load, load_splits
 from krause_repro.image_files import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, read_parquet
-from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
 from krause_repro.recipes import get_recipe
 from krause_repro.training import train
 

@@ -6,13 +6,28 @@ import shutil
 import pytest
 
 from krause_repro import records
-from krause_repro.recipes import SINKS
 from krause_repro.recipe_base import published_tables
-from krause_repro.recipes import get_recipe
+from krause_repro.recipes import SINKS, get_recipe
 from krause_repro.records import project_root
+from krause_repro.report import (
+    CIFAR10_RESULTS,
+    README_BLOCKS,
+    README_RESULTS,
+    block_marks,
+    coverage,
+    expected_results,
+    format_published,
+    missing_results,
+    missing_table,
+    our_results,
+    readme_ablation,
+    readme_fine_tuning,
+    readme_generation,
+    report,
+    update_readme,
+)
 from krause_repro.results import load_result, result_path, save_result
 from krause_repro.statistics import summarise
-from krause_repro.report import CIFAR10_RESULTS, README_BLOCKS, README_RESULTS, block_marks, coverage, expected_results, format_published, missing_results, missing_table, our_results, readme_ablation, readme_fine_tuning, readme_generation, report, update_readme
 
 
 def test_every_published_number_is_in_the_report():

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, GPT2Config, LlamaConfig
 
 from krause_repro.attention import krause_attention
-from krause_repro.reference import CausalWindow, attend
+from krause_repro.reference import CausalWindow, reference_attention
 from krause_repro.ring_cache import RingCache, RingLayer, cache_bytes, ring_positions
 
 SINGLE = {"rtol": 0, "atol": 1e-5}
@@ -76,7 +76,7 @@ def test_attention_with_the_ring_is_attention_with_all_keys(steps, window, top_k
         for new in pieces(steps):
             returned = layer.update(keys[:, :, new], values[:, :, new])
             outputs.append(krause_attention(query[:, :, new], *returned, 2.0, CausalWindow(window), top_k))
-        assert_close(torch.cat(outputs, 2), attend(query, keys, values, CausalWindow(window), top_k, sigma=2.0), **SINGLE)
+        assert_close(torch.cat(outputs, 2), reference_attention(query, keys, values, CausalWindow(window), top_k, sigma=2.0), **SINGLE)
 
 
 def test_decoding_writes_in_place_and_copies_nothing():
@@ -102,9 +102,9 @@ def test_storing_and_attending_in_one_is_attention_with_all_keys(steps, window, 
     for number, new in enumerate(pieces(steps)):
         if reordered and number:
             layer.batch_select_indices(torch.arange(2))
-        outputs.append(layer.attend(queries[:, :, new], keys[:, :, new], values[:, :, new], top_k, sigma))
+        outputs.append(layer.reference_attention(queries[:, :, new], keys[:, :, new], values[:, :, new], top_k, sigma))
     assert layer.get_seq_length() == sum(steps)
-    assert_close(torch.cat(outputs, 2), attend(queries, keys, values, CausalWindow(window), top_k, sigma=sigma), **SINGLE)
+    assert_close(torch.cat(outputs, 2), reference_attention(queries, keys, values, CausalWindow(window), top_k, sigma=sigma), **SINGLE)
 
 
 def test_storing_and_attending_in_one_leaves_the_ring_as_an_update_does():
@@ -112,11 +112,11 @@ def test_storing_and_attending_in_one_leaves_the_ring_as_an_update_does():
     one, two = RingLayer(5), RingLayer(5)
     with torch.no_grad():
         for new in pieces([1] * 13):
-            one.attend(keys[:, :, new], keys[:, :, new], values[:, :, new], 3, 1.5)
+            one.reference_attention(keys[:, :, new], keys[:, :, new], values[:, :, new], 3, 1.5)
             two.update(keys[:, :, new], values[:, :, new])
             assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
         with pytest.raises(ValueError, match="a cache serves one batch of one model"):
-            one.attend(*(x[:1, :, :1] for x in (keys, keys, values)), 3, 1.5)
+            one.reference_attention(*(x[:1, :, :1] for x in (keys, keys, values)), 3, 1.5)
     assert one.get_seq_length() == 13
 
 
@@ -124,11 +124,11 @@ def test_storing_and_attending_in_one_has_gradients_and_spares_an_earlier_graph(
     keys, values = states(dim=16, length=8)
     leaf = keys.clone().requires_grad_()
     layer = RingLayer(3)
-    kept = [layer.attend(leaf[:, :, t:t + 1], leaf[:, :, t:t + 1], values[:, :, t:t + 1], 2, 1.5) for t in range(7)]
+    kept = [layer.reference_attention(leaf[:, :, t:t + 1], leaf[:, :, t:t + 1], values[:, :, t:t + 1], 2, 1.5) for t in range(7)]
     with torch.no_grad():
-        layer.attend(keys[:, :, 7:], keys[:, :, 7:], values[:, :, 7:], 2, 1.5)
+        layer.reference_attention(keys[:, :, 7:], keys[:, :, 7:], values[:, :, 7:], 2, 1.5)
     (got,) = torch.autograd.grad(torch.cat(kept, 2).square().sum(), leaf)
-    whole = attend(leaf[:, :, :7], leaf[:, :, :7], values[:, :, :7], CausalWindow(3), 2, sigma=1.5)
+    whole = reference_attention(leaf[:, :, :7], leaf[:, :, :7], values[:, :, :7], CausalWindow(3), 2, sigma=1.5)
     (want,) = torch.autograd.grad(whole.square().sum(), leaf)
     assert_close(got, want, **SINGLE)
 
@@ -169,7 +169,7 @@ def test_gradients_flow_through_the_ring_as_without_it(steps):
                 outputs.append(krause_attention(query[:, :, new], *returned, 2.0, CausalWindow(4), 3))
             output = torch.cat(outputs, 2)
         else:
-            output = attend(query, keys, values, CausalWindow(4), 3, sigma=2.0)
+            output = reference_attention(query, keys, values, CausalWindow(4), 3, sigma=2.0)
         return torch.autograd.grad(output.square().sum(), leaves)
 
     for got, expected in zip(gradients(True), gradients(False), strict=True):
@@ -238,10 +238,10 @@ def test_what_a_ring_no_longer_holds_has_no_effect(dim):
     spoilt = [x.clone() for x in (keys, values)]
 
     def attended(new, k, v):
-        return layer.attend(query[:, :, new], k[:, :, new], v[:, :, new], 3, 2.0)
+        return layer.reference_attention(query[:, :, new], k[:, :, new], v[:, :, new], 3, 2.0)
 
     with torch.no_grad():
-        expected = attend(query, keys, values, CausalWindow(6), 3, sigma=2.0)
+        expected = reference_attention(query, keys, values, CausalWindow(6), 3, sigma=2.0)
         for x in spoilt:
             x[:, :, :3] = torch.nan
         for new in pieces([4, *[1] * 16]):

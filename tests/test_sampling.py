@@ -9,9 +9,16 @@ from torch.testing import assert_close
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
 from krause_repro import sampling
-from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig
-from krause_repro.image_transformer import image_tokens, start_tokens, token_images
-from krause_repro.sampling import SeededDraw, complete_images, continue_tokens, first_prompts, sample_images, seeded_uniforms, written_batches
+from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig, image_tokens, start_tokens, token_images
+from krause_repro.sampling import (
+    SeededDraw,
+    complete_images,
+    continue_tokens,
+    first_prompts,
+    sample_images,
+    seeded_uniforms,
+    written_batches,
+)
 
 
 def small(attention="krause", **settings):

@@ -10,7 +10,18 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTran
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from krause_repro.reference import SCORES
-from krause_repro.swin import SWIN_SIZES, SwinClassifier, SwinClassifierConfig, WindowAttention, join_windows, position_index, shift_mask, split_windows, window_layout, window_weights
+from krause_repro.swin import (
+    SWIN_SIZES,
+    SwinClassifier,
+    SwinClassifierConfig,
+    WindowAttention,
+    join_windows,
+    position_index,
+    shift_mask,
+    split_windows,
+    window_layout,
+    window_weights,
+)
 
 
 def tiny(**changes):

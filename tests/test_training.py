@@ -23,8 +23,8 @@ from krause_repro.image_files import DATA, photograph_folder
 from krause_repro.image_recipes import ImageClassificationRecipe
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import InUse, damage, lock_path, locked, write_digests
-from krause_repro.swin import SwinBlock, SwinClassifier
 from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
+from krause_repro.swin import SwinBlock, SwinClassifier
 from krause_repro.tasks import process_count, save_model
 from krause_repro.training import PartCollator, build_trainer, device_options, part_of, train, training_arguments
 from krause_repro.vision_transformer import Block, VisionTransformer
@@ -181,7 +181,7 @@ def test_a_finished_run_is_returned_untouched(finished, recipe, tmp_path):
     runs = finished.path.parents[3]
     again = train(recipe, 0, runs=runs, progress=False)
     assert again == finished and contents(finished.path) == before
-    remarked = replace(recipe, seeds=(5,), ours=(), published={})
+    remarked = replace(recipe, seeds=(5,), unpublished=(), published={})
     assert train(remarked, 0, runs=runs, progress=False).path == finished.path and contents(finished.path) == before
 
 

@@ -35,9 +35,17 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from krause_repro.reference import Neighborhood, attend, attention_weights
+from krause_repro.reference import Neighborhood, attention_weights, reference_attention
 from krause_repro.ring_cache import RingCache, cache_bytes, ring_positions
-from krause_repro.transformers_attention import UNSUPPORTED, KrauseSettings, configure_krause, krause_attention_forward, krause_mask, krause_settings, load_krause
+from krause_repro.transformers_attention import (
+    UNSUPPORTED,
+    KrauseSettings,
+    configure_krause,
+    krause_attention_forward,
+    krause_mask,
+    krause_settings,
+    load_krause,
+)
 
 NAMES = ("llama", "qwen2", "gpt2")
 WINDOW, TOP_K, SIGMA, VOCABULARY = 5, 3, 3.0, 60
@@ -78,7 +86,7 @@ class Band(Neighborhood):
 def explicit(module, query, key, value, attention_mask, **options):
     "The dense reference under an explicit mask, on all tokens at once."
     assert query.shape[2] == key.shape[2]
-    return attend(query, key, value, Band(WINDOW), TOP_K, sigma=SIGMA, key_mask=attention_mask).transpose(1, 2), None
+    return reference_attention(query, key, value, Band(WINDOW), TOP_K, sigma=SIGMA, key_mask=attention_mask).transpose(1, 2), None
 
 
 AttentionInterface.register("explicit", explicit)

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from krause_repro.cli import main
 from krause_repro.recipe_base import Recipe
 from krause_repro.recipes import RECIPES, get_recipe
-from krause_repro.cli import main
 from krause_repro.runs import Run, run_path
 from krause_repro.tasks import task_of
 from tests.test_language_data import byte_tokenizer
