@@ -10,6 +10,7 @@ __all__ = ['ITEM_FIELDS', 'LANGUAGE_TASKS', 'ANLI_LABELS', 'check_language_tasks
 # %% ../nbs/46_language_tasks.ipynb #39ba1b9a
 import json
 import urllib.error
+import urllib.request
 from contextlib import contextmanager, redirect_stderr
 from importlib.resources import files
 from io import StringIO

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'PACKAGES', 'project_root', 'machine', 'is_alive', 'disk_error', 'disk_errors', 'atomic_write',
-           'scratch_folder', 'write_json', 'read_text', 'read_json', 'remove_leftovers', 'InUse', 'lock_path', 'locked',
-           'check_unlocked', 'file_digest', 'write_digests', 'damage', 'check_writable', 'cache_folder',
-           'package_versions', 'git_state', 'environment']
+           'scratch_folder', 'copy_file', 'write_json', 'read_text', 'read_json', 'remove_leftovers', 'InUse',
+           'lock_path', 'locked', 'check_unlocked', 'file_digest', 'write_digests', 'damage', 'check_writable',
+           'cache_folder', 'package_versions', 'git_state', 'environment']
 
 # %% ../nbs/20_records.ipynb #b1bab1ad
 import errno
@@ -142,6 +142,16 @@ def scratch_folder(
         yield Path(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+# %% ../nbs/20_records.ipynb #c0b1f11e
+def copy_file(
+    path: Path,  # of a file
+    target: Path,  # where a copy is to stand
+) -> Path:
+    "Copy a file, whole or not at all."
+    with atomic_write(target) as temporary:
+        shutil.copyfile(path, temporary)
+    return target
 
 # %% ../nbs/20_records.ipynb #7ca0a5c8
 def write_json(

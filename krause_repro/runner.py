@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .checks import UserError
-from .website import place, site
+from .records import copy_file
 
 # %% ../nbs/58_runner.ipynb #10b4482f
 @dataclass(frozen=True)
@@ -366,6 +366,7 @@ def run(
     cannot be written, and `InUse` while another process runs the same profile.
     """
     from krause_repro.records import locked, project_root, remove_leftovers
+    from krause_repro.website import site
 
     train, root = settled_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
@@ -429,7 +430,7 @@ def book(
                 error = execute(page.path, copy, {}, root)
                 if error is None:
                     clean(copy, root)
-                    place(copy, page.path)
+                    copy_file(copy, page.path)
             seconds = round(time.perf_counter() - start, 1)
             records.append({"notebook": page.stem, "status": "failed" if error else "ok", "error": error, "seconds": seconds})
             print(outcome(records[-1]), flush=True)

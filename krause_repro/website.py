@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MATHJAX', 'NOTEBOOK_TEMPLATE', 'RECORD', 'PARTS', 'MEANING', 'INDEX_TEMPLATE', 'copy_mathjax', 'plain_notebook',
-           'page_exporter', 'read_copy', 'notebook_html', 'place', 'copy_figures', 'paired_figures', 'with_code',
-           'site_row', 'mark_needs', 'duration', 'site_facts', 'site']
+           'page_exporter', 'read_copy', 'notebook_html', 'copy_figures', 'paired_figures', 'with_code', 'site_row',
+           'mark_needs', 'duration', 'site_facts', 'site']
 
 # %% ../nbs/59_website.ipynb #4cb557bd
 import importlib.util
@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .checks import UserError
+from .records import copy_file
 from .runner import Page, check_names, failed_need, first_line, notebooks, read_notebook, settled_train, site_folder
 
 # %% ../nbs/59_website.ipynb #d130634f
@@ -158,18 +159,6 @@ def notebook_html(
     return re.sub(r'href="(?:\./)?(\d\d_\w+)\.ipynb', r'href="\1.html', text)
 
 # %% ../nbs/59_website.ipynb #bbfcbf3f
-def place(
-    path: Path,  # of a file
-    target: Path,  # where a copy is to stand
-) -> Path:
-    "Copy a file, whole or not at all."
-    from krause_repro.records import atomic_write
-
-    with atomic_write(target) as temporary:
-        shutil.copyfile(path, temporary)
-    return target
-
-
 def copy_figures(
     profile: str,  # whose figures
     root: Path,  # the project's folder
@@ -182,7 +171,7 @@ def copy_figures(
     for png in figure_files(profile, root):
         try:
             figure = read_figure(png)
-            copies = {kind: place(figure[kind], folder / "figures" / profile / figure[kind].name) for kind in ("png", "svg")}
+            copies = {kind: copy_file(figure[kind], folder / "figures" / profile / figure[kind].name) for kind in ("png", "svg")}
         except (OSError, ValueError) as error:  # this figure is marked, the others are shown
             figures[png.stem] = {"name": png.stem, "caption": "", "notebook": "", "damage": first_line(str(error).replace(f"{root}/", ""))}
             continue
