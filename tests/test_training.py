@@ -953,7 +953,7 @@ def train_by_two(jobs, runs):
     for process in processes:
         process.start()
     try:
-        assert all(ours.poll(120) for ours, _ in pipes)
+        assert all(ours.poll(200) for ours, _ in pipes)
         return [ours.recv() for ours, _ in pipes]
     finally:
         for process in processes:
