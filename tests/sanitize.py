@@ -14,7 +14,7 @@ import torch
 from torch.utils import cpp_extension
 
 COMPILER = os.environ.get("CXX", "g++")
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O2", "-g"]
 
 
 def run_operators():
