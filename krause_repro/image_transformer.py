@@ -18,9 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import merge_heads
+from .attention import banded_attention, merge_heads
 from .checks import UserError, check_flag, check_fraction, check_integer, check_positive, values_known
-from .fast_attention import banded_attention
 from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
@@ -292,7 +291,7 @@ class PixelAttention(nn.Module):
                 layer.update(*sums, tokens=query.shape[2])
             return output
         if self.kind == "krause" and cache is not None:
-            return cache.layers[self.layer_idx].reference_attention(query, key, value, self.top_k, self.sigma)
+            return cache.layers[self.layer_idx].attend(query, key, value, self.top_k, self.sigma)
         if self.kind == "krause":
             return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.sigma)
         if cache is not None:

@@ -27,9 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from .attention import krause_attention_weights
+from .attention import banded_attention, krause_attention_weights
 from .checks import UserError, check_flag, check_integer, check_positive, values_known
-from .fast_attention import banded_attention
 from .native_decode import DecodeLinear, gate_applies, native_branch_step, native_gate, native_rotation, rotation_applies
 from .native_kernels import kernels_apply
 from .reference import CausalWindow
@@ -62,7 +61,7 @@ def krause_branch_forward(
             raise UserError("recorded_branches needs all tokens in one step; use use_cache=False")
         records.append({"layer": module.layer_idx, "weights": krause_attention_weights(query, key, sigma, window, top_k, attention_mask)})
     if krause_ring is not None and attention_mask is None and not dropout:
-        return krause_ring.reference_attention(query, key, value, top_k, sigma).transpose(1, 2), None
+        return krause_ring.attend(query, key, value, top_k, sigma).transpose(1, 2), None
     if krause_ring is not None:
         key, value = krause_ring.update(key, value)
     output = banded_attention(query, key, value, window, top_k, sigma=sigma, key_mask=attention_mask, dropout=dropout)

@@ -17,18 +17,18 @@ from torch.testing import assert_close
 from krause_repro.attention import (
     KrauseAttention,
     attention_stages,
+    banded_attention,
     choose_implementation,
+    gathered_attention,
     krause_attention,
     krause_attention_weights,
     mechanism_example,
 )
 from krause_repro.checks import check_fraction, check_integer, check_positive
 from krause_repro.fast_attention import (
-    banded_attention,
+    _near_weights,
     candidate_table,
     flex_attention,
-    gathered_attention,
-    gathered_weights,
     sdpa_attention,
 )
 from krause_repro.native_kernels import candidate_lists
@@ -47,6 +47,12 @@ from krause_repro.reference import (
 
 IMPLEMENTATIONS = {"reference": reference_attention, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention}
 EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def gathered_weights(query, key, neighborhood, top_k=None, *, score="krause", sigma=None):
+    "The patches' rows of `attention_weights`, computed on their candidates only."
+    near, _, scatter = _near_weights(query, key, neighborhood, top_k, score, sigma)
+    return scatter(near)
 
 
 def allows(neighborhood, i, j):

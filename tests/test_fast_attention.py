@@ -34,13 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from krause_repro import native_kernels
-from krause_repro.attention import krause_attention
+from krause_repro.attention import banded_attention, gathered_attention, krause_attention
 from krause_repro.fast_attention import (
     augment,
-    banded_attention,
     banded_tiles,
     flex_attention,
-    gathered_attention,
     gathered_rows,
     relative_energy,
     row_thresholds,
@@ -48,8 +46,8 @@ from krause_repro.fast_attention import (
 )
 from krause_repro.native_decode import (
     DecodeLinear,
-    few_rows,
     gate_applies,
+    linear_applies,
     native_branch_step,
     native_gate,
     native_linear,
@@ -57,7 +55,7 @@ from krause_repro.native_decode import (
     rotation_applies,
 )
 from krause_repro.native_kernels import (
-    MOST_ROWS,
+    MAX_DECODE_ROWS,
     build_kernels,
     candidate_lists,
     kernels_available,
@@ -653,7 +651,8 @@ def test_a_common_offset_costs_the_native_operators_nothing_at_all(compute, neig
     query, key, value = three(0, (1, 2, 12, 16))
     far = [query + 100, key + 100]
     near = [x - 100 for x in far]  # exact: what was lost, was lost in adding
-    output, exact = compute(*far, value, neighborhood, 3, sigma=1.0), reference_attention(*precise((*far, value)), neighborhood, 3, sigma=1.0)
+    output = compute(*far, value, neighborhood, 3, sigma=1.0)
+    exact = reference_attention(*precise((*far, value)), neighborhood, 3, sigma=1.0)
     assert torch.equal(output, compute(*near, value, neighborhood, 3, sigma=1.0))
     dense = largest(reference_attention(*far, value, neighborhood, 3, sigma=1.0) - exact)
     assert largest(output - exact) < 2 * dense < 1e-4
@@ -764,12 +763,12 @@ def test_one_query_reads_a_ring_of_transposed_keys_and_nothing_beside_them(score
 
 @needs_kernels
 @torch.no_grad()
-@given(st.integers(1, MOST_ROWS), st.sampled_from([16, 48, 256]), st.sampled_from([4, 20, 128]), st.booleans(), st.booleans())
+@given(st.integers(1, MAX_DECODE_ROWS), st.sampled_from([16, 48, 256]), st.sampled_from([4, 20, 128]), st.booleans(), st.booleans())
 def test_a_product_of_few_rows_is_the_product(count, size, outputs, biased, strided):
     "As exact as PyTorch's, and each row the same whatever stands beside it."
     x, weight, bias = normal(0, count, 1, size), normal(1, outputs, size), normal(2, outputs) if biased else None
     x = normal(0, 1, size, count).transpose(0, 2).transpose(1, 2) if strided else x
-    assert few_rows(x, weight)
+    assert linear_applies(x, weight)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
     got = native_linear(x, weight, bias)
     assert_close(got.double(), exact, rtol=0, atol=1e-6 * size)
@@ -778,15 +777,15 @@ def test_a_product_of_few_rows_is_the_product(count, size, outputs, biased, stri
 
 @needs_kernels
 def test_a_product_of_few_rows_is_taken_where_it_is_right():
-    x, weight = normal(0, MOST_ROWS, 32), normal(1, 8, 32)
-    assert not few_rows(x, weight)  # gradients are recorded
+    x, weight = normal(0, MAX_DECODE_ROWS, 32), normal(1, 8, 32)
+    assert not linear_applies(x, weight)  # gradients are recorded
     with torch.no_grad():
-        assert few_rows(x, weight) and few_rows(x.unsqueeze(1), weight)
-        assert not few_rows(normal(0, MOST_ROWS + 1, 32), weight) and not few_rows(x[:0], weight)
-        assert not few_rows(x.double(), weight.double()) and not few_rows(x.bfloat16(), weight)
-        assert not few_rows(x[:, :24], weight[:, :24]) and not few_rows(x, weight[:6])
+        assert linear_applies(x, weight) and linear_applies(x.unsqueeze(1), weight)
+        assert not linear_applies(normal(0, MAX_DECODE_ROWS + 1, 32), weight) and not linear_applies(x[:0], weight)
+        assert not linear_applies(x.double(), weight.double()) and not linear_applies(x.bfloat16(), weight)
+        assert not linear_applies(x[:, :24], weight[:, :24]) and not linear_applies(x, weight[:6])
         with torch.autocast("cpu", torch.bfloat16):
-            assert not few_rows(x, weight)
+            assert not linear_applies(x, weight)
         with pytest.raises(RuntimeError, match="shapes do not fit"):
             native_linear(x, normal(1, 8, 48))
 
@@ -1204,7 +1203,7 @@ def raw_operators():
     return {
         "band": (lambda x: ops.band(x, key, value, tau, None, 3, 0, 0, 0.0, 0)[0], query),
         "lists": (lambda x: ops.lists(x, key, value, tau, *candidate_lists(GridWindow(2, 3, 1)), 0, 0, 0.0, 0)[0], query),
-        "few_rows": (lambda x: ops.few_rows(x, row, None), normal(0, 2, 32)),
+        "decode_linear": (lambda x: ops.decode_linear(x, row, None), normal(0, 2, 32)),
         "rotate": (lambda x: ops.rotate(x, x, angles, angles)[0], normal(0, 1, 7, 2, 32)),
         "gate": (lambda x: ops.gate(x, x, *gate), token),
         "ring_step": (lambda x: ops.ring_step(x, *last[1:], *ring, tau, 0, 2, 0), last[0]),
@@ -1214,7 +1213,7 @@ def raw_operators():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["band", "lists", "few_rows", "rotate", "gate", "ring_step", "branch_step"])
+@pytest.mark.parametrize("name", ["band", "lists", "decode_linear", "rotate", "gate", "ring_step", "branch_step"])
 def test_an_operator_refuses_by_name_what_it_cannot_follow(name):
     function, x = raw_operators()[name]
     with torch.no_grad():
@@ -1238,7 +1237,7 @@ def test_functions_of_the_operators_refuse_too_or_do_without():
             torch.func.jvp(lambda q, n=neighborhood, c=compute: c(q, key, value, n, sigma=1.0), (query,), (query,))
     layer, x = DecodeLinear(32, 8), normal(0, 2, 32)
     with torch.no_grad():  # which does not switch forward derivatives off
-        assert few_rows(x, layer.weight)
+        assert linear_applies(x, layer.weight)
         tangent = torch.func.jvp(layer, (x,), (x,))[1]
         assert_close(tangent, F.linear(x, layer.weight))
         assert_close(torch.func.vmap(layer)(x.unsqueeze(1)).squeeze(1), layer(x))
@@ -1572,6 +1571,6 @@ def test_dispatchers_take_the_kernels_where_there_are_any():
 def test_pytorchs_counter_sees_the_product_of_few_rows():
     x, layer = torch.randn(2, 3, 32), DecodeLinear(32, 8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        assert not kernels_available() or few_rows(x, layer.weight)
+        assert not kernels_available() or linear_applies(x, layer.weight)
         layer(x)
     assert counter.get_total_flops() == 2 * 6 * 32 * 8

@@ -470,7 +470,7 @@ def test_what_cannot_have_a_branch_is_refused():
 
 def test_masks_and_caches_that_do_not_fit_are_refused():
     model, ids = small(), tokens(12)
-    with pytest.raises(ValueError, match="position_ids must go up by one"):
+    with pytest.raises(ValueError, match="position_ids must increase by one"):
         model(ids, position_ids=torch.arange(6).repeat(2)[None].expand(2, -1))
     documents = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
     documents[:, :, :6, :6] = documents[:, :, 6:, 6:] = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -962,7 +962,7 @@ def test_code_beside_a_model_is_never_run(tmp_path, monkeypatch):
         if model_type == "llama":
             assert load_language_model(tmp_path)[1]["trust_remote_code"] is False
         else:
-            with pytest.raises(ValueError, match="asks for code of its own to be run .* which is never done"):
+            with pytest.raises(ValueError, match="requires custom code .* which is never run"):
                 load_language_model(tmp_path)
     with pytest.raises(ValueError, match="load_language_model runs no code .* takes no trust_remote_code"):
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -111,6 +111,8 @@ def test_published_numbers_are_built_into_the_package(tmp_path):
     run_in(tmp_path / "project", tmp_path, sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "built"))
     built = {path.name for path in (tmp_path / "built" / "krause_repro").iterdir()}
     assert built >= {path.name for path in (ROOT / "krause_repro").glob("*.py")} | {"published.json"}
+    sources = ROOT / "krause_repro" / "csrc"
+    assert {path.name for path in (tmp_path / "built" / "krause_repro" / "csrc").iterdir()} == {path.name for path in sources.iterdir()}
 
 
 def test_the_command_is_installed(settings):

@@ -102,7 +102,7 @@ def test_storing_and_attending_in_one_is_attention_with_all_keys(steps, window, 
     for number, new in enumerate(pieces(steps)):
         if reordered and number:
             layer.batch_select_indices(torch.arange(2))
-        outputs.append(layer.reference_attention(queries[:, :, new], keys[:, :, new], values[:, :, new], top_k, sigma))
+        outputs.append(layer.attend(queries[:, :, new], keys[:, :, new], values[:, :, new], top_k, sigma))
     assert layer.get_seq_length() == sum(steps)
     assert_close(torch.cat(outputs, 2), reference_attention(queries, keys, values, CausalWindow(window), top_k, sigma=sigma), **SINGLE)
 
@@ -112,11 +112,11 @@ def test_storing_and_attending_in_one_leaves_the_ring_as_an_update_does():
     one, two = RingLayer(5), RingLayer(5)
     with torch.no_grad():
         for new in pieces([1] * 13):
-            one.reference_attention(keys[:, :, new], keys[:, :, new], values[:, :, new], 3, 1.5)
+            one.attend(keys[:, :, new], keys[:, :, new], values[:, :, new], 3, 1.5)
             two.update(keys[:, :, new], values[:, :, new])
             assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
         with pytest.raises(ValueError, match="a cache serves one batch of one model"):
-            one.reference_attention(*(x[:1, :, :1] for x in (keys, keys, values)), 3, 1.5)
+            one.attend(*(x[:1, :, :1] for x in (keys, keys, values)), 3, 1.5)
     assert one.get_seq_length() == 13
 
 
@@ -124,9 +124,9 @@ def test_storing_and_attending_in_one_has_gradients_and_spares_an_earlier_graph(
     keys, values = states(dim=16, length=8)
     leaf = keys.clone().requires_grad_()
     layer = RingLayer(3)
-    kept = [layer.reference_attention(leaf[:, :, t:t + 1], leaf[:, :, t:t + 1], values[:, :, t:t + 1], 2, 1.5) for t in range(7)]
+    kept = [layer.attend(leaf[:, :, t:t + 1], leaf[:, :, t:t + 1], values[:, :, t:t + 1], 2, 1.5) for t in range(7)]
     with torch.no_grad():
-        layer.reference_attention(keys[:, :, 7:], keys[:, :, 7:], values[:, :, 7:], 2, 1.5)
+        layer.attend(keys[:, :, 7:], keys[:, :, 7:], values[:, :, 7:], 2, 1.5)
     (got,) = torch.autograd.grad(torch.cat(kept, 2).square().sum(), leaf)
     whole = reference_attention(leaf[:, :, :7], leaf[:, :, :7], values[:, :, :7], CausalWindow(3), 2, sigma=1.5)
     (want,) = torch.autograd.grad(whole.square().sum(), leaf)
@@ -238,7 +238,7 @@ def test_what_a_ring_no_longer_holds_has_no_effect(dim):
     spoilt = [x.clone() for x in (keys, values)]
 
     def attended(new, k, v):
-        return layer.reference_attention(query[:, :, new], k[:, :, new], v[:, :, new], 3, 2.0)
+        return layer.attend(query[:, :, new], k[:, :, new], v[:, :, new], 3, 2.0)
 
     with torch.no_grad():
         expected = reference_attention(query, keys, values, CausalWindow(6), 3, sigma=2.0)
@@ -302,10 +302,10 @@ def test_what_the_base_class_does_to_layers_works_on_a_ring():
 
 
 @pytest.mark.parametrize(("keys", "values", "message"), [
-    ((1, 2, 1, 8), (1, 2, 1, 8), "key_states must be of 2 sequences, 2 heads, dimension 8 and torch.float32"),
+    ((1, 2, 1, 8), (1, 2, 1, 8), "key_states must have 2 sequences, 2 heads, dimension 8 and torch.float32"),
     ((2, 4, 1, 8), (2, 4, 1, 8), "a cache serves one batch of one model"),
     ((2, 2, 1, 16), (2, 2, 1, 8), "got .2, 2, 1, 16. of torch.float32"),
-    ((2, 2, 1, 8), (2, 2, 1, 16), "value_states must be of"),
+    ((2, 2, 1, 8), (2, 2, 1, 16), "value_states must have"),
     ((2, 2, 2, 8), (2, 2, 1, 8), "must agree"),
     ((2, 2, 8), (2, 2, 8), "must agree"),
 ])
@@ -335,5 +335,5 @@ def test_a_window_is_a_whole_number(window):
 
 def test_a_layer_too_many_is_refused():
     cache = RingCache(LlamaConfig(num_hidden_layers=2, krause_window=4))
-    with pytest.raises(ValueError, match="it has 2 layers, and layer 2 was asked for"):
+    with pytest.raises(ValueError, match="it has 2 layers, got layer 2"):
         cache.update(*states(), 2)
