@@ -21,30 +21,30 @@ FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
 # %% ../nbs/25_language_recipes.ipynb #bec6dcfe
 @dataclass(frozen=True)
 class FineTuningRecipe(Recipe):
-    "LoRA of a pretrained language model, with a Krause branch or without; defaults: Krause-Llama3-8B (paper, Table 6 and appendix)."
+    "LoRA of a pretrained language model with or without a Krause branch; defaults: Krause-Llama3-8B (paper, Table 6 and appendix)."
 
-    base: str = "meta-llama/Meta-Llama-3-8B"  # on the hub, a folder or a .gguf file; "smollm2" comes in a package (notebook 30)
-    base_layers: int | None = None  # keep the first so many layers alone; None: all
-    dataset: str = "flan"  # "flan" or "questions", items with a response, or "shakespeare", running text
+    base: str = "meta-llama/Meta-Llama-3-8B"  # a name on the hub, a folder or a .gguf file; "smollm2" comes from a package (page 29)
+    base_layers: int | None = None  # keep only this many first layers; None: all
+    dataset: str = "flan"  # "flan" or "questions" (items with a response), or "shakespeare" (running text)
     branch: bool = True  # a Krause branch beside each attention?
     window: int = 32  # W of the branch, in tokens
     top_k: int = 16  # keys kept inside the window
     sigma: float = 5.5  # initial bandwidth, one per head
-    gate_init: float = 0.8  # share of the pretrained attention at the start
+    gate_init: float = 0.8  # initial weight of the pretrained attention
     rank: int = 16  # r of LoRA
     alpha: int = 32  # scale α of LoRA
     lora_dropout: float = 0.1
     epochs: float = 2
-    warmup_share: float = 0.1  # of all steps: linear from 0, then cosine to 0
-    batch_size: int = 128  # sequences of a step, over all devices
-    per_device_batch_size: int = 4  # sequences at a time on one device
+    warmup_share: float = 0.1  # fraction of the steps: linear warm-up, then cosine to 0
+    batch_size: int = 128  # sequences per step, over all devices
+    per_device_batch_size: int = 4  # sequences at once on one device
     lr: float = 5e-5
-    weight_decay: float = 0.01  # not of σ, biases and norms (that choice is ours)
+    weight_decay: float = 0.01  # not applied to σ, biases and norms (our choice)
     max_grad_norm: float = 1.0
-    max_length: int = 2048  # tokens of an item at most, or of a block of running text
+    max_length: int = 2048  # maximum tokens of an item, or tokens of a block of running text
     gradient_checkpointing: bool = True
     train_items: int | None = FLAN_TRAIN  # items or blocks, drawn once; None: all that are not held out
-    held_out: int = FLAN_HELD_OUT  # items or blocks to judge by
+    held_out: int = FLAN_HELD_OUT  # items or blocks for evaluation
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
     allowed: ClassVar[dict[str, Allowed]] = {
         **Recipe.allowed, **TRAINING, "base": Allowed("a name or a path", lambda value: isinstance(value, str) and bool(value.strip())),
@@ -68,7 +68,7 @@ class FineTuningRecipe(Recipe):
 
     @property
     def config(self) -> BranchSettings | None:
-        "The settings of the branch; None without one."
+        "The settings of the branch; None if there is none."
         return BranchSettings(self.window, self.top_k, self.sigma, self.gate_init) if self.branch else None
 
 # %% ../nbs/25_language_recipes.ipynb #4e7d132f
@@ -78,8 +78,8 @@ FINE_TUNING_PROFILES = {
         "gradient_checkpointing": False,
     },
     "smoke": {
-        "seeds": (0, 1), "base_layers": 2, "rank": 4, "epochs": 1, "batch_size": 4, "per_device_batch_size": 2, "lr": 2e-3, "max_length": 96,
-        "gradient_checkpointing": False, "train_items": 16, "held_out": 8, "bf16": False,
+        "seeds": (0, 1), "base_layers": 2, "rank": 4, "epochs": 1, "batch_size": 4, "per_device_batch_size": 2, "lr": 2e-3,
+        "max_length": 96, "gradient_checkpointing": False, "train_items": 16, "held_out": 8, "bf16": False,
     },
 }
 FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itself and for its profiles

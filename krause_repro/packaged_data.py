@@ -30,14 +30,14 @@ from .records import cache_folder
 # %% ../nbs/29_packaged_data.ipynb #f91eefd0
 @dataclass(frozen=True)
 class PackagedFiles:
-    "Files that come inside a package of the Python package registry, in one version and no other."
+    "Files inside one version of a package of the Python package index."
 
-    requirement: str  # what pip is asked for
-    archive: str  # the file it gets
+    requirement: str  # requirement for pip
+    archive: str  # file name of the archive
     archive_sha256: str
-    folder: str  # where in the archive the files are
-    pattern: str  # of their names
-    sha256: str  # of the files, one after the other in the order of their names
+    folder: str  # folder inside the archive
+    pattern: str  # glob pattern of their names
+    sha256: str  # of the concatenated files, sorted by name
 
 # %% ../nbs/29_packaged_data.ipynb #151078bd
 PACKAGED = {
@@ -68,7 +68,7 @@ def _archive_members(path: Path, package: PackagedFiles) -> dict[str, bytes]:
 def check_packaged_files(
     name: str,  # key of `PACKAGED`
 ) -> PackagedFiles:
-    "What is known about a package, or a `ValueError` that lists those known."
+    "The entry of a package. Raises a `ValueError` that lists the known packages."
     if name not in PACKAGED:
         raise UserError(f"name must be one of {', '.join(PACKAGED)}, got {name!r}")
     return PACKAGED[name]
@@ -76,14 +76,14 @@ def check_packaged_files(
 
 def read_packaged_files(
     name: str,  # key of `PACKAGED`
-    path: Path,  # as of `find_packaged_files`
+    path: Path,  # from `find_packaged_files`
 ) -> dict[str, bytes]:
-    "The files of a package by their names, in the order of their names. `ValueError` if they are not the ones expected."
+    "The files of a package by name, sorted. Raises `ValueError` if their digest differs."
     package = check_packaged_files(name)
     if path.is_dir():
         found = {file.name: file.read_bytes() for file in path.glob(package.pattern)}
     elif path.suffix != Path(package.archive).suffix:
-        found = {path.name: path.read_bytes()}  # whatever its name, the digest decides
+        found = {path.name: path.read_bytes()}  # any name; the digest decides
     else:
         try:
             found = _archive_members(path, package)
@@ -97,7 +97,7 @@ def read_packaged_files(
 
 # %% ../nbs/29_packaged_data.ipynb #2189d1e6
 def language_folder() -> Path:
-    "Where language data are kept: `language` in the folder of all downloads (`KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`)."
+    "The folder of language data: `language` in the download folder (`KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`)."
     return cache_folder() / "language"
 
 # %% ../nbs/29_packaged_data.ipynb #67a5cbf6
@@ -108,12 +108,12 @@ def _installed(package: PackagedFiles) -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     parts = PurePosixPath(package.folder).parts
-    inside = parts if package.archive.endswith(".whl") else parts[1:]  # all of a source archive is in one folder, which is not installed
+    inside = parts if package.archive.endswith(".whl") else parts[1:]  # a source archive has a top-level folder that is not installed
     return Path(found.locate_file(Path(*inside))) if found.version == version else None
 
 
 def _holding(package: PackagedFiles, place: Path | None) -> list[Path]:
-    "What there is at a place: a folder with files of the right names, the archive, or the file that the place is."
+    "Candidates at a place: a folder with matching files, the archive, or the file itself."
     if place is None or not place.is_dir():
         return [place] if place and place.is_file() else []
     archive = place / package.archive
@@ -121,7 +121,7 @@ def _holding(package: PackagedFiles, place: Path | None) -> list[Path]:
 
 # %% ../nbs/29_packaged_data.ipynb #3f608d6b
 def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]:
-    "The first place with whole files, and the files."
+    "The first place with intact files, and the files."
     package, damaged = check_packaged_files(name), []
     places = [_installed(package), language_folder()] if source is None else [Path(source)]
     for path in (path for place in places for path in _holding(package, place)):
@@ -139,9 +139,9 @@ def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]
 
 def find_packaged_files(
     name: str,  # key of `PACKAGED`
-    source: str | Path | None = None,  # the user's file, archive or folder; if given, no other place is tried
-) -> Path:  # a folder that holds the files, one of them, or the archive
-    "Where the files of a package are, whole. `FileNotFoundError` with every place looked in; `ValueError` if all there is is damaged."
+    source: str | Path | None = None,  # the user's file, archive or folder; if given, no other place is searched
+) -> Path:  # a folder with the files, a single file, or the archive
+    "Where the intact files of a package are. Raises `FileNotFoundError`, naming the places searched, or `ValueError` if all are damaged."
     return _find(name, source)[0]
 
 # %% ../nbs/29_packaged_data.ipynb #fab18777
@@ -150,7 +150,7 @@ def _pip_download(package: PackagedFiles, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         wanted = Path(work, "requirements.txt")
         wanted.write_text(f"{package.requirement} --hash=sha256:{package.archive_sha256}\n", encoding="utf-8")
-        # of a source archive pip runs the setup.py, to learn its name; which archive that is, the digest says
+        # pip runs the setup.py of a source archive to learn its name; the digest has fixed its content
         kind = "--only-binary" if package.archive.endswith(".whl") else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet", "--retries", "1", "--timeout", "30",
                    "--require-hashes", "--requirement", str(wanted), "--dest", work, kind, ":all:"]
@@ -159,11 +159,11 @@ def _pip_download(package: PackagedFiles, folder: Path) -> None:
         if done.returncode or not got.is_file():
             said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")] or done.stderr.splitlines()
             raise OSError(said[-1] if said else f"pip ended with {done.returncode} and without {package.archive}")
-        os.replace(got, folder / package.archive)  # whole or absent, also if several processes download at once
+        os.replace(got, folder / package.archive)  # atomic, also if several processes download at once
 
 # %% ../nbs/29_packaged_data.ipynb #974d947a
 def find_or_download(name: str, source: str | Path | None, download: bool = True) -> tuple[Path, dict[str, bytes]]:
-    "As `_find`, downloading if need be and allowed."
+    "As `_find`, but download if nothing is found and `download` allows it."
     try:
         return _find(name, source)
     except (FileNotFoundError, ValueError) as error:
@@ -179,17 +179,17 @@ def find_or_download(name: str, source: str | Path | None, download: bool = True
 # %% ../nbs/29_packaged_data.ipynb #600317b0
 def fetch_packaged_files(
     name: str,  # key of `PACKAGED`
-    source: str | Path | None = None,  # the user's file, archive or folder; if given, it is only looked into
-) -> Path:  # as of `find_packaged_files`
-    "Where the files of a package are, downloading its archive from the package registry first if need be."
+    source: str | Path | None = None,  # the user's file, archive or folder; if given, nothing is downloaded
+) -> Path:  # from `find_packaged_files`
+    "Where the files of a package are; downloads its archive from the package index if they are missing."
     return find_or_download(name, source)[0]
 
 # %% ../nbs/29_packaged_data.ipynb #b2fa15d0
 def smollm2_path(
     source: str | Path | None = None,  # the user's GGUF file, wheel, or folder with either
-    download: bool = True,  # get it from the package registry if it is not on this machine?
+    download: bool = True,  # download it if it is not on this machine?
 ) -> Path:
-    "The GGUF file of SmolLM2-135M-Instruct, checked, and unpacked from its wheel first if need be."
+    "The GGUF file of SmolLM2-135M-Instruct, checked, and extracted from its wheel if necessary."
     found, files = find_or_download("smollm2", source, download)
     name, ((_, content),) = PACKAGED["smollm2"].pattern, files.items()
     if found.is_dir():
@@ -204,10 +204,10 @@ def smollm2_path(
 
 # %% ../nbs/29_packaged_data.ipynb #9e3b2236
 def _is_made_of(folder: Path, package: PackagedFiles) -> bool:
-    "Is this a whole folder that was made of this package's file?"
+    "Whether a folder is complete and was made from this package's file."
     try:
         made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "model.safetensors", "pt"):  # reads the header, and refuses a file of another size
+        with safe_open(folder / "model.safetensors", "pt"):  # reads the header and checks the size
             pass
     except (OSError, ValueError, SafetensorError):
         return False
@@ -215,7 +215,7 @@ def _is_made_of(folder: Path, package: PackagedFiles) -> bool:
 
 
 def smollm2_folder(
-    download: bool = True,  # get the GGUF file from the package registry if it is not on this machine?
+    download: bool = True,  # download the GGUF file if it is not on this machine?
 ) -> Path:
     "A folder with SmolLM2-135M-Instruct, dequantised from its GGUF file, for `load_language_model`."
     folder, package = language_folder() / "SmolLM2-135M-Instruct", PACKAGED["smollm2"]
@@ -228,8 +228,8 @@ def smollm2_folder(
             made = {"from": package.requirement, "sha256": package.sha256, "dequantised": str(model.dtype)}
             Path(whole, "provenance.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
             if folder.exists() and not _is_made_of(folder, package):
-                os.replace(folder, Path(work, "old"))  # damaged, or of another version; gone with the temporary folder
-            if not folder.exists():  # else another process was first
+                os.replace(folder, Path(work, "old"))  # damaged or of another version; deleted with the temporary folder
+            if not folder.exists():  # otherwise another process was faster
                 os.replace(whole, folder)
     return folder
 
@@ -237,5 +237,5 @@ def smollm2_folder(
 def pretrained_source(
     name: str,  # "smollm2", a name on the hub, a folder or a .gguf file
 ) -> str | Path:
-    "Where `load_language_model` finds a model: SmolLM2 in its folder, all others under their name."
+    "The source for `load_language_model`: SmolLM2's folder, or the name itself."
     return smollm2_folder() if name == "smollm2" else name

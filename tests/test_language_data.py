@@ -557,7 +557,7 @@ def test_only_errors_of_the_hub_are_called_so(no_downloads, monkeypatch):
     for error in (OSError("x"), httpx.ConnectError("x"), datasets.exceptions.DatasetNotFoundError("x")):
         fail(error)
         assert isinstance(error, hub_errors())
-        with pytest.raises(FileNotFoundError, match="cannot be had from the hub"):
+        with pytest.raises(FileNotFoundError, match="could not be loaded from the hub"):
             flan_items(3)
     for error in (NameError("x"), TypeError("x"), AttributeError("x")):
         fail(error)
@@ -576,7 +576,7 @@ def test_without_a_hub_the_error_says_what_to_do(no_downloads, monkeypatch, tmp_
     with pytest.raises(FileNotFoundError) as error:
         flan_items()
     place = no_downloads / "language" / "flan-55000.jsonl"
-    for part in (f"no Flan-v2 in {place}", "Open-Orca/FLAN cannot be had", "name or service not known", "question_answers()"):
+    for part in (f"no Flan-v2 in {place}", "Open-Orca/FLAN could not be loaded", "name or service not known", "question_answers()"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match=f"no Flan-v2 in {tmp_path / 'x'}; get it where .* flan_items\\(7\\)"):
         flan_items(7, tmp_path / "x")
