@@ -307,36 +307,32 @@ class PixelAttention(nn.Module):
             key, value = cache.update(key, value, self.layer_idx)
         return _causal_softmax(query, key, value)
 
-    def weigh(
-        self,
-        query: Tensor,  # (B, H, T, D)
-        key: Tensor,  # (B, H, T, D)
-        value: Tensor,  # (B, H, T, D)
-        cache: Cache | None,  # of the earlier tokens; updated
-    ) -> tuple[Tensor, Tensor]:  # (B, H, T, D), and the weights (B, H, T, n) of the n cached tokens, oldest first
-        "`attend`, and the weights. Raises `ValueError` for linear attention."
-        if self.kind == "linear":
-            raise UserError("output_attentions must be False for linear attention, which has no attention weights")
-        window, top_k = (self.neighborhood, self.top_k) if self.kind == "krause" else (CausalWindow(key.shape[2]), None)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-            window = window if self.kind == "krause" else CausalWindow(key.shape[2])
-        options = {"score": self.kind, "sigma": self.sigma}
-        output = reference_attention(query, key, value, window, top_k, **options)
-        weights = attention_weights(query, key, window, top_k, **options)
-        if self.kind == "krause" and cache is not None and query.shape[2] == 1:  # these are in slot order
-            weights = weights[..., ring_positions(cache.get_seq_length(), window.size, weights.device).argsort()]
-        return output, weights
-
     def forward(self, hidden, cache=None, maps=None):
         "Map tokens (B, T, d) to tokens; append the attention weights to `maps` if given."
         split = (*hidden.shape[:2], self.heads, -1)
         query, key, value = (p(hidden).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         if maps is None:
             return self.o_proj(merge_heads(self.attend(query, key, value, cache)))
-        output, weights = self.weigh(query, key, value, cache)
+        output, weights = _attend_with_weights(self, query, key, value, cache)
         maps.append(weights)
         return self.o_proj(merge_heads(output))
+
+# %% ../nbs/13_image_transformer.ipynb #ee85051b
+def _attend_with_weights(attention, query, key, value, cache):
+    "`PixelAttention.attend`, and the weights (B, H, T, n) of the n cached tokens, oldest first. Raises `ValueError` for linear attention."
+    if attention.kind == "linear":
+        raise UserError("output_attentions must be False for linear attention, which has no attention weights")
+    krause = attention.kind == "krause"
+    window, top_k = (attention.neighborhood, attention.top_k) if krause else (CausalWindow(key.shape[2]), None)
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+        window = window if krause else CausalWindow(key.shape[2])
+    options = {"score": attention.kind, "sigma": attention.sigma}
+    output = reference_attention(query, key, value, window, top_k, **options)
+    weights = attention_weights(query, key, window, top_k, **options)
+    if krause and cache is not None and query.shape[2] == 1:  # these are in slot order
+        weights = weights[..., ring_positions(cache.get_seq_length(), window.size, weights.device).argsort()]
+    return output, weights
 
 # %% ../nbs/13_image_transformer.ipynb #a5919ad0
 class PixelBlock(nn.Module):
@@ -429,17 +425,29 @@ def check_cache(
 
 # %% ../nbs/13_image_transformer.ipynb #4aae2477
 @torch.no_grad()
-def _init_image_weights(module, config):
+def _init_image_weights(model, module):
     "Initialise one module of an image transformer."
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=config.initializer_range)
+        nn.init.normal_(module.weight, std=model.config.initializer_range)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, PixelAttention) and config.attention == "krause":
-        nn.init.constant_(module.log_sigma, math.log(config.sigma))
+    elif isinstance(module, PixelAttention) and model.config.attention == "krause":
+        nn.init.constant_(module.log_sigma, math.log(model.config.sigma))
+
+# %% ../nbs/13_image_transformer.ipynb #c2b35ea8
+def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels):
+    "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
+    if cache is None and use_cache:
+        cache = image_cache(config)
+    if cache is not None:
+        check_cache(cache, config, input_ids.shape[0])
+    past = 0 if cache is None else cache.get_seq_length()
+    check_tokens(input_ids, config, past)
+    check_padding(attention_mask)
+    return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8
 def _generation_options(config, prompt_length, options):
@@ -464,11 +472,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
     _no_split_modules = ["PixelBlock"]
     accepts_loss_kwargs = False  # the loss is a mean; Trainer must not scale it by the number of tokens
 
-    def __init__(
-        self,
-        config: ImageTransformerConfig,
-        **others,  # refused with a `TypeError` that suggests the nearest setting
-    ):
+    def __init__(self, config: ImageTransformerConfig, **others):  # others are refused, with the nearest setting
         super().__init__(config, **others)
         self.token_embedding = nn.Embedding(config.vocab_size + config.start_token, config.hidden_size)
         self.position_embedding = nn.Embedding(config.positions, config.hidden_size)
@@ -478,8 +482,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         self.head = DecodeLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def _init_weights(self, module):
-        _init_image_weights(module, self.config)
+    _init_weights = _init_image_weights
 
     def get_input_embeddings(self) -> nn.Embedding:
         "The embeddings of the grey levels."
@@ -494,21 +497,14 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         use_cache: bool | None = None,  # return a cache? None: only if one is given
         attention_mask: Tensor | None = None,  # (B, T) must be all ones: images are not padded
         return_dict: bool | None = None,  # False: a tuple
-        output_attentions: bool | None = None,  # return the weights (B, H, T, n) of each layer? See `PixelAttention.weigh`
+        output_attentions: bool | None = None,  # return the weights (B, H, T, n) of each layer? Not for linear attention
         output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
         cache: Cache | None = None,  # another name for `past_key_values`
     ) -> CausalLMOutputWithPast:
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         cache = past_key_values if cache is None else cache
-        if cache is None and use_cache:
-            cache = image_cache(self.config)
-        if cache is not None:
-            check_cache(cache, self.config, input_ids.shape[0])
-        past = 0 if cache is None else cache.get_seq_length()
-        check_tokens(input_ids, self.config, past)
-        check_padding(attention_mask)
-        targets = None if labels is None else check_targets(labels, input_ids, self.config)
+        cache, past, targets = _checked_inputs(self.config, input_ids, cache, use_cache, attention_mask, labels)
         places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(places))
         states, maps = [x], [] if output_attentions else None

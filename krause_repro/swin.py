@@ -252,7 +252,7 @@ class SwinBlock(SwinTransformerBlock):
 
 # %% ../nbs/12_swin.ipynb #dbd2da73
 @torch.no_grad()
-def _init_swin_weights(module):
+def _init_swin_weights(model, module):
     "Initialise one module as torchvision does."
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -293,8 +293,7 @@ class SwinClassifier(CheckedModel):
             self.features[0][0] = nn.Conv2d(config.num_channels, config.embed_dim, patch, stride=patch)
         self.post_init()
 
-    def _init_weights(self, module):
-        _init_swin_weights(module)
+    _init_weights = _init_swin_weights
 
     @named_arguments
     def forward(

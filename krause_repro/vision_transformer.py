@@ -236,7 +236,7 @@ def classification_loss(
 
 # %% ../nbs/11_vision_transformer.ipynb #821455b1
 @torch.no_grad()
-def _init_vision_weights(module, std):
+def _init_vision_weights(model, module):
     "Initialise one module of a vision transformer."
     if isinstance(module, nn.Linear):
         # Xavier keeps queries and keys at unit scale at any width, so that σ₀ means the same in a small model
@@ -252,7 +252,7 @@ def _init_vision_weights(module, std):
         module.reset_sigma()
     elif isinstance(module, VisionTransformer):
         for weight in (module.cls_token, module.position_embedding, module.head.weight):
-            nn.init.trunc_normal_(weight, std=std)
+            nn.init.trunc_normal_(weight, std=model.config.initializer_range)
 
 # %% ../nbs/11_vision_transformer.ipynb #c1310639
 class VisionTransformer(CheckedModel):
@@ -281,8 +281,7 @@ class VisionTransformer(CheckedModel):
         self.head = nn.Linear(d, config.num_labels)
         self.post_init()
 
-    def _init_weights(self, module):
-        _init_vision_weights(module, self.config.initializer_range)
+    _init_weights = _init_vision_weights
 
     def embed(
         self,
