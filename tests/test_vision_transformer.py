@@ -135,7 +135,7 @@ ARCHITECTURES = {  # a file of the authors' tensors: what it is said to be
 NAMES = {  # names of the released autoregressive and language models
     "karm": (["token_emb.weight", "layers.0.attn.log_sigma"], "a KARM, kind karm"),
     "larm": (["token_emb.weight", "layers.0.attn.q_proj.weight"], "an ARM or LARM, kind arm or larm"),
-    "llama": (["model.layers.0.self_attn.q_proj_krause.weight"], "a language model with a Krause branch, which no kind takes"),
+    "llama": (["model.layers.0.self_attn.q_proj_krause.weight"], "a language model with a Krause branch, for which there is no kind"),
 }
 
 
