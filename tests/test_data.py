@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from krause_repro import image_files
+from krause_repro import image_data, image_files
 from krause_repro.image_data import (
     Collator,
     ImageFolderSet,
@@ -393,7 +393,7 @@ def test_damaged_images_stop_before_training(damaged):
 
 
 def test_in_a_large_folder_a_damaged_image_stops_when_it_is_met(damaged, monkeypatch):
-    monkeypatch.setattr(image_files, "SMALL_FOLDER", 0)
+    monkeypatch.setattr(image_data, "SMALL_FOLDER", 0)
     found = load("imagenet", "test", damaged)
     for i, (path, _) in enumerate(found.data.samples):
         if path.endswith("empty.jpeg"):
@@ -418,9 +418,9 @@ def test_damaged_images_are_skipped_and_told(damaged, folder):
 
 
 def test_a_large_folder_is_decoded_once_until_it_changes(damaged, no_downloads, monkeypatch):
-    monkeypatch.setattr(image_files, "SMALL_FOLDER", 0)
-    calls, works = [], image_files.damaged_images
-    monkeypatch.setattr(image_files, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
+    monkeypatch.setattr(image_data, "SMALL_FOLDER", 0)
+    calls, works = [], image_data.damaged_images
+    monkeypatch.setattr(image_data, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
     first, again = (load("imagenet", "train", damaged, unreadable="skip") for _ in range(2))
     assert calls == [12] and first.left_out == again.left_out == ["train/ant/cut.jpg", "train/bee/text.jpg"]
     (damaged / "train" / "bee" / "1.png").write_bytes(b"no more")
@@ -689,7 +689,7 @@ def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads,
     def unreachable(name):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(image_files, "download_dataset", unreachable)
+    monkeypatch.setattr(image_data, "download_dataset", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         fetch("fashion_mnist")
     for part in (str(tmp_path / "package"), "network is unreachable", "apt-get install dataset-fashion-mnist", str(no_downloads)):
@@ -736,7 +736,7 @@ def test_damaged_downloads_are_got_again(commands, no_downloads):
 def test_a_failed_package_is_told_with_its_last_words(commands, no_downloads, monkeypatch):
     tool = commands.parent / "tools" / "apt-get"
     tool.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
-    monkeypatch.setattr(image_files, "download_dataset", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
+    monkeypatch.setattr(image_data, "download_dataset", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
     with pytest.raises(FileNotFoundError, match="apt-get: E: Unable to locate package; no mirror. By hand: install .*sudo apt-get install"):
         fetch("fashion_mnist")
     assert not any(no_downloads.rglob("*ubyte*"))

@@ -724,7 +724,7 @@ def test_a_diverged_run_is_not_finished_and_says_where(start, recipe, tmp_path):
     assert not any(line.get("loss") == 0 for line in run.metrics())
     assert json.loads((run.path / "diverged.json").read_text())["step"] in (1, 2)
     assert not lock_path(run.path).exists()
-    with pytest.raises(TrainingDiverged, match="diverged.json: training diverged at step .*same settings would diverge again.*restart=True"):
+    with pytest.raises(TrainingDiverged, match="diverged.json: training diverged at .*same settings would diverge again.*restart=True"):
         start(of=bad)
     assert start(of=recipe, restart=True).finished
 
