@@ -118,7 +118,10 @@ def _holds(name: str, folder: Path) -> bool:
     return has_published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
 
 
-def has_published_layout(name: str, folder: Path) -> bool:
+def has_published_layout(
+    name: str,  # key of `DATA`
+    folder: Path,  # its folder
+) -> bool:
     "Whether a folder holds the data set in its original layout: IDX files, CIFAR's batches or folders of images."
     if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
@@ -197,7 +200,9 @@ def unpack_package(
         _put(work / "root" / folder.lstrip("/"), target)
 
 # %% ../nbs/27_image_files.ipynb #392369fc
-def download_dataset(name: str) -> None:
+def download_dataset(
+    name: str,  # key of `DATA`
+) -> None:
     "Download a data set with torchvision into the download folder."
     classes = {
         "fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST,
@@ -230,7 +235,11 @@ def read_idx(
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).reshape(shape)
 
 # %% ../nbs/27_image_files.ipynb #4983e403
-def read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_idx_images(
+    name: str,  # key of `DATA`
+    folder: Path,  # its folder
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:
     "Images (N, 1, H, W) uint8 and labels (N,) of a data set in IDX files."
     found = []
     for kind in ("images-idx3", "labels-idx1"):
@@ -242,7 +251,11 @@ def read_idx_images(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor
     return found[0].unsqueeze(1), found[1].long()
 
 # %% ../nbs/27_image_files.ipynb #c2a11090
-def read_cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_cifar(
+    name: str,  # key of `DATA`
+    folder: Path,  # its folder
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:
     "Images (N, 3, 32, 32) uint8 and labels (N,) from the original CIFAR files. Raises `UserError` for a damaged file."
     kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
     for stem, md5 in (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])):
@@ -496,7 +509,10 @@ def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
     return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
 
 
-def read_bundled(name: str, split: str) -> tuple[Tensor, Tensor]:
+def read_bundled(
+    name: str,  # "digits" or "photograph_tiles"
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:
     "Images (N, C, H, W) uint8 and labels (N,) of a data set made from data of scikit-learn."
     return _read_digits(split) if name == "digits" else _read_tiles(split)
 

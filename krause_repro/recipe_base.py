@@ -118,7 +118,7 @@ SEED = integers(0, LARGEST_SEED)
 
 # %% ../nbs/22_recipe_base.ipynb #a18bf04a
 def plain(
-    value: object,
+    value: object,  # any value of a field
 ) -> object:
     "Convert NumPy numbers to Python's, lists and arrays to tuples, and paths to strings; leave anything else."
     if isinstance(value, (np.generic, np.ndarray)):

@@ -240,7 +240,7 @@ MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def read_model(
-    run,  # a finished `runs.Run`
+    run: object,  # a finished `runs.Run`
     auto: type,  # Auto class of the model
 ) -> PreTrainedModel:
     "Load the model of a run from safetensors. Raises `UserError` if the weights do not match the configuration."

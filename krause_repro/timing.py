@@ -51,7 +51,9 @@ def summarise_times(
     return {"seconds": middle, "seconds_quartiles": [low, high], "rounds": len(times)}
 
 
-def quartiles(values):
+def quartiles(
+    values: list[float],  # at least one
+) -> list[float]:
     "Lower quartile, median, upper quartile."
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
 
@@ -101,7 +103,9 @@ def compare_in_pairs(
     return compare({baseline: pooled}, baseline) + others
 
 # %% ../nbs/38_timing.ipynb #29314d79
-def resident_bytes(field: str) -> int:
+def resident_bytes(
+    field: str,  # "VmRSS" or "VmHWM"
+) -> int:
     "VmRSS or VmHWM of this process, in bytes."
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

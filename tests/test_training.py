@@ -556,7 +556,7 @@ def test_last_checkpoint_counts_as_numbers(tmp_path):
 
 
 def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
-    works, calls = training.os.replace, []
+    works, calls = os.replace, []
 
     def full(source, target):
         if str(target).endswith("metrics.jsonl"):
@@ -566,7 +566,7 @@ def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
         return works(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.os, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             start()
     run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
