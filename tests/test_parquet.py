@@ -122,7 +122,7 @@ def test_a_damaged_file_is_named(cifar, where):
     raw = bytearray(path.read_bytes())
     raw = {"footer": raw[:-200], "row group": raw[:4] + b"\xff" * 400 + raw[404:], "empty": b""}[where]
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="column img" if where == "row group" else "is no Parquet file, or a damaged one") as raised:
+    with pytest.raises(ValueError, match="column img" if where == "row group" else "is not a Parquet file, or is damaged") as raised:
         load("cifar10", "train", cifar)
     assert str(path) in str(raised.value)
 

@@ -90,7 +90,7 @@ def result_rows(work: Path) -> list[tuple]:
 
 def data_rows(work: Path) -> list[tuple]:
     "Files of Fashion-MNIST, for which each command has a recipe."
-    project, found, rows = prepared(work, "train image"), find_source("fashion_mnist"), []
+    project, found, rows = prepared(work / "damaged data", "train image"), find_source("fashion_mnist"), []
     for stem in FASHION_MNIST_FILES:
         for how in HARMS:
             folder = Path(shutil.copytree(found, work / "data", dirs_exist_ok=True))

@@ -9,6 +9,7 @@ from ptflops import get_model_complexity_info
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from krause_repro import flops
 from krause_repro.branched_models import add_krause_branch
 from krause_repro.flops import (
     COMPONENTS,
@@ -217,11 +218,9 @@ def test_what_is_no_row_of_the_tables_is_refused():
 
 
 def test_a_component_that_is_lost_is_an_error(monkeypatch):
-    import krause_repro.counting as counting
-
-    monkeypatch.setattr(counting, "_score_macs", lambda attention, tokens: 0)
+    monkeypatch.setattr(flops, "_score_macs", lambda attention, tokens: 0)
     assert measured_macs(tiny())["weighted sum"] == 2 * component_macs(tiny())["weighted sum"]
-    monkeypatch.setattr(counting, "counted_macs", lambda call: {"Global": 7})
+    monkeypatch.setattr(flops, "counted_macs", lambda call: {"Global": 7})
     with pytest.raises(RuntimeError, match="the components have 0 multiply-accumulates, the model has 7"):
         measured_macs(tiny())
 
@@ -233,8 +232,8 @@ def test_a_model_that_ptflops_cannot_run_is_an_error(monkeypatch):
 
 
 def test_a_counter_that_comes_before_the_kernels_are_loaded_counts_them():
-    script = ("import torch\nfrom krause_repro.counting import counted_macs\nfrom krause_repro.native_kernels import StepLinear\n"
-              "print(counted_macs(lambda: StepLinear(32, 8)(torch.zeros(1, 32)))['Global'])")
+    script = ("import torch\nfrom krause_repro.flops import counted_macs\nfrom krause_repro.native_decode import DecodeLinear\n"
+              "print(counted_macs(lambda: DecodeLinear(32, 8)(torch.zeros(1, 32)))['Global'])")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 32 * 8
 
