@@ -93,7 +93,7 @@ def attention_calls(
     return {name: lambda c=contender: call(c) for name, contender in contenders.items()}
 
 # %% ../nbs/50_bench_attention.ipynb #5d9fb751
-_FRESH = "from krause_repro.benchmarks import _answer_jobs; _answer_jobs()"
+_FRESH = "from krause_repro.bench_attention import _answer_jobs; _answer_jobs()"
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc's own threshold grows with use, up to 32 MB
 
 
@@ -219,7 +219,7 @@ def bench_selection(
     scores = torch.randn(case.batch * case.heads * case.length, case.window, generator=torch.Generator().manual_seed(0))
     compiled, reason = compiled_selector(scores, case.top_k) if recipe.compiled else (None, f"not tried, profile {recipe.profile}")
     selectors = SELECTORS | ({"bisection, compiled": compiled} if compiled else {})
-    calls = {name: lambda s=topk_mask: s(scores, case.top_k) for name, topk_mask in selectors.items()}
+    calls = {name: lambda s=selector: s(scores, case.top_k) for name, selector in selectors.items()}
     if reason:
         missing["bisection, compiled"] = reason
     if kernels_available():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from krause_repro import 
+from krause_repro import evaluation
 from krause_repro.image_data import Collator, load_splits
 from krause_repro.ablation import ABLATION_CELLS, ABLATION_CONTROLS, averaged_effects, cell_table, difference_table, factor_effect, load_or_run_grid, paper_steps, plain_answers, single_changes
 from krause_repro.evaluation import FLAT_GAIN, FLAT_SHARE, IMAGE_COMPARISONS, accuracy_differences, accuracy_table, altered_note, curve, is_undertrained, last_gain, learned_sigma, planned_table, provenance_table, read_plan, save_finished, summarise_runs, test_accuracy, train_seeds, trained_table, training_curves

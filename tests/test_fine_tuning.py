@@ -14,7 +14,7 @@ from test_training import Killed, Stop, assert_trained_alike, train_by_two
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
-from krause_repro import fine_tuning_evaluation, packaged_data, training
+from krause_repro import fine_tuning_evaluation, packaged_data, sinks, tasks, training
 from krause_repro.recipes import SINKS
 from krause_repro.sinks import window_effect, measure_sinks, sink_answer, sink_passages, sink_table
 from krause_repro.fine_tuning_evaluation import answer_letters, fine_tuning_curves, fine_tuning_differences, fine_tuning_table, letter_accuracy, letter_baselines, offered_letters, parameter_table, summarise_fine_tuning
@@ -144,7 +144,7 @@ def test_long_items_are_cut_and_counted(recipe, items):
 
 def test_blocks_to_judge_by_are_of_other_works(recipe, monkeypatch):
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
-    monkeypatch.setattr(training, "shakespeare_text", lambda source: works)
+    monkeypatch.setattr(tasks, "shakespeare_text", lambda source: works)
     text = replace(recipe, dataset="shakespeare", max_length=20, train_items=30, held_out=10)
     splits = language_splits(text)
     assert len(splits.train) == 30 and len(splits.held_out) == 10 and all(item["input_ids"] == item["labels"] for item in splits.train)
@@ -448,9 +448,8 @@ def test_a_model_without_a_sink_has_none_to_lose():
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):
-    from krause_repro import 
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
-    monkeypatch.setattr(analysis, "shakespeare_text", lambda source: works)
+    monkeypatch.setattr(sinks, "shakespeare_text", lambda source: works)
     recipe, tokenizer = replace(SINKS.at("smoke"), length=24, window=8, passages=5), byte_tokenizer()
     passages = sink_passages(recipe, tokenizer)
     assert passages.shape == (5, 24)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from krause_repro import cli
+from krause_repro import cli, generation_evaluation
 from krause_repro.bench_generation import _generation_row, bench_generation, generation_speed_table
 from krause_repro.evaluation import learned_sigma
 from krause_repro.generation_evaluation import (
@@ -248,7 +248,7 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
     folder = samples_folder(moved, 3, 1.0, 1.0)
     for path in folder.glob("images-*"):
         path.unlink()
-    written, real = [], evaluation.written_batches
+    written, real = [], generation_evaluation.written_batches
 
     def interrupted(*arguments):
         for batch in real(*arguments):
@@ -257,11 +257,11 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
             written.append(batch[0])
             yield batch
 
-    monkeypatch.setattr(evaluation, "written_batches", interrupted)
+    monkeypatch.setattr(generation_evaluation, "written_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_run(moved, 7, batch=2, seed=3, progress=False)
     assert written == [[0, 1], [2, 3]] and len(list(folder.glob("images-*"))) == 2
-    monkeypatch.setattr(evaluation, "written_batches", real)
+    monkeypatch.setattr(generation_evaluation, "written_batches", real)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}
     assert torch.equal(sample_run(moved, 7, batch=2, seed=3, progress=False), whole)
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}.items()

@@ -24,8 +24,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from krause_repro import cli, language_benchmarks, language_tasks
-from krause_repro.adapters import ADAPTER_FILES
+from krause_repro import cli, language_benchmarks, language_models, language_tasks
 from krause_repro.fine_tuning_evaluation import letter_accuracy, letter_baselines
 from krause_repro.language_benchmarks import (
     answer_token,
@@ -380,7 +379,7 @@ def test_fields_of_the_users_own_do_no_harm(tiny, tokenizer, tmp_path):
 
 def test_items_that_were_checked_are_not_loaded_again(tiny, tokenizer, monkeypatch):
     items = check_language_run("cb,piqa", "local", 8, 2, "correct", 1280)
-    monkeypatch.setattr(language_tasks, "language_items", lambda *_: pytest.fail("they are here"))
+    monkeypatch.setattr(language_benchmarks, "language_items", lambda *_: pytest.fail("they are here"))
     results = evaluate_language(tiny, tokenizer, "piqa", "local", limit=2, items=items)
     assert list(results) == ["piqa"] and results["piqa"]["items"] == 2
 
@@ -690,14 +689,13 @@ def test_a_table_of_models_on_different_items_is_refused(told, tokenizer):
 @pytest.fixture
 def branch(monkeypatch, tiny, tokenizer):
     "The loader of language models, which notes what it is asked for."
-    loaded, module = [], types.ModuleType("krause_repro.llm_branch")
+    loaded = []
 
     def load_language_model(model, adapter=None):
         loaded.append((model, adapter))
         return tiny, tokenizer
 
-    module.load_language_model, module.ADAPTER_FILES = load_language_model, ADAPTER_FILES
-    monkeypatch.setitem(sys.modules, "krause_repro.llm_branch", module)
+    monkeypatch.setattr(language_models, "load_language_model", load_language_model)
     return loaded
 
 
@@ -707,7 +705,7 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
     for name in ("adapter_config.json", "adapter_model.safetensors", "krause_branch.json"):
         (tuned / name).touch()
     loads, load = [], language_tasks.language_items
-    monkeypatch.setattr(language_tasks, "language_items", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(language_benchmarks, "language_items", lambda *given: loads.append(given) or load(*given))
     arguments = ["evaluate", "some/model", "--tasks", "piqa,anli_r1", "--adapter", str(tuned), "--source", "local", "--limit", "5",
                  "--anli_labels", "swapped", "--output", str(output)]
     assert cli.main(arguments) == 0
