@@ -18,11 +18,11 @@ from krause_repro.generation_evaluation import (
     bits_table,
     classifier_run,
     context_baselines,
+    evaluate_generators,
     first_frequencies,
     sample_run,
     samples_folder,
     save_image_grid,
-    summarise_generators,
     test_bits,
 )
 from krause_repro.generation_recipes import (
@@ -359,7 +359,7 @@ def test_models_without_a_start_token_begin_as_the_training_images_do(tmp_path, 
 
 
 def test_a_summary_of_generators(run, tiny):
-    found = json.loads(json.dumps(summarise_generators([run, run]), allow_nan=False))
+    found = json.loads(json.dumps(evaluate_generators([run, run]), allow_nan=False))
     assert found["bits_per_dim"]["values"] == [test_bits(run)["bits_per_dim"]] * 2 and found["test_images"] == 30
     assert found["held_out_bits"]["mean"] == pytest.approx(run.summary()["held_out_loss"] / math.log(2))
     assert torch.equal(unpack_images(found["samples"]), sample_run(run, tiny.samples, progress=False)[:8])
@@ -374,7 +374,7 @@ def test_a_summary_of_generators(run, tiny):
     table = bits_table({"karm/digits": found, "arm/digits": None}, {"order 1": {"bits_per_dim": 2.7, "bits_per_dim_all": 2.71}})
     assert f"| KARM (Krause) | {found['bits_per_dim']['mean']:.3f} ± 0.000 |" in table
     assert f"| held-out images, 6 | — | — | {found['frechet']['real']:.3f} |" in table
-    assert "| ARM (softmax) | — |" in table and "| counts, order 1 | 2.700 | 2.710 |" in table
+    assert "| ARM (softmax) | — |" in table and "| counts, bigram | 2.700 | 2.710 |" in table
 
 
 def test_differences_in_words_leave_out_what_is_missing():
