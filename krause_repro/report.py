@@ -23,9 +23,9 @@ from .bench_language import language_speed_table
 from .checks import UserError
 from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, fine_tuning_differences, fine_tuning_table, parameter_table, summarise_fine_tuning,
+    FINE_TUNED_LABELS, fine_tuning_differences, fine_tuning_table, parameter_table, evaluate_fine_tuning,
 )
-from .generation_evaluation import GENERATOR_LABELS, bits_table, summarise_generators
+from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
 from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE
@@ -126,7 +126,7 @@ def generator_results(
 ) -> dict[str, dict | None]:
     "By recipe, what the image generation runs of a profile measured, None where there is no result."
     names = [f"{model}/{GENERATION_DATASET_BY_PROFILE[check_profile(profile)]}" for model in GENERATOR_LABELS]
-    return load_or_run_grid("image_generation", names, profile, "never", root=root, summary=summarise_generators)
+    return load_or_run_grid("image_generation", names, profile, "never", root=root, summary=evaluate_generators)
 
 
 def colour_results(
@@ -136,7 +136,7 @@ def colour_results(
     "By recipe, what the image generation runs in colour measured, None where there is no result."
     place = COLOUR_DATASET_BY_PROFILE.get(check_profile(profile))
     names = [f"{model}/{place}" for model in GENERATORS] if place else []
-    return load_or_run_grid("image_generation_colour", names, profile, "never", root=root, summary=summarise_generators)
+    return load_or_run_grid("image_generation_colour", names, profile, "never", root=root, summary=evaluate_generators)
 
 
 def language_results(
@@ -148,7 +148,7 @@ def language_results(
     cells = {}
     for data in datasets:
         names = [f"{kind}_{model}/{data}" for kind in FINE_TUNED_LABELS]
-        cells |= load_or_run_grid(f"fine_tuning_{data}", names, profile, "never", root=root, summary=summarise_fine_tuning)
+        cells |= load_or_run_grid(f"fine_tuning_{data}", names, profile, "never", root=root, summary=evaluate_fine_tuning)
     return cells
 
 

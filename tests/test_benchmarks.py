@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from krause_repro import bench_attention, timing
+from krause_repro import bench_attention as attention_benchmarks
+from krause_repro import bench_models, timing
 from krause_repro.bench_attention import (
     BASELINE,
     DENSE_LENGTH,
@@ -180,10 +181,10 @@ def test_no_dense_mask_is_made_for_those_that_need_none(monkeypatch):
 
 
 def test_without_kernels_there_is_no_operator_to_time(monkeypatch):
-    monkeypatch.setattr(benchmarks, "kernels_available", lambda: False)
+    monkeypatch.setattr(attention_benchmarks, "kernels_available", lambda: False)
     assert not [name for name in attention_contenders(TINY) if "C++" in name]
     result = bench_selection(SMOKE)
-    assert bench_attention.OPERATOR_SHARE in result["missing"] and len(result["rows"]) == len(SELECTORS)
+    assert attention_benchmarks.OPERATOR_SHARE in result["missing"] and len(result["rows"]) == len(SELECTORS)
     assert {row["name"] for row in bench_scaling(SMOKE)["rows"]} == {BASELINE, "banded, PyTorch", "dense reference"}
 
 
@@ -274,8 +275,8 @@ def test_series_keep_to_one_sweep_and_pass_and_leave_out_what_is_missing():
 
 def test_a_contender_drops_out_of_longer_sequences_when_it_would_take_too_long(monkeypatch):
     speed = {BASELINE: lambda case: case.length**2, "dense reference": lambda case: 9 * case.length**2}
-    monkeypatch.setattr(bench_attention, "attention_calls", lambda case, step, names: {name: (name, case) for name in names})
-    monkeypatch.setattr(timing, "in_turns", lambda calls, budget: {
+    monkeypatch.setattr(attention_benchmarks, "attention_calls", lambda case, step, names: {name: (name, case) for name in names})
+    monkeypatch.setattr(attention_benchmarks, "in_turns", lambda calls, budget: {
         name: [float(speed.get(name, lambda case: case.length)(case))] for name, case in calls.values()})
     rows = bench_scaling(replace(COST, lengths=(1, 2, 4, 8), windows=(4, 8), window_length=1, limit=70.0))["rows"]
     reached = {name: [row["length"] for row in rows if (row["name"], row["sweep"], row["pass"]) == (name, "length", "forward")]
@@ -314,7 +315,7 @@ def test_image_rows_give_images_per_second():
 
 def test_the_training_that_is_timed_is_real_training(monkeypatch):
     seen = []
-    monkeypatch.setattr(benchmarks, "build_trainer", lambda *a, **k: seen.append(build_trainer(*a, **k)) or seen[-1])
+    monkeypatch.setattr(bench_models, "build_trainer", lambda *a, **k: seen.append(build_trainer(*a, **k)) or seen[-1])
     found = bench_training(get_recipe("kvit_t/fashion_mnist").at("smoke"), steps=3, warmup=2)
     assert seen[0].state.global_step == 5 and found["steps"] == 3 and len(seen[0].data_collator.seconds) >= 5
     step, collator = (row["seconds"] for row in found["rows"])

@@ -8,16 +8,46 @@ from dataclasses import replace
 import pytest
 import torch
 
-from krause_repro import 
+from krause_repro import evaluation
+from krause_repro.ablation import (
+    ABLATION_CELLS,
+    ABLATION_CONTROLS,
+    averaged_effects,
+    cell_table,
+    difference_table,
+    factor_effect,
+    load_or_run_grid,
+    paper_steps,
+    plain_answers,
+    single_changes,
+)
+from krause_repro.evaluation import (
+    FLAT_GAIN,
+    FLAT_SHARE,
+    IMAGE_COMPARISONS,
+    accuracy_differences,
+    accuracy_table,
+    altered_note,
+    curve,
+    evaluate_runs,
+    is_undertrained,
+    last_gain,
+    learned_sigma,
+    planned_table,
+    provenance_table,
+    read_plan,
+    save_finished,
+    test_accuracy,
+    train_seeds,
+    trained_table,
+    training_curves,
+)
 from krause_repro.image_data import Collator, load_splits
-from krause_repro.ablation import ABLATION_CELLS, ABLATION_CONTROLS, averaged_effects, cell_table, difference_table, factor_effect, load_or_run_grid, paper_steps, plain_answers, single_changes
-from krause_repro.evaluation import FLAT_GAIN, FLAT_SHARE, IMAGE_COMPARISONS, accuracy_differences, accuracy_table, altered_note, curve, is_undertrained, last_gain, learned_sigma, planned_table, provenance_table, read_plan, save_finished, summarise_runs, test_accuracy, train_seeds, trained_table, training_curves
-from krause_repro.statistics import MIN_EFFECT, STUDENT_975, corrected_difference, describe_difference, is_shown, paired_difference
-from krause_repro.tables import percent
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.results import save_result
-from krause_repro.statistics import summarise
 from krause_repro.runs import Run
+from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, summarise
+from krause_repro.tables import percent
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +141,7 @@ def test_learned_sigma(finished):
 
 
 def test_summary_of_runs(run, source):
-    found = summarise_runs([run], source)
+    found = evaluate_runs([run], source)
     test, end = test_accuracy(run, source), run.summary()
     assert found["test_accuracy"] == {"values": [test["accuracy"]], "mean": test["accuracy"], "sd": None, "n": 1}
     assert found["held_out_accuracy"]["mean"] == end["held_out_accuracy"] and found["chosen_epochs"] == [end["chosen_epoch"]]
@@ -128,10 +158,11 @@ def test_paired_difference_by_hand():
     found = paired_difference([0.5, 0.75, 1.0], [0.25, 0.25, 0.75])
     assert found["values"] == [0.25, 0.5, 0.25] and found["n"] == 3
     assert found["mean"] == pytest.approx(1 / 3) and found["sd"] == pytest.approx(1 / math.sqrt(48))
-    half = 4.303 / 12  # t × sd / √3
+    half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) / 12  # t × sd / √3, with the quantile of two degrees of freedom in closed form
     assert found["interval"] == pytest.approx([1 / 3 - half, 1 / 3 + half])
     two = paired_difference([1.0, 2.0], [0.0, 0.0])
-    assert two["interval"] == pytest.approx([1.5 - 12.706 / 2, 1.5 + 12.706 / 2])
+    half = math.tan(0.475 * math.pi) / 2  # of one degree of freedom
+    assert two["interval"] == pytest.approx([1.5 - half, 1.5 + half])
 
 
 def test_one_seed_has_no_interval():
@@ -148,9 +179,11 @@ def test_seeds_must_be_paired():
         paired_difference([], [])
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), STUDENT_975.items())
-def test_student_quantiles(freedom, quantile):
-    "Integrate the density of Student's t: 97.5% lies below the quantile."
+@pytest.mark.parametrize("freedom", range(1, 13))
+def test_student_quantiles(freedom):
+    "Integrate the density of Student's t: 97.5% lies below the quantile that an interval uses."
+    found = paired_difference([float(i * i) for i in range(freedom + 1)], [0.0] * (freedom + 1))
+    quantile = (found["interval"][1] - found["mean"]) * math.sqrt(freedom + 1) / found["sd"]
     constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
     steps = 4000
     width = quantile / steps
@@ -162,7 +195,7 @@ def test_student_quantiles(freedom, quantile):
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; one seed tells nothing about chance)"),
+        ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; no interval from one seed)"),
         ([0.5, 0.75, 1.0], [0.25, 0.25, 0.75], "+33.33 points of accuracy (mean of 3 seeds; 95% interval -2.52 to +69.19: zero lies in"),
         ([0.25, 0.25], [0.5, 0.5], "-25.00 points of accuracy (mean of 2 seeds; 95% interval -25.00 to -25.00: zero lies outside)"),
     ],

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from krause_repro import cli
+from krause_repro import cli, generation_evaluation
 from krause_repro.bench_generation import _generation_row, bench_generation, generation_speed_table
 from krause_repro.evaluation import learned_sigma
 from krause_repro.generation_evaluation import (
@@ -18,11 +18,11 @@ from krause_repro.generation_evaluation import (
     bits_table,
     classifier_run,
     context_baselines,
+    evaluate_generators,
     first_frequencies,
     sample_run,
     samples_folder,
     save_image_grid,
-    summarise_generators,
     test_bits,
 )
 from krause_repro.generation_recipes import (
@@ -248,7 +248,7 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
     folder = samples_folder(moved, 3, 1.0, 1.0)
     for path in folder.glob("images-*"):
         path.unlink()
-    written, real = [], evaluation.written_batches
+    written, real = [], generation_evaluation.written_batches
 
     def interrupted(*arguments):
         for batch in real(*arguments):
@@ -257,11 +257,11 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
             written.append(batch[0])
             yield batch
 
-    monkeypatch.setattr(evaluation, "written_batches", interrupted)
+    monkeypatch.setattr(generation_evaluation, "written_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_run(moved, 7, batch=2, seed=3, progress=False)
     assert written == [[0, 1], [2, 3]] and len(list(folder.glob("images-*"))) == 2
-    monkeypatch.setattr(evaluation, "written_batches", real)
+    monkeypatch.setattr(generation_evaluation, "written_batches", real)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}
     assert torch.equal(sample_run(moved, 7, batch=2, seed=3, progress=False), whole)
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}.items()
@@ -359,7 +359,7 @@ def test_models_without_a_start_token_begin_as_the_training_images_do(tmp_path, 
 
 
 def test_a_summary_of_generators(run, tiny):
-    found = json.loads(json.dumps(summarise_generators([run, run]), allow_nan=False))
+    found = json.loads(json.dumps(evaluate_generators([run, run]), allow_nan=False))
     assert found["bits_per_dim"]["values"] == [test_bits(run)["bits_per_dim"]] * 2 and found["test_images"] == 30
     assert found["held_out_bits"]["mean"] == pytest.approx(run.summary()["held_out_loss"] / math.log(2))
     assert torch.equal(unpack_images(found["samples"]), sample_run(run, tiny.samples, progress=False)[:8])
@@ -374,7 +374,7 @@ def test_a_summary_of_generators(run, tiny):
     table = bits_table({"karm/digits": found, "arm/digits": None}, {"order 1": {"bits_per_dim": 2.7, "bits_per_dim_all": 2.71}})
     assert f"| KARM (Krause) | {found['bits_per_dim']['mean']:.3f} ± 0.000 |" in table
     assert f"| held-out images, 6 | — | — | {found['frechet']['real']:.3f} |" in table
-    assert "| ARM (softmax) | — |" in table and "| counts, order 1 | 2.700 | 2.710 |" in table
+    assert "| ARM (softmax) | — |" in table and "| counts, bigram | 2.700 | 2.710 |" in table
 
 
 def test_differences_in_words_leave_out_what_is_missing():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from krause_repro import evaluation, image_files
-from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
+from krause_repro.evaluation import evaluate_runs, learned_sigma, nearest_neighbours
 from krause_repro.image_data import load, load_splits
 from krause_repro.image_files import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, read_parquet
 from krause_repro.recipes import get_recipe
@@ -143,7 +143,7 @@ def test_a_run_and_its_result_keep_the_origin_of_the_data(cifar, tmp_path, monke
     small = {"train_images": 20, "test_images": 10, "held_out": 10, "epochs": 1, "batch_size": 10}
     recipe = replace(get_recipe("softmax_regression/cifar10").at("smoke"), **small)
     run = train(recipe, runs=tmp_path / "runs", progress=False, source=cifar)
-    assert run.environment()["data"] == data_origin("cifar10", cifar) == summarise_runs([run], cifar)["data"]
+    assert run.environment()["data"] == data_origin("cifar10", cifar) == evaluate_runs([run], cifar)["data"]
     assert learned_sigma(run) is None and run.environment()["data"]["train"]["altered"] == 1
     monkeypatch.setattr(evaluation, "NEIGHBOURS", (1, 20))
     found = nearest_neighbours(replace(recipe, train_images=None), cifar)  # images of a class are equal here

@@ -64,7 +64,7 @@ def test_the_readme_counts_trained_generators(tmp_path):
     assert readme_generation(tmp_path).startswith("0 of 6 models are trained") and "| KARM (Krause) | — |" in readme_generation(tmp_path)
     karm, bits = get_recipe("karm/fashion_mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
     save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
-    assert "| counts, order 1 | 3.900 | 3.800 |" in readme_generation(tmp_path)
+    assert "| counts, bigram | 3.900 | 3.800 |" in readme_generation(tmp_path)
 
 
 def tuned(name, values):
