@@ -65,9 +65,9 @@ def save_result(
 
 # %% ../nbs/21_results.ipynb #e85c83e3
 RESULT_PAGES = {  # by the name of the file or of its folder
-    "particles": "30", "image_classification": "31", "image_classification_cifar10": "31", "image_generation": "32",
-    "image_generation_colour": "32", "generation_speed": "32", "fine_tuning": "33", "sinks": "33", "language_tasks": "33",
-    "language_speed": "33", "ablations": "35", "cost": "36", "counting": "36", "training_profile": "36", "attention_maps": "37",
+    "particles": "60", "image_classification": "61", "image_classification_cifar10": "61", "image_generation": "62",
+    "image_generation_colour": "62", "generation_speed": "62", "fine_tuning": "63", "sinks": "63", "language_tasks": "63",
+    "language_speed": "63", "ablations": "65", "cost": "66", "counting": "66", "training_profile": "66", "attention_maps": "67",
 }
 
 

@@ -29,7 +29,7 @@ from .records import copy_file
 @dataclass(frozen=True)
 class Page:
     "One notebook of the book."
-    number: str  # two digits, such as "31"
+    number: str  # two digits, such as "61"
     stem: str  # the file's name without its ending, such as "61_image_classification"
     path: Path  # the file
     title: str  # its H1
@@ -44,7 +44,7 @@ class Page:
     @property
     def takes_profile(self) -> bool:
         "Experiments and reports are run under a profile; all other pages are the same under each."
-        return self.number[0] in "34"
+        return self.number[0] in "67"
 
 # %% ../nbs/58_runner.ipynb #6e20846a
 def read_notebook(
@@ -121,7 +121,7 @@ def check_word(
 
 def select(
     pages: list[Page],  # all pages
-    only: str | None,  # numbers or names with commas between them, such as "31" or "31,70_report"; None for all
+    only: str | None,  # numbers or names with commas between them, such as "61" or "61,70_report"; None for all
 ) -> list[Page]:
     "The pages asked for, in reading order. Raises ValueError for one that does not exist."
     if only is None:

@@ -327,7 +327,7 @@ executed by this run or an earlier one of the same profile; each name leads to t
 </table>
 <h2>Figures</h2>
 {%- if not figures %}
-<p>No figure has been drawn yet; the experiments, notebooks 60 to 66, draw them.</p>
+<p>No figure has been drawn yet; the experiments, notebooks 60 to 67, draw them.</p>
 {%- elif profile != "desk" %}
 <p>Each figure as committed, drawn from the results of the desk profile, and as the {{ profile }} run has drawn it last.</p>
 {%- endif %}

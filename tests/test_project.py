@@ -115,8 +115,8 @@ def test_published_numbers_are_built_into_the_package(tmp_path):
 
 def test_the_command_is_installed(settings):
     (script,) = entry_points(group="console_scripts", name="krause-repro")
-    assert script.value == "krause_repro.runner:main"
-    assert settings["console_scripts"] == "krause-repro=krause_repro.runner:main"
+    assert script.value == "krause_repro.cli:main"
+    assert settings["console_scripts"] == "krause-repro=krause_repro.cli:main"
     assert callable(script.load())
 
 
@@ -146,8 +146,8 @@ def make(*arguments):
 @pytest.mark.parametrize(("arguments", "commands"), [
     ([], ["data fashion_mnist", "run --profile 'smoke'"]),
     (["figures", "PROFILE=desk", "ONLY=61", "TRAIN=missing"],
-     ["data fashion_mnist", "run --profile 'desk' --only '31' --train 'missing'"]),
-    (["book", "ONLY=61"], ["book --only '31'"]),
+     ["data fashion_mnist", "run --profile 'desk' --only '61' --train 'missing'"]),
+    (["book", "ONLY=61"], ["book --only '61'"]),
     (["site", "PROFILE=desk"], ["site --profile 'desk'"]),
 ])
 def test_make_passes_its_settings_on(arguments, commands):
