@@ -75,8 +75,8 @@ def run_notebooks(
     only: str | None = None,  # numbers or names, commas between, such as 61,70_report; all if not given
     train: str | None = None,  # never, missing or always; if not given: always for smoke, never for others
 ) -> int:
-    "Execute the notebooks under a profile and build the page that shows them. The exit code is 1 if one failed."
-    code = report_pages(run(profile, only, train))
+    "Execute the notebooks under a profile and build the site that shows them. The exit code is 1 if one failed."
+    code = report_pages(run(profile, only, train, at_end=lambda: site(profile)))
     print(f"The page: {site_folder(profile) / 'index.html'}")
     return code
 
@@ -322,7 +322,7 @@ def ending() -> Iterator[None]:
         for number, handler in caught.items():
             signal.signal(number, handler)
 
-
+# %% ../nbs/80_cli.ipynb #bd5c644c
 def tell(
     message: str,
 ) -> None:

@@ -180,8 +180,9 @@ def plot_mechanism(
     "The four stages for one query on a grid: score, window, top-k, renormalised weights. Source: paper, Figure 2."
     height, width, query, sigma, top_k = require_fields(data, "data", "height", "width", "query", "sigma", "top_k")
     names = ("score", "window", "selected", "weights")
-    check_same_length(field_path(data, "data"), **dict(zip(names, require_fields(data, "data", *names), strict=True)), cells=range(height * width))
-    score, window, selected, weights = (np.asarray(data[name]).reshape(height, width) for name in names)
+    grids = dict(zip(names, require_fields(data, "data", *names), strict=True))
+    check_same_length(field_path(data, "data"), **grids, cells=range(height * width))
+    score, window, selected, weights = (np.asarray(grid).reshape(height, width) for grid in grids.values())
     fig, axes = new_figure(3.6, 1, 4)
     shown = ((score, score >= 0), (score, window), (score, selected), (weights, selected))
     images = [_value_grid(ax, values, keep.astype(bool), query, values.max())

@@ -48,6 +48,11 @@ def site(project, profile="smoke"):
     return project / "runs" / profile / "site"
 
 
+def run_and_build(project, profile="smoke"):
+    "Execute a project's pages and build its site, as the command line does."
+    return runner.run(profile, root=project, quiet=True, at_end=lambda: website.site(profile, project))
+
+
 def executed(project, stem, profile="smoke"):
     "The executed copy of a page."
     return json.loads((site(project, profile) / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
@@ -76,7 +81,7 @@ def smoke(tmp_path_factory):
     left = site(project) / "notebooks" / ".00_lesson.ipynb.0123abcd.1.ab_d1234.ipynb"
     left.parent.mkdir(parents=True)
     left.write_text("half a notebook of a process that was killed")
-    return project, runner.run("smoke", root=project, quiet=True)
+    return project, run_and_build(project)
 
 
 def test_pages_are_listed_in_reading_order(project):
@@ -376,9 +381,35 @@ def test_a_notebook_that_cannot_be_executed_is_a_failed_page(project):
     path = write_page(project, "00_odd", code("1"))
     path.write_text(path.read_text().replace('"outputs": []', '"outputs": 3'))
     write_page(project, "01_after", code("2"))
-    records = runner.run("smoke", root=project, quiet=True)
+    records = run_and_build(project)
     assert [record["status"] for record in records] == ["failed", "ok"] and records[0]["error"]
     assert re.findall(r'class="status ([a-z ]+)"', (site(project) / "index.html").read_text(encoding="utf-8")) == ["failed", "ok"]
+
+
+def test_run_alone_builds_no_site(project):
+    write_page(project, "00_lesson", code("1"))
+    assert [record["status"] for record in runner.run("smoke", root=project, quiet=True)] == ["ok"]
+    assert not (site(project) / "index.html").exists() and executed(project, "00_lesson")
+
+
+def test_code_of_pages_about_tools_is_folded(project):
+    exported, opened = "#| export\ndef f():\n    return 'f'", "#| export\n#| code-fold: false\ndef g():\n    return 'g'"
+    for stem in ("10_model", "20_tool"):
+        write_page(project, stem, code(exported), code(opened), code("f()"), code("#| code-fold: true\ng()"))
+    run_and_build(project)
+    texts = [(site(project) / f"{stem}.html").read_text(encoding="utf-8") for stem in ("10_model", "20_tool")]
+    assert [text.count('<details class="code">') for text in texts] == [1, 2]
+
+
+def test_the_command_builds_no_site_if_nothing_was_begun(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    write_page(project, "60_untagged", code(PARAMETERS))
+    assert cli.main(["run"]) == 2
+    write_page(project, "60_untagged", code(PARAMETERS, "parameters"))
+    with locked(site(project)):
+        assert cli.main(["run"]) == 2
+    assert not (site(project) / "index.html").exists()
+    capsys.readouterr()
 
 
 def test_a_dead_kernel_is_a_failed_page(project):
