@@ -72,11 +72,11 @@ def report_pages(
 
 def run_notebooks(
     profile: str = "smoke",  # smoke, desk or paper
-    only: str | None = None,  # numbers or names, commas between, such as 31,70_report; all if not given
+    only: str | None = None,  # numbers or names, commas between, such as 61,70_report; all if not given
     train: str | None = None,  # never, missing or always; if not given: always for smoke, never for others
 ) -> int:
-    "Execute the notebooks under a profile and build the page that shows them. The exit code is 1 if one failed."
-    code = report_pages(run(profile, only, train))
+    "Execute the notebooks under a profile and build the site that shows them. The exit code is 1 if one failed."
+    code = report_pages(run(profile, only, train, at_end=lambda: site(profile)))
     print(f"The page: {site_folder(profile) / 'index.html'}")
     return code
 
@@ -140,7 +140,7 @@ def make_report(
     profile: str = "smoke",  # smoke, desk or paper
 ) -> int:
     "Execute the report alone, from the results that are there, and say where its page is."
-    code = run_notebooks(profile, "40", "never")
+    code = run_notebooks(profile, "70", "never")
     print(f"The report: {site_folder(profile) / '70_report.html'}")
     return code
 
@@ -153,7 +153,7 @@ def build_site(
 
 # %% ../nbs/80_cli.ipynb #e91cb00e
 def execute_book(
-    only: str | None = None,  # numbers or names, commas between, such as 31,70_report; all if not given
+    only: str | None = None,  # numbers or names, commas between, such as 61,70_report; all if not given
 ) -> int:
     "Execute the committed notebooks in place, with the parameters they hold, and clean them. The exit code is 1 if one failed."
     return report_pages(book(only))
@@ -322,7 +322,7 @@ def ending() -> Iterator[None]:
         for number, handler in caught.items():
             signal.signal(number, handler)
 
-
+# %% ../nbs/80_cli.ipynb #bd5c644c
 def tell(
     message: str,
 ) -> None:

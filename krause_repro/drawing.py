@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SEQUENTIAL', 'WIDTH', 'DPI', 'INLINE_DPI', 'STYLE', 'FIGURE_PROFILES', 'SMOKE_STAMP', 'house_style',
-           'Drawing', 'new_figure', 'figure_folder', 'plural', 'save_figure', 'read_figure', 'figure_files',
-           'figure_index', 'field_path', 'require_fields', 'require_each', 'check_same_length', 'kind_colour',
-           'line_styles', 'draw_curve', 'draw_legend']
+           'Drawing', 'new_figure', 'figure_folder', 'save_figure', 'read_figure', 'figure_files', 'figure_index']
 
 # %% ../nbs/55_drawing.ipynb #b57d000f
 import io
@@ -114,8 +112,11 @@ def figure_folder(
     return root / "figures" if profile == "desk" else root / "runs" / profile / "figures"
 
 # %% ../nbs/55_drawing.ipynb #7d463dc5
-def plural(count: int, thing: str) -> str:
-    "'1 seed', '3 seeds'."
+def plural(
+    count: int,  # how many
+    thing: str,  # the noun in the singular
+) -> str:
+    "A number with its noun: `1 seed`, `3 seeds`."
     return f"{count} {thing}" + ("" if count == 1 else "s")
 
 # %% ../nbs/55_drawing.ipynb #fc5155b2
@@ -204,13 +205,16 @@ def figure_index(
     return [read_figure(png) for png in figure_files(profile, root)]
 
 # %% ../nbs/55_drawing.ipynb #5bb7f934
-def field_path(data: object, where: str) -> str:
-    "Where `data` is: in which field of which file, if it comes from a file of results."
+def field_path(
+    data: object,  # a dict of a result file, or any other
+    where: str,  # the expression that reaches it, used where no file is known
+) -> str:
+    "The file and field that `data` was read from, for messages."
     return f"{data.file}: {data.place.rstrip('.') or 'the result'}" if isinstance(data, Fields) else where
 
 
 def _finite(value: object) -> bool:
-    "Are all numbers in `value` finite?"
+    "Whether all numbers in `value` are finite."
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -218,8 +222,12 @@ def _finite(value: object) -> bool:
     return not isinstance(value, (float, np.ndarray)) or bool(np.isfinite(value).all())
 
 
-def require_fields(data: dict, where: str, *keys: str) -> list:
-    "The values of `keys` in `data`. TypeError for anything but a dict, ValueError for a key missing, a list empty or NaN."
+def require_fields(
+    data: dict,  # what is to be drawn
+    where: str,  # the expression that reaches it, for messages
+    *keys: str,
+) -> list:
+    "The values of `keys` in `data`. Raises `TypeError` unless it is a dict, `ValueError` for a missing key, an empty list or NaN."
     if not isinstance(data, dict):
         raise TypeError(f"{where} is {type(data).__name__}; give a dict with {', '.join(keys)}")
     where = field_path(data, where)
@@ -232,27 +240,40 @@ def require_fields(data: dict, where: str, *keys: str) -> list:
     return [data[key] for key in keys]
 
 # %% ../nbs/55_drawing.ipynb #e841d651
-def require_each(entries: list[dict], where: str, *keys: str) -> list[list]:
-    "`require_fields` for every dict of a list."
+def require_each(
+    entries: list[dict],  # what is to be drawn
+    where: str,  # the expression that reaches the list, for messages
+    *keys: str,
+) -> list[list]:
+    "`require_fields` of `keys` for every dict of a list."
     return [require_fields(entry, f"{where}[{i}]", *keys) for i, entry in enumerate(entries)]
 
 # %% ../nbs/55_drawing.ipynb #953ccd77
-def check_same_length(where: str, **lists: list) -> None:
-    "Raise ValueError unless all `lists` are equally long."
+def check_same_length(
+    where: str,  # the expression that reaches them, for messages
+    **lists: list,
+) -> None:
+    "Raise `ValueError` unless all `lists` are equally long."
     lengths = {name: np.size(values, 0) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{where} has lists of different lengths, {lengths}; give equally long ones")
 
 # %% ../nbs/55_drawing.ipynb #88b689b6
-def kind_colour(kind: str, where: str) -> str:
-    "The colour of a role. Raises ValueError for a role without one."
+def kind_colour(
+    kind: str,  # a key of `COLOURS`
+    where: str,  # the expression that holds it, for messages
+) -> str:
+    "The colour of a kind of model. Raises `ValueError` for an unknown kind."
     if kind not in COLOURS:
         raise UserError(f"{where} has kind {kind!r}; allowed are {', '.join(COLOURS)}")
     return COLOURS[kind]
 
 # %% ../nbs/55_drawing.ipynb #ecf03382
-def line_styles(series: list[dict], where: str) -> list[dict]:
-    "Colour by kind, dashes by how many series of that kind came before, label: the keywords of `Axes.plot`."
+def line_styles(
+    series: list[dict],  # each with label and kind
+    where: str,  # the expression that reaches the list, for messages
+) -> list[dict]:
+    "Keywords of `Axes.plot`: the label, a colour for each kind, and a dash pattern for each further series of a kind."
     seen, styles = Counter(krause_full=2), []  # dotted: on the sphere its line lies exactly on that of softmax
     for i, (label, kind) in enumerate(require_each(series, where, "label", "kind")):
         dashes = ("-", "--", ":", "-.")[seen[kind] % 4]
@@ -261,8 +282,16 @@ def line_styles(series: list[dict], where: str) -> list[dict]:
     return styles
 
 # %% ../nbs/55_drawing.ipynb #8e9414c9
-def draw_curve(ax: Axes, x: list[float], summary: dict, where: str, style: dict, scale: float = 1.0, **options) -> None:
-    "Draw `scale` times the mean over `x`, with a band of one standard deviation to either side where there is one."
+def draw_curve(
+    ax: Axes,  # drawn into
+    x: list[float],  # of each point
+    summary: dict,  # {"mean": [n], "sd": [n] or None}
+    where: str,  # the expression that reaches the summary, for messages
+    style: dict,  # of `line_styles`
+    scale: float = 1.0,  # factor of mean and standard deviation
+    **options,
+) -> None:
+    "Draw the mean with a band of one standard deviation to either side where there is one."
     mean, sd = require_fields(summary, where, "mean", "sd")
     sd = [0.0] * len(mean) if sd is None else sd
     check_same_length(where, x=x, mean=mean, sd=sd)
@@ -271,7 +300,12 @@ def draw_curve(ax: Axes, x: list[float], summary: dict, where: str, style: dict,
     ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
 
 # %% ../nbs/55_drawing.ipynb #cc4a645f
-def draw_legend(fig: Figure, axes: Axes | np.ndarray, spread: str, columns: int = 3) -> None:
-    "One legend below all axes, headed by what lines and bands are."
+def draw_legend(
+    fig: Figure,  # that gets the legend
+    axes: Axes | np.ndarray,  # whose labels it shows
+    spread: str,  # its title: what lines and bands are
+    columns: int = 3,  # at most
+) -> None:
+    "One legend below all axes, each label once."
     named = {label: handle for ax in np.ravel(axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), columns), title=spread)

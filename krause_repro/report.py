@@ -52,7 +52,8 @@ def expected_results(
     model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     folders = {
         "image_classification_cifar10": CIFAR10_RESULTS if profile != "smoke" else [],
-        "image_generation": [*GENERATOR_LABELS, "baselines"], "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
+        "image_generation": [*GENERATOR_LABELS, "baselines"],
+        "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
@@ -100,7 +101,7 @@ SINK_ROWS = {  # by row of Figure 7: what of ours, on SmolLM2, stands beside it
     ("figure7_llama_sink", "Llama3-8B"): "sinks/softmax", ("figure7_llama_sink", "Krause-Llama3-8B (Krause branch)"): "sinks/krause",
 }
 
-
+# %% ../nbs/70_report.ipynb #3653b5e2
 def our_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
@@ -119,7 +120,7 @@ def _first_token(profile, root):
     shown = {"base": get_recipe(f"lora_{FINE_TUNING_DATASET_BY_PROFILE[profile][0]}/{data}").base, "length": SINKS.at(profile).length}
     return {f"sinks/{kind}": sinks[file]["sinks"][kind]["first_all"]["all_layers"] | shown for kind, file in files.items() if file in sinks}
 
-
+# %% ../nbs/70_report.ipynb #fe6b3a8a
 def generator_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
@@ -138,7 +139,7 @@ def colour_results(
     names = [f"{model}/{place}" for model in GENERATORS] if place else []
     return load_or_run_grid("image_generation_colour", names, profile, "never", root=root, summary=evaluate_generators)
 
-
+# %% ../nbs/70_report.ipynb #954f6c57
 def language_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
@@ -160,7 +161,7 @@ def sink_results(
     return {file: load_or_compute(f"sinks/{file}", profile, "never", [SINKS.at(profile), recipe], dict, root)
             for file, (_, recipe) in sink_models(profile).items() if result_path(f"sinks/{file}", profile, root).is_file()}
 
-
+# %% ../nbs/70_report.ipynb #5a072b27
 def classifier_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder

@@ -218,7 +218,8 @@ def plot_bits_curves(
         for ax, part in zip(axes[0], ("held_out", "training"), strict=True):
             where = f"data['series'][{i}]['{part}']"
             (curve,) = require_fields(series[i], f"data['series'][{i}]", part)
-            draw_curve(ax, require_fields(curve, where, "epochs")[0], curve, where, style, marker="o" if part == "held_out" else None, markersize=3.5)
+            epochs, marker = require_fields(curve, where, "epochs")[0], "o" if part == "held_out" else None
+            draw_curve(ax, epochs, curve, where, style, marker=marker, markersize=3.5)
     axes[0, 0].set(xlabel="epoch", ylabel="bits per token", title="held-out images")
     axes[0, 1].set(xlabel="epoch", title="training images")
     draw_legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
@@ -271,7 +272,7 @@ def plot_samples(
         axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=kind_colour(kind, "data"), rotation=0, ha="right", va="center")
     return fig
 
-
+# %% ../nbs/57_result_figures.ipynb #a7a924cb
 @house_style()
 def plot_completions(
     data: dict,  # {"originals": (N, C, H, W), "given": rows, "levels", "models": [{"label", "kind", "completed": (N, S, C, H, W)}]}
@@ -300,7 +301,7 @@ def plot_completions(
         place += len(completed[0])
     return fig
 
-
+# %% ../nbs/57_result_figures.ipynb #30e59132
 def _cell_block(ax: Axes, shape: tuple[int, ...], given: int) -> None:
     "Hatch the rows of an image (C, H, W) that are not given."
     ax.add_patch(Rectangle((-0.5, given - 0.5), shape[2], shape[1] - given, facecolor="#F4F4F4", edgecolor="#BDBDBD", hatch="////",

@@ -60,12 +60,12 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "63_llm_finetuning": fine_tuning_files("desk"),
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
-    "48_attention_analysis": {"attention_maps": TRIO},
+    "67_attention_maps": {"attention_maps": TRIO},
 }
 
 
 def test_every_experiment_page_is_listed_here():
-    assert {path.stem for path in project_root().glob("nbs/3*.ipynb")} == set(EXPERIMENTS)
+    assert {path.stem for path in project_root().glob("nbs/6*.ipynb")} == set(EXPERIMENTS)
 
 
 def test_the_results_of_the_pages_are_those_that_are_expected():

@@ -76,10 +76,12 @@ EXAMPLES = {
 }
 SAVE = {"caption": "Opinions ‖x‖ · an example.", "notebook": "56_figures", "seeds": 3}
 
+PLOTS = {name: getattr(module, name) for module in (figures, result_figures) for name in module.__all__ if name.startswith("plot_")}
+
 
 def draw(name="plot_bifurcation"):
     "A fresh figure of one plot function on its example."
-    return getattr(figures, name)(copy.deepcopy(EXAMPLES[name]))
+    return PLOTS[name](copy.deepcopy(EXAMPLES[name]))
 
 
 def pixels(source):
@@ -94,20 +96,26 @@ def pixels(source):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_plot_is_drawn_in_the_house_style(name, monkeypatch):
-    tops, drawing = [], drawing.new_figure
-    monkeypatch.setattr(drawing, "new_figure", lambda *a, **k: tops.append(matplotlib.rcParams["axes.spines.top"]) or drawing(*a, **k))
+    tops, new_figure = [], drawing.new_figure
+
+    def watched(*arguments, **options):
+        tops.append(matplotlib.rcParams["axes.spines.top"])
+        return new_figure(*arguments, **options)
+
+    for module in (figures, result_figures):
+        monkeypatch.setattr(module, "new_figure", watched)
     draw(name)
     assert tops == [False]
 
 
 def test_examples_cover_every_plot_function():
-    assert set(EXAMPLES) == {name for name in figures.__all__ if name.startswith("plot_")}
+    assert set(EXAMPLES) == set(PLOTS)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_plot_draws_labels_its_axes_and_changes_nothing_global(name):
     data, settings = copy.deepcopy(EXAMPLES[name]), dict(matplotlib.rcParams)
-    fig = getattr(figures, name)(data)
+    fig = PLOTS[name](data)
     assert isinstance(fig, Figure)
     assert data == EXAMPLES[name]
     assert dict(matplotlib.rcParams) == settings
@@ -122,9 +130,9 @@ def test_plot_names_each_missing_key(name):
     for key in EXAMPLES[name]:
         data = {k: v for k, v in EXAMPLES[name].items() if k != key}
         with pytest.raises(ValueError, match=f"data has no .*{key}"):
-            getattr(figures, name)(data)
+            PLOTS[name](data)
     with pytest.raises(TypeError, match="data is list"):
-        getattr(figures, name)([1, 2])
+        PLOTS[name]([1, 2])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,7 @@ def test_plot_refuses_wrong_values(name, path, value, message):
         inner = inner[key]
     inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        getattr(figures, name)(data)
+        PLOTS[name](data)
 
 
 def test_one_seed_has_no_spread_and_a_gap_stays_a_gap():
@@ -279,7 +287,8 @@ def test_a_gate_keeps_its_whole_scale_and_says_where_it_started():
 
 def test_seeds_in_a_row_can_show_another_quantity_than_bits():
     assert draw("plot_bits").axes[0].get_xlabel().startswith("bits per dimension of the test images, less is better\n")
-    other = result_figures.plot_bits(EXAMPLES["plot_bits"] | {"quantity": "held-out loss (nats)", "dashed": "no training"}).axes[0].get_xlabel()
+    quantity = {"quantity": "held-out loss (nats)", "dashed": "no training"}
+    other = result_figures.plot_bits(EXAMPLES["plot_bits"] | quantity).axes[0].get_xlabel()
     assert other.startswith("held-out loss (nats), less is better\n") and other.endswith("; dashed: no training")
 
 
@@ -348,7 +357,7 @@ def test_no_plot_draws_what_is_no_number(name):
                 part = part[key]
             part[path[-1]] = wrong
             with pytest.raises(ValueError, match="numbers that are not finite in"):
-                getattr(figures, name)(data)
+                PLOTS[name](data)
 
 
 def test_a_plot_of_a_result_names_its_file():

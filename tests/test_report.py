@@ -205,10 +205,10 @@ def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
 def test_a_missing_result_is_an_error_of_the_readme_and_a_line_of_the_report(committed, name):
     path = result_path(name, "desk", committed)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{path} \(make: make figures PROFILE=desk ONLY=3\d TRAIN=missing\)$"):
+    with pytest.raises(FileNotFoundError, match=rf"{path} \(make: make figures PROFILE=desk ONLY=6\d TRAIN=missing\)$"):
         update_readme(committed)
     assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
-    assert any(name in line and "| `make figures PROFILE=desk ONLY=3" in line for line in missing_table("desk", committed).splitlines())
+    assert any(name in line and "| `make figures PROFILE=desk ONLY=6" in line for line in missing_table("desk", committed).splitlines())
 
 
 def put(value, place, new):
@@ -248,7 +248,7 @@ def test_a_damaged_field_is_named_with_its_file_and_the_readme_stays(committed, 
     with pytest.raises(ValueError) as caught:
         update_readme(committed)
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
-    assert "delete it and make it again with: make figures PROFILE=desk ONLY=3" in str(caught.value)
+    assert "delete it and make it again with: make figures PROFILE=desk ONLY=6" in str(caught.value)
     assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
 
 

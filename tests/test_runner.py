@@ -48,6 +48,11 @@ def site(project, profile="smoke"):
     return project / "runs" / profile / "site"
 
 
+def run_and_build(project, profile="smoke"):
+    "Execute a project's pages and build its site, as the command line does."
+    return runner.run(profile, root=project, quiet=True, at_end=lambda: website.site(profile, project))
+
+
 def executed(project, stem, profile="smoke"):
     "The executed copy of a page."
     return json.loads((site(project, profile) / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
@@ -69,24 +74,24 @@ def smoke(tmp_path_factory):
     "A project in a folder with a space in its name, run under smoke: a lesson, an experiment, one that fails, and what comes after it."
     project = new_project(tmp_path_factory.mktemp("smoke") / "a project")
     write_page(project, "00_lesson", code("import os, sys\nprint(os.getcwd())\nprint(sys.executable)\nprint(os.environ['MPLBACKEND'])"))
-    write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("profile, train"))
+    write_page(project, "60_experiment", code(PARAMETERS, "parameters"), code("profile, train"))
     write_page(project, "61_image_classification", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
-    write_page(project, "32_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
+    write_page(project, "62_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
     write_page(project, "70_report", code(PARAMETERS, "parameters"))
     left = site(project) / "notebooks" / ".00_lesson.ipynb.0123abcd.1.ab_d1234.ipynb"
     left.parent.mkdir(parents=True)
     left.write_text("half a notebook of a process that was killed")
-    return project, runner.run("smoke", root=project, quiet=True)
+    return project, run_and_build(project)
 
 
 def test_pages_are_listed_in_reading_order(project):
-    write_page(project, "30_b", code(PARAMETERS, "parameters"))
+    write_page(project, "60_b", code(PARAMETERS, "parameters"))
     write_page(project, "01_a", code("1"))
     (project / "nbs" / "_draft.ipynb").write_text("not a notebook")
     pages = runner.notebooks(project / "nbs")
     assert [(page.number, page.stem, page.name, page.has_parameters) for page in pages] == [
-        ("01", "01_a", "a", False), ("30", "30_b", "b", True)]
-    assert pages[0].title == "Page 06_a"
+        ("01", "01_a", "a", False), ("60", "60_b", "b", True)]
+    assert pages[0].title == "Page 01_a"
     assert pages[0].subtitle == "what 01_a shows, $E_{ij}$"
 
 
@@ -97,7 +102,7 @@ def test_a_folder_without_notebooks_is_an_error(tmp_path):
 
 def test_parameters_are_injected_and_recorded(smoke):
     project, records = smoke
-    notebook = executed(project, "30_experiment")
+    notebook = executed(project, "60_experiment")
     injected = [cell for cell in notebook["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])]
     assert ["".join(cell["source"]) for cell in injected] == ['# Parameters\nprofile = "smoke"\ntrain = "always"\n']
     assert outputs(notebook) == ["('smoke', 'always')"]
@@ -126,13 +131,13 @@ def test_a_shadowing_kernel_is_not_used(project, monkeypatch):
 def test_a_failure_is_kept_as_evidence_and_does_not_hide_the_others(smoke):
     project, records = smoke
     assert [(record["notebook"], record["status"]) for record in records] == [
-        ("00_lesson", "ok"), ("30_experiment", "ok"), ("61_image_classification", "failed"), ("32_<b>x<b>", "failed"),
+        ("00_lesson", "ok"), ("60_experiment", "ok"), ("61_image_classification", "failed"), ("62_<b>x<b>", "failed"),
         ("70_report", "not run")]
     assert records[2]["error"] == "cell 5 (In [4]: 1 / 0): ZeroDivisionError: division by zero"
     assert records[4]["because"] == "61_image_classification"
     assert executed(project, "61_image_classification")["metadata"]["krause_repro"]["status"] == "failed"
     assert sorted(path.name for path in (site(project) / "notebooks").iterdir()) == [
-        "00_lesson.ipynb", "30_experiment.ipynb", "61_image_classification.ipynb", "32_<b>x<b>.ipynb"]
+        "00_lesson.ipynb", "60_experiment.ipynb", "61_image_classification.ipynb", "62_<b>x<b>.ipynb"]
     assert "ZeroDivisionError" in (site(project) / "61_image_classification.html").read_text(encoding="utf-8")
     lines, words = cli.summary(records).splitlines(), ("status", "ok", "ok", "failed", "failed", "not run")
     assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
@@ -145,14 +150,14 @@ def test_the_page_shows_every_notebook_and_how_it_went(smoke):
     text = website.site("smoke", project).read_text(encoding="utf-8")  # built again, it says the same
     assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", "ok", "failed", "failed", "not run"]
     assert "numbers mean nothing" in text
-    assert 'href="30_experiment.html"' in text and 'href="70_report.html"' not in text
+    assert 'href="60_experiment.html"' in text and 'href="70_report.html"' not in text
     assert "ZeroDivisionError: division by zero" in text and "not run because of 61_image_classification" in text
     assert "torch" in text and "4 of 5 executed" in text
 
 
 def test_the_report_of_an_earlier_run_is_marked(smoke):
     project, _ = smoke
-    copy, other = (site(project) / "notebooks" / f"{stem}.ipynb" for stem in ("70_report", "30_experiment"))
+    copy, other = (site(project) / "notebooks" / f"{stem}.ipynb" for stem in ("70_report", "60_experiment"))
     copy.write_text(other.read_text(encoding="utf-8").replace('"executed": "20', '"executed": "19'), encoding="utf-8")
     text = website.site("smoke", project).read_text(encoding="utf-8")
     copy.unlink()
@@ -202,8 +207,8 @@ def test_names_and_errors_are_text_in_every_page(smoke):
     project, _ = smoke
     index = site(project) / "index.html"
     text = index.read_text(encoding="utf-8")
-    assert "32_&lt;b&gt;x&lt;b&gt;" in text and 'href="32_%3Cb%3Ex%3Cb%3E.html"' in text
-    for page in (index, site(project) / "32_<b>x<b>.html"):
+    assert "62_&lt;b&gt;x&lt;b&gt;" in text and 'href="62_%3Cb%3Ex%3Cb%3E.html"' in text
+    for page in (index, site(project) / "62_<b>x<b>.html"):
         found = Elements(page.read_text(encoding="utf-8"))
         assert not [text for text in found.active if "alert(1)" in text] and "b" not in found.tags
         assert "alert(1)" in page.read_text(encoding="utf-8")
@@ -238,7 +243,7 @@ def test_nothing_from_a_file_becomes_a_part_of_the_page(project):
     from PIL import Image, PngImagePlugin
 
     heading = {"cell_type": "markdown", "metadata": {}, "source": f"# {EVIL}\n> `{EVIL}` {EVIL}"}
-    for stem in ("30_evil", "31_'onload='evil()"):
+    for stem in ("60_evil", "61_'onload='evil()"):
         write_page(project, stem, code(PARAMETERS, "parameters"))
         page = json.loads((project / "nbs" / f"{stem}.ipynb").read_text())
         (project / "nbs" / f"{stem}.ipynb").write_text(json.dumps(page | {"cells": [heading, *page["cells"][1:]]}))
@@ -249,7 +254,7 @@ def test_nothing_from_a_file_becomes_a_part_of_the_page(project):
 
     figure = Figure(figsize=(1, 1))
     for name, profile in (("evil", "desk"), ("other", "smoke")):
-        png, svg = save_figure(figure, name, profile=profile, caption=EVIL, notebook="30_evil", root=project)
+        png, svg = save_figure(figure, name, profile=profile, caption=EVIL, notebook="60_evil", root=project)
         text = PngImagePlugin.PngInfo()
         for key in ("Title", "Description", "Source", "Comment"):
             text.add_text(key, EVIL)
@@ -257,7 +262,7 @@ def test_nothing_from_a_file_becomes_a_part_of_the_page(project):
             image.save(png, pnginfo=text)
         png.rename(png.with_name(f"{name}'onload='evil().png"))
         svg.rename(svg.with_name(f"{name}'onload='evil().svg"))
-    pages = [website.site("smoke", project), *site(project).glob("3*.html")]
+    pages = [website.site("smoke", project), *site(project).glob("6*.html")]
     assert len(pages) == 3
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -287,7 +292,7 @@ def test_damaged_copies_and_figures_are_marked_and_the_rest_is_built(smoke, tmp_
 
     from krause_repro.drawing import save_figure
 
-    project, whole = new_project(tmp_path / "p"), (site(smoke[0]) / "notebooks" / "30_experiment.ipynb").read_text(encoding="utf-8")
+    project, whole = new_project(tmp_path / "p"), (site(smoke[0]) / "notebooks" / "60_experiment.ipynb").read_text(encoding="utf-8")
     copies = {f"{10 + i}_{name}": text for i, (name, text) in enumerate(damaged(whole).items())} | {"00_whole": whole.encode()}
     (site(project) / "notebooks").mkdir(parents=True)
     for stem, text in copies.items():
@@ -330,14 +335,14 @@ def test_figures_stand_beside_the_committed_ones(project):
 @pytest.mark.parametrize(("given", "allowed"), [
     ({"profile": "tiny"}, "smoke, desk, paper"),
     ({"train": "sometimes"}, "never, missing, always"),
-    ({"only": "31_imaginary"}, "00_lesson, 30_untagged, 31_one_parameter"),
-    ({"only": "30"}, "no cell tagged 'parameters'"),
-    ({"only": "31"}, "has no parameter train; its parameters cell defines: profile"),
+    ({"only": "61_imaginary"}, "00_lesson, 60_untagged, 61_one_parameter"),
+    ({"only": "60"}, "no cell tagged 'parameters'"),
+    ({"only": "61"}, "has no parameter train; its parameters cell defines: profile"),
 ])
 def test_bad_input_is_refused_before_any_work(project, given, allowed):
     write_page(project, "00_lesson", code("1"))
-    write_page(project, "30_untagged", code(PARAMETERS))
-    write_page(project, "31_one_parameter", code('profile = "desk"', "parameters"))
+    write_page(project, "60_untagged", code(PARAMETERS))
+    write_page(project, "61_one_parameter", code('profile = "desk"', "parameters"))
     with pytest.raises(ValueError, match=re.escape(allowed)):
         runner.run(**given, root=project)
     assert not (project / "runs").exists()
@@ -346,7 +351,7 @@ def test_bad_input_is_refused_before_any_work(project, given, allowed):
 def test_a_report_alone_takes_what_is_there(project):
     write_page(project, "61_image_classification", code(PARAMETERS, "parameters"), code("1 / 0"))
     write_page(project, "70_report", code(PARAMETERS, "parameters"))
-    records = runner.run("smoke", "40", root=project, quiet=True)
+    records = runner.run("smoke", "70", root=project, quiet=True)
     assert [(record["notebook"], record["status"]) for record in records] == [("70_report", "ok")]
 
 
@@ -376,9 +381,35 @@ def test_a_notebook_that_cannot_be_executed_is_a_failed_page(project):
     path = write_page(project, "00_odd", code("1"))
     path.write_text(path.read_text().replace('"outputs": []', '"outputs": 3'))
     write_page(project, "01_after", code("2"))
-    records = runner.run("smoke", root=project, quiet=True)
+    records = run_and_build(project)
     assert [record["status"] for record in records] == ["failed", "ok"] and records[0]["error"]
     assert re.findall(r'class="status ([a-z ]+)"', (site(project) / "index.html").read_text(encoding="utf-8")) == ["failed", "ok"]
+
+
+def test_run_alone_builds_no_site(project):
+    write_page(project, "00_lesson", code("1"))
+    assert [record["status"] for record in runner.run("smoke", root=project, quiet=True)] == ["ok"]
+    assert not (site(project) / "index.html").exists() and executed(project, "00_lesson")
+
+
+def test_code_of_pages_about_tools_is_folded(project):
+    exported, opened = "#| export\ndef f():\n    return 'f'", "#| export\n#| code-fold: false\ndef g():\n    return 'g'"
+    for stem in ("10_model", "20_tool"):
+        write_page(project, stem, code(exported), code(opened), code("f()"), code("#| code-fold: true\ng()"))
+    run_and_build(project)
+    texts = [(site(project) / f"{stem}.html").read_text(encoding="utf-8") for stem in ("10_model", "20_tool")]
+    assert [text.count('<details class="code">') for text in texts] == [1, 2]
+
+
+def test_the_command_builds_no_site_if_nothing_was_begun(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    write_page(project, "60_untagged", code(PARAMETERS))
+    assert cli.main(["run"]) == 2
+    write_page(project, "60_untagged", code(PARAMETERS, "parameters"))
+    with locked(site(project)):
+        assert cli.main(["run"]) == 2
+    assert not (site(project) / "index.html").exists()
+    capsys.readouterr()
 
 
 def test_a_dead_kernel_is_a_failed_page(project):
@@ -389,7 +420,7 @@ def test_a_dead_kernel_is_a_failed_page(project):
 
 
 def test_the_book_is_executed_in_place_and_clean(project):
-    path = write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("print('a')\nprint('b')\nprofile, train"))
+    path = write_page(project, "60_experiment", code(PARAMETERS, "parameters"), code("print('a')\nprint('b')\nprofile, train"))
     assert [record["status"] for record in runner.book(root=project)] == ["ok"]
     notebook, first = json.loads(path.read_text(encoding="utf-8")), path.read_bytes()
     assert [cell["metadata"] for cell in notebook["cells"]] == [{}, {"tags": ["parameters"]}, {}]
@@ -398,8 +429,8 @@ def test_the_book_is_executed_in_place_and_clean(project):
     assert {cell.get("execution_count") for cell in notebook["cells"]} == {None}
     runner.clean(path, project)
     assert path.read_bytes() == first
-    path = write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("1 / 0"))
-    write_page(project, "31_after", code(PARAMETERS, "parameters"))
+    path = write_page(project, "60_experiment", code(PARAMETERS, "parameters"), code("1 / 0"))
+    write_page(project, "61_after", code(PARAMETERS, "parameters"))
     first = path.read_bytes()
     assert [record["status"] for record in runner.book(root=project)] == ["failed", "ok"]
     assert path.read_bytes() == first
@@ -453,7 +484,7 @@ def test_list_names_recipes_with_published_numbers_and_notebooks(capsys, monkeyp
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"kvit_s/cifar10 .*95\.2", text)
-    assert re.search(r"26 +runner", text)
+    assert re.search(r"58 +runner", text)
     monkeypatch.chdir("/")
     assert cli.main(["list"]) == 0
     out, error = capsys.readouterr()
@@ -492,7 +523,7 @@ def one_error(capsys, arguments):
     (["evaluate", "smollm2", "--tasks", "boolqq"], "the nearest is 'boolq'"),
     (["run", "--profile", "tiny"], "smoke, desk, paper"),
     (["run", "--only", "99"], "only='99' is not a notebook; allowed: 0"),
-    (["run", "--only", "31_image_clasification"], "did you mean 61_image_classification?"),
+    (["run", "--only", "61_image_clasification"], "did you mean 61_image_classification?"),
     (["run", "--only", "particle"], "did you mean particles?"),
     (["run", "--train", "maybe"], "never, missing, always"),
     (["run", "--speed", "9"], "unrecognized arguments: --speed 9; see krause-repro run --help"),
@@ -533,9 +564,9 @@ def test_every_option_has_a_range(capsys, arguments, option):
     ["sample", "karm/digits"],
 ], ids=" ".join)
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(project, capsys, monkeypatch, arguments):
-    from krause_repro import 
+    from krause_repro import timing, training
 
-    for module, name in ((runner, "execute"), (training, "set_seed"), (benchmarks, "interleave")):
+    for module, name in ((runner, "execute"), (training, "set_seed"), (timing, "interleave")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
     monkeypatch.chdir(project)
     write_page(project, "70_report", code(PARAMETERS, "parameters"))

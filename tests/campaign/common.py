@@ -56,7 +56,7 @@ def notebook(title: str, *cells: str) -> dict:
 PAGES = {
     "20_first": notebook("First", "", "import time\nfrom krause_repro.statistics import summarise",
                          "time.sleep(0.5)\nsummarise([1, 2, 4])"),
-    "31_second": notebook(
+    "61_second": notebook(
         "Second", 'profile = "desk"\ntrain = "never"', "from krause_repro.results import load_or_compute",
         'load_or_compute("second", profile, train, [], lambda: {"numbers": list(range(1000))})["numbers"][:3]'),
 }
