@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from .attention import krause_attention_weights
+from .attention import banded_attention, krause_attention_weights
 from .checks import UserError, check_flag, check_integer, check_positive, moved_names, values_known
-from .fast_attention import banded_attention
 from .native_decode import gate_applies, native_gate
 from .reference import CausalWindow
 from .ring_cache import CACHE_NAMES, RingLayer, ring_positions, take_cache
@@ -55,7 +54,7 @@ def krause_branch_forward(
             raise UserError("recorded_branches needs all tokens in one step; use use_cache=False")
         records.append({"layer": module.layer_idx, "weights": krause_attention_weights(query, key, sigma, window, top_k, attention_mask)})
     if krause_ring is not None and attention_mask is None and not dropout:
-        return krause_ring.reference_attention(query, key, value, top_k, sigma).transpose(1, 2), None
+        return krause_ring.attend(query, key, value, top_k, sigma).transpose(1, 2), None
     if krause_ring is not None:
         key, value = krause_ring.update(key, value)
     output = banded_attention(query, key, value, window, top_k, sigma=sigma, key_mask=attention_mask, dropout=dropout)

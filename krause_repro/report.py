@@ -23,7 +23,7 @@ from .bench_language import language_speed_table
 from .checks import UserError
 from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, fine_tuning_differences, fine_tuning_table, parameter_table, evaluate_fine_tuning,
+    FINE_TUNED_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
 from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
