@@ -387,8 +387,16 @@ def attention_weights(
     return dense_attention_weights(query, key, neighborhood, top_k, score, sigma, key_mask)[0]
 
 
-def dense_attention_weights(query, key, neighborhood, top_k, score, sigma, key_mask):
-    "The weights and support of `attention_weights`, whose parameters it has."
+def dense_attention_weights(
+    query: Tensor,  # (B, H, Tq, D), the last Tq tokens of the sequence
+    key: Tensor,  # (B, Hk, Tk, D)
+    neighborhood: Neighborhood,
+    top_k: int | None,  # keys kept in each row; None keeps the whole neighbourhood
+    score: str,  # one of `SCORES`
+    sigma: Tensor | float | None,  # bandwidth, a number or (H,); for the Krause score only
+    key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+) -> tuple[Tensor, Callable[[], Tensor] | None]:  # (B, H, Tq, Tk); the support, for `weighted_sum`
+    "The result of `attention_weights`, and its support."
     allowed = support_mask(neighborhood, query.shape[-2], key.shape[-2], key.device)
     temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
     return weights_and_support(query, key, allowed, top_k, score, temperature, key_mask)
