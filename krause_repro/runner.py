@@ -144,7 +144,7 @@ def failed_need(
     stem: str,  # of a page
     failed: Iterable[str],  # stems of the pages that failed or were not run themselves
 ) -> str | None:
-    "The page because of which this one is not to be run, if there is one."
+    "The failed page whose results this one reads, if there is one."
     return next((need for need in NEEDS.get(stem, ()) if need in failed), None)
 
 # %% ../nbs/58_runner.ipynb #2c3dd6aa
@@ -152,7 +152,7 @@ def settled_train(
     profile: str,  # "smoke", "desk" or "paper"
     train: str | None = None,  # "never", "missing", "always", or None for the profile's default
 ) -> str:
-    "The value of `train` that holds. Raises ValueError for a word that is not allowed."
+    "The given value of `train`, or the default of the profile. Raises `ValueError` for a value that is not allowed."
     from krause_repro.recipe_base import check_profile
     from krause_repro.results import check_train
 
@@ -210,7 +210,7 @@ def execute(
     folder: Path,  # the directory its cells run in
     bar: dict | bool = False,  # settings of a progress bar over the cells, or False
 ) -> str | None:
-    "Execute a notebook; return None, or what went wrong and in which cell. An interrupt kills the kernel and is passed on."
+    "Execute a notebook; return None, or the error and the cell that raised it. An interrupt kills the kernel and propagates."
     from papermill import PapermillExecutionError, execute_notebook
 
     try:
@@ -248,7 +248,7 @@ def run_page(
 
 # %% ../nbs/58_runner.ipynb #b35a40e9
 def interactive() -> bool:
-    "Does somebody watch the error output?"
+    "Whether the error output is a terminal."
     return sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -256,7 +256,7 @@ def interactive() -> bool:
 def ticking(
     bar: object,  # a tqdm bar
 ) -> Iterator[object]:
-    "Redraw a bar each second, so that its clock runs while a long cell does."
+    "Refresh a progress bar each second, so that its clock advances during a long cell."
     stop = threading.Event()
 
     def tick() -> None:
@@ -276,7 +276,7 @@ def ticking(
 def outcome(
     record: dict[str, object],  # of a page
 ) -> str:
-    "How a page went, in a few words."
+    "The status of a page and its duration, for the log."
     because = f" because of {record['because']}" if record.get("because") else ""
     seconds = "" if record["seconds"] is None else f", {record['seconds']} s"
     return f"{record['status']}{because}{seconds}"
@@ -287,7 +287,7 @@ def run_pages(
     outputs: Path,  # the folder of executed copies
     parameters: dict[str, dict[str, str]],  # by stem, what is passed to each page
     root: Path,  # the project's folder
-    quiet: bool = False,  # say nothing on the way
+    quiet: bool = False,  # print no progress
 ) -> Iterator[dict[str, object]]:
     "Execute pages one after the other and yield the record of each; a page that needs a failed one is not run."
     from tqdm import tqdm

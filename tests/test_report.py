@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from krause_repro import records
+from krause_repro import results
 from krause_repro.recipe_base import published_tables
 from krause_repro.recipes import SINKS, get_recipe
 from krause_repro.records import project_root
@@ -194,8 +194,8 @@ def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there()
 
 
 def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
-    opened, read = set(), records.read_json
-    monkeypatch.setattr(records, "read_json", lambda path: opened.add(path) or read(path))
+    opened, read = set(), results.read_json
+    monkeypatch.setattr(results, "read_json", lambda path: opened.add(path) or read(path))
     for make in README_BLOCKS.values():
         make()
     assert {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened} == set(README_RESULTS)
