@@ -35,10 +35,7 @@ class _RingStorage(CacheLayerMixin):
 
     is_sliding = True  # tokens that leave the window are lost
 
-    def __init__(
-        self,
-        window: int,  # W ≥ 1, in tokens, the token itself included
-    ):
+    def __init__(self, window: int):  # W ≥ 1, in tokens, the token itself included
         super().__init__()
         self.window = check_integer("window", window, 1)
         self.cumulative_length = 0  # tokens seen
@@ -187,9 +184,7 @@ class RingLayer(_RingAttention):
         if tokens_to_remove > 0 or -tokens_to_remove > self.cumulative_length:
             raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
         if tokens_to_remove and self.cumulative_length > self.window:
-            raise UserError(
-                f"a RingLayer of {self.window} slots cannot be cropped after {self.cumulative_length} tokens; use a DynamicCache"
-            )
+            raise UserError(f"a RingLayer of {self.window} slots cannot be cropped after {self.cumulative_length} tokens; use a DynamicCache")
         self.cumulative_length += tokens_to_remove
 
     def batch_select_indices(
@@ -201,10 +196,7 @@ class RingLayer(_RingAttention):
             self.keys, self.values = self.keys[indices.to(self.keys.device)], self.values[indices.to(self.values.device)]
             self._lent = False
 
-    def reorder_cache(
-        self,
-        beam_idx: Tensor,  # (B,) which sequence each one continues
-    ) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # (B,) which sequence each one continues
         "Reorder the batch, for beam search."
         self.batch_select_indices(beam_idx)
 

@@ -158,15 +158,6 @@ PAGES = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 MODULES = {path.stem[3:]: ROOT / "krause_repro" / f"{path.stem[3:]}.py" for path in PAGES
            if (ROOT / "krause_repro" / f"{path.stem[3:]}.py").is_file()}  # in the order of their notebooks
 LIMIT_MODULE, LIMIT_FUNCTION, LIMIT_CELL = 600, 60, 60  # lines
-LONGER = {"native_kernels", "image_files"}  # modules, whose cells hold the listings of the C++ kernels
-
-
-ARROWS_UP = {("fast_attention", "native_kernels")}  # to be turned round
-LONG_CELLS = {  # notebooks whose cells are still to be divided
-    "fast_attention", "attention", "ring_cache", "transformers_attention", "vision_transformer", "swin", "image_transformer",
-    "llm_branch", "branched_models", "adapters", "checkpoints", "records", "recipe_base", "image_recipes", "tasks", "training",
-    "generation_evaluation", "fine_tuning_evaluation", "language_tasks", "language_benchmarks", "sinks", "bench_generation",
-}
 
 
 def imports_of(path):
@@ -185,14 +176,14 @@ def imports_of(path):
 def test_modules_import_only_from_earlier_notebooks_so_there_is_no_circle():
     order = list(MODULES)
     later = [(name, other) for name, path in MODULES.items() for other in imports_of(path) if order.index(other) >= order.index(name)]
-    assert [pair for pair in later if pair not in ARROWS_UP] == []
+    assert later == []
 
 
 def test_no_module_and_no_function_is_too_long():
     long = []
     for name, path in MODULES.items():
         text = path.read_text(encoding="utf-8")
-        if name not in LONGER and len(text.splitlines()) > LIMIT_MODULE:
+        if len(text.splitlines()) > LIMIT_MODULE:
             long.append((name, len(text.splitlines())))
         long += [(f"{name}.{node.name}", node.end_lineno - node.lineno + 1) for node in ast.walk(ast.parse(text))
                  if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > LIMIT_FUNCTION]
@@ -203,9 +194,9 @@ def test_no_cell_is_too_long():
     long = {}
     for path in PAGES:
         lengths = [len("".join(cell["source"]).splitlines()) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-        if path.stem[3:] not in LONGER and max(lengths) > LIMIT_CELL:
+        if max(lengths) > LIMIT_CELL:
             long[path.stem[3:]] = max(lengths)
-    assert {name: lines for name, lines in long.items() if name not in LONG_CELLS} == {}
+    assert long == {}
 
 
 def test_continuous_integration_tests_and_walks_the_path():
