@@ -184,7 +184,7 @@ class RingLayer(_RingAttention):
         if tokens_to_remove > 0 or -tokens_to_remove > self.cumulative_length:
             raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
         if tokens_to_remove and self.cumulative_length > self.window:
-            raise UserError(f"a RingLayer of {self.window} slots cannot be cropped after {self.cumulative_length} tokens; use a DynamicCache")
+            raise UserError(f"a RingLayer of {self.window} slots cannot be cropped after {self.cumulative_length} tokens; use DynamicCache")
         self.cumulative_length += tokens_to_remove
 
     def batch_select_indices(
