@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['collect_attention', 'attention_entropy', 'head_diversity', 'grid_positions', 'attention_distance', 'token_cosine',
-           'rank_residual', 'effective_rank', 'token_clusters', 'analyse', 'test_pixels', 'summarise_analysis',
-           'map_row', 'query_rows']
+           'rank_residual', 'effective_rank', 'token_clusters', 'analyse', 'summarise_analysis']
 
 # %% ../nbs/48_attention_analysis.ipynb #2ea124bf
 import math

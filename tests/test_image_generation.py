@@ -203,7 +203,7 @@ def test_the_papers_schedule(tmp_path):
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(tiny, tmp_path):
     for change, message in (({"levels": 16}, "levels 0…15, got 0…16"), ({"image_shape": (8, 4, 1)}, r"shape \(N, 1, 8, 4\)"),
-                            ({"dataset": "photographs"}, "dataset must be one of digits, photograph_tiles, which are small")):
+                            ({"dataset": "photographs"}, "dataset must be one of digits, photograph_tiles, the small data sets")):
         with pytest.raises(ValueError, match=message):
             train(replace(tiny, **change), 0, runs=tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
@@ -211,7 +211,7 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_written(tiny, tmp_p
 
 def test_a_generator_that_diverges_says_so(tiny, tmp_path):
     bad = replace(tiny, lr=1e30, max_grad_norm=None, warmup_share=0.0)
-    for message in ("training diverged at step 1: eval_loss is nan; lower lr", "the same settings end there again"):
+    for message in ("training diverged at step 1: eval_loss is nan", "the same settings would diverge again"):
         with pytest.raises(TrainingDiverged, match=message):
             train(bad, 0, runs=tmp_path, progress=False)
     run = Run(run_path(bad, 0, tmp_path), bad, 0)

@@ -701,7 +701,8 @@ def test_data_from_elsewhere_are_not_unpickled(project, capsys, monkeypatch):
     monkeypatch.chdir(project)
     for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
         set_trap(project / "data" / "cifar-10-batches-py" / name, project / "sprung", zipped=False)
-    assert "by its MD5" in one_error(capsys, ["train", "kvit_s/cifar10", "--profile", "smoke", "--source", str(project / "data")])
+    arguments = ["train", "kvit_s/cifar10", "--profile", "smoke", "--source", str(project / "data")]
+    assert "does not have the expected MD5" in one_error(capsys, arguments)
     assert not (project / "sprung").exists()
 
 
