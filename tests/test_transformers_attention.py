@@ -564,7 +564,7 @@ def test_a_misspelt_setting_is_told_with_the_nearest(wrong, right):
     with pytest.raises(TypeError, match=f"configure_krause takes no '{wrong}'; the nearest name is '{right}'"):
         configure_krause(tiny_config("llama"), **{"sigma": SIGMA, "window": WINDOW, wrong: 3})
     for call in (lambda: configure_krause({}, SIGMA, WINDOW), lambda: RingCache({"krause_window": 3})):
-        with pytest.raises(TypeError, match="config must be a model's configuration .*got dict"):
+        with pytest.raises(TypeError, match="config must be a model's configuration.*got dict"):
             call()
 
 
