@@ -343,14 +343,9 @@ def support_mask(
     queries: int,  # Tq, the last tokens of the sequence
     keys: int,  # Tk ≥ Tq
     device: torch.device | str,  # of the tensors
-    key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
 ) -> Tensor | None:  # bool, broadcastable to (B, H, Tq, Tk); None allows all
-    "Boolean attention mask: the neighbourhood without padding."
-    allowed = None if isinstance(neighborhood, Full) else neighborhood.mask(keys, device)[-queries:]
-    if key_mask is None:
-        return allowed
-    padding = key_mask[:, None, None, :]
-    return padding if allowed is None else allowed & padding
+    "Boolean attention mask of the neighbourhood; padding is not part of it."
+    return None if isinstance(neighborhood, Full) else neighborhood.mask(keys, device)[-queries:]
 
 # %% ../nbs/02_reference.ipynb #a943df93
 def weights_and_support(
