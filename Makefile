@@ -1,4 +1,4 @@
-# make figures [PROFILE=smoke|desk|paper] [ONLY=31] [TRAIN=never|missing|always]
+# make figures [PROFILE=smoke|desk|paper] [ONLY=61] [TRAIN=never|missing|always]
 PYTHON ?= python3
 PROFILE ?= smoke
 ONLY ?=
@@ -26,7 +26,7 @@ endif
 .DEFAULT_GOAL := figures
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: figures book test test-latest lock site help
+.PHONY: figures book test test-thorough test-latest lock site help
 
 figures: $(INSTALLED)  ## execute the notebooks under PROFILE and build the page that shows every figure
 	$(COMMAND) data fashion_mnist
@@ -39,7 +39,10 @@ book: $(INSTALLED)  ## execute the committed notebooks in place (desk results, n
 test: $(INSTALLED)  ## ruff and the tests
 	$(COMMAND) data fashion_mnist
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+
+test-thorough: $(INSTALLED)  ## the tests with twenty times as many random examples, drawn anew
+	KRAUSE_TEST_EXAMPLES=20 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --timeout=3600
 
 test-latest:  ## the tests with the newest release of every requirement, in an environment of its own
 	$(MAKE) test VENV='$(VENV)-latest' LOCK=
@@ -53,7 +56,7 @@ lock: $(INSTALLED)  ## resolve the requirements of settings.ini anew and write r
 		--python-version "$$(sed -n 's/^min_python = //p' settings.ini)" --extra dev --extra eval --output-file requirements-lock.txt setup.py
 
 help:  ## this list
-	@echo "make [TARGET] [PROFILE=smoke|desk|paper] [ONLY=31,40_report] [TRAIN=never|missing|always] [PYTHON=python3] [VENV=.venv]"
+	@echo "make [TARGET] [PROFILE=smoke|desk|paper] [ONLY=61,70_report] [TRAIN=never|missing|always] [PYTHON=python3] [VENV=.venv]"
 	@sed -n 's/^\([a-z-]*\):.*##/  \1\t/p' Makefile | expand -t 16
 
 # The stamp is written only by an installation that succeeded; new requirements install again. Without a lock, the newest releases

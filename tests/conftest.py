@@ -1,18 +1,27 @@
 """Shared by all tests: quiet libraries, repeatable properties, the data in a quick form, and one finished run."""
 
 import gzip
+import os
 import shutil
 from dataclasses import replace
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers share the cores
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 import pytest
+import torch
 import transformers
 from hypothesis import settings
 
-from krause_repro.data import FASHION_MNIST_FILES, fetch
+from krause_repro.image_data import fetch
+from krause_repro.image_files import FASHION_MNIST_FILES
 from krause_repro.recipes import get_recipe
 from krause_repro.training import train
 
-settings.register_profile("krause_repro", deadline=None, derandomize=True, database=None, max_examples=60)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+THOROUGH = int(os.environ.get("KRAUSE_TEST_EXAMPLES", "1"))  # how many times the usual number of examples, then drawn anew at each run
+settings.register_profile("krause_repro", deadline=None, derandomize=THOROUGH == 1, database=None, max_examples=60 * THOROUGH)
 settings.load_profile("krause_repro")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -10,35 +10,37 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from krause_repro.analysis import (
+from krause_repro.attention_analysis import (
     analyse,
     attention_distance,
     attention_entropy,
     collect_attention,
     effective_rank,
-    first_token_attention,
-    grid_places,
+    grid_positions,
     head_diversity,
     map_row,
     query_rows,
     query_token,
     rank_residual,
+    summarise_analysis,
+    test_pixels,
+    token_clusters,
+    token_cosine,
+)
+from krause_repro.branched_models import add_krause_branch, recorded_branches
+from krause_repro.recipes import get_recipe
+from krause_repro.reference import CausalWindow
+from krause_repro.sinks import (
+    first_token_attention,
     received_attention,
     sink_profile,
     sink_quantities,
     sink_verdict,
-    summarise_analysis,
     summarise_sinks,
-    test_pixels,
-    token_clusters,
-    token_cosine,
     uniform_attention,
     uniform_share,
     value_ratio,
 )
-from krause_repro.attention import CausalWindow
-from krause_repro.llm_branch import add_krause_branch, recorded_branches
-from krause_repro.recipes import get_recipe
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
 
@@ -95,7 +97,7 @@ def test_one_head_has_no_diversity():
 
 
 def test_distance_by_a_loop_without_the_cls_token():
-    weights, places = rows(2, 2, 10, 10), grid_places(3)
+    weights, places = rows(2, 2, 10, 10), grid_positions(3)
     assert places[0].isnan().all() and places[1:].tolist() == [[i // 3, i % 3] for i in range(9)]
     for image, head in itertools.product(range(2), range(2)):
         a = weights[image, head].tolist()
@@ -108,12 +110,12 @@ def test_a_query_that_sees_the_cls_token_alone_does_not_count():
     weights = torch.zeros(1, 1, 5, 5)
     weights[0, 0, :, 0] = 1
     weights[0, 0, 1] = torch.tensor([0.5, 0.0, 0.25, 0.0, 0.25])  # the corner: half of the rest right of it, half diagonal
-    assert attention_distance(weights, grid_places(2)).item() == pytest.approx((1 + math.sqrt(2)) / 2)
+    assert attention_distance(weights, grid_positions(2)).item() == pytest.approx((1 + math.sqrt(2)) / 2)
 
 
 def test_places_must_fit_the_weights():
-    with pytest.raises(ValueError, match="places must have a row for each token"):
-        attention_distance(rows(1, 1, 5, 5), grid_places(3))
+    with pytest.raises(ValueError, match="positions must have a row for each token"):
+        attention_distance(rows(1, 1, 5, 5), grid_positions(3))
 
 
 # Tokens
@@ -193,10 +195,10 @@ def test_analysis_is_the_mean_over_images_whatever_the_batch(kvit):
     weights, states = collect_attention(kvit, states=True, pixel_values=images)
     assert whole.keys() == parts.keys() and all(parts[name] == pytest.approx(whole[name], rel=1e-4) for name in whole)
     assert whole["entropy"] == pytest.approx([attention_entropy(layer).mean().item() for layer in weights], rel=1e-5)
-    assert whole["distance"] == pytest.approx([attention_distance(layer, grid_places(7)).mean().item() for layer in weights], rel=1e-5)
+    assert whole["distance"] == pytest.approx([attention_distance(layer, grid_positions(7)).mean().item() for layer in weights], rel=1e-5)
     assert whole["clusters"] == pytest.approx([token_clusters(layer).double().mean().item() for layer in states])
     assert len(whole["cosine"]) == 3 and len(whole["head_diversity"]) == 2  # the tokens also before the first layer
-    found = summarise_analysis([kvit, kvit], images)
+    found = summarise_analysis([analyse(kvit, images)] * 2)
     assert found["entropy"]["mean"] == pytest.approx(whole["entropy"]) and found["entropy"]["sd"] == pytest.approx([0, 0], abs=1e-12)
 
 
@@ -295,7 +297,7 @@ def test_sink_profile_is_what_the_layers_do():
     tokens = torch.randint(61, (5, 24))
     base = sink_profile(model, tokens, window=6)
     assert set(base) == {"softmax"} and model.config._attn_implementation != "eager"
-    add_krause_branch(model, window=6, top_k=3, gate_start=0.6)
+    add_krause_branch(model, window=6, top_k=3, gate_init=0.6)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -378,7 +380,7 @@ def test_what_no_number_can_come_of_is_named(name, change, message):
 @pytest.mark.parametrize("call", [
     lambda: rank_residual(torch.zeros(1, 3, 4)), lambda: effective_rank(torch.zeros(1, 3, 4)),
     lambda: value_ratio(torch.zeros(1, 3, 4), 2),
-    lambda: attention_distance(torch.eye(5)[:1].expand(1, 1, 5, 5), grid_places(2)),  # all weight on the CLS token
+    lambda: attention_distance(torch.eye(5)[:1].expand(1, 1, 5, 5), grid_positions(2)),  # all weight on the CLS token
 ])
 def test_a_division_by_zero_is_an_error(call):
     with pytest.raises(ValueError, match="is not defined here"):
@@ -401,7 +403,7 @@ def test_a_diverged_model_has_no_analysis(kvit):
         analyse(broken, torch.zeros(1, 1, 28, 28))
     for call, message in ((lambda: analyse(kvit, torch.zeros(0, 1, 28, 28)), "pixel_values must be"),
                           (lambda: analyse(kvit, torch.zeros(1, 1, 28, 28), batch=0), "batch must be an integer"),
-                          (lambda: summarise_analysis([], torch.zeros(1, 1, 28, 28)), "models must hold a model")):
+                          (lambda: summarise_analysis([]), "found must hold the quantities of a model")):
         with pytest.raises(ValueError, match=message):
             call()
     model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=11))

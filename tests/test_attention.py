@@ -15,38 +15,44 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from krause_repro.attention import (
+    KrauseAttention,
+    attention_stages,
+    banded_attention,
+    choose_implementation,
+    gathered_attention,
+    krause_attention,
+    krause_attention_weights,
+    mechanism_example,
+)
+from krause_repro.checks import check_fraction, check_integer, check_positive
+from krause_repro.fast_attention import (
+    _near_weights,
+    candidate_table,
+    flex_attention,
+    sdpa_attention,
+)
+from krause_repro.native_kernels import candidate_lists
+from krause_repro.reference import (
     SCORES,
     CausalWindow,
     Full,
     GridWindow,
-    KrauseAttention,
     Neighborhood,
-    attend,
-    attention_stages,
     attention_weights,
-    check_fraction,
-    check_integer,
-    check_positive,
-    choose_implementation,
     half_square_norm,
-    krause_attention,
-    krause_attention_weights,
-    match_heads,
-    mechanism_example,
     pairwise_energy,
+    reference_attention,
+    repeat_kv,
 )
-from krause_repro.fast_attention import (
-    banded_attention,
-    candidate_table,
-    flex_attention,
-    gathered_attention,
-    gathered_weights,
-    sdpa_attention,
-)
-from krause_repro.native_kernels import candidate_lists
 
-IMPLEMENTATIONS = {"reference": attend, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention}
+IMPLEMENTATIONS = {"reference": reference_attention, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention}
 EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def gathered_weights(query, key, neighborhood, top_k=None, *, score="krause", sigma=None):
+    "The patches' rows of `attention_weights`, computed on their candidates only."
+    near, _, scatter = _near_weights(query, key, neighborhood, top_k, score, sigma)
+    return scatter(near)
 
 
 def allows(neighborhood, i, j):
@@ -253,7 +259,7 @@ def test_the_future_cannot_leak(problem, data):
 
     def until_now(query, key, value):
         rest = (problem["neighborhood"], problem["top_k"])
-        return attend(query, key, value, *rest, score=problem["score"], sigma=sigma_of(problem))[:, :, : now + 1 - past]
+        return reference_attention(query, key, value, *rest, score=problem["score"], sigma=sigma_of(problem))[:, :, : now + 1 - past]
 
     assert torch.equal(until_now(*inputs), until_now(*changed))
     leaves = [tensor.requires_grad_() for tensor in inputs]
@@ -274,7 +280,7 @@ def test_gathered_is_the_reference_with_its_gradients(problem):
         found[name] = [output, *torch.autograd.grad(output.square().sum(), leaves)]
     assert_close(found["gathered"], found["reference"], **EXACT)
     hub = int(problem["neighborhood"].cls_token)
-    query, key = leaves[0], match_heads(leaves[1], leaves[0].shape[1])
+    query, key = leaves[0], repeat_kv(leaves[1], leaves[0].shape[1])
     patches = gathered_weights(query[:, :, hub:], key, *rest, **score)
     assert_close(patches, attention_weights(query, key, *rest, **score)[:, :, hub:], **EXACT)
 
@@ -301,7 +307,7 @@ def test_padding_is_never_attended(problem, data):
     assert_close(weights, expected, **EXACT)
     padded = ~key_mask[:, None, :, None].expand(key.shape)
     other = [torch.where(padded, 7 - tensor, tensor) for tensor in (key, value)]
-    exact = expected @ match_heads(value, query.shape[1])
+    exact = expected @ repeat_kv(value, query.shape[1])
     for name in set(problem["names"]) - {"gathered"} | {"auto"}:
         output = krause_attention(query, key, value, *rest, key_mask=key_mask, implementation=name)
         assert torch.equal(krause_attention(query, *other, *rest, key_mask=key_mask, implementation=name), output)
@@ -855,8 +861,8 @@ def test_auto_is_the_fastest_that_can():
     grid, key_mask = GridWindow(2, 2, 1), torch.ones(1, 5, dtype=torch.bool)
     for expected, request in (
         (banded_attention, (CausalWindow(3),)), (banded_attention, (CausalWindow(3), 2, key_mask)), (gathered_attention, (grid,)),
-        (gathered_attention, (grid, 2)), (sdpa_attention, (grid, None, key_mask)), (attend, (grid, 2, key_mask)),
-        (sdpa_attention, (Full(),)), (sdpa_attention, (Full(), None, key_mask)), (attend, (Full(), 2)),
+        (gathered_attention, (grid, 2)), (sdpa_attention, (grid, None, key_mask)), (reference_attention, (grid, 2, key_mask)),
+        (sdpa_attention, (Full(),)), (sdpa_attention, (Full(), None, key_mask)), (reference_attention, (Full(), 2)),
     ):
         assert choose_implementation("auto", *request) is expected, request
     assert choose_implementation("flex", grid, 2, device="cuda") is flex_attention

@@ -11,68 +11,68 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from krause_repro import benchmarks
-from krause_repro.attention import CausalWindow, GridWindow, attend
-from krause_repro.benchmarks import (
+from krause_repro import bench_attention as attention_benchmarks
+from krause_repro import bench_models, timing
+from krause_repro.bench_attention import (
     BASELINE,
-    BENCHMARKS,
+    DENSE_LENGTH,
+    KINDS,
+    SELECTORS,
+    attention_calls,
+    attention_contenders,
+    bench_attention,
+    bench_grids,
+    bench_scaling,
+    bench_selection,
+    compiled_selector,
+    kth_largest,
+    peak_memory,
+    scaling_series,
+)
+from krause_repro.bench_generation import bench_generation, generation_seconds
+from krause_repro.bench_language import (
+    bench_language,
+    benchmark_language_model,
+    branch_memory,
+    deployed_models,
+    language_speed_table,
+    lora_step,
+    prefill_and_decode,
+    resident_growth,
+)
+from krause_repro.bench_models import bench_images, bench_training, forward_pass, training_step
+from krause_repro.benchmarks import BENCHMARKS, bench_cost, bench_dynamics, format_rows, report_benchmark
+from krause_repro.drawing import COLOURS
+from krause_repro.flops import language_mac_table
+from krause_repro.llm_branch import branches
+from krause_repro.native_decode import DecodeLinear
+from krause_repro.recipes import (
     CIFAR_CASE,
     COST,
-    DENSE_LENGTH,
     GENERATION_SPEED,
-    KINDS,
     LANGUAGE_GOALS,
     LANGUAGE_SPEED,
-    LONG_ROUNDS,
     PASSES,
-    ROUNDS,
-    SELECTORS,
     AttentionCase,
     GenerationCase,
     ImageCase,
     LanguageCase,
-    attention_calls,
-    attention_contenders,
-    bench_attention,
-    bench_cost,
-    bench_dynamics,
-    bench_generation,
-    bench_grids,
-    bench_images,
-    bench_language,
-    bench_scaling,
-    bench_selection,
-    bench_training,
-    benchmark_language_model,
-    branch_memory,
+    get_recipe,
+)
+from krause_repro.records import read_json
+from krause_repro.reference import CausalWindow, GridWindow, reference_attention
+from krause_repro.results import stale_recipes
+from krause_repro.timing import (
+    LONG_ROUNDS,
+    ROUNDS,
     compare,
     compare_in_pairs,
-    compiled_selector,
-    deployed_models,
     fitted_exponent,
-    format_rows,
-    forward_pass,
-    generation_seconds,
     in_turns,
     interleave,
-    kth_largest,
-    language_speed_table,
-    lora_step,
     peak_beyond,
-    peak_memory,
-    reader_and_writer,
-    report_benchmark,
-    resident_growth,
-    scaling_series,
     summarise_times,
-    training_step,
 )
-from krause_repro.counting import language_mac_table
-from krause_repro.figures import COLOURS
-from krause_repro.llm_branch import branches
-from krause_repro.native_kernels import StepLinear
-from krause_repro.recipes import get_recipe
-from krause_repro.records import read_json, stale_recipes
 from krause_repro.training import build_trainer
 
 SMOKE = COST.at("smoke")
@@ -102,14 +102,14 @@ def test_times_are_summarised_by_median_and_quartiles():
     ("seconds", "budget", "rounds"), [(5.0, 9.0, LONG_ROUNDS), (1.0, 9.0, ROUNDS[0]), (0.1, 2.0, 10), (1e-6, 9.0, ROUNDS[1])]
 )
 def test_slow_contenders_get_fewer_rounds(monkeypatch, seconds, budget, rounds):
-    monkeypatch.setattr(benchmarks, "interleave", lambda names, rounds, warmup: {name: [seconds] * (rounds + warmup) for name in names})
+    monkeypatch.setattr(timing, "interleave", lambda names, rounds, warmup: {name: [seconds] * (rounds + warmup) for name in names})
     assert {name: len(times) for name, times in in_turns({"a": None, "b": None}, budget).items()} == {"a": rounds, "b": rounds}
 
 
 def test_every_contender_takes_turns_with_the_baseline_alone(monkeypatch):
     times = {"base": [1.0, 2.0], "a": [3.0, 2.0], "b": [0.5, 1.0]}
     asked = []
-    monkeypatch.setattr(benchmarks, "in_turns", lambda pair, budget: asked.append((*pair, budget)) or {name: times[name] for name in pair})
+    monkeypatch.setattr(timing, "in_turns", lambda pair, budget: asked.append((*pair, budget)) or {name: times[name] for name in pair})
     rows = compare_in_pairs({"a": None, "base": None, "b": None}, "base", 7.0)
     assert asked == [("base", "a", 7.0), ("base", "b", 7.0)]
     assert [(row["name"], row["ratio"], row["rounds"]) for row in rows] == [("base", 1.0, 4), ("a", 2.0, 2), ("b", 0.5, 2)]
@@ -145,7 +145,7 @@ def oracle(name, case, leaves):
     soft = full or "softmax" in name or name == "fused, window mask"
     top_k = None if full or name in ("fused, window mask", "sdpa") else case.top_k
     window = CausalWindow(case.length if full else case.window)
-    return attend(*leaves[:3], window, top_k, score="softmax" if soft else "krause", sigma=leaves[3])
+    return reference_attention(*leaves[:3], window, top_k, score="softmax" if soft else "krause", sigma=leaves[3])
 
 
 @pytest.mark.parametrize("top_k", [4, None])
@@ -181,10 +181,10 @@ def test_no_dense_mask_is_made_for_those_that_need_none(monkeypatch):
 
 
 def test_without_kernels_there_is_no_operator_to_time(monkeypatch):
-    monkeypatch.setattr(benchmarks, "kernels_available", lambda: False)
+    monkeypatch.setattr(attention_benchmarks, "kernels_available", lambda: False)
     assert not [name for name in attention_contenders(TINY) if "C++" in name]
     result = bench_selection(SMOKE)
-    assert benchmarks.OPERATOR_SHARE in result["missing"] and len(result["rows"]) == len(SELECTORS)
+    assert attention_benchmarks.OPERATOR_SHARE in result["missing"] and len(result["rows"]) == len(SELECTORS)
     assert {row["name"] for row in bench_scaling(SMOKE)["rows"]} == {BASELINE, "banded, PyTorch", "dense reference"}
 
 
@@ -275,8 +275,8 @@ def test_series_keep_to_one_sweep_and_pass_and_leave_out_what_is_missing():
 
 def test_a_contender_drops_out_of_longer_sequences_when_it_would_take_too_long(monkeypatch):
     speed = {BASELINE: lambda case: case.length**2, "dense reference": lambda case: 9 * case.length**2}
-    monkeypatch.setattr(benchmarks, "attention_calls", lambda case, step, names: {name: (name, case) for name in names})
-    monkeypatch.setattr(benchmarks, "in_turns", lambda calls, budget: {
+    monkeypatch.setattr(attention_benchmarks, "attention_calls", lambda case, step, names: {name: (name, case) for name in names})
+    monkeypatch.setattr(attention_benchmarks, "in_turns", lambda calls, budget: {
         name: [float(speed.get(name, lambda case: case.length)(case))] for name, case in calls.values()})
     rows = bench_scaling(replace(COST, lengths=(1, 2, 4, 8), windows=(4, 8), window_length=1, limit=70.0))["rows"]
     reached = {name: [row["length"] for row in rows if (row["name"], row["sweep"], row["pass"]) == (name, "length", "forward")]
@@ -315,7 +315,7 @@ def test_image_rows_give_images_per_second():
 
 def test_the_training_that_is_timed_is_real_training(monkeypatch):
     seen = []
-    monkeypatch.setattr(benchmarks, "build_trainer", lambda *a, **k: seen.append(build_trainer(*a, **k)) or seen[-1])
+    monkeypatch.setattr(bench_models, "build_trainer", lambda *a, **k: seen.append(build_trainer(*a, **k)) or seen[-1])
     found = bench_training(get_recipe("kvit_t/fashion_mnist").at("smoke"), steps=3, warmup=2)
     assert seen[0].state.global_step == 5 and found["steps"] == 3 and len(seen[0].data_collator.seconds) >= 5
     step, collator = (row["seconds"] for row in found["rows"])
@@ -340,7 +340,7 @@ def test_deployed_models_differ_in_the_branch_alone():
     assert torch.equal(base, merged) and not torch.allclose(base, krause)
     torch.testing.assert_close(krause, plain)
     layers = [{type(module) for module in models[name].modules()} for name in ("Krause", "Krause, plain layers")]
-    assert StepLinear in layers[0] and StepLinear not in layers[1]
+    assert DecodeLinear in layers[0] and DecodeLinear not in layers[1]
 
 
 @pytest.mark.parametrize("name", ["base", "Krause"])
@@ -348,7 +348,7 @@ def test_what_is_timed_writes_what_generate_writes(name):
     model = deployed_models(benchmark_language_model("random"))[name]
     ids, written = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0)), []
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, min_new_tokens=6)
-    read, write = reader_and_writer(model, ids, 6)
+    read, write = prefill_and_decode(model, ids, 6)
     model.register_forward_hook(lambda module, args, output: written.append(output.logits[:, -1].argmax(-1)))
     for _ in range(2):  # a second reading begins anew
         written.clear()

@@ -9,30 +9,32 @@ import pytest
 import torch
 from PIL import Image
 
-from krause_repro import data
-from krause_repro.data import (
-    AUGMENTATIONS,
+from krause_repro import image_data, image_files
+from krause_repro.image_data import (
+    Collator,
+    ImageFolderSet,
+    ImageSet,
+    fetch,
+    imagenet_transform,
+    load,
+    load_splits,
+    random_crop_flip,
+    split_held_out,
+)
+from krause_repro.image_files import (
     CIFAR_MEAN,
     DATA,
     FASHION_MNIST_FILES,
     PHOTOGRAPH_CROP,
     PHOTOGRAPH_PLACES,
-    Collator,
-    ImageFolderSet,
-    ImageSet,
     download_folder,
-    fetch,
     find_source,
-    imagenet_transform,
-    load,
-    load_splits,
     photograph_folder,
-    random_crop_flip,
     read_idx,
     read_image,
-    split_held_out,
 )
-from krause_repro.recipes import FOLDER_DATASETS, IMAGE_DATASETS, RECIPES, get_recipe
+from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS
+from krause_repro.recipes import RECIPES, get_recipe
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -106,7 +108,7 @@ def test_a_folder_that_is_given_is_the_only_place(tmp_path):
 
 def test_cifar_and_imagenet_say_where_they_were_looked_for(no_downloads):
     for name in ("cifar10", "cifar100"):
-        with pytest.raises(FileNotFoundError, match=f"{no_downloads}, {no_downloads / name}; get it with: krause-repro data {name}"):
+        with pytest.raises(FileNotFoundError, match=f"{no_downloads}, {no_downloads / name}; download it with: krause-repro data {name}"):
             load(name, "test")
     with pytest.raises(FileNotFoundError, match="name the folder that holds train/ and val/ by --source or KRAUSE_REPRO_DATA"):
         fetch("imagenet")
@@ -139,7 +141,7 @@ def test_damaged_files_are_named(small, which, damage, packed):
         "cut": content[:middle], "empty": b"", "one byte": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
         "another file": gzip.compress(b"hello") if packed else b"hello",
     }[damage])
-    with pytest.raises(ValueError, match=f"{path} is (truncated|not)"):
+    with pytest.raises(ValueError, match=f"{path} (is (truncated|not)|does not have the expected SHA-256)"):
         load("fashion_mnist", "test", small)
 
 
@@ -150,13 +152,13 @@ def test_a_byte_changed_before_packing_is_noticed(small):
     path.unlink()
     path = path.with_name(f"{path.name}.gz")
     path.write_bytes(gzip.compress(raw, 1))
-    with pytest.raises(ValueError, match=f"{path} is not the file expected.*SHA-256"):
+    with pytest.raises(ValueError, match=f"{path} does not have the expected SHA-256"):
         load("fashion_mnist", "test", small)
 
 
 def test_another_data_set_of_the_same_form_is_refused(small):
     write_idx(small / STEMS["test"][0], torch.zeros(10_000, 28, 28, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="is not the file expected: another data set"):
+    with pytest.raises(ValueError, match="does not have the expected SHA-256: it is another data set"):
         load("fashion_mnist", "test", small)
 
 
@@ -185,15 +187,15 @@ def test_cifar_that_is_not_whole_is_refused(tmp_path, damage):
         (tmp_path / file).parent.mkdir()
         if damage == "truncated":
             (tmp_path / file).write_bytes(b"cut")
-        what = "is missing" if damage == "missing" else "is not the file expected: truncated, changed or of another data set .by its MD5."
-        with pytest.raises(ValueError, match=f"{tmp_path} does not hold a whole {name}: {tmp_path / file} {what}; delete it and get it"):
+        what = "is missing" if damage == "missing" else "does not have the expected MD5: it is truncated, changed or of another data set"
+        with pytest.raises(ValueError, match=f"{tmp_path} holds an incomplete or damaged {name}: {tmp_path / file} {what}; delete it"):
             load(name, "train", tmp_path)
 
 
 def test_mnist_must_be_the_original(tmp_path):
     for stem, shape in zip(STEMS["test"], ((10_000, 28, 28), (10_000,)), strict=True):
         write_idx(tmp_path / stem, torch.zeros(shape, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte is not the file expected: another data set or a changed one"):
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte does not have the expected SHA-256"):
         load("mnist", "test", tmp_path)
 
 
@@ -206,7 +208,7 @@ def test_read_idx(tmp_path):
         found += 1  # may be written to
     raw = write_idx(tmp_path / "longer", array)
     (tmp_path / "longer").write_bytes(raw + b"\0")
-    with pytest.raises(ValueError, match="announces 24 values and holds 25"):
+    with pytest.raises(ValueError, match="its header says 24 values, it holds 25"):
         read_idx(tmp_path / "longer")
     (tmp_path / "header").write_bytes(raw[:6])
     with pytest.raises(ValueError, match="header is truncated"):
@@ -367,9 +369,9 @@ def test_levels_of_16_bits_are_scaled(tmp_path, name, picture):
 def test_levels_of_12_bits_and_white_at_zero_are_as_the_file_says():
     grey = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
     grey.tag_v2 = {258: (12,)}
-    assert np.asarray(data.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
     grey.tag_v2 = {258: (12,), 262: 0}
-    assert np.asarray(data.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
+    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -377,7 +379,7 @@ def test_numbers_without_a_known_range_are_refused_by_file_and_mode(folder, mode
     path = folder / "train" / "ant" / "numbers.tif"
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).convert(mode).save(path)
     for ask in (lambda: read_image(path), lambda: load_splits(photographs(), folder)):
-        with pytest.raises(ValueError, match=f"numbers.tif.*its mode is {mode}, numbers of 32 bits whose range nobody knows"):
+        with pytest.raises(ValueError, match=f"numbers.tif.*its mode is {mode}, 32-bit values of unknown range"):
             ask()
     assert load_splits(photographs(), folder, "skip").left_out == ("train/ant/numbers.tif",)
 
@@ -391,7 +393,7 @@ def test_damaged_images_stop_before_training(damaged):
 
 
 def test_in_a_large_folder_a_damaged_image_stops_when_it_is_met(damaged, monkeypatch):
-    monkeypatch.setattr(data, "SMALL_FOLDER", 0)
+    monkeypatch.setattr(image_data, "SMALL_FOLDER", 0)
     found = load("imagenet", "test", damaged)
     for i, (path, _) in enumerate(found.data.samples):
         if path.endswith("empty.jpeg"):
@@ -416,9 +418,9 @@ def test_damaged_images_are_skipped_and_told(damaged, folder):
 
 
 def test_a_large_folder_is_decoded_once_until_it_changes(damaged, no_downloads, monkeypatch):
-    monkeypatch.setattr(data, "SMALL_FOLDER", 0)
-    calls, works = [], data.damaged_images
-    monkeypatch.setattr(data, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
+    monkeypatch.setattr(image_data, "SMALL_FOLDER", 0)
+    calls, works = [], image_data.damaged_images
+    monkeypatch.setattr(image_data, "damaged_images", lambda paths: calls.append(len(paths)) or works(paths))
     first, again = (load("imagenet", "train", damaged, unreadable="skip") for _ in range(2))
     assert calls == [12] and first.left_out == again.left_out == ["train/ant/cut.jpg", "train/bee/text.jpg"]
     (damaged / "train" / "bee" / "1.png").write_bytes(b"no more")
@@ -435,7 +437,7 @@ def test_trouble_of_the_disk_is_never_skipped(damaged, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(data.Image, "open", broken)
+    monkeypatch.setattr(image_files.Image, "open", broken)
     with pytest.raises(OSError, match="Input/output error"):
         load("imagenet", "train", damaged, unreadable="skip")
 
@@ -499,7 +501,7 @@ def test_photographs_are_those_of_scikit_learn_and_the_same_each_time(tmp_path):
 
 def test_photographs_are_made_on_demand(no_downloads, folder):
     place = no_downloads / "photographs"
-    with pytest.raises(FileNotFoundError, match=f"no photographs in {place}; get it with: krause-repro data photographs"):
+    with pytest.raises(FileNotFoundError, match=f"no photographs in {place}; download it with: krause-repro data photographs"):
         find_source("photographs")
     recipe = get_recipe("kvit_s16/photographs").at("smoke")
     splits = load_splits(recipe)
@@ -687,7 +689,7 @@ def test_no_package_manager_and_no_network_says_what_to_do_by_hand(no_downloads,
     def unreachable(name):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(data, "_download", unreachable)
+    monkeypatch.setattr(image_data, "download_dataset", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         fetch("fashion_mnist")
     for part in (str(tmp_path / "package"), "network is unreachable", "apt-get install dataset-fashion-mnist", str(no_downloads)):
@@ -734,7 +736,7 @@ def test_damaged_downloads_are_got_again(commands, no_downloads):
 def test_a_failed_package_is_told_with_its_last_words(commands, no_downloads, monkeypatch):
     tool = commands.parent / "tools" / "apt-get"
     tool.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
-    monkeypatch.setattr(data, "_download", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
+    monkeypatch.setattr(image_data, "download_dataset", lambda name: (_ for _ in ()).throw(RuntimeError("no mirror")))
     with pytest.raises(FileNotFoundError, match="apt-get: E: Unable to locate package; no mirror. By hand: install .*sudo apt-get install"):
         fetch("fashion_mnist")
     assert not any(no_downloads.rglob("*ubyte*"))

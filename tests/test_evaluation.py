@@ -9,48 +9,45 @@ import pytest
 import torch
 
 from krause_repro import evaluation
-from krause_repro.data import Collator, load_splits
-from krause_repro.evaluation import (
+from krause_repro.ablation import (
     ABLATION_CELLS,
     ABLATION_CONTROLS,
+    averaged_effects,
+    cell_table,
+    difference_table,
+    factor_effect,
+    load_or_run_grid,
+    paper_steps,
+    plain_answers,
+    single_changes,
+)
+from krause_repro.evaluation import (
     FLAT_GAIN,
     FLAT_SHARE,
     IMAGE_COMPARISONS,
-    SMALLEST_DIFFERENCE,
-    STUDENT_975,
     accuracy_differences,
     accuracy_table,
     altered_note,
-    averaged_effects,
-    cell_table,
-    corrected_difference,
     curve,
-    describe_difference,
-    difference_table,
-    factor_effect,
-    is_shown,
+    evaluate_runs,
     is_undertrained,
     last_gain,
     learned_sigma,
-    obtain_cells,
-    paired_difference,
-    paper_steps,
-    percent,
-    plain_answers,
     planned_table,
     provenance_table,
     read_plan,
     save_finished,
-    single_changes,
-    summarise_runs,
     test_accuracy,
     train_seeds,
     trained_table,
     training_curves,
 )
+from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
-from krause_repro.records import save_result, summarise
-from krause_repro.training import Run
+from krause_repro.results import save_result
+from krause_repro.runs import Run
+from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, summarise
+from krause_repro.tables import percent
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +141,7 @@ def test_learned_sigma(finished):
 
 
 def test_summary_of_runs(run, source):
-    found = summarise_runs([run], source)
+    found = evaluate_runs([run], source)
     test, end = test_accuracy(run, source), run.summary()
     assert found["test_accuracy"] == {"values": [test["accuracy"]], "mean": test["accuracy"], "sd": None, "n": 1}
     assert found["held_out_accuracy"]["mean"] == end["held_out_accuracy"] and found["chosen_epochs"] == [end["chosen_epoch"]]
@@ -161,15 +158,16 @@ def test_paired_difference_by_hand():
     found = paired_difference([0.5, 0.75, 1.0], [0.25, 0.25, 0.75])
     assert found["values"] == [0.25, 0.5, 0.25] and found["n"] == 3
     assert found["mean"] == pytest.approx(1 / 3) and found["sd"] == pytest.approx(1 / math.sqrt(48))
-    half = 4.303 / 12  # t × sd / √3
+    half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) / 12  # t × sd / √3, with the quantile of two degrees of freedom in closed form
     assert found["interval"] == pytest.approx([1 / 3 - half, 1 / 3 + half])
     two = paired_difference([1.0, 2.0], [0.0, 0.0])
-    assert two["interval"] == pytest.approx([1.5 - 12.706 / 2, 1.5 + 12.706 / 2])
+    half = math.tan(0.475 * math.pi) / 2  # of one degree of freedom
+    assert two["interval"] == pytest.approx([1.5 - half, 1.5 + half])
 
 
 def test_one_seed_has_no_interval():
     assert paired_difference([0.5], [0.25]) == {"values": [0.25], "mean": 0.25, "sd": None, "n": 1, "interval": None}
-    assert paired_difference([1.0] * 11, [0.5] * 11)["interval"] is None
+    assert paired_difference([1.0] * 11, [0.5] * 11)["interval"] == [0.5, 0.5]  # any number of seeds from two on
     assert paired_difference([1.0] * 10, [0.5] * 10)["interval"] == [0.5, 0.5]
 
 
@@ -181,9 +179,11 @@ def test_seeds_must_be_paired():
         paired_difference([], [])
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), STUDENT_975.items())
-def test_student_quantiles(freedom, quantile):
-    "Integrate the density of Student's t: 97.5% lies below the quantile."
+@pytest.mark.parametrize("freedom", range(1, 13))
+def test_student_quantiles(freedom):
+    "Integrate the density of Student's t: 97.5% lies below the quantile that an interval uses."
+    found = paired_difference([float(i * i) for i in range(freedom + 1)], [0.0] * (freedom + 1))
+    quantile = (found["interval"][1] - found["mean"]) * math.sqrt(freedom + 1) / found["sd"]
     constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
     steps = 4000
     width = quantile / steps
@@ -195,7 +195,7 @@ def test_student_quantiles(freedom, quantile):
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; one seed tells nothing about chance)"),
+        ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; no interval from one seed)"),
         ([0.5, 0.75, 1.0], [0.25, 0.25, 0.75], "+33.33 points of accuracy (mean of 3 seeds; 95% interval -2.52 to +69.19: zero lies in"),
         ([0.25, 0.25], [0.5, 0.5], "-25.00 points of accuracy (mean of 2 seeds; 95% interval -25.00 to -25.00: zero lies outside)"),
     ],
@@ -244,14 +244,14 @@ def test_factor_effect_averages_over_the_other_factors_and_skips_what_is_missing
 
 def test_cells_without_a_file_are_missing_and_stale_ones_an_error(tmp_path):
     first, second = "ablation_fixed_sigma/fashion_mnist", "ablation_krause_full_post/fashion_mnist"
-    assert obtain_cells("ablations", [first, second], "desk", "never", root=tmp_path) == {first: None, second: None}
+    assert load_or_run_grid("ablations", [first, second], "desk", "never", root=tmp_path) == {first: None, second: None}
     recipe = get_recipe(first).at("desk")
     save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict()}, "answer": 42}, "desk", tmp_path)
-    cells = obtain_cells("ablations", [first, second], "desk", "never", root=tmp_path)
+    cells = load_or_run_grid("ablations", [first, second], "desk", "never", root=tmp_path)
     assert cells[first]["answer"] == 42 and cells[second] is None
     save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict() | {"lr": 1}}}, "desk", tmp_path)
     with pytest.raises(ValueError, match="stale"):
-        obtain_cells("ablations", [first], "desk", "never", root=tmp_path)
+        load_or_run_grid("ablations", [first], "desk", "never", root=tmp_path)
 
 
 def test_provenance_names_every_commit_and_version_once():
@@ -279,7 +279,7 @@ def cells_with(**effects):
 
 def test_cells_are_recipes_that_differ_in_score_support_and_norm_alone():
     assert len(ABLATION_CELLS) == 18 and len(set(ABLATION_CELLS.values())) == 18 and len(ABLATION_CONTROLS) == 3
-    allowed = {"name", "score", "radius", "top_k", "norm", "ours", "published"}
+    allowed = {"name", "score", "radius", "top_k", "norm", "unpublished", "published"}
     kvit = get_recipe("kvit_t/fashion_mnist").at("desk").to_dict()
     for cell, name in ABLATION_CELLS.items():
         recipe = get_recipe(name).at("desk")
@@ -287,7 +287,7 @@ def test_cells_are_recipes_that_differ_in_score_support_and_norm_alone():
         assert (recipe.score, recipe.radius is None, recipe.top_k is None, recipe.norm) == (
             cell[0], cell[1] == "full", cell[1] != "local_top_k", cell[2])
     fixed = get_recipe(ABLATION_CONTROLS["window + top-k, σ fixed"]).at("desk").to_dict()
-    assert {field for field, value in fixed.items() if value != kvit[field]} - {"name", "ours", "published"} == {"learn_sigma"}
+    assert {field for field, value in fixed.items() if value != kvit[field]} - {"name", "unpublished", "published"} == {"learn_sigma"}
 
 
 def test_effects_of_made_up_cells_are_found():
@@ -390,7 +390,7 @@ def test_the_plans_table_has_a_dash_for_what_is_not_trained_and_names_its_commit
 def test_the_committed_plan_is_about_recipes():
     plan = read_plan("cifar10")
     assert {name for pair in plan["comparisons"] for name in pair} <= set(plan["models"]) and set(plan["models"]) <= set(RECIPES)
-    assert (plan["flat_gain"], plan["flat_share"]) == (FLAT_GAIN, FLAT_SHARE) and plan["smallest_difference"] == SMALLEST_DIFFERENCE
+    assert (plan["flat_gain"], plan["flat_share"]) == (FLAT_GAIN, FLAT_SHARE) and plan["smallest_difference"] == MIN_EFFECT
     assert all(RECIPES[name].at("desk").seeds == tuple(plan["seeds"]) for name in plan["models"])
 
 

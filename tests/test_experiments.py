@@ -4,16 +4,20 @@ import shutil
 
 import pytest
 
-from krause_repro.analysis import SINKS, sink_models
-from krause_repro.attention import SCORES
-from krause_repro.benchmarks import COST, GENERATION_SPEED, LANGUAGE_SPEED
-from krause_repro.counting import COUNTED
-from krause_repro.evaluation import GENERATOR_LABELS, read_plan
-from krause_repro.figures import figure_index
-from krause_repro.recipes import FINE_TUNING_PLACES, GENERATORS, SUPPORTS, ablation_name, get_recipe
-from krause_repro.records import load_result, project_root, result_page, result_path, stale_recipes
+from krause_repro.drawing import figure_index
+from krause_repro.evaluation import read_plan
+from krause_repro.flops import COUNTED
+from krause_repro.generation_evaluation import GENERATOR_LABELS
+from krause_repro.generation_recipes import GENERATORS
+from krause_repro.image_recipes import SUPPORTS, ablation_name
+from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE
+from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, get_recipe
+from krause_repro.records import project_root
+from krause_repro.reference import SCORES
 from krause_repro.report import expected_results
+from krause_repro.results import load_result, result_page, result_path, stale_recipes
 from krause_repro.runner import run
+from krause_repro.sinks import sink_models
 
 CELLS = [
     *(ablation_name(score, support, norm) for score in SCORES for support in SUPPORTS for norm in ("post", "pre")),
@@ -31,7 +35,7 @@ def generator_files(data):
 
 
 def fine_tuning_files(profile):
-    model, datasets = FINE_TUNING_PLACES[profile]
+    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[profile]
     names = [(data, f"{kind}_{model}") for data in datasets for kind in ("lora", "krause")]
     tuned = {f"fine_tuning_{data}/{name}": [get_recipe(f"{name}/{data}")] for data, name in names}
     sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
@@ -48,20 +52,20 @@ def cifar_files():
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
-    "30_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
-    "31_image_classification": {"image_classification": TRIO, **cifar_files()},
-    "32_image_generation": generator_files("fashion_mnist") | {
+    "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
+    "61_image_classification": {"image_classification": TRIO, **cifar_files()},
+    "62_image_generation": generator_files("fashion_mnist") | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
-    "33_llm_finetuning": fine_tuning_files("desk"),
-    "35_ablations": cell_files(CELLS),
-    "36_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
-    "37_attention_maps": {"attention_maps": TRIO},
+    "63_llm_finetuning": fine_tuning_files("desk"),
+    "65_ablations": cell_files(CELLS),
+    "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
+    "67_attention_maps": {"attention_maps": TRIO},
 }
 
 
 def test_every_experiment_page_is_listed_here():
-    assert {path.stem for path in project_root().glob("nbs/3*.ipynb")} == set(EXPERIMENTS)
+    assert {path.stem for path in project_root().glob("nbs/6*.ipynb")} == set(EXPERIMENTS)
 
 
 def test_the_results_of_the_pages_are_those_that_are_expected():
@@ -79,7 +83,7 @@ def test_committed_results_are_of_todays_recipes(page):
 
 
 def test_a_page_saves_the_recipes_it_was_passed(tmp_path):
-    page = "31_image_classification"  # one for all: `make figures PROFILE=smoke` executes every page
+    page = "61_image_classification"  # one for all: `make figures PROFILE=smoke` executes every page
     shutil.copy(project_root() / "settings.ini", tmp_path)
     shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
     (tmp_path / "nbs").mkdir()

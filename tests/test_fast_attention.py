@@ -34,48 +34,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from krause_repro import native_kernels
-from krause_repro.attention import (
-    METRICS,
-    SCORES,
-    CausalWindow,
-    Full,
-    GridWindow,
-    attend,
-    attention_weights,
-    krause_attention,
-    match_heads,
-    pairwise_energy,
-    score_temperature,
-)
+from krause_repro.attention import banded_attention, gathered_attention, krause_attention
 from krause_repro.fast_attention import (
     augment,
-    band_mask,
-    banded_attention,
     banded_tiles,
     flex_attention,
-    gathered_attention,
     gathered_rows,
     relative_energy,
     row_thresholds,
     sdpa_attention,
 )
+from krause_repro.native_decode import (
+    DecodeLinear,
+    gate_applies,
+    linear_applies,
+    native_branch_step,
+    native_gate,
+    native_linear,
+    native_rotation,
+    rotation_applies,
+)
 from krause_repro.native_kernels import (
-    MOST_ROWS,
-    StepLinear,
+    MAX_DECODE_ROWS,
     build_kernels,
     candidate_lists,
-    few_rows,
-    gate_applies,
     kernels_available,
     library_is_whole,
     library_path,
     native_band,
-    native_branch_step,
-    native_gate,
-    native_linear,
     native_lists,
-    native_rotation,
-    rotation_applies,
+)
+from krause_repro.reference import (
+    METRICS,
+    SCORES,
+    CausalWindow,
+    Full,
+    GridWindow,
+    attention_weights,
+    band_mask,
+    pairwise_energy,
+    reference_attention,
+    repeat_kv,
+    score_temperature,
 )
 
 with warnings.catch_warnings():
@@ -84,7 +84,7 @@ with warnings.catch_warnings():
 needs_kernels = pytest.mark.skipif(not NATIVE, reason="the C++ kernels could not be built")
 
 WAYS = {
-    "reference": attend, "banded_tiles": banded_tiles, "native_band": native_band, "gathered_rows": gathered_rows,
+    "reference": reference_attention, "banded_tiles": banded_tiles, "native_band": native_band, "gathered_rows": gathered_rows,
     "native_lists": native_lists, "sdpa": sdpa_attention, "flex": flex_attention,
 }
 CAUSAL = [pytest.param("native_band", marks=needs_kernels), "banded_tiles", "sdpa"]
@@ -249,7 +249,7 @@ def clear_rows(problem, query, key, key_mask):
     "Rows whose survivors no rounding can change, (B, H, Tq) bool: the gap at the k-th place is wider than the energies' errors."
     if problem.top_k is None or problem.top_k >= key.shape[2]:
         return torch.ones(query.shape[:3], dtype=torch.bool)
-    query, key = precise((query, match_heads(key, query.shape[1])))
+    query, key = precise((query, repeat_kv(key, query.shape[1])))
     allowed = problem.neighborhood.mask(key.shape[2])[-query.shape[2]:].expand(*query.shape[:3], -1)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
@@ -289,9 +289,9 @@ def check_forward(problem, names):
     "Each implementation keeps the bound, and the dtype, the shape and the inputs."
     tensors, options = problem.tensors(), problem.options()
     rest = (problem.neighborhood, problem.top_k)
-    exact = attend(*precise(tensors), *rest, **options)
+    exact = reference_attention(*precise(tensors), *rest, **options)
     clear = clear_rows(problem, *tensors[:2], options["key_mask"])
-    dense = dense_results(problem, lambda *x: attend(*x, *rest, **options), *tensors)
+    dense = dense_results(problem, lambda *x: reference_attention(*x, *rest, **options), *tensors)
     limit = bound(problem, [largest((x.double() - exact)[clear]) for x in dense], largest(tensors[2]))
     before = [x.clone() for x in tensors]
     for name in names:
@@ -367,7 +367,7 @@ def gradient_scales(problem, fused, query, key, value, incoming, sigma=None, **o
     the largest in their row, except in fused kernels, whose backward pass starts from the products themselves."""
     query, key, value, incoming = precise((query, key, value, incoming))
     heads, group = query.shape[1], (-1, query.shape[1] // key.shape[1])
-    key, value = match_heads(key, heads), match_heads(value, heads)
+    key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     weights = attention_weights(query, key, problem.neighborhood, problem.top_k, sigma=sigma, **options)
     energy = pairwise_energy(query, key, problem.score)
     tau = score_temperature(energy, problem.score, sigma, query.shape[3])
@@ -651,9 +651,10 @@ def test_a_common_offset_costs_the_native_operators_nothing_at_all(compute, neig
     query, key, value = three(0, (1, 2, 12, 16))
     far = [query + 100, key + 100]
     near = [x - 100 for x in far]  # exact: what was lost, was lost in adding
-    output, exact = compute(*far, value, neighborhood, 3, sigma=1.0), attend(*precise((*far, value)), neighborhood, 3, sigma=1.0)
+    output = compute(*far, value, neighborhood, 3, sigma=1.0)
+    exact = reference_attention(*precise((*far, value)), neighborhood, 3, sigma=1.0)
     assert torch.equal(output, compute(*near, value, neighborhood, 3, sigma=1.0))
-    dense = largest(attend(*far, value, neighborhood, 3, sigma=1.0) - exact)
+    dense = largest(reference_attention(*far, value, neighborhood, 3, sigma=1.0) - exact)
     assert largest(output - exact) < 2 * dense < 1e-4
 
 
@@ -672,7 +673,7 @@ def test_autocast_costs_no_more_than_it_costs_the_reference(name, neighborhood, 
     "Scores stay in single precision under autocast; what a model's projections give it is in half precision."
     query, key, value = three(0, (2, 4, 12, 16))
     tensors = [(query + shift).bfloat16(), (key + shift).bfloat16(), value.bfloat16()]
-    exact = attend(*precise(tensors), neighborhood, top_k, sigma=2.0)
+    exact = reference_attention(*precise(tensors), neighborhood, top_k, sigma=2.0)
     with torch.autocast("cpu", torch.bfloat16):
         errors = [largest(attend_by(way, *tensors, neighborhood, top_k, sigma=2.0) - exact) for way in (name, "reference")]
     assert errors[0] <= 2 * errors[1]
@@ -756,18 +757,18 @@ def test_one_query_reads_a_ring_of_transposed_keys_and_nothing_beside_them(score
     sigma = torch.linspace(1, 2, 2 * group) * dim**0.5 if score == "krause" else None
     got = native_band(*tensors, CausalWindow(window), top_k, score=score, sigma=sigma)
     sigma = None if sigma is None else sigma.double()
-    want = attend(*(x.double() for x in tensors), CausalWindow(window), top_k, score=score, sigma=sigma)
+    want = reference_attention(*(x.double() for x in tensors), CausalWindow(window), top_k, score=score, sigma=sigma)
     assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
 @needs_kernels
 @torch.no_grad()
-@given(st.integers(1, MOST_ROWS), st.sampled_from([16, 48, 256]), st.sampled_from([4, 20, 128]), st.booleans(), st.booleans())
+@given(st.integers(1, MAX_DECODE_ROWS), st.sampled_from([16, 48, 256]), st.sampled_from([4, 20, 128]), st.booleans(), st.booleans())
 def test_a_product_of_few_rows_is_the_product(count, size, outputs, biased, strided):
     "As exact as PyTorch's, and each row the same whatever stands beside it."
     x, weight, bias = normal(0, count, 1, size), normal(1, outputs, size), normal(2, outputs) if biased else None
     x = normal(0, 1, size, count).transpose(0, 2).transpose(1, 2) if strided else x
-    assert few_rows(x, weight)
+    assert linear_applies(x, weight)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
     got = native_linear(x, weight, bias)
     assert_close(got.double(), exact, rtol=0, atol=1e-6 * size)
@@ -776,15 +777,15 @@ def test_a_product_of_few_rows_is_the_product(count, size, outputs, biased, stri
 
 @needs_kernels
 def test_a_product_of_few_rows_is_taken_where_it_is_right():
-    x, weight = normal(0, MOST_ROWS, 32), normal(1, 8, 32)
-    assert not few_rows(x, weight)  # gradients are recorded
+    x, weight = normal(0, MAX_DECODE_ROWS, 32), normal(1, 8, 32)
+    assert not linear_applies(x, weight)  # gradients are recorded
     with torch.no_grad():
-        assert few_rows(x, weight) and few_rows(x.unsqueeze(1), weight)
-        assert not few_rows(normal(0, MOST_ROWS + 1, 32), weight) and not few_rows(x[:0], weight)
-        assert not few_rows(x.double(), weight.double()) and not few_rows(x.bfloat16(), weight)
-        assert not few_rows(x[:, :24], weight[:, :24]) and not few_rows(x, weight[:6])
+        assert linear_applies(x, weight) and linear_applies(x.unsqueeze(1), weight)
+        assert not linear_applies(normal(0, MAX_DECODE_ROWS + 1, 32), weight) and not linear_applies(x[:0], weight)
+        assert not linear_applies(x.double(), weight.double()) and not linear_applies(x.bfloat16(), weight)
+        assert not linear_applies(x[:, :24], weight[:, :24]) and not linear_applies(x, weight[:6])
         with torch.autocast("cpu", torch.bfloat16):
-            assert not few_rows(x, weight)
+            assert not linear_applies(x, weight)
         with pytest.raises(RuntimeError, match="shapes do not fit"):
             native_linear(x, normal(1, 8, 48))
 
@@ -889,7 +890,7 @@ def test_many_segments_of_work(window, top_k):
     exact = gradients_of(by("reference"), precise(tensors), sigma, incoming)
     for gradient, true in zip(gradients_of(by("native_band"), tensors, sigma, incoming), exact, strict=True):
         assert largest(gradient.double() - true) <= 2e-5 * (1 + largest(true))
-    output = attend(*precise(tensors), CausalWindow(window), top_k, sigma=sigma)
+    output = reference_attention(*precise(tensors), CausalWindow(window), top_k, sigma=sigma)
     for way in ("native_band", "banded_tiles"):
         assert largest((by(way)(*tensors, sigma) - output) * (incoming != 0)) < 1e-5
 
@@ -1144,7 +1145,7 @@ def test_a_future_of_nan_changes_nothing(name, window):
 def test_a_common_offset_costs_no_precision(name, neighborhood, top_k, far):
     query, key, value = three(0, (1, 2, 12, 16))
     tensors = [query + far, key + far, value]
-    exact = attend(*precise(tensors), neighborhood, top_k, sigma=1.0)
+    exact = reference_attention(*precise(tensors), neighborhood, top_k, sigma=1.0)
     assert largest(attend_by(name, *tensors, neighborhood, top_k, sigma=1.0) - exact) < 5e-5
     if name == "flex":
         return
@@ -1166,7 +1167,7 @@ def test_an_offset_costs_no_precision_beside_padding_nan_and_outliers(name, padd
     else:
         key[:, :, 0, 0], query[:, :, 1], key[:, :, 70] = math.nan, math.inf, 1e4
     output = attend_by(name, query, key, value, CausalWindow(20), sigma=1.0, key_mask=key_mask)
-    exact = attend(*precise((query, key, value)), CausalWindow(20), sigma=1.0, key_mask=key_mask)
+    exact = reference_attention(*precise((query, key, value)), CausalWindow(20), sigma=1.0, key_mask=key_mask)
     rows = ~exact.isnan()
     assert torch.equal(~output.isnan(), rows) and rows.any(-1).sum() > 130
     assert largest((output - exact)[rows]) < 5e-5
@@ -1202,7 +1203,7 @@ def raw_operators():
     return {
         "band": (lambda x: ops.band(x, key, value, tau, None, 3, 0, 0, 0.0, 0)[0], query),
         "lists": (lambda x: ops.lists(x, key, value, tau, *candidate_lists(GridWindow(2, 3, 1)), 0, 0, 0.0, 0)[0], query),
-        "few_rows": (lambda x: ops.few_rows(x, row, None), normal(0, 2, 32)),
+        "decode_linear": (lambda x: ops.decode_linear(x, row, None), normal(0, 2, 32)),
         "rotate": (lambda x: ops.rotate(x, x, angles, angles)[0], normal(0, 1, 7, 2, 32)),
         "gate": (lambda x: ops.gate(x, x, *gate), token),
         "ring_step": (lambda x: ops.ring_step(x, *last[1:], *ring, tau, 0, 2, 0), last[0]),
@@ -1212,7 +1213,7 @@ def raw_operators():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["band", "lists", "few_rows", "rotate", "gate", "ring_step", "branch_step"])
+@pytest.mark.parametrize("name", ["band", "lists", "decode_linear", "rotate", "gate", "ring_step", "branch_step"])
 def test_an_operator_refuses_by_name_what_it_cannot_follow(name):
     function, x = raw_operators()[name]
     with torch.no_grad():
@@ -1234,9 +1235,9 @@ def test_functions_of_the_operators_refuse_too_or_do_without():
     for compute, neighborhood in ((native_band, CausalWindow(3)), (native_lists, GridWindow(2, 3, 1))):
         with pytest.raises(RuntimeError, match='implementation="reference"'):
             torch.func.jvp(lambda q, n=neighborhood, c=compute: c(q, key, value, n, sigma=1.0), (query,), (query,))
-    layer, x = StepLinear(32, 8), normal(0, 2, 32)
+    layer, x = DecodeLinear(32, 8), normal(0, 2, 32)
     with torch.no_grad():  # which does not switch forward derivatives off
-        assert few_rows(x, layer.weight)
+        assert linear_applies(x, layer.weight)
         tangent = torch.func.jvp(layer, (x,), (x,))[1]
         assert_close(tangent, F.linear(x, layer.weight))
         assert_close(torch.func.vmap(layer)(x.unsqueeze(1)).squeeze(1), layer(x))
@@ -1320,7 +1321,8 @@ def test_the_dense_reference_would_be_noticed():
 SCRIPT = """
 import sys, warnings
 import torch
-from krause_repro.attention import CausalWindow, GridWindow, krause_attention
+from krause_repro.attention import krause_attention
+from krause_repro.reference import CausalWindow, GridWindow
 torch.manual_seed(0)
 tensors = [torch.randn(1, 2, 9, 5) for _ in range(3)]
 with warnings.catch_warnings(record=True) as caught:
@@ -1342,7 +1344,7 @@ def run_script(script, path, **environment):
 def check_fallback(found):
     "Results equal the reference, and a single warning; its text."
     for output, neighborhood in zip(found["outputs"], (CausalWindow(4), CausalWindow(4), GridWindow(2, 4, 1)), strict=True):
-        assert_close(output.double(), attend(*precise(found["tensors"]), neighborhood, 3, sigma=1.5), rtol=0, atol=1e-5)
+        assert_close(output.double(), reference_attention(*precise(found["tensors"]), neighborhood, 3, sigma=1.5), rtol=0, atol=1e-5)
     assert len(found["messages"]) == 1
     return found["messages"][0]
 
@@ -1377,7 +1379,8 @@ def test_a_compiler_that_is_missing_is_named(tmp_path, monkeypatch):
 COMPILE_FIRST = """
 import sys
 import torch
-from krause_repro.attention import CausalWindow, krause_attention
+from krause_repro.attention import krause_attention
+from krause_repro.reference import CausalWindow
 tensors = [torch.randn(1, 2, 9, 16) for _ in range(3)]
 compute = lambda *tensors: krause_attention(*tensors, 1.5, CausalWindow(4), 3, implementation="banded")
 outputs = [torch.compile(compute, fullgraph=True, backend="eager")(*tensors), compute(*tensors)]
@@ -1491,8 +1494,8 @@ def test_augmented_vectors_give_the_energies(problem):
     tau = score_temperature(query[..., :0], problem.score, options["sigma"], query.shape[3])
     longer = augment(query, key, problem.score, tau)
     assert longer[0].shape[-1] == longer[1].shape[-1] > query.shape[-1] and longer[0].shape[-1] % 8 == 0
-    logits = longer[0] @ match_heads(longer[1], query.shape[1]).mT
-    exact = -pairwise_energy(query, match_heads(key, query.shape[1]), problem.score) / tau
+    logits = longer[0] @ repeat_kv(longer[1], query.shape[1]).mT
+    exact = -pairwise_energy(query, repeat_kv(key, query.shape[1]), problem.score) / tau
     difference = logits - exact  # a constant in each row
     assert largest(difference - difference[..., :1]) <= 1e-10 * (1 + largest(exact))
 
@@ -1566,8 +1569,8 @@ def test_dispatchers_take_the_kernels_where_there_are_any():
 
 
 def test_pytorchs_counter_sees_the_product_of_few_rows():
-    x, layer = torch.randn(2, 3, 32), StepLinear(32, 8)
+    x, layer = torch.randn(2, 3, 32), DecodeLinear(32, 8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        assert not kernels_available() or few_rows(x, layer.weight)
+        assert not kernels_available() or linear_applies(x, layer.weight)
         layer(x)
     assert counter.get_total_flops() == 2 * 6 * 32 * 8

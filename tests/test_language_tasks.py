@@ -19,39 +19,38 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from krause_repro import evaluation, runner
-from krause_repro.evaluation import (
-    ITEM_FIELDS,
-    LANGUAGE_TASKS,
+from krause_repro import cli, language_benchmarks, language_models, language_tasks
+from krause_repro.fine_tuning_evaluation import choice_accuracy, choice_baselines
+from krause_repro.language_benchmarks import (
     answer_token,
     chance_scores,
     check_answers,
     check_ifeval,
-    check_items,
     check_language_run,
     constant_scores,
-    count_answers,
     count_scores,
     evaluate_language,
+    language_table,
+    macro_f1,
+    swap_labels,
+)
+from krause_repro.language_tasks import (
+    ITEM_FIELDS,
+    LANGUAGE_TASKS,
+    check_items,
     hub_answers,
     hub_items,
     language_items,
-    language_table,
-    letter_accuracy,
-    letter_baselines,
-    macro_f1,
     read_task_items,
-    swap_labels,
     task_config,
     task_file,
     task_prompt,
 )
-from krause_repro.llm_branch import ADAPTER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = LANGUAGE_TASKS[:-1]
@@ -208,7 +207,7 @@ def test_a_model_of_random_weights_agrees_with_its_own_logits(random_weights, to
                 last = model(torch.tensor([tokenizer.encode(task_prompt(task, item))])).logits[0, -1]
             given = last[tokenizer.convert_tokens_to_ids(choices)].argmax().item()
             pairs.append((ANSWERS[task].index(right_answer(task, item)), given))
-        assert result["counts"] == count_answers(pairs, len(ANSWERS[task]))
+        assert result["counts"] == confusion_matrix(*zip(*pairs, strict=True), labels=range(len(ANSWERS[task]))).tolist()
         assert result["accuracy"] == pytest.approx(count_scores(result["counts"])["accuracy"], abs=1e-12)
 
 
@@ -277,7 +276,7 @@ def test_macro_f1_is_scikit_learns():
 def test_chance_is_the_mean_over_many_even_guesses():
     right, options, draw = [0, 0, 1, 2, 2, 2], [3, 3, 3, 3, 3, 3], random.Random(0)
     many = [(a, draw.randrange(n)) for _ in range(4000) for a, n in zip(right, options, strict=True)]
-    found, expected = count_scores(count_answers(many, 3)), chance_scores(right, options)
+    found, expected = count_scores(confusion_matrix(*zip(*many, strict=True))), chance_scores(right, options)
     assert expected["accuracy"] == pytest.approx(1 / 3)
     assert [found[key] for key in expected] == pytest.approx(list(expected.values()), abs=0.01)
     assert chance_scores([0, 1], [2, 4])["accuracy"] == pytest.approx((1 / 2 + 1 / 4) / 2)
@@ -379,7 +378,7 @@ def test_fields_of_the_users_own_do_no_harm(tiny, tokenizer, tmp_path):
 
 def test_items_that_were_checked_are_not_loaded_again(tiny, tokenizer, monkeypatch):
     items = check_language_run("cb,piqa", "local", 8, 2, "correct", 1280)
-    monkeypatch.setattr(evaluation, "language_items", lambda *_: pytest.fail("they are here"))
+    monkeypatch.setattr(language_benchmarks, "language_items", lambda *_: pytest.fail("they are here"))
     results = evaluate_language(tiny, tokenizer, "piqa", "local", limit=2, items=items)
     assert list(results) == ["piqa"] and results["piqa"]["items"] == 2
 
@@ -394,8 +393,8 @@ def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, toke
     with pytest.raises(ValueError, match="the answer 'J' must be exactly one token"):
         check_answers(encode, asked)
     check_answers(encode, {**asked, "mmlu_pro": [item for item in OWN["mmlu_pro"] if len(item["options"]) < 10]})
-    monkeypatch.setattr(evaluation, "_ask", lambda *_: pytest.fail("nothing may be asked"))
-    monkeypatch.setattr(evaluation, "answer_token", lambda *_: (_ for _ in ()).throw(ValueError("no token")))
+    monkeypatch.setattr(language_benchmarks, "_run_lm_eval", lambda *_: pytest.fail("nothing may be asked"))
+    monkeypatch.setattr(language_benchmarks, "answer_token", lambda *_: (_ for _ in ()).throw(ValueError("no token")))
     with pytest.raises(ValueError, match="no token"):
         evaluate_language(tiny, tokenizer, "cb", "local")
 
@@ -447,23 +446,23 @@ def diverged(tokenizer, wrapped):
 @pytest.mark.parametrize("task", ["cb", "ifeval"])
 def test_a_diverged_model_has_no_score(task, wrapped, checkers, tokenizer):
     model = diverged(tokenizer, wrapped)
-    with pytest.raises(ValueError, match="model gives NaN logits, so it has no answers to be scored; has it diverged"):
+    with pytest.raises(ValueError, match="model gives NaN logits, so its answers cannot be scored; has it diverged"):
         evaluate_language(model, tokenizer, task, "local", limit=2, max_gen_toks=4)
     assert not model._forward_hooks and not model.get_output_embeddings()._forward_hooks
     with pytest.raises(ValueError, match="model gives NaN logits"):
-        letter_accuracy(model, tokenizer, [{"inputs": "Which? (A) one (B) two", "answer": "A"}])
+        choice_accuracy(model, tokenizer, [{"inputs": "Which? (A) one (B) two", "answer": "A"}])
 
 
 def test_logits_that_are_infinite_choose_nothing():
     with pytest.raises(ValueError, match="logits that are not finite to the answers"):
-        evaluation._given({"filtered_resps": [(-math.inf, False), (-math.inf, False)]})
+        language_benchmarks._given({"filtered_resps": [(-math.inf, False), (-math.inf, False)]})
 
 
 @pytest.mark.parametrize("call", [
     lambda: count_scores([[0, 0], [0, 0]]), lambda: count_scores([[math.nan, 1], [0, 1]]), lambda: count_scores([[-1, 3], [0, 1]]),
     lambda: macro_f1([]), lambda: chance_scores([], []), lambda: constant_scores([0, 0]), lambda: language_table({}),
-    lambda: language_table({"none": {}}), lambda: swap_labels({}), lambda: letter_accuracy(None, None, []),
-    lambda: letter_baselines([], [{"inputs": "(A) (B)", "answer": "A"}]), lambda: letter_baselines([{"answer": "A"}], []),
+    lambda: language_table({"none": {}}), lambda: swap_labels({}), lambda: choice_accuracy(None, None, []),
+    lambda: choice_baselines([], [{"inputs": "(A) (B)", "answer": "A"}]), lambda: choice_baselines([{"answer": "A"}], []),
 ])
 def test_nothing_is_scored_of_nothing(call):
     with pytest.raises(ValueError, match="must (be|hold)"):
@@ -525,7 +524,7 @@ def test_items_of_the_hub_are_asked_for_by_name_and_checked(monkeypatch, tiny, t
         return datasets.Dataset.from_list(sets[path])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(evaluation, "hub_answers", lambda: True)
+    monkeypatch.setattr(language_tasks, "hub_answers", lambda: True)
     results = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"])
     assert asked == [("aps/super_glue", "cb", "validation"), ("facebook/anli", None, "test_r3")]
     local = evaluate_language(tiny, tokenizer, ["cb", "anli_r3"], "local")
@@ -602,7 +601,7 @@ def test_ifeval_needs_room_to_write(checkers, tiny, tokenizer):
 
 
 @pytest.mark.parametrize(("name", "given", "message"), [
-    ("length_constraints:number_words", {"relation": "less than"}, "argument 'num_words' is missing, and would be drawn at random"),
+    ("length_constraints:number_words", {"relation": "less than"}, "argument 'num_words' is missing, and lm-eval would draw it at random"),
     ("length_constraints:number_words", {"num_words": None, "relation": "less than"}, "argument 'num_words' is missing"),
     ("length_constraints:number_words", {"num_words": 5}, "argument 'relation' is missing"),
     ("length_constraints:number_words", {"num_words": 0, "relation": "less than"}, "argument 'num_words' must be an integer ≥ 1, got 0"),
@@ -612,7 +611,7 @@ def test_ifeval_needs_room_to_write(checkers, tiny, tokenizer):
     ("keywords:existence", {"keywords": []}, "argument 'keywords' must be a list of strings"),
     ("language:response_language", {"language": "Elvish"}, "KeyError: 'Elvish'"),
     ("combination:repeat_prompt", {"prompt_to_repeat": ""}, "'prompt_to_repeat' must be a string that is not empty"),
-    ("punctuation:no_comma", {"num_words": 5}, "argument 'num_words' is none of its own; allowed: none"),
+    ("punctuation:no_comma", {"num_words": 5}, "argument 'num_words' is unknown; allowed: none"),
 ])
 def test_arguments_of_instructions_are_checked_before_the_model_writes(name, given, message, checkers):
     items = [IFEVAL, {**IFEVAL, "key": 77, "instruction_id_list": ["punctuation:no_comma", name], "kwargs": [{}, given]}]
@@ -689,14 +688,13 @@ def test_a_table_of_models_on_different_items_is_refused(told, tokenizer):
 @pytest.fixture
 def branch(monkeypatch, tiny, tokenizer):
     "The loader of language models, which notes what it is asked for."
-    loaded, module = [], types.ModuleType("krause_repro.llm_branch")
+    loaded = []
 
     def load_language_model(model, adapter=None):
         loaded.append((model, adapter))
         return tiny, tokenizer
 
-    module.load_language_model, module.ADAPTER_FILES = load_language_model, ADAPTER_FILES
-    monkeypatch.setitem(sys.modules, "krause_repro.llm_branch", module)
+    monkeypatch.setattr(language_models, "load_language_model", load_language_model)
     return loaded
 
 
@@ -705,11 +703,11 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
     tuned.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "krause_branch.json"):
         (tuned / name).touch()
-    loads, load = [], evaluation.language_items
-    monkeypatch.setattr(evaluation, "language_items", lambda *given: loads.append(given) or load(*given))
+    loads, load = [], language_tasks.language_items
+    monkeypatch.setattr(language_benchmarks, "language_items", lambda *given: loads.append(given) or load(*given))
     arguments = ["evaluate", "some/model", "--tasks", "piqa,anli_r1", "--adapter", str(tuned), "--source", "local", "--limit", "5",
                  "--anli_labels", "swapped", "--output", str(output)]
-    assert runner.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert branch == [("some/model", str(tuned))] and len(loads) == 1
     record = json.loads(output.read_text(encoding="utf-8"))
     expected = evaluate_language(tiny, tokenizer, "piqa,anli_r1", "local", limit=5, anli_labels="swapped")
@@ -722,16 +720,16 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
 
 
 def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_path, capsys):
-    evaluate, output = evaluation.evaluate_language, tmp_path / "scores.json"
+    evaluate, output = language_benchmarks.evaluate_language, tmp_path / "scores.json"
 
     def fail(*given, tasks, **options):
         if tasks == "cb":
             raise RuntimeError("out of memory")
         return evaluate(*given, tasks=tasks, **options)
 
-    monkeypatch.setattr(evaluation, "evaluate_language", fail)
+    monkeypatch.setattr(language_benchmarks, "evaluate_language", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        runner.main(["evaluate", ".", "--tasks", "piqa,cb,boolq", "--source", "local", "--limit", "2", "--output", str(output)])
+        cli.main(["evaluate", ".", "--tasks", "piqa,cb,boolq", "--source", "local", "--limit", "2", "--output", str(output)])
     assert list(json.loads(output.read_text(encoding="utf-8"))["results"]) == ["piqa"]
     assert f"| piqa | {Path().resolve().name} | 2 |" in capsys.readouterr().out
 
@@ -747,7 +745,7 @@ def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_pat
 ])
 def test_the_command_refuses_before_it_loads_a_model(arguments, message, branch, tmp_path, capsys):
     output = tmp_path / "scores.json"
-    assert runner.main(["evaluate", "model", *arguments, "--output", str(output)]) == 2
+    assert cli.main(["evaluate", "model", *arguments, "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert branch == [] and not output.exists()
@@ -774,5 +772,5 @@ def test_checked_items_keep_the_fields_of_their_task():
 ])
 def test_the_command_refuses_an_output_before_it_loads_a_model(output, message, branch, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert runner.main(["evaluate", "model", "--tasks", "cb", "--source", "local", "--output", str(tmp_path / output)]) == 2
+    assert cli.main(["evaluate", "model", "--tasks", "cb", "--source", "local", "--output", str(tmp_path / output)]) == 2
     assert message in capsys.readouterr().err and branch == []

@@ -12,17 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig
-from krause_repro.likelihood import (
-    ContextModel,
-    bits_per_dimension,
-    context_index,
-    count_levels,
-    fit_context_model,
-    mean_bits,
-    token_bits,
-)
-from krause_repro.sampling import image_tokens
+from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig, image_tokens
+from krause_repro.likelihood import ContextModel, bits_per_dimension, context_index, count_levels, fit_context_model, mean_bits, token_bits
 
 
 def small(attention="krause", start=True):
@@ -194,7 +185,7 @@ def test_what_has_no_likelihood_is_named():
         (lambda: bits_per_dimension(model, images[:0]), "images must be integers of shape .*, N ≥ 1"),
         (lambda: mean_bits(torch.zeros(3), 0), "images must be an integer ≥ 1"),
         (lambda: mean_bits(torch.tensor([1.0, math.nan]), 1), "sums must be finite bits"),
-        (lambda: mean_bits(torch.zeros(1), 1), "at least two places"),
+        (lambda: mean_bits(torch.zeros(1), 1), "at least two positions"),
         (lambda: table.bits(tokens[:0]), "N ≥ 1"), (lambda: table.probabilities(tokens + 4), "tokens must hold levels 0…3"),
         (lambda: table.probabilities(tokens.float()), "tokens must be integers"),
         (lambda: count_levels(tokens - 1, (1,), 4), "levels 0…3"),
@@ -202,5 +193,5 @@ def test_what_has_no_likelihood_is_named():
         with pytest.raises(ValueError, match=message):
             call()
     model.head.weight.data[3, 2] = math.nan
-    with pytest.raises(ValueError, match="model gives NaN for these images.*has it diverged"):
+    with pytest.raises(ValueError, match="model gives NaN for these images: it may have diverged"):
         bits_per_dimension(model, images)

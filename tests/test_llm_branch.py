@@ -1,6 +1,7 @@
 "The Krause branch of language models: against a formula written down apart from it, cached against uncached, saved against loaded."
 
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -34,26 +35,13 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from krause_repro import llm_branch
-from krause_repro.attention import CausalWindow
-from krause_repro.llm_branch import (
-    BranchSettings,
-    KrauseBranch,
-    add_adapter,
-    add_krause_branch,
-    attention_layers,
-    base_facts,
-    branches,
-    check_base,
-    load_language_model,
-    lora_config,
-    padding_of_keys,
-    parameter_counts,
-    recorded_branches,
-    remove_krause_branch,
-    save_adapter,
-)
+from krause_repro import fast_branch, language_data, llm_branch
+from krause_repro.adapters import add_adapter, base_facts, check_base, lora_config, parameter_counts, save_adapter
+from krause_repro.branched_models import add_krause_branch, recorded_branches, remove_krause_branch
+from krause_repro.language_models import load_language_model
+from krause_repro.llm_branch import BranchSettings, KrauseBranch, attention_layers, branches, padding_of_keys
 from krause_repro.native_kernels import kernels_available
+from krause_repro.reference import CausalWindow
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -69,7 +57,7 @@ FAMILIES = {
     "wide mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, head_dim=32, sliding_window=11)),
 }
 WIDE = [family for family in FAMILIES if family.startswith("wide")]
-BRANCH = {"window": 6, "top_k": 3, "sigma": 1.5, "gate_start": 0.7}
+BRANCH = {"window": 6, "top_k": 3, "sigma": 1.5, "gate_init": 0.7}
 
 
 def small(family="llama", branch=True, **changes):
@@ -140,7 +128,7 @@ def test_at_the_start_it_is_the_base_model_but_for_the_gate():
     model = small(branch=False)
     layer = next(iter(attention_layers(model).values()))
     base = {name: p.clone() for name, p in model.state_dict().items()}
-    add_krause_branch(model, window=32, top_k=16, sigma=5.5, gate_start=0.8)
+    add_krause_branch(model, window=32, top_k=16, sigma=5.5, gate_init=0.8)
     state = model.state_dict()
     assert all(torch.equal(state[name], p) for name, p in base.items())
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -163,7 +151,7 @@ def test_at_the_start_it_is_the_base_model_but_for_the_gate():
 
 def test_gate_starts_where_it_is_told():
     torch.manual_seed(0)
-    model = add_krause_branch(FAMILIES["llama"]().eval(), gate_start=0.8)
+    model = add_krause_branch(FAMILIES["llama"]().eval(), gate_init=0.8)
     with torch.no_grad(), recorded_branches() as records:
         model(tokens())
     assert [r["layer"] for r in records] == [0, 1]
@@ -330,7 +318,7 @@ def test_sigma_and_gate_are_trained_and_saved(tmp_path):
         expected = model.eval()(tokens()).logits
     torch.save(expected, tmp_path / "expected.pt")
     script = (
-        "import sys, torch; from transformers import LlamaForCausalLM; from krause_repro.llm_branch import add_adapter; "
+        "import sys, torch; from transformers import LlamaForCausalLM; from krause_repro.adapters import add_adapter; "
         "folder = sys.argv[1]; model = add_adapter(LlamaForCausalLM.from_pretrained(folder + '/base'), folder + '/adapter').eval(); "
         "ids = torch.randint(61, (2, 29), generator=torch.Generator().manual_seed(1)); "
         "torch.testing.assert_close(model(ids).logits, torch.load(folder + '/expected.pt', weights_only=True), rtol=0, atol=1e-5)"
@@ -352,7 +340,7 @@ def test_frozen_sigma_and_random_biases_are_what_the_released_code_does():
 def test_a_model_saved_with_its_branch_loads_with_it(tmp_path, monkeypatch):
     model = small()
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path)
     assert type(loaded) is LlamaForCausalLM and not loaded.training
     with torch.no_grad():
@@ -371,7 +359,7 @@ def test_a_folder_of_an_earlier_version_loads_with_its_branch(tmp_path, monkeypa
     model = small()
     model.save_pretrained(tmp_path)
     without_mark(tmp_path)
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     with torch.no_grad():
         assert torch.equal(load_language_model(tmp_path)[0](tokens()).logits, model(tokens()).logits)
     plain = LlamaForCausalLM.from_pretrained(tmp_path)  # knows of no branch
@@ -383,7 +371,7 @@ def test_a_folder_of_an_earlier_version_loads_with_its_branch(tmp_path, monkeypa
 def test_no_reader_takes_a_saved_model_for_its_base(tmp_path, family, monkeypatch):
     model = small(family)
     model.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="read it with krause_repro.llm_branch.load_language_model"):
+    with pytest.raises(Exception, match="read it with krause_repro.language_models.load_language_model"):
         type(model).from_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(tokens()).logits
@@ -405,7 +393,7 @@ def test_a_configuration_keeps_the_branch_wherever_it_goes(tmp_path):
     for config in (model.config, copied, pickled, AutoConfig.from_pretrained(tmp_path)):
         assert len(branches(AutoModelForCausalLM.from_config(config))) == 2
         config.save_pretrained(tmp_path / "again")
-        with pytest.raises(Exception, match="krause_repro.llm_branch"):
+        with pytest.raises(Exception, match="krause_repro.language_models"):
             LlamaConfig.from_pretrained(tmp_path / "again")
     removed = remove_krause_branch(model).config
     assert type(removed) is LlamaConfig and not branches(AutoModelForCausalLM.from_config(removed))
@@ -432,8 +420,8 @@ def test_a_damaged_configuration_of_a_saved_model_is_named(tmp_path, change):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"window": 0}, "window must be an integer ≥ 1, got 0"), ({"window": 2.5}, "window must be an integer"),
     ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"), ({"window": 8, "top_k": 9}, "top_k must be at most window = 8, got 9"),
-    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_start": 1.0}, "gate_start must be between 0 and 1"),
-    ({"gate_start": "0.8"}, "gate_start must be between 0 and 1"), ({"gate_start": float("nan")}, "gate_start must be between 0 and 1"),
+    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_init": 1.0}, "gate_init must be between 0 and 1"),
+    ({"gate_init": "0.8"}, "gate_init must be between 0 and 1"), ({"gate_init": float("nan")}, "gate_init must be between 0 and 1"),
     ({"freeze_sigma": "no"}, "freeze_sigma must be True or False"), ({"random_biases": 1}, "random_biases must be True or False"),
     ({"ignore_cache": None}, "ignore_cache must be True or False"),
 ])
@@ -472,7 +460,7 @@ def test_lora_settings_that_cannot_be_are_named(options, message):
 def test_what_cannot_have_a_branch_is_refused():
     with pytest.raises(ValueError, match="q_proj, k_proj, v_proj, o_proj, and GPT2Model has none"):
         add_krause_branch(GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=2)))
-    with pytest.raises(ValueError, match="has a Krause branch already"):
+    with pytest.raises(ValueError, match="already has a Krause branch"):
         add_krause_branch(small())
     with pytest.raises(ValueError, match="model has no Krause branch"):
         remove_krause_branch(small(branch=False))
@@ -483,13 +471,13 @@ def test_what_cannot_have_a_branch_is_refused():
 
 def test_masks_and_caches_that_do_not_fit_are_refused():
     model, ids = small(), tokens(12)
-    with pytest.raises(ValueError, match="position_ids must go up by one"):
+    with pytest.raises(ValueError, match="position_ids must increase by one"):
         model(ids, position_ids=torch.arange(6).repeat(2)[None].expand(2, -1))
     documents = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
     documents[:, :, :6, :6] = documents[:, :, 6:, 6:] = torch.ones(6, 6, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="attention_mask must be causality and padding"):
+    with pytest.raises(ValueError, match="attention_mask must be causality plus padding"):
         model(ids, attention_mask=documents)
-    with pytest.raises(ValueError, match="attention_mask must have 12 columns, one for each token so far, got 9"):
+    with pytest.raises(ValueError, match="attention_mask must have 12 columns, one per token so far, got 9"):
         model(ids, attention_mask=torch.ones(2, 9, dtype=torch.long))
     filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="past_key_values was filled without this Krause branch"):
@@ -571,7 +559,7 @@ def test_a_bfloat16_model_loads_as_it_was_saved(tmp_path, monkeypatch):
             branch.bandwidth.log_sigma += 1e-3  # lost in bfloat16
             branch.token_gate.proj.bias += 1e-3
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     for options in ({}, {"dtype": torch.bfloat16}):
         loaded, _ = load_language_model(tmp_path, **options)
         saved, state = model.state_dict(), loaded.state_dict()
@@ -587,7 +575,7 @@ def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
     state = load_file(tmp_path / "model.safetensors")
     del state["model.layers.1.self_attn.krause_branch.bandwidth.log_sigma"]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     with pytest.raises(ValueError, match="lacks 1 weights, such as model.layers.1.self_attn.krause_branch.bandwidth.log_sigma"):
         load_language_model(tmp_path)
 
@@ -598,8 +586,8 @@ def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     "What `native_branch_step` has returned so far."
-    seen, step = [], llm_branch.native_branch_step
-    monkeypatch.setattr(llm_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
+    seen, step = [], fast_branch.native_branch_step
+    monkeypatch.setattr(fast_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
     return seen
 
 
@@ -747,8 +735,8 @@ def test_an_adapter_that_fails_leaves_the_base_model(tmp_path):
 
     for end in ("token_gate.proj.bias", "bandwidth.log_sigma"):
         one = next(name for name in tensors if name.endswith(end))
-        refused({name: p for name, p in tensors.items() if name != one}, ValueError, f"does not have krause_branch.{end} for all of 2")
-    refused({name: p for name, p in tensors.items() if "lora_B" not in name}, ValueError, "does not have lora_B.weight")
+        refused({name: p for name, p in tensors.items() if name != one}, ValueError, f"lacks krause_branch.{end} for some of 2")
+    refused({name: p for name, p in tensors.items() if "lora_B" not in name}, ValueError, "lacks lora_B.weight")
     one = next(name for name in tensors if "lora_A" in name)
     refused({**tensors, one: tensors[one][:2].clone()}, RuntimeError, "size mismatch")  # found while it is loaded
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"{}")
@@ -776,7 +764,7 @@ def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch, count):
             raise OSError
         replace(source, target)
 
-    monkeypatch.setattr("krause_repro.llm_branch.os.replace", fails)
+    monkeypatch.setattr("krause_repro.adapters.os.replace", fails)
     with pytest.raises(OSError):
         save_adapter(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="has no krause_branch.json"):
@@ -877,7 +865,7 @@ def test_the_adapter_that_goes_on_training_is_the_active_one(tmp_path):
 
 
 def test_names_that_no_folder_can_have_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="an adapter named 'a/b', which is to be the name of a folder"):
+    with pytest.raises(ValueError, match="an adapter named 'a/b', which cannot be the name of a folder"):
         save_adapter(several(["a/b"]), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     save_adapter(several(["default"]), tmp_path / "adapter")
@@ -894,8 +882,8 @@ def test_models_of_another_kind_are_named(tmp_path):
     for call, error, message in (
         (lambda: add_krause_branch(torch.nn.Linear(2, 2)), TypeError, "model must be a language model of transformers, got Linear"),
         (lambda: save_adapter(small(), tmp_path / "new"), TypeError, "model must be wrapped by peft.*got LlamaForCausalLM"),
-        (lambda: add_adapter(several(["default"]), tmp_path), ValueError, "model has an adapter already"),
-        (lambda: add_adapter(small(), tmp_path), ValueError, "model has a Krause branch already"),
+        (lambda: add_adapter(several(["default"]), tmp_path), ValueError, "model already has an adapter"),
+        (lambda: add_adapter(small(), tmp_path), ValueError, "model already has a Krause branch"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -919,7 +907,7 @@ def test_plain_peft_does_not_read_an_adapter_with_a_branch(tmp_path):
         for name in ("adapter", "by peft", "read and saved"):
             for read in (lambda folder: PeftModel.from_pretrained(small(branch=False), folder), AutoPeftModelForCausalLM.from_pretrained,
                          AutoModelForCausalLM.from_pretrained, lambda folder: small(branch=False).load_adapter(folder)):
-                with pytest.raises(ValueError, match="read it with krause_repro.llm_branch.add_adapter"):
+                with pytest.raises(ValueError, match="read it with krause_repro.adapters.add_adapter"):
                     read(str(tmp_path / name))
             assert torch.equal(add_adapter(small(branch=False), tmp_path / name).eval()(tokens()).logits, expected)
 
@@ -936,6 +924,15 @@ def test_an_adapter_of_an_earlier_version_is_read(tmp_path):
     config, facts = (json.loads((tmp_path / name).read_text()) for name in ("adapter_config.json", "krause_branch.json"))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
     (tmp_path / "krause_branch.json").write_text(json.dumps({name: facts[name] for name in ("settings", "base")}))
+    assert torch.equal(by_adapter(add_adapter(small(branch=False), tmp_path).eval())[""], by_adapter(model)[""])
+
+
+def test_an_adapter_that_names_the_old_module_is_read(tmp_path):
+    model = several(["default"])
+    save_adapter(model, tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    assert "krause_repro.adapters.add_adapter" in config
+    (tmp_path / "adapter_config.json").write_text(config.replace("krause_repro.adapters", "krause_repro.llm_branch"))
     assert torch.equal(by_adapter(add_adapter(small(branch=False), tmp_path).eval())[""], by_adapter(model)[""])
 
 
@@ -969,13 +966,13 @@ def test_code_beside_a_model_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("open('exploded', 'w')\nfrom transformers import LlamaForCausalLM as Evil, LlamaConfig as Evils\n")
     config = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Evils",
                                                                                  "AutoModelForCausalLM": "evil.Evil"}}
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **options: options)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **options: options)
     for model_type in ("llama", "evil"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         if model_type == "llama":
             assert load_language_model(tmp_path)[1]["trust_remote_code"] is False
         else:
-            with pytest.raises(ValueError, match="asks for code of its own to be run .* which is never done"):
+            with pytest.raises(ValueError, match="requires custom code .* which is never run"):
                 load_language_model(tmp_path)
     with pytest.raises(ValueError, match="load_language_model runs no code .* takes no trust_remote_code"):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -985,7 +982,7 @@ def test_code_beside_a_model_is_never_run(tmp_path, monkeypatch):
 
 def test_options_of_loading_are_checked_by_name(tmp_path, monkeypatch):
     small(branch=False).save_pretrained(tmp_path)
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     for wrong, right in (("dtpe", "dtype"), ("adaptr", "adapter"), ("revison", "revision")):
         with pytest.raises(TypeError, match=f"load_language_model takes no '{wrong}'; the nearest name is '{right}'"):
             load_language_model(tmp_path, **{wrong: 1})
@@ -1028,7 +1025,7 @@ def test_continuous_batching_is_refused_before_it_begins(wrapped):
 def test_layers_that_drop_the_padding_cannot_have_a_branch():
     torch.manual_seed(0)
     model = add_krause_branch(StableLmForCausalLM(StableLmConfig(**SMALL)).eval())
-    with pytest.raises(ValueError, match="StableLmAttention was called without krause_padding.*the layers of StableLmModel do not pass on"):
+    with pytest.raises(ValueError, match="StableLmAttention was called without krause_padding.*the layers of StableLmModel do not receive"):
         model(tokens())
 
 
@@ -1061,12 +1058,12 @@ def test_assisted_decoding_is_refused_before_it_begins(length):
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ran = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     for wanted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": small(branch=False)}):
-        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back, and the ring of a Krause branch cannot"):
+        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that can be rolled back, and the ring .* has overwritten"):
             model.generate(ids, **options, **wanted)
     ran.remove()
     cache = model(tokens(9), use_cache=True).cache
     for goes_back in (cache.activate_past_recording, lambda: cache.crop(-1)):
-        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that goes back"):
+        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that can be rolled back"):
             goes_back()
     assert remove_krause_branch(model).generate(ids, prompt_lookup_num_tokens=3, **options).shape == (1, length + 12)
 
@@ -1112,7 +1109,7 @@ def test_options_of_the_hub_reach_configuration_tokenizer_and_weights(monkeypatc
     hub = {"token": "t", "revision": "r", "cache_dir": "c", "local_files_only": True, "subfolder": "s"}
     calls, config = [], LlamaConfig(**SMALL)
     for name, result in (("AutoConfig", config), ("AutoTokenizer", "tokenizer"), ("AutoModelForCausalLM", small(branch=False))):
-        monkeypatch.setattr(f"krause_repro.llm_branch.{name}.from_pretrained",
+        monkeypatch.setattr(f"krause_repro.language_models.{name}.from_pretrained",
                             lambda source, result=result, name=name, **options: calls.append((name, options)) or result)
     load_language_model("some/model", dtype=torch.bfloat16, **hub)
     assert {name for name, _ in calls} == {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
@@ -1129,7 +1126,7 @@ def test_options_of_the_hub_reach_configuration_tokenizer_and_weights(monkeypatc
 def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
     model = small()
     model.save_pretrained(tmp_path / "inner")
-    monkeypatch.setattr("krause_repro.llm_branch.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path, subfolder="inner")
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
@@ -1274,3 +1271,14 @@ def test_fsdp_wraps_each_layer_of_a_language_model_with_its_branch():
     plugin.set_auto_wrap_policy(model)
     wrapped = [part for part in model.modules() if plugin.auto_wrap_policy(module=part, recurse=False, nonwrapped_numel=0)]
     assert [type(part) for part in wrapped] == [LlamaDecoderLayer] * 2 and all(len(branches(part)) == 1 for part in wrapped)
+
+
+@pytest.mark.parametrize(("module", "name", "place"), [
+    (llm_branch, "add_krause_branch", "branched_models"), (llm_branch, "remove_krause_branch", "branched_models"),
+    (llm_branch, "load_language_model", "language_models"), (language_data, "smollm2_folder", "packaged_data")])
+def test_old_imports_still_work_and_name_the_new_place(module, name, place):
+    with pytest.warns(DeprecationWarning, match=f"{name} has moved from {module.__name__} to krause_repro.{place}") as warned:
+        moved = getattr(module, name)
+    assert moved is getattr(importlib.import_module(f"krause_repro.{place}"), name) and warned[0].filename == __file__
+    with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'no_such_name'"):
+        module.no_such_name  # noqa: B018

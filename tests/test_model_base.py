@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
 
+from krause_repro.checks import check_names, check_weights, nearest_name
 from krause_repro.image_transformer import ATTENTIONS, ImageTransformer
-from krause_repro.model_base import COMMON_SETTINGS, CheckedConfig, check_names, check_weights, nearest_name
+from krause_repro.model_base import COMMON_SETTINGS, CheckedConfig
 from krause_repro.swin import SwinClassifier
 from krause_repro.vision_transformer import VisionTransformer
 

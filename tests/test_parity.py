@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torchvision.models import SwinTransformer as TorchvisionSwin
 
-from krause_repro.attention import CausalWindow, attention_weights, krause_attention, krause_attention_weights
+from krause_repro.attention import krause_attention, krause_attention_weights
 from krause_repro.checkpoints import KINDS, load_author_checkpoint
+from krause_repro.reference import CausalWindow, attention_weights
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import vision_neighborhood
 
@@ -155,7 +156,7 @@ def test_a_torchvision_swin_is_the_baseline():
         ("kswin", {"num_heads": [4, 4]}, r"features.1.0.attn.log_sigma is \(2,\), needed \(4,\)"),
         ("kswin", {"num_classes": 7}, r"head.weight is \(5, 16\), needed \(7, 16\)"),
         ("kswin", {"num_heads": [3, 4]}, "num_heads must divide the width 8, got 3"),
-        ("kswin", {"window_size": [4, 2]}, r"window_size must be one number, or twice the same, got \[4, 2\]"),
+        ("kswin", {"window_size": [4, 2]}, r"window_size must be one number or two equal numbers, got \[4, 2\]"),
         ("kswin", {"img_size": 15}, "image_size must be a multiple of patch_size"),
         ("kswin", {"top_k": 4}, "config does not fit kind 'kswin'.*top_k"),
     ],

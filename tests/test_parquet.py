@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from krause_repro import data, evaluation
-from krause_repro.data import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, load, load_splits, read_parquet
-from krause_repro.evaluation import learned_sigma, nearest_neighbours, summarise_runs
+from krause_repro import evaluation, image_files
+from krause_repro.evaluation import evaluate_runs, learned_sigma, nearest_neighbours
+from krause_repro.image_data import load, load_splits
+from krause_repro.image_files import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, read_parquet
 from krause_repro.recipes import get_recipe
 from krause_repro.training import train
 
@@ -49,7 +50,7 @@ def small(monkeypatch):
     "Data sets of few images."
     for name in LABEL_COLUMNS:
         monkeypatch.setitem(DATA, name, replace(DATA[name], classes=10, **COUNTS))
-    monkeypatch.setattr(data, "MNIST_CLASSES", {split: (count // 10,) * 10 for split, count in COUNTS.items()})
+    monkeypatch.setattr(image_files, "MNIST_CLASSES", {split: (count // 10,) * 10 for split, count in COUNTS.items()})
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_a_damaged_file_is_named(cifar, where):
     raw = bytearray(path.read_bytes())
     raw = {"footer": raw[:-200], "row group": raw[:4] + b"\xff" * 400 + raw[404:], "empty": b""}[where]
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="column img" if where == "row group" else "is no Parquet file, or a damaged one") as raised:
+    with pytest.raises(ValueError, match="column img" if where == "row group" else "is not a Parquet file, or is damaged") as raised:
         load("cifar10", "train", cifar)
     assert str(path) in str(raised.value)
 
@@ -142,7 +143,7 @@ def test_a_run_and_its_result_keep_the_origin_of_the_data(cifar, tmp_path, monke
     small = {"train_images": 20, "test_images": 10, "held_out": 10, "epochs": 1, "batch_size": 10}
     recipe = replace(get_recipe("softmax_regression/cifar10").at("smoke"), **small)
     run = train(recipe, runs=tmp_path / "runs", progress=False, source=cifar)
-    assert run.environment()["data"] == data_origin("cifar10", cifar) == summarise_runs([run], cifar)["data"]
+    assert run.environment()["data"] == data_origin("cifar10", cifar) == evaluate_runs([run], cifar)["data"]
     assert learned_sigma(run) is None and run.environment()["data"]["train"]["altered"] == 1
     monkeypatch.setattr(evaluation, "NEIGHBOURS", (1, 20))
     found = nearest_neighbours(replace(recipe, train_images=None), cifar)  # images of a class are equal here

@@ -1,4 +1,6 @@
 """The project as a package: modules are what the notebooks export, metadata has one source, the commands exist."""
+import ast
+import json
 import os
 import re
 import shutil
@@ -109,14 +111,19 @@ def test_published_numbers_are_built_into_the_package(tmp_path):
     assert files("krause_repro").joinpath("published.json").is_file()
     copy_project(tmp_path / "project")
     run_in(tmp_path / "project", tmp_path, sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "built"))
-    built = {path.name for path in (tmp_path / "built" / "krause_repro").iterdir()}
+    library = tmp_path / "built" / "krause_repro"
+    built = {path.name for path in library.iterdir()}
     assert built >= {path.name for path in (ROOT / "krause_repro").glob("*.py")} | {"published.json"}
+    sources = ROOT / "krause_repro" / "csrc"
+    assert {path.name for path in (tmp_path / "built" / "krause_repro" / "csrc").iterdir()} == {path.name for path in sources.iterdir()}
+    templates = {path.name for path in (ROOT / "krause_repro" / "templates").iterdir()}
+    assert templates and {path.name for path in (library / "templates").iterdir()} == templates
 
 
 def test_the_command_is_installed(settings):
     (script,) = entry_points(group="console_scripts", name="krause-repro")
-    assert script.value == "krause_repro.runner:main"
-    assert settings["console_scripts"] == "krause-repro=krause_repro.runner:main"
+    assert script.value == "krause_repro.cli:main"
+    assert settings["console_scripts"] == "krause-repro=krause_repro.cli:main"
     assert callable(script.load())
 
 
@@ -126,6 +133,70 @@ def test_version_is_stated_once(settings):
     import krause_repro
 
     assert krause_repro.__version__ == settings["version"] == version("krause_repro")
+
+
+def test_the_package_says_what_is_where_in_reading_order():
+    import krause_repro
+
+    listed = re.findall(r"`([a-z_]+)`", krause_repro.__doc__.replace("`krause_attention`", ""))
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "krause_repro").glob("[!_]*.py"))
+
+
+def test_the_package_exports_the_attention_and_imports_it_lazily():
+    count = "import sys, krause_repro; print(len({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", count], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "0\n"
+    import krause_repro
+
+    assert {"krause_attention", "KrauseAttention", "CausalWindow", "GridWindow", "Full"} == set(krause_repro.__all__)
+    for name in krause_repro.__all__:
+        assert getattr(krause_repro, name).__name__ == name and name in dir(krause_repro)
+    with pytest.raises(AttributeError, match="has no attribute 'CausalWindwo'"):
+        _ = krause_repro.CausalWindwo
+
+
+PAGES = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+MODULES = {path.stem[3:]: ROOT / "krause_repro" / f"{path.stem[3:]}.py" for path in PAGES
+           if (ROOT / "krause_repro" / f"{path.stem[3:]}.py").is_file()}  # in the order of their notebooks
+LIMIT_MODULE, LIMIT_FUNCTION, LIMIT_CELL = 600, 60, 60  # lines
+
+
+def imports_of(path):
+    "The modules of this package that a module imports, inside of functions, too."
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            package = ("krause_repro." if node.level else "") + (node.module or "")
+            if package.rstrip(".") == "krause_repro":
+                yield from (alias.name for alias in node.names if alias.name in MODULES)
+            elif package.startswith("krause_repro."):
+                yield package.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("krause_repro."))
+
+
+def test_modules_import_only_from_earlier_notebooks_so_there_is_no_circle():
+    order = list(MODULES)
+    later = [(name, other) for name, path in MODULES.items() for other in imports_of(path) if order.index(other) >= order.index(name)]
+    assert later == []
+
+
+def test_no_module_and_no_function_is_too_long():
+    long = []
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > LIMIT_MODULE:
+            long.append((name, len(text.splitlines())))
+        long += [(f"{name}.{node.name}", node.end_lineno - node.lineno + 1) for node in ast.walk(ast.parse(text))
+                 if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > LIMIT_FUNCTION]
+    assert long == []
+
+
+def test_no_cell_is_too_long():
+    long = {}
+    for path in PAGES:
+        lengths = [len("".join(cell["source"]).splitlines()) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        if max(lengths) > LIMIT_CELL:
+            long[path.stem[3:]] = max(lengths)
+    assert long == {}
 
 
 def test_continuous_integration_tests_and_walks_the_path():
@@ -145,9 +216,9 @@ def make(*arguments):
 
 @pytest.mark.parametrize(("arguments", "commands"), [
     ([], ["data fashion_mnist", "run --profile 'smoke'"]),
-    (["figures", "PROFILE=desk", "ONLY=31", "TRAIN=missing"],
-     ["data fashion_mnist", "run --profile 'desk' --only '31' --train 'missing'"]),
-    (["book", "ONLY=31"], ["book --only '31'"]),
+    (["figures", "PROFILE=desk", "ONLY=61", "TRAIN=missing"],
+     ["data fashion_mnist", "run --profile 'desk' --only '61' --train 'missing'"]),
+    (["book", "ONLY=61"], ["book --only '61'"]),
     (["site", "PROFILE=desk"], ["site --profile 'desk'"]),
 ])
 def test_make_passes_its_settings_on(arguments, commands):
@@ -156,7 +227,8 @@ def test_make_passes_its_settings_on(arguments, commands):
 
 def test_make_help_lists_every_target():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^  ([a-z-]+) ", text, re.MULTILINE) == ["figures", "book", "test", "test-latest", "site", "lock", "help"]
+    targets = ["figures", "book", "test", "test-thorough", "test-latest", "site", "lock", "help"]
+    assert re.findall(r"^  ([a-z-]+) ", text, re.MULTILINE) == targets
 
 
 def test_nothing_chooses_a_backend_that_hides_figures():

@@ -11,33 +11,29 @@ import torch
 from torch.optim import AdamW
 from transformers import AutoModelForImageClassification
 
-from krause_repro.attention import SCORES
-from krause_repro.data import Collator
-from krause_repro.recipes import (
+from krause_repro.generation_recipes import generation_recipes
+from krause_repro.image_data import Collator
+from krause_repro.image_recipes import (
     CIFAR_CONTROLS,
     IMAGE_DATA,
-    PARTICLE_FIELDS,
-    PROFILES,
-    RECIPES,
     SUPPORTS,
     UNPUBLISHED,
     UNPUBLISHED_SWIN,
     ImageClassificationRecipe,
-    ParticleRecipe,
     PixelRecipe,
     SwinRecipe,
     ablation_name,
     ablation_recipes,
     baseline_recipes,
-    fine_tuning_recipes,
-    generation_recipes,
-    get_recipe,
     parse_row,
     photograph_recipes,
-    published_tables,
     row_name,
     swin_recipes,
 )
+from krause_repro.language_recipes import fine_tuning_recipes
+from krause_repro.recipe_base import PROFILES, published_tables
+from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, get_recipe
+from krause_repro.reference import SCORES
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]
@@ -82,7 +78,7 @@ def test_published_settings_are_exact(name):
     found = asdict(RECIPES[name])
     expected = EXACT[name] | TRAINING
     assert {key: found[key] for key in expected} == expected
-    assert set(RECIPES[name].ours) == {"held_out"}
+    assert set(RECIPES[name].unpublished) == {"held_out"}
 
 
 @pytest.mark.parametrize(("dataset", "row"), ROWS)
@@ -102,7 +98,7 @@ def test_swin_settings_are_exact(row):
     expected = SWIN | {"score": "krause" if row[0].startswith("K") else "softmax", "depth": 12 if tiny else 24}
     assert {key: getattr(recipe, key) for key in expected} == expected
     assert recipe.published == {"table": "table14_swin", "model": row[0], "accuracy": row[1]}
-    assert set(recipe.ours) == ({"held_out"} if tiny else {"held_out", *UNPUBLISHED_SWIN})
+    assert set(recipe.unpublished) == ({"held_out"} if tiny else {"held_out", *UNPUBLISHED_SWIN})
     config = recipe.config
     assert (config.depths, config.num_heads) == ([2, 2, 6 if tiny else 18, 2], [3, 6, 12, 24])
     assert (config.embed_dim, config.window_size, config.mlp_ratio, config.sigma) == (96, 4, 4.0, 4.0)
@@ -119,7 +115,7 @@ def test_swin_and_kswin_differ_by_their_score(data, profile):
 def test_swin_is_trained_on_the_desk_as_kvit_is():
     "Every field that is not of the model is the same, but for Table 14's weight decay."
     model = {"name", "patch_size", "width", "heads", "mlp_width", "radius", "top_k", "sigma", "norm", "positions", "weight_decay",
-             "published", "ours"}
+             "published", "unpublished"}
     kswin, kvit = (asdict(RECIPES[f"{name}/fashion_mnist"].at("desk")) for name in ("kswin_t", "kvit_t"))
     assert {key for key in kvit if kswin[key] != kvit[key]} == model and set(kswin) - set(kvit) == {"depths", "window"}
 
@@ -138,7 +134,7 @@ def test_photographs_are_a_model_of_table_3_on_other_data():
     for name, recipe in photograph_recipes().items():
         imagenet = asdict(RECIPES[name.replace("photographs", "imagenet")])
         changed = {key for key, value in asdict(recipe).items() if value != imagenet[key]}
-        assert changed == {"name", "published", "ours", *recipe.ours} and recipe.published == {}
+        assert changed == {"name", "published", "unpublished", *recipe.unpublished} and recipe.published == {}
         for profile in PROFILES:
             small = recipe.at(profile)
             assert (small.image_size, small.train_images, small.test_images) == (224, None, None) and 0 < small.held_out < 48
@@ -159,7 +155,7 @@ def test_ablation_varies_one_thing_at_a_time():
     grid = {(score, support, norm): RECIPES[ablation_name(score, support, norm)]
             for score in SCORES for support in SUPPORTS for norm in ("post", "pre")}
     assert len({recipe.name for recipe in grid.values()}) == 18 and len(ablation_recipes()) == 16 + 3
-    common = {"score", "radius", "top_k", "norm", "name", "ours", "published"}
+    common = {"score", "radius", "top_k", "norm", "name", "unpublished", "published"}
     for (score, support, norm), recipe in grid.items():
         assert (recipe.score, recipe.norm) == (score, norm)
         assert (recipe.radius is None, recipe.top_k is None) == (support == "full", support != "local_top_k")
@@ -169,7 +165,7 @@ def test_ablation_varies_one_thing_at_a_time():
     for name, field in {"random_local_top_k": "random_support", "fixed_sigma": "learn_sigma"}.items():
         recipe = RECIPES[f"ablation_{name}/fashion_mnist"]
         assert {f.name for f in fields(recipe) if getattr(recipe, f.name) != getattr(RECIPES["kvit_t/fashion_mnist"], f.name, None)} == {
-            field, "name", "ours", "published"}
+            field, "name", "unpublished", "published"}
     random, kvit = (RECIPES[name].config.to_dict() for name in ("ablation_random_local_top_k/fashion_mnist", "kvit_t/fashion_mnist"))
     assert {key for key in random if random[key] != kvit[key]} == {"attention_random_seed"}
 
@@ -188,16 +184,17 @@ def test_parse_row():
 
 @pytest.mark.parametrize("name", sorted(set(IMAGE_RECIPES) - KNOWN - set(photograph_recipes())))
 def test_what_is_not_published_is_ours(name):
-    assert set(RECIPES[name].ours) >= {*(UNPUBLISHED_SWIN if isinstance(RECIPES[name], SwinRecipe) else UNPUBLISHED), "held_out"}
+    assert set(RECIPES[name].unpublished) >= {*(UNPUBLISHED_SWIN if isinstance(RECIPES[name], SwinRecipe) else UNPUBLISHED), "held_out"}
     assert {"radius", "metric", "top_k", "sigma", "lr", "batch_size", "drop_path"} <= set(UNPUBLISHED)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_ours_names_fields(name):
     recipe = RECIPES[name]
-    assert set(recipe.ours) <= {field.name for field in fields(recipe)}
+    assert set(recipe.unpublished) <= {field.name for field in fields(recipe)}
     if isinstance(recipe, ParticleRecipe):
-        assert set(recipe.ours) == set(PARTICLE_FIELDS) >= {"particles", "sigma", "radius", "step", "duration", "integrator", "starts"}
+        fields_of_ours = {"particles", "sigma", "radius", "step", "duration", "integrator", "starts"}
+        assert set(recipe.unpublished) == set(PARTICLE_FIELDS) >= fields_of_ours
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -277,7 +274,7 @@ def test_at():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_profile_keeps_what_makes_the_model_its_own(name):
     recipe = RECIPES[name]
-    kept = {"name", "published", "ours", "dataset", "score", "radius", "metric", "top_k", "norm", "positions", "sigma", "classes",
+    kept = {"name", "published", "unpublished", "dataset", "score", "radius", "metric", "top_k", "norm", "positions", "sigma", "classes",
             "image_size", "patch_size", "dimension", "step"}
     for profile in ("smoke", "desk"):
         before, after = asdict(recipe), asdict(recipe.at(profile))
@@ -295,7 +292,7 @@ def test_particles_are_fewer_in_smoke_alone():
 @pytest.mark.parametrize("other", ["vit_t/fashion_mnist", "vit_t_post/fashion_mnist"])
 def test_desk_rivals_are_trained_alike(other):
     "The comparison on the desk is of models: every field that is not of the model is the same."
-    model = {"name", "score", "radius", "metric", "top_k", "sigma", "learn_sigma", "norm", "layer_norm_eps", "published", "ours"}
+    model = {"name", "score", "radius", "metric", "top_k", "sigma", "learn_sigma", "norm", "layer_norm_eps", "published", "unpublished"}
     one, two = (asdict(get_recipe(name).at("desk")) for name in ("kvit_t/fashion_mnist", other))
     assert {key for key in one if one[key] != two[key]} <= model
     assert one["drop_path"] == two["drop_path"] and one["lr"] == two["lr"] and one["seeds"] == two["seeds"]
@@ -304,7 +301,7 @@ def test_desk_rivals_are_trained_alike(other):
 def test_the_control_differs_from_the_baseline_by_its_norm():
     control, baseline = (asdict(get_recipe(name)) for name in ("vit_t_post/fashion_mnist", "vit_t/fashion_mnist"))
     differing = {key for key in control if control[key] != baseline[key]}
-    assert differing == {"name", "norm", "layer_norm_eps", "published", "ours"} and control["norm"] == "post"
+    assert differing == {"name", "norm", "layer_norm_eps", "published", "unpublished"} and control["norm"] == "post"
     assert control["published"] == {}
 
 
@@ -317,12 +314,12 @@ def test_fingerprint_is_of_the_deciding_fields(name):
     other = {bool: lambda v: not v, int: lambda v: 2 * v, float: lambda v: v / 2 or 0.5, tuple: lambda v: v[:1] * 2,
              dict: lambda v: {**v, "x": 1}, type(None): lambda v: 3}
     words = {"name": "x/y", "profile": "desk", "dataset": "mnist", "score": "softmax", "metric": "chebyshev", "norm": "pre",
-             "integrator": "euler", "positions": "rotary", "augmentation": "imagenet", "seeds": (1, 2), "ours": ()}
+             "integrator": "euler", "positions": "rotary", "augmentation": "imagenet", "seeds": (1, 2), "unpublished": ()}
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         changed = replace(recipe, **{field.name: words.get(field.name) if field.name in words else other[type(value)](value)})
         same = changed.fingerprint == recipe.fingerprint
-        assert same == (field.name in ("seeds", "ours", "published")), field.name
+        assert same == (field.name in ("seeds", "unpublished", "published")), field.name
     assert replace(recipe).fingerprint == recipe.fingerprint
 
 
@@ -350,7 +347,7 @@ ONE_OF_EACH = ["particles/circle", "kvit_t/fashion_mnist", "ablation_random_loca
 NAN, INF = float("nan"), float("inf")
 WRONG = {  # by field, in every kind of recipe that has it
     "name": ["", "../x", "/etc", "a//b", 3, None], "profile": ["tiny", "", None, ("smoke",)],
-    "seeds": [(), (-1,), (2**32,), (1.5,), ("0",), 3, (True,)], "ours": ["lr", (3,)], "published": [None, ()],
+    "seeds": [(), (-1,), (2**32,), (1.5,), ("0",), 3, (True,)], "unpublished": ["lr", (3,)], "published": [None, ()],
     "epochs": [0, -1, NAN, INF, "3", True, None], "lr": [0, -1, NAN, INF, "1e-3", None], "weight_decay": [-5, NAN, "0", None],
     "batch_size": [0, -8, 2.5, 16.0, True, None], "max_grad_norm": [0, -1, NAN, "1"], "held_out": [0, -1, 1.5, None],
     "warmup_epochs": [-1, 99_999, NAN, None], "warmup_share": [-0.1, 1, 2, None], "label_smoothing": [2, 1, -0.1, None],
@@ -362,7 +359,7 @@ WRONG = {  # by field, in every kind of recipe that has it
     "drop_path": [1, -0.1], "dropout": [1, "0"], "bf16": ["yes", 0], "dataset": ["svhn", None, "imagenets"], "random_support": [-1],
     "depths": [(), (2, 0), 4], "window": [0, -1, 2.5], "image_shape": [(28, 28), (28, 28, 0), 28], "levels": [1, 0], "attention": ["flash"],
     "start_token": ["yes", 1], "final_lr_share": [-0.1, 2], "samples": [0], "base": ["", 3, None], "base_layers": [0], "branch": ["no"],
-    "gate_start": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "micro_batch": [0, 2.0], "max_length": [1],
+    "gate_init": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
     "gradient_checkpointing": [None], "train_items": [0, -1], "dimension": [1], "particles": [1], "step": [0, 2], "duration": [0],
     "integrator": ["rk5"], "starts": [0],
 }
@@ -391,7 +388,7 @@ def test_every_field_of_every_recipe_has_its_rule():
     ("ablation_random_local/fashion_mnist", {"radius": None}, "radius must be an integer ≥ 0"),
     ("karm/mnist", {"dataset": "imagenet"}, "dataset must be one of .*none that comes as folders"),
     ("karm/digits", {"dataset": "mnist"}, "dataset must be one of digits, photograph_tiles"),
-    ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of micro_batch, 4"),
+    ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of per_device_batch_size, 4"),
 ])
 def test_fields_that_do_not_fit_together_are_refused(name, change, message):
     with pytest.raises(ValueError, match=message):
@@ -400,7 +397,8 @@ def test_fields_that_do_not_fit_together_are_refused(name, change, message):
 
 @pytest.mark.parametrize(("name", "wrong", "nearest"), [
     ("kvit_t/fashion_mnist", "learning_sigma", "learn_sigma"), ("kvit_t/fashion_mnist", "batchsize", "batch_size"),
-    ("karm/mnist", "windw", "window"), ("krause_smollm2/questions", "micro_batches", "micro_batch"), ("particles/circle", "sigam", "sigma"),
+    ("karm/mnist", "windw", "window"), ("krause_smollm2/questions", "per_device_batch", "per_device_batch_size"),
+    ("particles/circle", "sigam", "sigma"),
 ])
 def test_a_misspelt_field_is_a_type_error_with_the_nearest_name(name, wrong, nearest):
     recipe = RECIPES[name]
@@ -422,8 +420,9 @@ def test_numpy_numbers_and_lists_are_taken_as_pythons():
 def test_on_cifar10_all_models_are_trained_alike_at_a_desk():
     names = ("kvit_s", "vit_s", "kvit_s_local", "kvit_s_full", *(name.partition("/")[0] for name in (*CIFAR_CONTROLS, *baseline_recipes())))
     found = [asdict(RECIPES[f"{name}/cifar10"].at("desk")) for name in names]
-    model = {"name", "score", "radius", "metric", "top_k", "norm", "layer_norm_eps", "ours", "published", "stages"}
+    model = {"name", "score", "radius", "metric", "top_k", "norm", "layer_norm_eps", "unpublished", "published", "stages"}
     assert {key for recipe in found for key in recipe if recipe[key] != found[0].get(key)} <= model
     kvit = asdict(RECIPES["kvit_s/cifar10"])
     for name, change in CIFAR_CONTROLS.items():
-        assert {key for key, value in asdict(RECIPES[name]).items() if value != kvit[key]} - {"name", "ours", "published"} == set(change)
+        changed = {key for key, value in asdict(RECIPES[name]).items() if value != kvit[key]}
+        assert changed - {"name", "unpublished", "published"} == set(change)

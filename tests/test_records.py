@@ -19,33 +19,27 @@ from safetensors.torch import save_file
 from krause_repro.recipes import get_recipe
 from krause_repro.records import (
     InUse,
+    atomic_write,
     cache_folder,
-    check_train,
     check_unlocked,
     check_writable,
     damage,
     disk_error,
     environment,
     git_state,
-    load_result,
     lock_path,
     locked,
     machine,
-    obtain_result,
     package_versions,
     project_root,
     read_json,
     remove_leftovers,
-    replacing,
-    result_path,
-    save_result,
     scratch_folder,
-    stale_recipes,
-    summarise,
-    summarise_curves,
     write_digests,
     write_json,
 )
+from krause_repro.results import check_train, load_or_compute, load_result, result_path, save_result, stale_recipes
+from krause_repro.statistics import summarise, summarise_curves
 
 FORK = multiprocessing.get_context("fork")  # a process that has everything imported already
 SMOKE = [get_recipe(name).at("smoke") for name in ("kvit_t/fashion_mnist", "vit_t/fashion_mnist")]
@@ -64,7 +58,7 @@ class Maker:
 
 def obtain(train, make, root, recipes=SMOKE):
     "The result of an experiment named `example` under smoke."
-    return obtain_result("example", "smoke", train, recipes, make, root)
+    return load_or_compute("example", "smoke", train, recipes, make, root)
 
 
 def fail(*_, **__):
@@ -107,12 +101,12 @@ def test_what_json_cannot_say_is_refused(tmp_path, value):
 def test_replacing_cleans_up_whatever_happens(tmp_path):
     path = tmp_path / "file.txt"
     with pytest.raises(KeyboardInterrupt):
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half", encoding="utf-8")
             assert temporary.parent == tmp_path and not path.exists()
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("whole", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "whole" and list(tmp_path.iterdir()) == [path]
 
@@ -126,7 +120,7 @@ def dead_process():
 
 def test_what_killed_processes_left_is_removed_by_the_next_write(tmp_path):
     ours = f"{os.getpid()}"
-    with replacing(tmp_path / "a.json") as temporary:
+    with atomic_write(tmp_path / "a.json") as temporary:
         mark = temporary.name.removeprefix(".a.json.").partition(".")[0]
     names = {"left": f".a.json.{mark}.{dead_process()}.abc.json", "alive": f".a.json.{mark}.{ours}.abc.json",
              "elsewhere": f".a.json.00000000.{dead_process()}.abc.json", "another": f".b.json.{mark}.{dead_process()}.abc.json"}
@@ -164,7 +158,7 @@ def full_disk(path):
 @pytest.mark.parametrize("write", [full_disk, lambda path: save_file({"a": torch.zeros(9)}, path / "no" / "folder")])
 def test_what_the_disk_refuses_names_the_file_in_one_line(tmp_path, write):
     with pytest.raises(OSError, match=rf"^\[Errno \d+\] [^\n]*: '{tmp_path}/a.bin'$"):
-        with replacing(tmp_path / "a.bin") as temporary:
+        with atomic_write(tmp_path / "a.bin") as temporary:
             write(temporary)
     assert list(tmp_path.iterdir()) == []
 
@@ -428,7 +422,7 @@ def test_stale_results_are_refused_or_made_again(tmp_path, why):
 def test_stale_recipes_are_named_and_remarks_do_not_count():
     result = {"recipes": {recipe.name: recipe.to_dict() for recipe in SMOKE}}
     assert stale_recipes(result, SMOKE) == []
-    assert stale_recipes(result, [replace(recipe, published={}, ours=()) for recipe in SMOKE]) == []
+    assert stale_recipes(result, [replace(recipe, published={}, unpublished=()) for recipe in SMOKE]) == []
     assert stale_recipes(result, [replace(SMOKE[0], sigma=1.0), SMOKE[1]]) == ["kvit_t/fashion_mnist"]
     assert stale_recipes({}, SMOKE) == ["kvit_t/fashion_mnist", "vit_t/fashion_mnist"]
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from krause_repro import records
-from krause_repro.analysis import SINKS
-from krause_repro.recipes import get_recipe, published_tables
-from krause_repro.records import load_result, project_root, result_path, save_result, summarise
+from krause_repro import results
+from krause_repro.recipe_base import published_tables
+from krause_repro.recipes import SINKS, get_recipe
+from krause_repro.records import project_root
 from krause_repro.report import (
     CIFAR10_RESULTS,
     README_BLOCKS,
@@ -26,6 +26,8 @@ from krause_repro.report import (
     report,
     update_readme,
 )
+from krause_repro.results import load_result, result_path, save_result
+from krause_repro.statistics import summarise
 
 
 def test_every_published_number_is_in_the_report():
@@ -62,7 +64,7 @@ def test_the_readme_counts_trained_generators(tmp_path):
     assert readme_generation(tmp_path).startswith("0 of 6 models are trained") and "| KARM (Krause) | — |" in readme_generation(tmp_path)
     karm, bits = get_recipe("karm/fashion_mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
     save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
-    assert "| counts, order 1 | 3.900 | 3.800 |" in readme_generation(tmp_path)
+    assert "| counts, bigram | 3.900 | 3.800 |" in readme_generation(tmp_path)
 
 
 def tuned(name, values):
@@ -192,8 +194,8 @@ def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there()
 
 
 def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
-    opened, read = set(), records.read_json
-    monkeypatch.setattr(records, "read_json", lambda path: opened.add(path) or read(path))
+    opened, read = set(), results.read_json
+    monkeypatch.setattr(results, "read_json", lambda path: opened.add(path) or read(path))
     for make in README_BLOCKS.values():
         make()
     assert {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened} == set(README_RESULTS)
@@ -203,10 +205,10 @@ def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
 def test_a_missing_result_is_an_error_of_the_readme_and_a_line_of_the_report(committed, name):
     path = result_path(name, "desk", committed)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{path} \(make: make figures PROFILE=desk ONLY=3\d TRAIN=missing\)$"):
+    with pytest.raises(FileNotFoundError, match=rf"{path} \(make: make figures PROFILE=desk ONLY=6\d TRAIN=missing\)$"):
         update_readme(committed)
     assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
-    assert any(name in line and "| `make figures PROFILE=desk ONLY=3" in line for line in missing_table("desk", committed).splitlines())
+    assert any(name in line and "| `make figures PROFILE=desk ONLY=6" in line for line in missing_table("desk", committed).splitlines())
 
 
 def put(value, place, new):
@@ -246,7 +248,7 @@ def test_a_damaged_field_is_named_with_its_file_and_the_readme_stays(committed, 
     with pytest.raises(ValueError) as caught:
         update_readme(committed)
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
-    assert "delete it and make it again with: make figures PROFILE=desk ONLY=3" in str(caught.value)
+    assert "delete it and make it again with: make figures PROFILE=desk ONLY=6" in str(caught.value)
     assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from torch.testing import assert_close
 from transformers import DynamicCache, GPT2Config, LlamaConfig
 
-from krause_repro.attention import CausalWindow, attend, krause_attention
+from krause_repro.attention import krause_attention
+from krause_repro.reference import CausalWindow, reference_attention
 from krause_repro.ring_cache import RingCache, RingLayer, cache_bytes, ring_positions
 
 SINGLE = {"rtol": 0, "atol": 1e-5}
@@ -75,7 +76,7 @@ def test_attention_with_the_ring_is_attention_with_all_keys(steps, window, top_k
         for new in pieces(steps):
             returned = layer.update(keys[:, :, new], values[:, :, new])
             outputs.append(krause_attention(query[:, :, new], *returned, 2.0, CausalWindow(window), top_k))
-        assert_close(torch.cat(outputs, 2), attend(query, keys, values, CausalWindow(window), top_k, sigma=2.0), **SINGLE)
+        assert_close(torch.cat(outputs, 2), reference_attention(query, keys, values, CausalWindow(window), top_k, sigma=2.0), **SINGLE)
 
 
 def test_decoding_writes_in_place_and_copies_nothing():
@@ -103,7 +104,7 @@ def test_storing_and_attending_in_one_is_attention_with_all_keys(steps, window, 
             layer.batch_select_indices(torch.arange(2))
         outputs.append(layer.attend(queries[:, :, new], keys[:, :, new], values[:, :, new], top_k, sigma))
     assert layer.get_seq_length() == sum(steps)
-    assert_close(torch.cat(outputs, 2), attend(queries, keys, values, CausalWindow(window), top_k, sigma=sigma), **SINGLE)
+    assert_close(torch.cat(outputs, 2), reference_attention(queries, keys, values, CausalWindow(window), top_k, sigma=sigma), **SINGLE)
 
 
 def test_storing_and_attending_in_one_leaves_the_ring_as_an_update_does():
@@ -127,7 +128,7 @@ def test_storing_and_attending_in_one_has_gradients_and_spares_an_earlier_graph(
     with torch.no_grad():
         layer.attend(keys[:, :, 7:], keys[:, :, 7:], values[:, :, 7:], 2, 1.5)
     (got,) = torch.autograd.grad(torch.cat(kept, 2).square().sum(), leaf)
-    whole = attend(leaf[:, :, :7], leaf[:, :, :7], values[:, :, :7], CausalWindow(3), 2, sigma=1.5)
+    whole = reference_attention(leaf[:, :, :7], leaf[:, :, :7], values[:, :, :7], CausalWindow(3), 2, sigma=1.5)
     (want,) = torch.autograd.grad(whole.square().sum(), leaf)
     assert_close(got, want, **SINGLE)
 
@@ -168,7 +169,7 @@ def test_gradients_flow_through_the_ring_as_without_it(steps):
                 outputs.append(krause_attention(query[:, :, new], *returned, 2.0, CausalWindow(4), 3))
             output = torch.cat(outputs, 2)
         else:
-            output = attend(query, keys, values, CausalWindow(4), 3, sigma=2.0)
+            output = reference_attention(query, keys, values, CausalWindow(4), 3, sigma=2.0)
         return torch.autograd.grad(output.square().sum(), leaves)
 
     for got, expected in zip(gradients(True), gradients(False), strict=True):
@@ -240,7 +241,7 @@ def test_what_a_ring_no_longer_holds_has_no_effect(dim):
         return layer.attend(query[:, :, new], k[:, :, new], v[:, :, new], 3, 2.0)
 
     with torch.no_grad():
-        expected = attend(query, keys, values, CausalWindow(6), 3, sigma=2.0)
+        expected = reference_attention(query, keys, values, CausalWindow(6), 3, sigma=2.0)
         for x in spoilt:
             x[:, :, :3] = torch.nan
         for new in pieces([4, *[1] * 16]):
@@ -301,10 +302,10 @@ def test_what_the_base_class_does_to_layers_works_on_a_ring():
 
 
 @pytest.mark.parametrize(("keys", "values", "message"), [
-    ((1, 2, 1, 8), (1, 2, 1, 8), "key_states must be of 2 sequences, 2 heads, dimension 8 and torch.float32"),
+    ((1, 2, 1, 8), (1, 2, 1, 8), "key_states must have 2 sequences, 2 heads, dimension 8 and torch.float32"),
     ((2, 4, 1, 8), (2, 4, 1, 8), "a cache serves one batch of one model"),
     ((2, 2, 1, 16), (2, 2, 1, 8), "got .2, 2, 1, 16. of torch.float32"),
-    ((2, 2, 1, 8), (2, 2, 1, 16), "value_states must be of"),
+    ((2, 2, 1, 8), (2, 2, 1, 16), "value_states must have"),
     ((2, 2, 2, 8), (2, 2, 1, 8), "must agree"),
     ((2, 2, 8), (2, 2, 8), "must agree"),
 ])
@@ -334,5 +335,5 @@ def test_a_window_is_a_whole_number(window):
 
 def test_a_layer_too_many_is_refused():
     cache = RingCache(LlamaConfig(num_hidden_layers=2, krause_window=4))
-    with pytest.raises(ValueError, match="it has 2 layers, and layer 2 was asked for"):
+    with pytest.raises(ValueError, match="it has 2 layers, got layer 2"):
         cache.update(*states(), 2)

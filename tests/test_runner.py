@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from krause_repro import runner
+from krause_repro import cli, runner, website
 from krause_repro.records import InUse, locked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +48,11 @@ def site(project, profile="smoke"):
     return project / "runs" / profile / "site"
 
 
+def run_and_build(project, profile="smoke"):
+    "Execute a project's pages and build its site, as the command line does."
+    return runner.run(profile, root=project, quiet=True, at_end=lambda: website.site(profile, project))
+
+
 def executed(project, stem, profile="smoke"):
     "The executed copy of a page."
     return json.loads((site(project, profile) / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
@@ -69,23 +74,23 @@ def smoke(tmp_path_factory):
     "A project in a folder with a space in its name, run under smoke: a lesson, an experiment, one that fails, and what comes after it."
     project = new_project(tmp_path_factory.mktemp("smoke") / "a project")
     write_page(project, "00_lesson", code("import os, sys\nprint(os.getcwd())\nprint(sys.executable)\nprint(os.environ['MPLBACKEND'])"))
-    write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("profile, train"))
-    write_page(project, "31_image_classification", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
-    write_page(project, "32_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
-    write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    write_page(project, "60_experiment", code(PARAMETERS, "parameters"), code("profile, train"))
+    write_page(project, "61_image_classification", code(PARAMETERS, "parameters"), code("before = 1"), code("1 / 0"), code("'not reached'"))
+    write_page(project, "62_<b>x<b>", code(PARAMETERS, "parameters"), code("raise ValueError('<script>alert(1)</script>')"))
+    write_page(project, "70_report", code(PARAMETERS, "parameters"))
     left = site(project) / "notebooks" / ".00_lesson.ipynb.0123abcd.1.ab_d1234.ipynb"
     left.parent.mkdir(parents=True)
     left.write_text("half a notebook of a process that was killed")
-    return project, runner.run("smoke", root=project, quiet=True)
+    return project, run_and_build(project)
 
 
 def test_pages_are_listed_in_reading_order(project):
-    write_page(project, "30_b", code(PARAMETERS, "parameters"))
+    write_page(project, "60_b", code(PARAMETERS, "parameters"))
     write_page(project, "01_a", code("1"))
     (project / "nbs" / "_draft.ipynb").write_text("not a notebook")
     pages = runner.notebooks(project / "nbs")
     assert [(page.number, page.stem, page.name, page.has_parameters) for page in pages] == [
-        ("01", "01_a", "a", False), ("30", "30_b", "b", True)]
+        ("01", "01_a", "a", False), ("60", "60_b", "b", True)]
     assert pages[0].title == "Page 01_a"
     assert pages[0].subtitle == "what 01_a shows, $E_{ij}$"
 
@@ -97,7 +102,7 @@ def test_a_folder_without_notebooks_is_an_error(tmp_path):
 
 def test_parameters_are_injected_and_recorded(smoke):
     project, records = smoke
-    notebook = executed(project, "30_experiment")
+    notebook = executed(project, "60_experiment")
     injected = [cell for cell in notebook["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])]
     assert ["".join(cell["source"]) for cell in injected] == ['# Parameters\nprofile = "smoke"\ntrain = "always"\n']
     assert outputs(notebook) == ["('smoke', 'always')"]
@@ -126,38 +131,38 @@ def test_a_shadowing_kernel_is_not_used(project, monkeypatch):
 def test_a_failure_is_kept_as_evidence_and_does_not_hide_the_others(smoke):
     project, records = smoke
     assert [(record["notebook"], record["status"]) for record in records] == [
-        ("00_lesson", "ok"), ("30_experiment", "ok"), ("31_image_classification", "failed"), ("32_<b>x<b>", "failed"),
-        ("40_report", "not run")]
+        ("00_lesson", "ok"), ("60_experiment", "ok"), ("61_image_classification", "failed"), ("62_<b>x<b>", "failed"),
+        ("70_report", "not run")]
     assert records[2]["error"] == "cell 5 (In [4]: 1 / 0): ZeroDivisionError: division by zero"
-    assert records[4]["because"] == "31_image_classification"
-    assert executed(project, "31_image_classification")["metadata"]["krause_repro"]["status"] == "failed"
+    assert records[4]["because"] == "61_image_classification"
+    assert executed(project, "61_image_classification")["metadata"]["krause_repro"]["status"] == "failed"
     assert sorted(path.name for path in (site(project) / "notebooks").iterdir()) == [
-        "00_lesson.ipynb", "30_experiment.ipynb", "31_image_classification.ipynb", "32_<b>x<b>.ipynb"]
-    assert "ZeroDivisionError" in (site(project) / "31_image_classification.html").read_text(encoding="utf-8")
-    lines, words = runner.summary(records).splitlines(), ("status", "ok", "ok", "failed", "failed", "not run")
+        "00_lesson.ipynb", "60_experiment.ipynb", "61_image_classification.ipynb", "62_<b>x<b>.ipynb"]
+    assert "ZeroDivisionError" in (site(project) / "61_image_classification.html").read_text(encoding="utf-8")
+    lines, words = cli.summary(records).splitlines(), ("status", "ok", "ok", "failed", "failed", "not run")
     assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
-    assert lines[0].endswith("seconds") and lines[5].endswith("not run because of 31_image_classification")
+    assert lines[0].endswith("seconds") and lines[5].endswith("not run because of 61_image_classification")
     assert lines[1].endswith(f"{records[0]['seconds']:.1f}")
 
 
 def test_the_page_shows_every_notebook_and_how_it_went(smoke):
     project, _ = smoke
-    text = runner.site("smoke", project).read_text(encoding="utf-8")  # built again, it says the same
+    text = website.site("smoke", project).read_text(encoding="utf-8")  # built again, it says the same
     assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", "ok", "failed", "failed", "not run"]
     assert "numbers mean nothing" in text
-    assert 'href="30_experiment.html"' in text and 'href="40_report.html"' not in text
-    assert "ZeroDivisionError: division by zero" in text and "not run because of 31_image_classification" in text
+    assert 'href="60_experiment.html"' in text and 'href="70_report.html"' not in text
+    assert "ZeroDivisionError: division by zero" in text and "not run because of 61_image_classification" in text
     assert "torch" in text and "4 of 5 executed" in text
 
 
 def test_the_report_of_an_earlier_run_is_marked(smoke):
     project, _ = smoke
-    copy, other = (site(project) / "notebooks" / f"{stem}.ipynb" for stem in ("40_report", "30_experiment"))
+    copy, other = (site(project) / "notebooks" / f"{stem}.ipynb" for stem in ("70_report", "60_experiment"))
     copy.write_text(other.read_text(encoding="utf-8").replace('"executed": "20', '"executed": "19'), encoding="utf-8")
-    text = runner.site("smoke", project).read_text(encoding="utf-8")
+    text = website.site("smoke", project).read_text(encoding="utf-8")
     copy.unlink()
-    (site(project) / "40_report.html").unlink()
-    assert "not run because of 31_image_classification; what is shown is of an earlier run" in text
+    (site(project) / "70_report.html").unlink()
+    assert "not run because of 61_image_classification; what is shown is of an earlier run" in text
 
 
 def test_the_site_asks_nothing_of_other_hosts_and_can_be_moved(smoke):
@@ -202,8 +207,8 @@ def test_names_and_errors_are_text_in_every_page(smoke):
     project, _ = smoke
     index = site(project) / "index.html"
     text = index.read_text(encoding="utf-8")
-    assert "32_&lt;b&gt;x&lt;b&gt;" in text and 'href="32_%3Cb%3Ex%3Cb%3E.html"' in text
-    for page in (index, site(project) / "32_<b>x<b>.html"):
+    assert "62_&lt;b&gt;x&lt;b&gt;" in text and 'href="62_%3Cb%3Ex%3Cb%3E.html"' in text
+    for page in (index, site(project) / "62_<b>x<b>.html"):
         found = Elements(page.read_text(encoding="utf-8"))
         assert not [text for text in found.active if "alert(1)" in text] and "b" not in found.tags
         assert "alert(1)" in page.read_text(encoding="utf-8")
@@ -238,18 +243,18 @@ def test_nothing_from_a_file_becomes_a_part_of_the_page(project):
     from PIL import Image, PngImagePlugin
 
     heading = {"cell_type": "markdown", "metadata": {}, "source": f"# {EVIL}\n> `{EVIL}` {EVIL}"}
-    for stem in ("30_evil", "31_'onload='evil()"):
+    for stem in ("60_evil", "61_'onload='evil()"):
         write_page(project, stem, code(PARAMETERS, "parameters"))
         page = json.loads((project / "nbs" / f"{stem}.ipynb").read_text())
         (project / "nbs" / f"{stem}.ipynb").write_text(json.dumps(page | {"cells": [heading, *page["cells"][1:]]}))
         copy = site(project) / "notebooks" / f"{stem}.ipynb"
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(json.dumps(HOSTILE))
-    from krause_repro.figures import save_figure
+    from krause_repro.drawing import save_figure
 
     figure = Figure(figsize=(1, 1))
     for name, profile in (("evil", "desk"), ("other", "smoke")):
-        png, svg = save_figure(figure, name, profile=profile, caption=EVIL, notebook="30_evil", root=project)
+        png, svg = save_figure(figure, name, profile=profile, caption=EVIL, notebook="60_evil", root=project)
         text = PngImagePlugin.PngInfo()
         for key in ("Title", "Description", "Source", "Comment"):
             text.add_text(key, EVIL)
@@ -257,7 +262,7 @@ def test_nothing_from_a_file_becomes_a_part_of_the_page(project):
             image.save(png, pnginfo=text)
         png.rename(png.with_name(f"{name}'onload='evil().png"))
         svg.rename(svg.with_name(f"{name}'onload='evil().svg"))
-    pages = [runner.site("smoke", project), *site(project).glob("3*.html")]
+    pages = [website.site("smoke", project), *site(project).glob("6*.html")]
     assert len(pages) == 3
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -285,9 +290,9 @@ def damaged(whole):
 def test_damaged_copies_and_figures_are_marked_and_the_rest_is_built(smoke, tmp_path):
     from matplotlib.figure import Figure
 
-    from krause_repro.figures import save_figure
+    from krause_repro.drawing import save_figure
 
-    project, whole = new_project(tmp_path / "p"), (site(smoke[0]) / "notebooks" / "30_experiment.ipynb").read_text(encoding="utf-8")
+    project, whole = new_project(tmp_path / "p"), (site(smoke[0]) / "notebooks" / "60_experiment.ipynb").read_text(encoding="utf-8")
     copies = {f"{10 + i}_{name}": text for i, (name, text) in enumerate(damaged(whole).items())} | {"00_whole": whole.encode()}
     (site(project) / "notebooks").mkdir(parents=True)
     for stem, text in copies.items():
@@ -298,7 +303,7 @@ def test_damaged_copies_and_figures_are_marked_and_the_rest_is_built(smoke, tmp_
         png, svg = save_figure(Figure(figsize=(1, 1)), name, profile="smoke", caption="Groups form.", notebook="00_whole", root=project)
     (png.parent / "cut.png").write_bytes(png.read_bytes()[:200])
     svg.unlink()
-    text = runner.site("smoke", project).read_text(encoding="utf-8")
+    text = website.site("smoke", project).read_text(encoding="utf-8")
     assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", *["damaged"] * (len(copies) - 1)]
     assert [path.name for path in site(project).glob("*.html") if path.name != "index.html"] == ["00_whole.html"]
     for stem in copies:
@@ -310,55 +315,55 @@ def test_damaged_copies_and_figures_are_marked_and_the_rest_is_built(smoke, tmp_
 def test_figures_stand_beside_the_committed_ones(project):
     from matplotlib.figure import Figure
 
-    from krause_repro.figures import save_figure
+    from krause_repro.drawing import save_figure
 
-    write_page(project, "30_particles", code(PARAMETERS, "parameters"))
+    write_page(project, "60_particles", code(PARAMETERS, "parameters"))
     figure = Figure(figsize=(3, 2))
     figure.subplots().plot([0, 1])
     for name, profile in (("both", "desk"), ("both", "smoke"), ("fresh", "smoke")):
-        save_figure(figure, name, profile=profile, caption="Groups form.", notebook="30_particles", root=project)
-    text = runner.site("smoke", project).read_text(encoding="utf-8")
+        save_figure(figure, name, profile=profile, caption="Groups form.", notebook="60_particles", root=project)
+    text = website.site("smoke", project).read_text(encoding="utf-8")
     assert [f"figures/{profile}/{name}.png" in text for profile, name in
             (("desk", "both"), ("smoke", "both"), ("desk", "fresh"), ("smoke", "fresh"))] == [True, True, False, True]
     assert text.count('alt="') == 3 and text.count("Groups form.") == 5
     assert "Not drawn under the desk profile yet." in text
     for image in re.findall(r'<img src="([^"]+)"', text):
         assert (site(project) / image).is_file() and (site(project) / image).with_suffix(".svg").is_file()
-    assert "smoke run, numbers mean nothing" not in runner.site("desk", project).read_text(encoding="utf-8")
+    assert "smoke run, numbers mean nothing" not in website.site("desk", project).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("given", "allowed"), [
     ({"profile": "tiny"}, "smoke, desk, paper"),
     ({"train": "sometimes"}, "never, missing, always"),
-    ({"only": "31_imaginary"}, "00_lesson, 30_untagged, 31_one_parameter"),
-    ({"only": "30"}, "no cell tagged 'parameters'"),
-    ({"only": "31"}, "has no parameter train; its parameters cell defines: profile"),
+    ({"only": "61_imaginary"}, "00_lesson, 60_untagged, 61_one_parameter"),
+    ({"only": "60"}, "no cell tagged 'parameters'"),
+    ({"only": "61"}, "has no parameter train; its parameters cell defines: profile"),
 ])
 def test_bad_input_is_refused_before_any_work(project, given, allowed):
     write_page(project, "00_lesson", code("1"))
-    write_page(project, "30_untagged", code(PARAMETERS))
-    write_page(project, "31_one_parameter", code('profile = "desk"', "parameters"))
+    write_page(project, "60_untagged", code(PARAMETERS))
+    write_page(project, "61_one_parameter", code('profile = "desk"', "parameters"))
     with pytest.raises(ValueError, match=re.escape(allowed)):
         runner.run(**given, root=project)
     assert not (project / "runs").exists()
 
 
 def test_a_report_alone_takes_what_is_there(project):
-    write_page(project, "31_image_classification", code(PARAMETERS, "parameters"), code("1 / 0"))
-    write_page(project, "40_report", code(PARAMETERS, "parameters"))
-    records = runner.run("smoke", "40", root=project, quiet=True)
-    assert [(record["notebook"], record["status"]) for record in records] == [("40_report", "ok")]
+    write_page(project, "61_image_classification", code(PARAMETERS, "parameters"), code("1 / 0"))
+    write_page(project, "70_report", code(PARAMETERS, "parameters"))
+    records = runner.run("smoke", "70", root=project, quiet=True)
+    assert [(record["notebook"], record["status"]) for record in records] == [("70_report", "ok")]
 
 
 def test_the_report_needs_the_pages_whose_results_it_opens(monkeypatch):
-    from krause_repro import records, report
+    from krause_repro import report, results
 
-    opened, read = set(), records.read_json
-    monkeypatch.setattr(records, "read_json", lambda path: opened.add(path) or read(path))
+    opened, read = set(), results.read_json
+    monkeypatch.setattr(results, "read_json", lambda path: opened.add(path) or read(path))
     report.report("desk"), report.coverage("desk")
     names = {path.relative_to(ROOT / "results" / "desk").with_suffix("").as_posix() for path in opened}
-    stems = {page.stem for page in runner.notebooks(ROOT / "nbs") if page.number in {records.result_page(name) for name in names}}
-    assert set(runner.NEEDS["40_report"]) == stems
+    stems = {page.stem for page in runner.notebooks(ROOT / "nbs") if page.number in {results.result_page(name) for name in names}}
+    assert set(runner.NEEDS["70_report"]) == stems
 
 
 def test_one_run_of_a_profile_at_a_time(project):
@@ -376,9 +381,35 @@ def test_a_notebook_that_cannot_be_executed_is_a_failed_page(project):
     path = write_page(project, "00_odd", code("1"))
     path.write_text(path.read_text().replace('"outputs": []', '"outputs": 3'))
     write_page(project, "01_after", code("2"))
-    records = runner.run("smoke", root=project, quiet=True)
+    records = run_and_build(project)
     assert [record["status"] for record in records] == ["failed", "ok"] and records[0]["error"]
     assert re.findall(r'class="status ([a-z ]+)"', (site(project) / "index.html").read_text(encoding="utf-8")) == ["failed", "ok"]
+
+
+def test_run_alone_builds_no_site(project):
+    write_page(project, "00_lesson", code("1"))
+    assert [record["status"] for record in runner.run("smoke", root=project, quiet=True)] == ["ok"]
+    assert not (site(project) / "index.html").exists() and executed(project, "00_lesson")
+
+
+def test_code_of_pages_about_tools_is_folded(project):
+    exported, opened = "#| export\ndef f():\n    return 'f'", "#| export\n#| code-fold: false\ndef g():\n    return 'g'"
+    for stem in ("10_model", "20_tool"):
+        write_page(project, stem, code(exported), code(opened), code("f()"), code("#| code-fold: true\ng()"))
+    run_and_build(project)
+    texts = [(site(project) / f"{stem}.html").read_text(encoding="utf-8") for stem in ("10_model", "20_tool")]
+    assert [text.count('<details class="code">') for text in texts] == [1, 2]
+
+
+def test_the_command_builds_no_site_if_nothing_was_begun(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    write_page(project, "60_untagged", code(PARAMETERS))
+    assert cli.main(["run"]) == 2
+    write_page(project, "60_untagged", code(PARAMETERS, "parameters"))
+    with locked(site(project)):
+        assert cli.main(["run"]) == 2
+    assert not (site(project) / "index.html").exists()
+    capsys.readouterr()
 
 
 def test_a_dead_kernel_is_a_failed_page(project):
@@ -389,7 +420,7 @@ def test_a_dead_kernel_is_a_failed_page(project):
 
 
 def test_the_book_is_executed_in_place_and_clean(project):
-    path = write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("print('a')\nprint('b')\nprofile, train"))
+    path = write_page(project, "60_experiment", code(PARAMETERS, "parameters"), code("print('a')\nprint('b')\nprofile, train"))
     assert [record["status"] for record in runner.book(root=project)] == ["ok"]
     notebook, first = json.loads(path.read_text(encoding="utf-8")), path.read_bytes()
     assert [cell["metadata"] for cell in notebook["cells"]] == [{}, {"tags": ["parameters"]}, {}]
@@ -398,8 +429,8 @@ def test_the_book_is_executed_in_place_and_clean(project):
     assert {cell.get("execution_count") for cell in notebook["cells"]} == {None}
     runner.clean(path, project)
     assert path.read_bytes() == first
-    path = write_page(project, "30_experiment", code(PARAMETERS, "parameters"), code("1 / 0"))
-    write_page(project, "31_after", code(PARAMETERS, "parameters"))
+    path = write_page(project, "60_experiment", code(PARAMETERS, "parameters"), code("1 / 0"))
+    write_page(project, "61_after", code(PARAMETERS, "parameters"))
     first = path.read_bytes()
     assert [record["status"] for record in runner.book(root=project)] == ["failed", "ok"]
     assert path.read_bytes() == first
@@ -420,7 +451,7 @@ def test_an_interrupt_keeps_what_is_finished_and_kills_the_kernel(project, capsy
     handlers = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     try:
         threading.Thread(target=interrupt, daemon=True).start()
-        assert runner.main(["run"]) == exit_code
+        assert cli.main(["run"]) == exit_code
     finally:
         signal.signal(signal.SIGINT, handlers[0])
     assert signal.getsignal(signal.SIGTERM) == handlers[1]
@@ -450,12 +481,12 @@ def test_help_and_version_of_the_command():
 
 def test_list_names_recipes_with_published_numbers_and_notebooks(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert runner.main(["list"]) == 0
+    assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"kvit_s/cifar10 .*95\.2", text)
-    assert re.search(r"26 +runner", text)
+    assert re.search(r"58 +runner", text)
     monkeypatch.chdir("/")
-    assert runner.main(["list"]) == 0
+    assert cli.main(["list"]) == 0
     out, error = capsys.readouterr()
     assert re.search(r"kvit_s/cifar10 .*95\.2", out) and "in the project's folder" in out and error == ""
 
@@ -463,17 +494,17 @@ def test_list_names_recipes_with_published_numbers_and_notebooks(capsys, monkeyp
 @pytest.mark.parametrize("arguments", [["list"], ["run"], ["report"], ["site"], ["book"]])
 def test_a_damaged_page_of_the_book_is_named(project, capsys, monkeypatch, arguments):
     monkeypatch.chdir(project)
-    path = write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    path = write_page(project, "70_report", code(PARAMETERS, "parameters"))
     for text in (path.read_text()[:200], "", "[]", '{"cells": [{"source": "a"}], "metadata": {}}', "\udcff"):
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert runner.main(arguments) == 2
+        assert cli.main(arguments) == 2
         out, error = capsys.readouterr()
         assert out == "" and error.count("\n") == 1 and f"error: {path} is damaged (" in error
 
 
 def one_error(capsys, arguments):
     "What the command says, in one line, of bad input."
-    assert runner.main(arguments) == 2, arguments
+    assert cli.main(arguments) == 2, arguments
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("krause-repro: error: ") and error.count("\n") == 1 and len(error) > 25, (arguments, error)
     return error
@@ -492,7 +523,7 @@ def one_error(capsys, arguments):
     (["evaluate", "smollm2", "--tasks", "boolqq"], "the nearest is 'boolq'"),
     (["run", "--profile", "tiny"], "smoke, desk, paper"),
     (["run", "--only", "99"], "only='99' is not a notebook; allowed: 0"),
-    (["run", "--only", "31_image_clasification"], "did you mean 31_image_classification?"),
+    (["run", "--only", "61_image_clasification"], "did you mean 61_image_classification?"),
     (["run", "--only", "particle"], "did you mean particles?"),
     (["run", "--train", "maybe"], "never, missing, always"),
     (["run", "--speed", "9"], "unrecognized arguments: --speed 9; see krause-repro run --help"),
@@ -513,7 +544,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, m
 
 def every_option():
     "Each command with one of its arguments set to a value that no argument of its type may have."
-    for name, function in runner.COMMANDS.items():
+    for name, function in cli.COMMANDS.items():
         parameters = inspect.signature(function, eval_str=True).parameters
         needed = ["x" for parameter in parameters.values() if parameter.default is inspect.Parameter.empty]
         for option, parameter in parameters.items():
@@ -533,12 +564,12 @@ def test_every_option_has_a_range(capsys, arguments, option):
     ["sample", "karm/digits"],
 ], ids=" ".join)
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(project, capsys, monkeypatch, arguments):
-    from krause_repro import benchmarks, training
+    from krause_repro import timing, training
 
-    for module, name in ((runner, "execute"), (training, "set_seed"), (benchmarks, "interleave")):
+    for module, name in ((runner, "execute"), (training, "set_seed"), (timing, "interleave")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work has begun"))
     monkeypatch.chdir(project)
-    write_page(project, "40_report", code(PARAMETERS, "parameters"))
+    write_page(project, "70_report", code(PARAMETERS, "parameters"))
     (project / "runs").write_text("a file where a folder is needed")
     (project / "figures").write_text("another")
     assert re.search(r"/(runs|figures)\b", one_error(capsys, arguments))
@@ -564,7 +595,7 @@ def test_errors_of_the_system_are_one_line(capsys, monkeypatch, error):
     def fail():
         raise error
 
-    monkeypatch.setitem(runner.COMMANDS, "list", fail)
+    monkeypatch.setitem(cli.COMMANDS, "list", fail)
     assert f"{error.strerror}: '/a/file'" in one_error(capsys, ["list"])
 
 
@@ -622,7 +653,7 @@ def finished_run(project):
     "The folder of a finished run of a generator, without its weights."
     from krause_repro.recipes import get_recipe
     from krause_repro.records import write_json
-    from krause_repro.training import run_path
+    from krause_repro.runs import run_path
 
     recipe = get_recipe("karm/digits").at("smoke")
     folder = run_path(recipe, 0)
@@ -649,7 +680,7 @@ CODE = "import os\nos.mkdir({!r})\nfrom transformers import LlamaConfig as C, Ll
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors", "remote code", "adapter_model.bin"])
 def test_a_language_model_from_elsewhere_runs_nothing(project, capsys, monkeypatch, kind):
-    from krause_repro import evaluation
+    from krause_repro import language_benchmarks
 
     sprung, model, adapter = project / "sprung", project / "model", project / "adapter"
     model.mkdir()
@@ -659,7 +690,7 @@ def test_a_language_model_from_elsewhere_runs_nothing(project, capsys, monkeypat
         (model / "code.py").write_text(CODE.format(str(sprung)), encoding="utf-8")
     (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     set_trap((adapter if kind == "adapter_model.bin" else model) / (kind if "." in kind else "pytorch_model.bin"), sprung)
-    monkeypatch.setattr(evaluation, "check_language_run", lambda **_: {})
+    monkeypatch.setattr(language_benchmarks, "check_language_run", lambda **_: {})
     given = ["--adapter", str(adapter)] if kind == "adapter_model.bin" else []
     error = one_error(capsys, ["evaluate", str(model), "--tasks", "boolq", *given])
     assert str(adapter if given else model) in error and "weights_only" not in error
@@ -670,20 +701,21 @@ def test_data_from_elsewhere_are_not_unpickled(project, capsys, monkeypatch):
     monkeypatch.chdir(project)
     for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
         set_trap(project / "data" / "cifar-10-batches-py" / name, project / "sprung", zipped=False)
-    assert "by its MD5" in one_error(capsys, ["train", "kvit_s/cifar10", "--profile", "smoke", "--source", str(project / "data")])
+    arguments = ["train", "kvit_s/cifar10", "--profile", "smoke", "--source", str(project / "data")]
+    assert "does not have the expected MD5" in one_error(capsys, arguments)
     assert not (project / "sprung").exists()
 
 
 def test_a_fault_keeps_its_traceback(monkeypatch):
-    monkeypatch.setitem(runner.COMMANDS, "list", lambda: int("not a number"))
+    monkeypatch.setitem(cli.COMMANDS, "list", lambda: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
-        runner.main(["list"])
+        cli.main(["list"])
 
 
 def test_the_exit_code_says_whether_a_notebook_failed(project, capsys, monkeypatch):
     monkeypatch.chdir(project)
     write_page(project, "00_fails", code("raise KeyError('gone')"))
-    assert runner.main(["run"]) == 1
+    assert cli.main(["run"]) == 1
     out, error = capsys.readouterr()
     assert re.search(r"^\[ 1/1\] 00_fails \.\.\. failed, [\d.]+ s$", out, re.MULTILINE)
     assert error == "00_fails failed: cell 2 (In [1]: raise KeyError('gone')): KeyError: 'gone'\n"

@@ -9,17 +9,14 @@ from torch.testing import assert_close
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
 from krause_repro import sampling
-from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig
+from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig, image_tokens, start_tokens, token_images
 from krause_repro.sampling import (
     SeededDraw,
     complete_images,
     continue_tokens,
     first_prompts,
-    image_tokens,
     sample_images,
     seeded_uniforms,
-    start_tokens,
-    token_images,
     written_batches,
 )
 
@@ -260,7 +257,7 @@ def test_a_model_that_has_diverged_writes_no_image():
 
 @pytest.mark.parametrize(("prompts", "columns", "message"), [
     (torch.zeros(2, 3, dtype=torch.long), 10, "after the start token"), (torch.tensor([[9, 9]]), 11, "levels below 9"),
-    (torch.tensor([[9, 1]]), 10, r"uniforms must be one number for each token to write, \(1, 11\)"),
+    (torch.tensor([[9, 1]]), 10, r"uniforms must be one number per sampled token, \(1, 11\)"),
 ])
 def test_prompts_that_are_no_beginnings_are_refused(prompts, columns, message):
     with pytest.raises(ValueError, match=message):

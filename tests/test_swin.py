@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, swin_s, swin_t
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from krause_repro.attention import SCORES
+from krause_repro.reference import SCORES
 from krause_repro.swin import (
     SWIN_SIZES,
     SwinClassifier,

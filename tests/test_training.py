@@ -17,29 +17,16 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
-from krause_repro import training
-from krause_repro.data import DATA, Collator, ImageSet, Splits, load_splits, photograph_folder
-from krause_repro.recipes import RECIPES, ImageClassificationRecipe, get_recipe
+from krause_repro import tasks, training
+from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
+from krause_repro.image_files import DATA, photograph_folder
+from krause_repro.image_recipes import ImageClassificationRecipe
+from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import InUse, damage, lock_path, locked, write_digests
+from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
 from krause_repro.swin import SwinBlock, SwinClassifier
-from krause_repro.training import (
-    PartCollator,
-    Run,
-    TrainingDiverged,
-    build_trainer,
-    check_run,
-    checkpoints,
-    device_options,
-    drop_damaged,
-    flaw,
-    last_checkpoint,
-    part_of,
-    process_count,
-    run_path,
-    save_model,
-    train,
-    training_arguments,
-)
+from krause_repro.tasks import process_count, save_model
+from krause_repro.training import PartCollator, build_trainer, device_options, part_of, train, training_arguments
 from krause_repro.vision_transformer import Block, VisionTransformer
 
 STEPS = 4  # in an epoch of the `recipe` fixture
@@ -96,7 +83,7 @@ def start(recipe, source, tmp_path, monkeypatch):
     def begin(seed=0, of=recipe, runs=tmp_path, **options):
         return train(of, seed, runs=runs, progress=False, source=source, **options)
 
-    monkeypatch.setattr(training, "load_splits", read_once)
+    monkeypatch.setattr(tasks, "load_splits", read_once)
     return begin
 
 
@@ -184,7 +171,7 @@ def test_training_never_looks_at_a_test_image(start, finished, monkeypatch):
         splits = load_splits(*arguments)
         return Splits(*(Counting(part, getattr(splits, part)) for part in reads))
 
-    monkeypatch.setattr(training, "load_splits", counted)
+    monkeypatch.setattr(tasks, "load_splits", counted)
     assert same(start(), finished)
     assert reads == {"train": 2 * 128, "held_out": 2 * 64, "test": 0}
 
@@ -194,7 +181,7 @@ def test_a_finished_run_is_returned_untouched(finished, recipe, tmp_path):
     runs = finished.path.parents[3]
     again = train(recipe, 0, runs=runs, progress=False)
     assert again == finished and contents(finished.path) == before
-    remarked = replace(recipe, seeds=(5,), ours=(), published={})
+    remarked = replace(recipe, seeds=(5,), unpublished=(), published={})
     assert train(remarked, 0, runs=runs, progress=False).path == finished.path and contents(finished.path) == before
 
 
@@ -523,7 +510,7 @@ def test_after_a_damaged_checkpoint_the_bits_are_those_of_an_unbroken_run(killed
         (killed / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt").unlink()
         assert same(start(), finished)
         told = capsys.readouterr().err
-        assert "optimizer.pt is missing" in told if step > STEPS else "its best state is not whole" in told or told == ""
+        assert "optimizer.pt is missing" in told if step > STEPS else "its best checkpoint is invalid" in told or told == ""
         (killed / "finished.json").unlink()
 
 
@@ -533,7 +520,7 @@ def test_a_checkpoint_needs_its_best_sibling(start, spoil, recipe, tmp_path):
     folder = run_path(recipe, 0, tmp_path) / "checkpoints"
     weights = folder / f"checkpoint-{STEPS}" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    assert flaw(folder / f"checkpoint-{2 * STEPS}").startswith(f"its best state is not whole: {weights} has")
+    assert flaw(folder / f"checkpoint-{2 * STEPS}").startswith(f"its best checkpoint is invalid: {weights} has")
     assert chose_the_first(start(callbacks=(spoil,)))
 
 
@@ -569,7 +556,7 @@ def test_last_checkpoint_counts_as_numbers(tmp_path):
 
 
 def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
-    works, calls = training.os.replace, []
+    works, calls = os.replace, []
 
     def full(source, target):
         if str(target).endswith("metrics.jsonl"):
@@ -579,7 +566,7 @@ def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
         return works(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.os, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             start()
     run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
@@ -737,13 +724,13 @@ def test_a_diverged_run_is_not_finished_and_says_where(start, recipe, tmp_path):
     assert not any(line.get("loss") == 0 for line in run.metrics())
     assert json.loads((run.path / "diverged.json").read_text())["step"] in (1, 2)
     assert not lock_path(run.path).exists()
-    with pytest.raises(TrainingDiverged, match="diverged.json: training diverged at step .*same settings end there again.*restart=True"):
+    with pytest.raises(TrainingDiverged, match="diverged.json: training diverged at .*same settings would diverge again.*restart=True"):
         start(of=bad)
     assert start(of=recipe, restart=True).finished
 
 
 class Poison(TrainerCallback):
-    "Puts what is no number into the model, or into its gradient, after one step."
+    "Puts NaN into the model, or into its gradient, after one step."
 
     def __init__(self, step, value, gradient=False):
         self.step, self.value, self.gradient = step, value, gradient
@@ -775,7 +762,7 @@ def test_a_weight_that_no_loss_shows_is_found_before_it_is_saved(recipe, tmp_pat
     trainer = build_trainer(recipe, model, splits_of(), tmp_path, progress=False)
     with torch.no_grad():
         model.head.bias[9] = -math.inf
-    with pytest.raises(TrainingDiverged, match="at step 0: head.bias holds what is no number"):
+    with pytest.raises(TrainingDiverged, match="at step 0: head.bias is not finite"):
         trainer._save_checkpoint(model, None)
     assert checkpoints(tmp_path) == []
 
@@ -785,11 +772,11 @@ def test_an_evaluation_that_gives_no_number_says_so(recipe, tmp_path):
     with torch.no_grad():
         model.head.weight[0, 0] = math.nan
     trainer = build_trainer(recipe, model, splits_of(), tmp_path, progress=False)
-    with pytest.raises(TrainingDiverged, match="the model gives what is no number: test_loss is nan"):
+    with pytest.raises(TrainingDiverged, match="the model's outputs are not finite: test_loss is nan"):
         trainer.evaluate(splits_of().test, metric_key_prefix="test")
 
 
-# A finished run that is not whole any more
+# Damaged finished runs
 
 
 @pytest.fixture
@@ -838,7 +825,7 @@ def test_a_damaged_model_is_named_and_no_pickle_is_read_instead(copied, what):
     name, harm = DAMAGES[what]
     torch.save(copied.model().state_dict(), copied.path / "pytorch_model.bin")
     harm(copied.path / name)
-    if what == "model changed":  # without digests only what is no number, or no tensor of this model, is found
+    if what == "model changed":  # without digests, only NaN and unknown tensors are detected
         harm(copied.path / name)
         from safetensors.torch import save_file
         save_file(load_file(copied.path / name) | NOT_A_NUMBER, copied.path / name)
@@ -865,7 +852,7 @@ def test_a_run_of_an_earlier_version_that_diverged_is_found_out(copied, start):
 
     save_file(load_file(copied.path / "model.safetensors") | NOT_A_NUMBER, copied.path / "model.safetensors")
     (copied.path / "digests.json").unlink()
-    with pytest.raises(TrainingDiverged, match="model.safetensors: training diverged, head.weight holds what is no number"):
+    with pytest.raises(TrainingDiverged, match="model.safetensors: training diverged, head.weight is not finite"):
         start()
 
 
@@ -900,13 +887,13 @@ def test_a_directory_in_use_is_refused_by_pid_and_host(start, recipe, tmp_path, 
 
 
 def test_a_run_finished_by_another_process_meanwhile_is_not_trained_again(start, recipe, finished, tmp_path, monkeypatch):
-    build = training.task_of(recipe).build
+    build = tasks.task_of(recipe).build
 
     def slowly(found):
         shutil.copytree(finished.path, run_path(recipe, 0, tmp_path))
         return build(found)
 
-    monkeypatch.setattr(training, "TASKS", {ImageClassificationRecipe: replace(training.task_of(recipe), build=slowly)})
+    monkeypatch.setattr(tasks, "TASKS", {ImageClassificationRecipe: replace(tasks.task_of(recipe), build=slowly)})
     with pytest.raises(InUse, match="was finished by another process in the meantime"):
         start()
     assert start().finished
@@ -980,7 +967,7 @@ def assert_trained_alike(recipe, source, runs, weights):
     found = [load_file(run.path / weights) for run in (one, two)]
     assert found[0].keys() == found[1].keys()
     assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-6
-    key = f"held_out_{training.task_of(recipe).metric}"
+    key = f"held_out_{tasks.task_of(recipe).metric}"
     assert one.summary()[key] == pytest.approx(two.summary()[key], abs=1e-6)
     losses = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from torchvision.models import VisionTransformer as TorchvisionViT
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from krause_repro.attention import SCORES, Full, GridWindow
 from krause_repro.checkpoints import convert_vit, load_author_checkpoint, load_into, recognise, swin_config, vit_config
 from krause_repro.recipes import RECIPES
+from krause_repro.reference import SCORES, Full, GridWindow
 from krause_repro.swin import SwinClassifier
 from krause_repro.vision_transformer import (
     SIZES,
@@ -135,7 +135,7 @@ ARCHITECTURES = {  # a file of the authors' tensors: what it is said to be
 NAMES = {  # names of the released autoregressive and language models
     "karm": (["token_emb.weight", "layers.0.attn.log_sigma"], "a KARM, kind karm"),
     "larm": (["token_emb.weight", "layers.0.attn.q_proj.weight"], "an ARM or LARM, kind arm or larm"),
-    "llama": (["model.layers.0.self_attn.q_proj_krause.weight"], "a language model with a Krause branch, which no kind takes"),
+    "llama": (["model.layers.0.self_attn.q_proj_krause.weight"], "a language model with a Krause branch, for which there is no kind"),
 }
 
 
@@ -177,7 +177,7 @@ def layer_norm(x, layer):
     return (x - mean) / (variance + layer.eps).sqrt() * layer.weight + layer.bias
 
 
-def attend(x, attention, mask, krause):
+def reference_attention(x, attention, mask, krause):
     "Attention of one block from its definition, one head after the other."
     dim, heads = x.shape[-1] // attention.heads, []
     query, key, value = (x @ layer.weight.T + layer.bias for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -204,10 +204,10 @@ def test_block_by_hand(norm, score):
     x = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mask, krause = GridWindow(4, 4, 1, "manhattan").mask(17), score == "krause"
     if norm == "post":
-        middle = layer_norm(x + attend(x, block.attention, mask, krause), block.norm1)
+        middle = layer_norm(x + reference_attention(x, block.attention, mask, krause), block.norm1)
         expected = layer_norm(middle + mlp(middle, block.mlp), block.norm2)
     else:
-        middle = x + attend(layer_norm(x, block.norm1), block.attention, mask, krause)
+        middle = x + reference_attention(layer_norm(x, block.norm1), block.attention, mask, krause)
         expected = middle + mlp(layer_norm(middle, block.norm2), block.mlp)
     assert_close(block(x)[0], expected, rtol=0, atol=1e-10)
     assert block.attention.top_k == 3

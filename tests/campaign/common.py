@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from krause_repro.recipes import RECIPES, Recipe, get_recipe
-from krause_repro.runner import main
-from krause_repro.training import Run, run_path, task_of
+from krause_repro.cli import main
+from krause_repro.recipe_base import Recipe
+from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.runs import Run, run_path
+from krause_repro.tasks import task_of
 from tests.test_language_data import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]  # of the repository
@@ -52,10 +54,11 @@ def notebook(title: str, *cells: str) -> dict:
 
 
 PAGES = {
-    "20_first": notebook("First", "", "import time\nfrom krause_repro.records import summarise", "time.sleep(0.5)\nsummarise([1, 2, 4])"),
-    "31_second": notebook(
-        "Second", 'profile = "desk"\ntrain = "never"', "from krause_repro.records import obtain_result",
-        'obtain_result("second", profile, train, [], lambda: {"numbers": list(range(1000))})["numbers"][:3]'),
+    "20_first": notebook("First", "", "import time\nfrom krause_repro.statistics import summarise",
+                         "time.sleep(0.5)\nsummarise([1, 2, 4])"),
+    "61_second": notebook(
+        "Second", 'profile = "desk"\ntrain = "never"', "from krause_repro.results import load_or_compute",
+        'load_or_compute("second", profile, train, [], lambda: {"numbers": list(range(1000))})["numbers"][:3]'),
 }
 
 

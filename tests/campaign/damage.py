@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from krause_repro.data import FASHION_MNIST_FILES, find_source
-from krause_repro.records import load_result, write_json
-from krause_repro.training import checkpoints, task_of
+from krause_repro.image_files import FASHION_MNIST_FILES, find_source
+from krause_repro.records import write_json
+from krause_repro.results import load_result
+from krause_repro.runs import checkpoints
+from krause_repro.tasks import task_of
 from tests.campaign.common import JOBS, Command, is_told, prepared, problem, run_of, table, undisturbed
 
 
@@ -88,7 +90,7 @@ def result_rows(work: Path) -> list[tuple]:
 
 def data_rows(work: Path) -> list[tuple]:
     "Files of Fashion-MNIST, for which each command has a recipe."
-    project, found, rows = prepared(work, "train image"), find_source("fashion_mnist"), []
+    project, found, rows = prepared(work / "damaged data", "train image"), find_source("fashion_mnist"), []
     for stem in FASHION_MNIST_FILES:
         for how in HARMS:
             folder = Path(shutil.copytree(found, work / "data", dirs_exist_ok=True))

@@ -6,7 +6,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from krause_repro.recipes import RECIPES
-from krause_repro.training import run_path, task_of
+from krause_repro.runs import run_path
+from krause_repro.tasks import task_of
 from tests.campaign.common import new_project, register, shell, table
 
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
