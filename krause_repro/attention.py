@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import UserError, check_fraction, check_integer
+from .checks import UserError, check_choice, check_fraction, check_integer
 from .fast_attention import banded_tiles, flex_attention, gathered_rows, sdpa_attention
 from .native_kernels import kernels_apply, native_band, native_lists
 from krause_repro.reference import (
@@ -167,8 +167,7 @@ def choose_implementation(
     device: torch.device | str = "cpu",  # of the tensors
 ) -> Callable[..., Tensor]:  # a function with the arguments of `reference_attention`
     "The attention function of an implementation; a `ValueError` if it does not support the request."
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "auto":
         order = ("banded", "gathered", "sdpa", "reference")
         implementation = next(name for name in order if not _refusal(name, neighborhood, top_k, key_mask, device))
@@ -265,8 +264,7 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropo
     dim, heads = check_integer("dim", dim, 1), check_integer("heads", heads, 1)
     if dim % heads:
         raise UserError(f"heads must divide dim = {dim}, got {heads}")
-    if score not in SCORES:
-        raise UserError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    check_choice("score", score, SCORES)
     if sigma_per not in ("head", "layer"):
         raise UserError(f"sigma_per must be 'head' or 'layer', got {sigma_per!r}")
     if not isinstance(neighborhood, Neighborhood):

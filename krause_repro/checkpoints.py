@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from .branched_models import attach_branch
-from .checks import UserError, check_integer, check_names
+from .checks import UserError, check_choice, check_integer, check_names
 from .image_transformer import ImageTransformer, ImageTransformerConfig
 from .llm_branch import PROJECTIONS, BranchSettings
 from .swin import SwinClassifier, SwinClassifierConfig, WindowAttention
@@ -437,8 +437,7 @@ def load_author_checkpoint(
 
     Raises `ValueError` for an unknown kind or argument and for tensors that do not fit, and `FileNotFoundError` for a missing file.
     """
-    if kind not in list(KINDS):
-        raise UserError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kind", kind, KINDS)
     state = read_state_dict(state_dict_or_path)
     module = _build_module(kind, config)
     load_into(module, KINDS[kind][1](state), kind, _hint(state, kind))

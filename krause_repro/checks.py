@@ -32,6 +32,16 @@ class UnavailableError(UserError, RuntimeError):
 class MissingPackageError(UserError, ImportError):
     "An optional package that is not installed."
 
+# %% ../nbs/01_checks.ipynb #c401ce01
+def check_choice(
+    name: str,  # of the argument, for the message
+    value: object,  # as it was given
+    allowed: Iterable[str],  # what it may be
+) -> None:
+    "Raise `UserError` that names the argument and lists what is allowed."
+    if value not in list(allowed):  # a list compares what a dict cannot look up
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
 # %% ../nbs/01_checks.ipynb #06f19a13
 def check_integer(
     name: str,  # the argument's name, for the message

@@ -20,7 +20,7 @@ from .checks import UserError
 from krause_repro.reference import (
     CausalWindow, GridWindow, Neighborhood, band_mask, common_centre, constant_cache, half_square_norm, masked_softmax, no_autocast,
     repeat_kv, score_temperature, sum_of_support, support_mask, tracing, transforms_active, upcast_to_float32, weighted_sum,
-    weights_and_support, without_bad,
+    weights_and_support, without_bad, without_padding,
 )
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
@@ -302,8 +302,7 @@ def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dro
     "Fused attention of queries (B, H, Tq, D) that are the last of the keys (B, Hk, Tk, D); `allowed` is None, or a mask without padding."
     if key_mask is not None:
         key, value = (_without(x, ~key_mask.unsqueeze(1)) for x in (key, value))
-        padding = key_mask[:, None, None, :]
-        allowed = padding if allowed is None else allowed & padding
+        allowed = without_padding(allowed, key_mask)
     key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])
     if score == "softmax":
         bad, scale = None, None

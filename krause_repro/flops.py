@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from .attention import KrauseAttention
-from .checks import UnavailableError, UserError, check_integer
+from .checks import UnavailableError, UserError, check_choice, check_integer
 from .image_recipes import IMAGE_DATA, row_name
 from .llm_branch import PROJECTIONS, attention_layers, branches
 from .native_kernels import kernels_available
@@ -240,8 +240,7 @@ def swin_row(
     padded: bool,  # pad maps smaller than a window
 ) -> dict:
     "Measured multiply-accumulates of a Swin transformer per CIFAR-10 image."
-    if size not in SWIN_SIZES:
-        raise UserError(f"size must be one of {', '.join(SWIN_SIZES)}, got {size!r}")
+    check_choice("size", size, SWIN_SIZES)
     config = SwinClassifierConfig(**SWIN_SIZES[size], attention_score=score, pad_small_maps=padded, num_labels=10)
     model = SwinClassifier(config).eval()
     macs = counted_macs(lambda: model(torch.zeros(1, 3, config.image_size, config.image_size)))["Global"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from .checks import UserError
+from .checks import UserError, check_choice
 from .generation_recipes import ImageGenerationRecipe
 from krause_repro.image_files import (
     DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, download_folder, find_source,
@@ -264,8 +264,7 @@ class Collator:
         channels_last: bool = False,  # channels-last memory format, which is faster on tensor cores
     ):
         spec = check_dataset(recipe.dataset)
-        if recipe.augmentation not in AUGMENTATIONS:
-            raise UserError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {recipe.augmentation!r}")
+        check_choice("augmentation", recipe.augmentation, AUGMENTATIONS)
         crop, erase = AUGMENTATIONS[recipe.augmentation]
         self.mean, self.std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (spec.mean, spec.std))
         self.training, self.classes, self.smoothing = training, recipe.classes, recipe.label_smoothing

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
-from .checks import UserError
+from .checks import UserError, check_choice
 from .records import cache_folder, disk_error, read_json, scratch_folder
 
 # %% ../nbs/27_image_files.ipynb #e8760a65
@@ -73,8 +73,7 @@ def check_dataset(
     name: str,  # key of `DATA`
 ) -> DataSpec:
     "The properties of a data set. Raises `UserError` that lists the known ones."
-    if name not in DATA:
-        raise UserError(f"dataset must be one of {', '.join(DATA)}, got {name!r}")
+    check_choice("dataset", name, DATA)
     return DATA[name]
 
 # %% ../nbs/27_image_files.ipynb #f7e79158
@@ -525,8 +524,7 @@ def check_unreadable(
     unreadable: str,
 ) -> str:
     "Return `unreadable`, or raise `UserError` that lists the choices."
-    if unreadable not in UNREADABLE:
-        raise UserError(f"unreadable must be one of {', '.join(UNREADABLE)}, got {unreadable!r}")
+    check_choice("unreadable", unreadable, UNREADABLE)
     return unreadable
 
 # %% ../nbs/27_image_files.ipynb #d031bfe7

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
-from .checks import UserError, check_flag, check_fraction, check_integer, check_positive, values_known
+from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
 from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
@@ -116,8 +116,7 @@ def check_image_config(
     config: ImageTransformerConfig,
 ) -> None:
     "Raise a `ValueError` that names the first invalid setting and what is allowed."
-    if config.attention not in ATTENTIONS:
-        raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, got {config.attention!r}")
+    check_choice("attention", config.attention, ATTENTIONS)
     if not isinstance(config.image_shape, list) or len(config.image_shape) != 3:
         raise UserError(f"image_shape must be (rows, columns, channels), got {config.image_shape!r}")
     for size in config.image_shape:

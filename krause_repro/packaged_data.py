@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from .checks import UserError
+from .checks import UserError, check_choice
 from .language_models import load_language_model
 from .records import cache_folder
 
@@ -69,8 +69,7 @@ def check_packaged_files(
     name: str,  # key of `PACKAGED`
 ) -> PackagedFiles:
     "The entry of a package. Raises a `ValueError` that lists the known packages."
-    if name not in PACKAGED:
-        raise UserError(f"name must be one of {', '.join(PACKAGED)}, got {name!r}")
+    check_choice("name", name, PACKAGED)
     return PACKAGED[name]
 
 

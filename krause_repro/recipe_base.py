@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .checks import UserError
+from .checks import UserError, check_choice
 
 # %% ../nbs/22_recipe_base.ipynb #57bd3086
 @lru_cache(maxsize=1)
@@ -36,8 +36,7 @@ def check_profile(
     profile: str,
 ) -> str:
     "Return `profile`, or raise `UserError` that lists the profiles."
-    if profile not in PROFILES:
-        raise UserError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    check_choice("profile", profile, PROFILES)
     return profile
 
 # %% ../nbs/22_recipe_base.ipynb #8034da69

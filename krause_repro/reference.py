@@ -22,7 +22,7 @@ from torch._guards import active_fake_mode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from .checks import UserError, check_integer
+from .checks import UserError, check_choice, check_integer
 
 # %% ../nbs/02_reference.ipynb #59470bb5
 def upcast_to_float32(
@@ -115,8 +115,7 @@ def pairwise_energy(
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding, treated as zeros
 ) -> Tensor:  # (B, H, Tq, Tk), float32 or float64; small means similar
     "Energy of each query with each key; half the squared distance for Krause Attention (paper, Section 4)."
-    if score not in SCORES:
-        raise UserError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    check_choice("score", score, SCORES)
     query, key = upcast_to_float32(query), upcast_to_float32(key)
     if key_mask is not None:
         key = key.masked_fill(~key_mask[:, None, :, None], 0)
@@ -249,8 +248,7 @@ class GridWindow(Neighborhood):
         if self.cls_token not in (True, False):
             raise UserError(f"GridWindow cls_token must be True or False, got {self.cls_token!r}")
         object.__setattr__(self, "cls_token", bool(self.cls_token))
-        if self.metric not in METRICS:
-            raise UserError(f"GridWindow metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        check_choice("GridWindow metric", self.metric, METRICS)
 
     @property
     def length(self) -> int:
@@ -347,6 +345,17 @@ def support_mask(
     "Boolean attention mask of the neighbourhood; padding is not part of it."
     return None if isinstance(neighborhood, Full) else neighborhood.mask(keys, device)[-queries:]
 
+
+def without_padding(
+    allowed: Tensor | None,  # bool, broadcastable to (B, H, Tq, Tk); None allows all
+    key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+) -> Tensor | None:  # as `allowed`
+    "A boolean attention mask from which padded keys are taken out."
+    if key_mask is None:
+        return allowed
+    padding = key_mask[:, None, None, :]
+    return padding if allowed is None else allowed & padding
+
 # %% ../nbs/02_reference.ipynb #a943df93
 def weights_and_support(
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens of the sequence
@@ -358,9 +367,7 @@ def weights_and_support(
     key_mask: Tensor | None,  # (B, Tk) bool, False = padding
 ) -> tuple[Tensor, Callable[[], Tensor] | None]:  # (B, H, Tq, Tk), float32 or float64; the support, for `weighted_sum`
     "Weights of a block of queries and keys, and their support."
-    if key_mask is not None:
-        padding = key_mask[:, None, None, :]
-        allowed = padding if allowed is None else allowed & padding
+    allowed = without_padding(allowed, key_mask)
     energy = pairwise_energy(query, repeat_kv(key, query.shape[1]), score, key_mask)
     weights, survivors = masked_softmax(energy, temperature, allowed, top_k, empty_rows=key_mask is not None)
     return weights, None if survivors is None else lambda: survivors

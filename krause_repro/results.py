@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import UserError
+from .checks import UserError, check_choice
 from .records import environment, project_root, read_json, write_json
 
 # %% ../nbs/21_results.ipynb #c74893c0
@@ -234,8 +234,7 @@ def check_train(
     train: str,
 ) -> str:
     "Return `train`, or raise `UserError` that lists the choices."
-    if train not in TRAIN_CHOICES:
-        raise UserError(f"train must be one of {', '.join(TRAIN_CHOICES)}, got {train!r}")
+    check_choice("train", train, TRAIN_CHOICES)
     return train
 
 # %% ../nbs/21_results.ipynb #2b343d94

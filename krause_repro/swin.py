@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .attention import merge_heads
-from .checks import UserError, check_flag, check_fraction, check_integer, check_positive
+from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import CheckedConfig, CheckedModel, named_arguments
 from .reference import SCORES, pairwise_energy, score_temperature, weighted_sum
 from .vision_transformer import check_pixels, classification_loss
@@ -108,8 +108,7 @@ def check_window(
     for w, s in zip(window, shift, strict=True):
         if check_integer("shift_size", s, 0) >= check_integer("window_size", w, 1):
             raise UserError(f"shift_size must be smaller than window_size = {w}, got {s}")
-    if score not in SCORES:
-        raise UserError(f"attention_score must be one of {', '.join(SCORES)}, got {score!r}")
+    check_choice("attention_score", score, SCORES)
     check_positive("sigma", sigma)
 
 # %% ../nbs/12_swin.ipynb #c810e21a

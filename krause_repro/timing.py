@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import UserError, check_integer, check_positive
+from .checks import UserError, check_choice, check_integer, check_positive
 
 # %% ../nbs/38_timing.ipynb #e3357abb
 def interleave(
@@ -63,8 +63,7 @@ def compare(
     baseline: str,  # contender that is the denominator of ratios
 ) -> list[dict]:  # one row per contender
     "Median and quartiles over rounds of the seconds and of the ratios to the baseline."
-    if baseline not in seconds:
-        raise UserError(f"baseline must be one of {', '.join(seconds)}, got {baseline!r}")
+    check_choice("baseline", baseline, seconds)
     rows = []
     for name, times in seconds.items():
         low, middle, high = quartiles([a / b for a, b in zip(times, seconds[baseline], strict=True)])

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .attention import KrauseAttention
-from .checks import UserError, check_flag, check_fraction, check_integer, check_positive
+from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
 from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, upcast_to_float32
 
@@ -102,8 +102,7 @@ def check_vision_config(
     "Raise a `ValueError` that names the first invalid setting and what is allowed."
     choices = {"attention_score": SCORES, "attention_metric": METRICS, "norm": NORMS, "positions": POSITIONS}
     for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+        check_choice(name, getattr(config, name), allowed)
     _check_sizes(config)
     _check_window(config)
     if config.attention_top_k is not None:

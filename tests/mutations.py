@@ -39,7 +39,7 @@ FAULTS = [
           "attention"),
     Fault("sigma instead of sigma squared", "return sigma.square().clamp_min(smallest)", "return sigma.clamp_min(smallest)", "attention"),
     Fault("softmax scale dropped", "return head_dim**0.5", "return 1.0", "attention"),
-    Fault("padding not masked", "allowed = padding if allowed is None else allowed & padding\n    energy", "pass\n    energy", "attention"),
+    Fault("padding not masked", "return padding if allowed is None else allowed & padding", "return allowed", "attention"),
     Fault("ring off by one", "return length - 1 - (length - 1 - slot) % window", "return length - 1 - (length - slot) % window",
           "ring_cache"),
     Fault("gate swapped", "return torch.lerp(krause, standard, share)", "return torch.lerp(standard, krause, share)", "llm_branch"),
