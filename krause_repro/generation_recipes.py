@@ -59,7 +59,7 @@ class ImageGenerationRecipe(Recipe):
         check_heads(self)
 
     def changes(self, profile):
-        return GENERATION_DESK if profile == "desk" else GENERATION_SMOKE
+        return GENERATION_DESK | GENERATION_DESK_DATA.get(self.dataset, {}) if profile == "desk" else GENERATION_SMOKE
 
     @property
     def config(self) -> ImageTransformerConfig:
@@ -78,6 +78,7 @@ GENERATION_DESK = {
     "batch_size": 16, "lr": 2e-3, "train_images": 12_000, "held_out": 500, "max_grad_norm": 1.0,
     "samples": 500,
 }
+GENERATION_DESK_DATA = {"mnist": {"train_images": None, "held_out": 1000}}  # one pass over the whole training set
 GENERATION_SMOKE = {
     "seeds": (0, 1), "width": 16, "depth": 2, "heads": 2, "mlp_width": 32, "dropout": 0.1, "start_token": True, "epochs": 2,
     "batch_size": 32, "lr": 3e-3, "max_grad_norm": 1.0, "samples": 32, "train_images": 512, "test_images": 256, "held_out": 128,
