@@ -21,6 +21,7 @@ from krause_repro.reference import (
     SCORES, CausalWindow, Full, GridWindow, Neighborhood, attention_weights, dense_attention_weights, pairwise_energy,
     reference_attention, topk_mask, tracing, transforms_active, weighted_sum,
 )
+from .triton_kernels import INTERPRETED, triton_applies, triton_attention
 
 # %% ../nbs/06_attention.ipynb #569d4484
 _all_ = [CausalWindow, Full, GridWindow, Neighborhood]  # defined in notebook 02, imported from here by users
@@ -115,8 +116,11 @@ def banded_attention(
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
     **options,  # score, sigma, dropout, key_mask, as in `reference_attention`
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`reference_attention` with a causal window in O(T·W): the C++ operator on a CPU, tiles elsewhere and for float64."
-    compute = native_band if kernels_apply(query, options.get("dropout", 0.0)) else banded_tiles
+    "`reference_attention` with a causal window in O(T·W): C++ on a CPU, Triton on CUDA, tiles for what these do not support."
+    dropout = options.get("dropout", 0.0)
+    compute = native_band if kernels_apply(query, dropout) else banded_tiles
+    if triton_applies(query, key, value, neighborhood, dropout):
+        compute = triton_attention
     return compute(query, key, value, neighborhood, top_k, **options)
 
 # %% ../nbs/06_attention.ipynb #117d2f26
@@ -130,17 +134,20 @@ def gathered_attention(
     key_mask: None = None,  # must be None: a grid has no padding. As in `reference_attention`
     **options,  # score, sigma, dropout, as in `reference_attention`
 ) -> Tensor:  # (B, H, T, Dv)
-    "`reference_attention` on an image grid by candidate lists: the C++ operator on a CPU, PyTorch elsewhere and for float64."
+    "`reference_attention` on an image grid: C++ on a CPU, Triton on CUDA, PyTorch for what these do not support."
     if key_mask is not None:
         raise UserError("key_mask must be None on an image grid; use implementation 'reference' or 'auto'")
     neighborhood.check(key.shape[-2])
-    compute = native_lists if kernels_apply(query, options.get("dropout", 0.0)) else gathered_rows
+    dropout = options.get("dropout", 0.0)
+    compute = native_lists if kernels_apply(query, dropout) else gathered_rows
+    if triton_applies(query, key, value, neighborhood, dropout):
+        compute = triton_attention
     return compute(query, key, value, neighborhood, top_k, **options)
 
 # %% ../nbs/06_attention.ipynb #2d6ea657
 _FUNCTIONS = {
     "reference": reference_attention, "banded": banded_attention, "gathered": gathered_attention, "sdpa": sdpa_attention,
-    "flex": flex_attention,
+    "flex": flex_attention, "triton": triton_attention,
 }
 IMPLEMENTATIONS = ("auto", *_FUNCTIONS)
 
@@ -153,8 +160,11 @@ def _refusal(implementation, neighborhood, top_k, key_mask, device):
         "gathered": None if isinstance(neighborhood, GridWindow) and key_mask is None else "needs a GridWindow and no key_mask",
         "sdpa": None if top_k is None else "cannot select; top_k must be None",
         "flex": None if torch.device(device).type == "cuda" else "has no backward pass on CPU; it needs CUDA tensors",
+        "triton": None if isinstance(neighborhood, (CausalWindow, GridWindow)) else "needs a CausalWindow or a GridWindow",
     }
-    if implementation == "flex" and transforms_active():
+    if implementation == "triton" and torch.device(device).type != "cuda" and not INTERPRETED:
+        return "needs CUDA tensors"
+    if implementation in ("flex", "triton") and transforms_active():
         return 'knows no transforms of torch.func and no forward-mode derivatives; use implementation="reference"'
     return reasons[implementation]
 

@@ -10,6 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before triton is imported: it chooses between its compiler and its interpreter then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import transformers
 from hypothesis import settings
 
