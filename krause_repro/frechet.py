@@ -21,6 +21,9 @@ def frechet_distance(
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise UserError(f"first and second must be (N, D) and (M, D) features of at least two images each, got {shapes}")
+    for name, features in (("first", first), ("second", second)):
+        if not features.isfinite().all():
+            raise UserError(f"{name} must be finite features, got NaN or infinity")
     (mean1, cov1), (mean2, cov2) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (first.double(), second.double()))
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T

@@ -535,9 +535,11 @@ def to_rgb(
     image: Image.Image,  # as opened
 ) -> Image.Image:
     "Convert to 8-bit RGB; 16-bit levels, or those of a TIFF's bit depth, are scaled. Raises `UserError` if the range is unknown."
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
+        raise UserError("its values are signed integers; convert them to unsigned ones")
     if not image.mode.startswith(("I", "F")):
         return image.convert("RGB")
-    tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
         raise UserError(f"its mode is {image.mode}, 32-bit values of unknown range; convert it to 8 or 16 bits")
     levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
@@ -546,7 +548,7 @@ def to_rgb(
     return Image.fromarray(np.rint(levels * 255 / top).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 
 # %% ../nbs/27_image_files.ipynb #a9ceee00
 def read_image(

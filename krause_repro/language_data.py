@@ -103,13 +103,13 @@ def read_item_lines(
 ) -> list[dict[str, str]]:  # "inputs" and "targets"
     "Items from a JSON lines file. Raises a `ValueError` that names the first invalid line."
     found = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                item = json.loads(line)
+                item = json.loads(line.decode("utf-8"))
                 found.append({key: item[key] + "" for key in ("inputs", "targets")})  # raises TypeError unless they are strings
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}, line {number}, must be a JSON object with inputs and targets: {line[:80]!r}") from error
+                raise UserError(f"{path}, line {number}, must be a JSON object with inputs and targets, in UTF-8: {line[:80]!r}") from error
     return found
 
 

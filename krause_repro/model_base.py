@@ -95,6 +95,11 @@ class CheckedConfig(PreTrainedConfig):
             cls.check_names(kwargs.keys() - {"return_unused_kwargs", "gguf_file"})
         return super().from_dict({**config_dict, **own}, **kwargs)
 
+    def __setattr__(self, name, value):
+        if not hasattr(self, name) and name not in type(self).attribute_map:
+            self.check_names([name])
+        super().__setattr__(name, value)
+
     def update(self, config_dict):
         "As in 🤗 Transformers, after the same checks as at construction."
         type(self).from_dict({**self.to_dict(), **config_dict})

@@ -220,6 +220,9 @@ class RingCache(Cache):
             raise TypeError(f"config must be a model's configuration (model.config), got {type(config).__name__}")
         config = config.get_text_config(decoder=True)
         window = check_integer("config.krause_window", getattr(config, "krause_window", None), 1)
+        attention = config._attn_implementation  # None before a model is built
+        if getattr(config, "krause_sigma", None) is not None and attention not in (None, "krause"):
+            raise UserError(f"config must be of a model that attends with 'krause', got {attention!r}; use DynamicCache()")
         super().__init__(layers=[RingLayer(window) for _ in range(config.num_hidden_layers)])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,8 @@ def first_prompts(
 ) -> Callable[[list[int]], Tensor]:  # prompts of new images, for `written_batches`
     "Prompts of new images: the start token, or a first token sampled from its frequencies."
     if config.start_token:
+        if first_levels is not None:
+            raise UserError("first_levels must be None: the model has a start token")
         return lambda numbers: start_tokens(len(numbers), config)
     if first_levels is None or tuple(first_levels.shape) != (config.vocab_size,):
         shape = None if first_levels is None else tuple(first_levels.shape)

@@ -6,6 +6,7 @@
 __all__ = ['MISSING', 'summarise', 'paired_difference', 'markdown_table']
 
 # %% ../nbs/40_statistics.ipynb #859a3ad6
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -17,10 +18,12 @@ from .checks import UserError
 def summarise(
     values: list[float],  # one number per seed
 ) -> dict[str, object]:  # "values", "mean", "sd" and "n"
-    "Mean, sample standard deviation (None for one value) and count. Raises `ValueError` for an empty list."
+    "Mean, sample standard deviation (None for one value) and count. Raises `ValueError` for an empty list and for NaN or infinity."
     values = [float(v) for v in values]
     if not values:
         raise UserError("values is empty; give one number per seed")
+    if wrong := [v for v in values if not math.isfinite(v)]:
+        raise UserError(f"values must be finite, got {wrong[0]}")
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"values": values, "mean": statistics.fmean(values), "sd": sd, "n": len(values)}
 

@@ -374,6 +374,13 @@ def test_levels_of_12_bits_and_white_at_zero_are_as_the_file_says():
     assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
 
 
+def test_signed_levels_of_a_tiff_are_refused():
+    grey = Image.fromarray(np.array([[0, 200]], dtype=np.uint8))
+    grey.tag_v2 = {339: (2,)}  # Pillow shows −56 as 200
+    with pytest.raises(ValueError, match="signed integers"):
+        image_files.to_rgb(grey)
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_numbers_without_a_known_range_are_refused_by_file_and_mode(folder, mode):
     path = folder / "train" / "ant" / "numbers.tif"

@@ -38,6 +38,9 @@ def test_shift_scale_and_symmetry():
 def test_features_that_cannot_be_compared_are_refused(first, second):
     with pytest.raises(ValueError, match="first and second must be"):
         frechet_distance(torch.zeros(first), torch.zeros(second))
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="second must be finite features"):
+            frechet_distance(torch.zeros(5, 3), torch.full((5, 3), bad))
 
 
 @pytest.mark.parametrize("model", [

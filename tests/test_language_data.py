@@ -593,6 +593,14 @@ def test_a_line_that_is_not_an_item_is_named(tmp_path, line):
         read_item_lines(path)
 
 
+def test_items_in_another_encoding_than_utf_8_are_named(tmp_path):
+    path = tmp_path / "items.jsonl"
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text('{"inputs": "é", "targets": "b"}', encoding=encoding)
+        with pytest.raises(ValueError, match=f"{path}, line 1, must be a JSON object with inputs and targets, in UTF-8"):
+            read_item_lines(path)
+
+
 # The split
 
 

@@ -93,7 +93,7 @@ def test_a_misspelt_setting_is_refused_wherever_it_is_given(kind, name, nearest,
         lambda: config.from_pretrained(tmp_path, **slip), lambda: AutoConfig.from_pretrained(tmp_path, **slip),
         lambda: AutoConfig.for_model(config.model_type, **slip), lambda: kind(model.config, **slip),
         lambda: kind.from_pretrained(tmp_path, **slip), lambda: auto(kind).from_pretrained(tmp_path, **slip),
-        lambda: auto(kind).from_config(model.config, **slip),
+        lambda: auto(kind).from_config(model.config, **slip), lambda: setattr(model.config, name, 3),
     ):
         with pytest.raises(TypeError, match=told):
             way()

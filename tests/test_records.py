@@ -353,6 +353,9 @@ def test_summarise():
     assert summary["sd"] == pytest.approx(math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2))
     with pytest.raises(ValueError, match="values is empty"):
         summarise([])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"values must be finite, got {bad}"):
+            summarise([1.0, bad])
 
 
 def test_summarise_curves():

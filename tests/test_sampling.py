@@ -168,6 +168,8 @@ def test_first_levels_are_drawn_by_their_frequencies():
     for wrong in (None, torch.ones(8)):
         with pytest.raises(ValueError, match=r"first_levels must be \(9,\) frequencies: the model has no start token"):
             sample_images(small(start_token=False), 5, first_levels=wrong, progress=False)
+    with pytest.raises(ValueError, match="first_levels must be None: the model has a start token"):
+        sample_images(small(start_token=True), 5, first_levels=frequencies, progress=False)
 
 
 def test_completions_keep_what_is_given():

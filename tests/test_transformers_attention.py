@@ -253,6 +253,13 @@ def test_a_ring_of_another_window_is_exact_or_refused(models, other):
         assert refused or other > WINDOW
 
 
+def test_a_ring_for_another_attention_is_refused():
+    config = configure_krause(tiny_config("llama"), SIGMA, WINDOW)
+    model = make(config, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match=r"attends with 'krause', got 'sdpa'; use DynamicCache\(\)"):
+        RingCache(model.config)
+
+
 def test_a_ring_of_another_model_is_refused(models):
     model, tokens = models["llama"], text(4)
     for config in (tiny_config("llama", head_dim=16), tiny_config("gpt2")):

@@ -1,6 +1,7 @@
-"""Checkpoints, weights, results and data that are cut short or gone: an error that names the file, or the same bits in the end."""
+"""Checkpoints, weights, results and data that are cut short, altered or gone: an error that names the file, or the same bits in the end."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,16 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-HARMS = {"cut": cut, "empty": empty, "gone": Path.unlink}
+def alter(path: Path) -> None:
+    "One bit in the middle of a file, whose size and time stay."
+    raw, state = bytearray(path.read_bytes()), path.stat()
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+HARMS = {"cut": cut, "empty": empty, "gone": Path.unlink, "altered": alter}
+NO_DIGEST = ("recipe.json", "finished.json", "digests.json")  # of a finished run: only their form is checked
 
 
 def interrupted(work: Path, name: str) -> tuple[Path, object]:
@@ -69,14 +79,15 @@ def finished_rows(work: Path, name: str) -> list[tuple]:
     run = run_of(project, JOBS[name].arguments[1])
     inside, expected = run.path.relative_to(project), JOBS[name].outcome(project)
     return [try_file(project, name, lambda copy, file=file: copy / inside / file, how, expected)
-            for file in (*task_of(run.recipe).files, "recipe.json", "finished.json", "digests.json") for how in HARMS
-            if (file, how) not in (("finished.json", "gone"), ("digests.json", "gone"))]  # an unfinished run, and one of an earlier version
+            for file in (*task_of(run.recipe).files, *NO_DIGEST) for how in HARMS
+            if (file, how) not in (("finished.json", "gone"), ("digests.json", "gone"))  # an unfinished run, and one of an earlier version
+            and (how != "altered" or file not in NO_DIGEST)]
 
 
 def result_rows(work: Path) -> list[tuple]:
     "A file of results."
     rows = []
-    for how in HARMS:
+    for how in ("cut", "empty", "gone"):
         path = write_json(work / "results" / "smoke" / "example.json", {"profile": "smoke", "numbers": [1, 2]})
         HARMS[how](path)
         try:
