@@ -1,34 +1,34 @@
-"""Shared by all tests: quiet libraries, repeatable properties, the data in a quick form, and one finished run."""
+"""Shared by all tests: quiet libraries, repeatable properties, the data in a quick form, and one finished run.
+
+PyTorch and the package are imported by what needs them: the process that only hands the tests to workers does without.
+"""
 
 import gzip
 import os
 import shutil
 from dataclasses import replace
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers share the cores
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
 import pytest
-import torch
-
-if not torch.cuda.is_available():  # before triton is imported: it chooses between its compiler and its interpreter then
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import transformers
 from hypothesis import settings
 
-from krause_repro.image_data import fetch
-from krause_repro.image_files import FASHION_MNIST_FILES
-from krause_repro.recipes import get_recipe
-from krause_repro.training import train
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers share the cores
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU it interprets its kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 THOROUGH = int(os.environ.get("KRAUSE_TEST_EXAMPLES", "1"))  # how many times the usual number of examples, then drawn anew at each run
 settings.register_profile("krause_repro", deadline=None, derandomize=THOROUGH == 1, database=None, max_examples=60 * THOROUGH)
 settings.load_profile("krause_repro")
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_libraries():
+    import torch
+    import transformers
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture
@@ -43,6 +43,9 @@ def no_downloads(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
     "A folder of Fashion-MNIST without compression: a run then spends its time on training, not on unpacking."
+    from krause_repro.image_data import fetch
+    from krause_repro.image_files import FASHION_MNIST_FILES
+
     found, folder = fetch("fashion_mnist"), tmp_path_factory.mktemp("fashion-mnist")
     for stem in FASHION_MNIST_FILES:
         packed = found / f"{stem}.gz"
@@ -54,6 +57,8 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipe():
     "Two epochs of four steps each."
+    from krause_repro.recipes import get_recipe
+
     smoke = get_recipe("kvit_t/fashion_mnist").at("smoke")
     return replace(smoke, train_images=128, held_out=64, test_images=64, epochs=2, batch_size=32)
 
@@ -61,4 +66,6 @@ def recipe():
 @pytest.fixture(scope="session")
 def finished(source, recipe, tmp_path_factory):
     "A finished run of `recipe` with seed 0; do not change its directory."
+    from krause_repro.training import train
+
     return train(recipe, 0, runs=tmp_path_factory.mktemp("runs"), progress=False, source=source)

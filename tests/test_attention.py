@@ -693,15 +693,12 @@ def test_on_the_meta_device_there_are_shapes(neighborhood, top_k, dtype):
 
 
 @PROGRAMS
-def test_programs_take_any_batch(neighborhood, top_k, dtype):
+def test_a_layer_is_compiled_into_one_graph(neighborhood, top_k, dtype):
     torch.manual_seed(0)
     torch._dynamo.reset()
     module, hidden = KrauseAttention(8, 2, neighborhood, top_k).to(dtype), torch.randn(5, 7, 8, dtype=dtype)
-    exported = torch.export.export(module, (hidden[:3],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)).module()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    expected = module(hidden)[0]
-    for program in (exported, compiled):
-        assert_close(program(hidden)[0], expected, rtol=0, atol=1e-5)
+    assert_close(compiled(hidden)[0], module(hidden)[0], rtol=0, atol=1e-5)
 
 
 def test_dropout_can_be_compiled():

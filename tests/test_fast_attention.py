@@ -16,8 +16,6 @@ import itertools
 import math
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import run_fresh
 from hypothesis import HealthCheck, given, settings
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -467,7 +466,7 @@ def test_gradcheck(name, neighborhood, top_k, score):
     def output(query, key, value, sigma):
         return WAYS[name](query, key, value, neighborhood, top_k, score=score, sigma=sigma)
 
-    assert torch.autograd.gradcheck(output, (*leaves, sigma), check_forward_ad=True)
+    assert torch.autograd.gradcheck(output, (*leaves, sigma), check_forward_ad=True, fast_mode=True)  # along random directions
 
 
 @pytest.mark.parametrize("score", ["krause", "softmax"])
@@ -519,8 +518,7 @@ def laid_out(x, order):
     return x.permute(order).contiguous().permute([order.index(n) for n in range(4)])
 
 
-@pytest.mark.parametrize("dim", [10, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "dtype"), [(10, torch.float32), (16, torch.bfloat16)])
 @fast_ways
 def test_the_layout_in_memory_does_not_matter(name, neighborhood, top_k, dim, dtype):
     tensors, incoming = three(0, (2, 3, 12, dim), dtype=dtype), normal(9, 2, 3, 12, dim, dtype=dtype)
@@ -616,11 +614,7 @@ def test_rows_without_candidates_are_zero(name, neighborhood, top_k, dtype):
     assert not gradients[0].transpose(1, 2)[empty].any() and not any(x.transpose(1, 2)[~key_mask].any() for x in gradients[1:3])
 
 
-BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-
-
-@BAD
-@pytest.mark.parametrize("where", ["query", "key"])
+@pytest.mark.parametrize(("where", "bad"), [("query", math.nan), ("query", math.inf), ("key", math.nan), ("key", -math.inf)])
 @with_flex
 def test_a_bad_vector_spoils_the_rows_that_consider_it(name, neighborhood, top_k, where, bad):
     tensors = three(0, (2, 2, 12, 16))
@@ -634,7 +628,7 @@ def test_a_bad_vector_spoils_the_rows_that_consider_it(name, neighborhood, top_k
     assert_close(output[~spoiled], good[~spoiled], rtol=0, atol=0 if name.startswith("native") else 1e-6)
 
 
-@BAD
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @with_key_mask
 def test_a_bad_key_that_is_padding_does_not_matter(name, neighborhood, top_k, bad):
     query, key, value = three(0, (2, 2, 12, 16))
@@ -875,8 +869,7 @@ def test_a_branchs_step_writes_all_or_nothing():
 
 
 @needs_kernels
-@pytest.mark.parametrize("top_k", [None, 9])
-@pytest.mark.parametrize("window", [1, 17, 64, 500, 2000])
+@pytest.mark.parametrize(("window", "top_k"), [(1, None), (17, 9), (64, None), (64, 9), (500, 9), (2000, None)])
 def test_many_segments_of_work(window, top_k):
     "Longer than the pieces the native operator works in, several of them, with a past and shared heads."
     query, key, value = normal(0, 1, 2, 1100, 8), normal(1, 1, 1, 1237, 8), normal(2, 1, 1, 1237, 8)
@@ -937,11 +930,11 @@ def dropped_weights(name, seed, tensors, neighborhood, top_k):
 def test_dropout_is_right_in_the_mean(name, neighborhood, top_k):
     tensors = three(0, (1, 2, 12, 6))
     exact = attend_by(name, *tensors, neighborhood, top_k, sigma=1.5)
-    many = drop(name, 1, [x.expand(2000, -1, -1, -1) for x in tensors], neighborhood, top_k)
-    spread = many.std(0) / 2000**0.5
+    many = drop(name, 1, [x.expand(1000, -1, -1, -1) for x in tensors], neighborhood, top_k)
+    spread = many.std(0) / 1000**0.5
     assert ((many.mean(0) - exact[0]).abs() <= 5 * spread + 1e-6).all()
-    seeds = torch.stack([drop(name, seed, tensors, neighborhood, top_k)[0] for seed in range(200)])
-    assert ((seeds.mean(0) - exact[0]).abs() <= 5 * seeds.std(0) / 200**0.5 + 1e-6).all()
+    seeds = torch.stack([drop(name, seed, tensors, neighborhood, top_k)[0] for seed in range(60)])
+    assert ((seeds.mean(0) - exact[0]).abs() <= 5 * seeds.std(0) / 60**0.5 + 1e-6).all()
 
 
 @each_way
@@ -1006,8 +999,7 @@ SAMPLES = [  # shape of query and key, value's dimension, padding, top-k, score,
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize(("sample", "dtype"), zip(SAMPLES, [torch.float32, torch.bfloat16, torch.float32], strict=True))
 def test_opcheck_of_the_band(sample, dtype):
     query, key, value_dim, padded, top_k, score, dropout = sample
     leaves = [x.to(dtype).requires_grad_() for x in (normal(0, *query), normal(1, *key), normal(2, *key[:3], value_dim))]
@@ -1017,8 +1009,8 @@ def test_opcheck_of_the_band(sample, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sample", [SAMPLES[0], ((1, 3, 7, 10), (1, 3, 7, 10), 3, False, 0, 2, 0.3)])
+@pytest.mark.parametrize(("sample", "dtype"), [
+    (SAMPLES[0], torch.float32), (((1, 3, 7, 10), (1, 3, 7, 10), 3, False, 0, 2, 0.3), torch.bfloat16)])
 def test_opcheck_of_the_lists(sample, dtype):
     query, key, value_dim, _, top_k, score, dropout = sample
     leaves = [x.to(dtype).requires_grad_() for x in (normal(0, *query), normal(1, *key), normal(2, *key[:3], value_dim))]
@@ -1057,8 +1049,7 @@ def test_compiled_is_eager():
 # What is not finite, and where it may not go
 
 
-@BAD
-@pytest.mark.parametrize("sigma", [2.0, 0.02])
+@pytest.mark.parametrize(("sigma", "bad"), [(2.0, math.nan), (2.0, -math.inf), (0.02, math.nan), (0.02, math.inf)])
 @with_flex
 def test_a_bad_value_reaches_the_rows_that_keep_its_key(name, neighborhood, top_k, sigma, bad):
     "Also with weights that are too small for a float."
@@ -1319,7 +1310,7 @@ def test_the_dense_reference_would_be_noticed():
 # Without a compiler
 
 SCRIPT = """
-import sys, warnings
+import warnings
 import torch
 from krause_repro.attention import krause_attention
 from krause_repro.reference import CausalWindow, GridWindow
@@ -1329,15 +1320,13 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     outputs = [krause_attention(*tensors, 1.5, hood, 3) for hood in (CausalWindow(4), CausalWindow(4), GridWindow(2, 4, 1))]
 messages = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
-torch.save({"tensors": tensors, "outputs": outputs, "messages": messages}, sys.argv[1])
+torch.save({"tensors": tensors, "outputs": outputs, "messages": messages}, path)
 """
 
 
 def run_script(script, path, **environment):
     "Run a script in another process, and load what it saved."
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run([sys.executable, "-c", script, str(path)], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_fresh(script, environment, path=path)
     return torch.load(path)
 
 
@@ -1368,23 +1357,14 @@ def test_with_a_broken_compiler_it_goes_on_and_says_why(tmp_path):
     assert not files_in(folder) and len(list(folder.rglob("*"))) <= 1  # its own empty folder
 
 
-def test_a_compiler_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="no-such-compiler"):
-        build_kernels()
-    assert not files_in(tmp_path)
-
-
 COMPILE_FIRST = """
-import sys
 import torch
 from krause_repro.attention import krause_attention
 from krause_repro.reference import CausalWindow
 tensors = [torch.randn(1, 2, 9, 16) for _ in range(3)]
 compute = lambda *tensors: krause_attention(*tensors, 1.5, CausalWindow(4), 3, implementation="banded")
 outputs = [torch.compile(compute, fullgraph=True, backend="eager")(*tensors), compute(*tensors)]
-torch.save(outputs, sys.argv[1])
+torch.save(outputs, path)
 """
 
 

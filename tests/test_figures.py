@@ -301,7 +301,7 @@ def test_numbers_beside_lines_keep_their_order_and_their_distance():
     np.testing.assert_allclose(result_figures._apart([0.9, 0.1, 0.5], 0.06), [0.9, 0.1, 0.5])
 
 
-@pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps", "plot_sinks"])
+@pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps"])
 def test_same_numbers_give_the_same_bytes(tmp_path, name):
     fig, shown = draw(name), draw(name)
     shown._repr_png_()

@@ -137,8 +137,7 @@ def test_no_token_sees_a_later_one(attention):
     assert torch.equal(before[:, :13], after[:, :13]) and not torch.allclose(before[:, 13:], after[:, 13:])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize(("width", "bad"), [(16, torch.nan), (64, torch.inf)])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_token_that_is_not_finite_reaches_no_earlier_one(attention, width, bad):
     "Whole, in parts, token by token and with weights; the other images of the batch are as they were. Width 64: the C++ step."

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -17,6 +16,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from fresh import run_fresh
 from hypothesis import given
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -621,12 +621,11 @@ def test_the_split_is_a_partition_whatever_the_order(count, draw):
 
 
 def test_the_split_is_the_same_in_another_process():
-    program = ("from krause_repro.language_data import split_items\n"
-               "items = [{'inputs': f'question {i}', 'targets': str(i)} for i in range(40)]\n"
-               "print([item['targets'] for item in split_items(items, 7)[1]])")
-    environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.strip() == str([item["targets"] for item in split_items(numbered(40), 7)[1]])
+    "Which hashes strings by another seed."
+    script = ("from krause_repro.language_data import split_items\n"
+              "found = hash('question'), [item['targets'] for item in split_items(items, 7)[1]]")
+    hashed, targets = run_fresh(script, items=numbered(40))
+    assert hashed != hash("question") and targets == [item["targets"] for item in split_items(numbered(40), 7)[1]]
 
 
 def test_seeds_choose_differently_and_evenly():

@@ -3,8 +3,6 @@ import io
 import json
 import math
 import random
-import shutil
-import subprocess
 import sys
 import types
 import urllib.error
@@ -40,7 +38,6 @@ from krause_repro.language_benchmarks import (
     swap_labels,
 )
 from krause_repro.language_tasks import (
-    ITEM_FIELDS,
     LANGUAGE_TASKS,
     check_items,
     hub_answers,
@@ -749,16 +746,6 @@ def test_the_command_refuses_before_it_loads_a_model(arguments, message, branch,
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert branch == [] and not output.exists()
-
-
-def test_task_files_and_items_are_built_into_the_package(tmp_path):
-    shutil.copytree(ROOT / "krause_repro", tmp_path / "krause_repro", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "built"], cwd=tmp_path, check=True, capture_output=True)
-    built = tmp_path / "built" / "krause_repro" / "tasks"
-    assert {path.stem for path in built.glob("*.yaml")} == set(CHOICE_TASKS)
-    assert {path.stem for path in (built / "items").glob("*.json")} == set(ITEM_FIELDS)
 
 
 def test_checked_items_keep_the_fields_of_their_task():

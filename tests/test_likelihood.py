@@ -1,16 +1,14 @@
 """Bits are what the definition says, by whatever batches and processes they are counted; tables of counts equal a loop over the tokens."""
 
-import json
 import math
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given, settings
+from test_training import by_two
 
 from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig, image_tokens
 from krause_repro.likelihood import ContextModel, bits_per_dimension, context_index, count_levels, fit_context_model, mean_bits, token_bits
@@ -58,23 +56,13 @@ def test_the_loss_that_is_trained_is_the_bits_that_are_told():
         assert bits_per_dimension(model, images)[name] == pytest.approx(loss / math.log(2), abs=1e-5)
 
 
-def test_two_processes_count_each_image_once(tmp_path):
-    script = tmp_path / "count.py"
-    script.write_text(
-        "import json, sys\nsys.path.insert(0, sys.argv[1])\nfrom test_likelihood import bits_per_dimension, pictures, small\n"
-        "from accelerate import PartialState\nfound = bits_per_dimension(small(), pictures(), 2)\n"
-        "found['one'] = bits_per_dimension(small(), pictures(1), 2)['bits_per_dim']\n"
-        "state = PartialState()\nif state.is_main_process:\n    print(json.dumps({**found, 'processes': state.num_processes}))\n",
-        encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(script), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found.pop("processes") == 2 and found["images"] == 11
-    assert found.pop("one") == pytest.approx(bits_per_dimension(small(), pictures(1))["bits_per_dim"], abs=1e-6)  # one of two had none
-    alone = bits_per_dimension(small(), pictures(), 2)
-    assert all(found[name] == pytest.approx(alone[name], abs=1e-6) for name in alone)
+def test_two_processes_count_each_image_once():
+    for count in (11, 1):  # of one image, a process has none
+        alone = bits_per_dimension(small(), pictures(count), 2)
+        found = by_two(lambda count=count: {**bits_per_dimension(small(), pictures(count), 2), "processes": PartialState().num_processes})
+        for each in found:
+            assert each.pop("processes") == 2 and each["images"] == count
+            assert each == pytest.approx(alone, abs=1e-6)
 
 
 @pytest.mark.parametrize(("images", "options", "message"), [

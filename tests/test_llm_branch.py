@@ -5,12 +5,11 @@ import importlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from fresh import run_fresh
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -170,8 +169,8 @@ def test_gate_starts_where_it_is_told():
         assert ((record["weights"] > 0).sum(-1) == (torch.arange(29) + 1).clamp(max=16)).all()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), [
+    *((family, "sdpa") for family in FAMILIES), ("llama", "eager"), ("mistral", "eager"), ("wide llama", "eager")])
 def test_cached_equals_uncached_at_every_position(family, attention):
     model, ids = small(family), tokens()
     model.set_attn_implementation(attention)
@@ -201,9 +200,9 @@ def test_left_padding_changes_nothing(family, attention):
     assert torch.equal(cached[:1, pad:], by_itself)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"num_beams": 3, "num_return_sequences": 2},
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3, "num_return_sequences": 2},
                                      {"cache_implementation": "static", "num_beams": 2}])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "wide qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "wide qwen2"])
 def test_generate_is_the_same_with_and_without_a_cache(family, options):
     model, prompt = small(family), tokens(9)
     mask = torch.ones_like(prompt)
@@ -324,14 +323,12 @@ def test_sigma_and_gate_are_trained_and_saved(tmp_path):
     with torch.no_grad():
         expected = model.eval()(tokens()).logits
     torch.save(expected, tmp_path / "expected.pt")
-    script = (
-        "import sys, torch; from transformers import LlamaForCausalLM; from krause_repro.language_models import add_adapter; "
-        "folder = sys.argv[1]; model = add_adapter(LlamaForCausalLM.from_pretrained(folder + '/base'), folder + '/adapter').eval(); "
+    run_fresh(
+        "import torch; from transformers import LlamaForCausalLM; from krause_repro.language_models import add_adapter; "
+        "model = add_adapter(LlamaForCausalLM.from_pretrained(folder + '/base'), folder + '/adapter').eval(); "
         "ids = torch.randint(61, (2, 29), generator=torch.Generator().manual_seed(1)); "
-        "torch.testing.assert_close(model(ids).logits, torch.load(folder + '/expected.pt', weights_only=True), rtol=0, atol=1e-5)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+        "torch.testing.assert_close(model(ids).logits, torch.load(folder + '/expected.pt', weights_only=True), rtol=0, atol=1e-5)",
+        folder=str(tmp_path))
 
 
 def test_frozen_sigma_and_random_biases_are_what_the_released_code_does():
@@ -831,8 +828,8 @@ def by_adapter(model):
     return found
 
 
-@pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("names", [["mine"], ["default", "b"], ["b", "default"], ["one", "two", "three"]])
+@pytest.mark.parametrize(("names", "branch"), [
+    (["mine"], False), (["default", "b"], True), (["b", "default"], False), (["one", "two", "three"], True)])
 def test_adapters_of_any_name_are_saved_again_and_again(tmp_path, names, branch):
     model = several(names, branch)
     for _ in range(2):

@@ -255,8 +255,7 @@ def test_flags_of_the_configuration_and_of_the_call(kind, settings, tmp_path):
 # Graphs and tensors without values
 
 
-@pytest.mark.parametrize("name", ["kvit", "kvit without top-k", "kvit full", "kvit random", "vit", "kswin", "swin",
-                                  "karm with start", "arm", "larm"])
+@pytest.mark.parametrize("name", ["kvit", "kvit random", "kswin", "karm with start", "larm"])
 def test_exported_with_a_dynamic_batch_by_a_model_that_never_ran(name):
     "And what is remembered for the next eager model of this shape are tensors with values."
     kind, settings = CASES[name]
@@ -273,10 +272,7 @@ def test_exported_with_a_dynamic_batch_by_a_model_that_never_ran(name):
     assert_close(program.module()(other).logits, logits.detach(), rtol=0, atol=1e-5)
 
 
-COMPILED = ["kvit", "kvit without top-k", "vit", "kswin", "swin", "karm with start", "arm", "larm"]
-
-
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["kvit", "vit", "kswin", "karm with start", "larm"])
 def test_compiled_into_one_graph_with_its_loss(name):
     kind, settings = CASES[name]
     model = build(kind, settings)

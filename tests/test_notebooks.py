@@ -4,9 +4,8 @@ import io
 import json
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -17,10 +16,29 @@ OWN_CLASSES = {node.name for path in MODULES for node in ast.parse(path.read_tex
                if isinstance(node, ast.ClassDef)}
 PRIVATE_PATH = re.compile(r"(?<![\w.~-])/(?:work|home|root|tmp|mnt|Users)/")
 
-each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+
+def each(paths):
+    "Make one test of a check of one path: all paths that fail are named."
+    def of(check):
+        def test():
+            failed = []
+            for path in paths:
+                try:
+                    check(path)
+                except Exception as error:
+                    failed.append(f"{path.name}: {type(error).__name__}: {error}")
+            assert not failed, "\n".join(failed)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return of
 
 
+each_page, each_module = each(PAGES), each(MODULES)
+
+
+@cache
 def load(path):
     return json.loads(path.read_text(encoding="utf-8"))
 

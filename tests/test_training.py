@@ -186,11 +186,10 @@ def test_a_finished_run_is_returned_untouched(finished, recipe, tmp_path):
 
 
 def test_seeds(start, finished):
-    again, other = start(0), start(1)
-    assert same(again, finished)
-    one, two = (load_file(run.path / "model.safetensors") for run in (again, other))
+    other = start(1)
+    one, two = (load_file(run.path / "model.safetensors") for run in (finished, other))
     assert all(not torch.equal(one[name], two[name]) for name in one if "norm" not in name and "bias" not in name)
-    assert lines(again) != lines(other) and again.path.parent == other.path.parent
+    assert lines(finished) != lines(other) and (finished.path.name, other.path.name) == ("seed-0", "seed-1")
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine(finished, recipe):
@@ -237,16 +236,17 @@ def test_recipe_in_the_trainers_words(tmp_path):
     assert arguments.per_device_train_batch_size == 256 and arguments.metric_for_best_model == "accuracy"
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)])
-def test_the_papers_gpu_setting_is_for_imagenet_on_a_gpu(name):
+def test_the_papers_gpu_setting_is_for_imagenet_on_a_gpu():
     plain = {"bf16": False, "torch_compile": False, "optim": "adamw_torch", "channels_last": False}
-    recipe = RECIPES[name]
-    for profile in ("paper", "desk", "smoke"):
-        assert device_options(recipe.at(profile), cuda=False) == plain
-    for profile in ("desk", "smoke"):
-        assert device_options(recipe.at(profile), cuda=True) == plain
     paper = {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused", "channels_last": True}
-    assert device_options(recipe, cuda=True) == (paper if DATA[recipe.dataset].folders else plain)
+    recipes = [recipe for recipe in RECIPES.values() if isinstance(recipe, ImageClassificationRecipe)]
+    assert {DATA[recipe.dataset].folders for recipe in recipes} == {True, False}
+    for recipe in recipes:
+        for profile in ("paper", "desk", "smoke"):
+            assert device_options(recipe.at(profile), cuda=False) == plain, recipe.name
+        for profile in ("desk", "smoke"):
+            assert device_options(recipe.at(profile), cuda=True) == plain, recipe.name
+        assert device_options(recipe, cuda=True) == (paper if DATA[recipe.dataset].folders else plain), recipe.name
 
 
 def test_arguments_are_those_of_the_device(tmp_path, monkeypatch):
@@ -278,19 +278,6 @@ def test_channels_last_trains_the_same_model(name, tmp_path, monkeypatch):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
     filters = [parameter for parameter in model.parameters() if parameter.ndim == 4]
     assert filters and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
-
-
-@pytest.mark.parametrize("name", ["kvit_s16/imagenet", "kswin_t/cifar10"])
-def test_a_model_is_compiled_in_one_graph(name):
-    "A graph that breaks in every block would make nothing of torch.compile."
-    recipe = get_recipe(name).at("smoke")
-    torch.manual_seed(0)
-    model = AutoModelForImageClassification.from_config(recipe.config).eval()
-    pixels = torch.randn(2, recipe.channels, recipe.image_size, recipe.image_size)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(pixel_values=pixels, labels=torch.tensor([0, 1]))
-        torch.testing.assert_close(compiled.logits, model(pixels).logits)
 
 
 @pytest.mark.parametrize(("name", "block"), [("kvit_s16/imagenet", Block), ("kswin_t/cifar10", SwinBlock)])
@@ -394,10 +381,8 @@ def test_evaluation_is_not_augmented(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("step", "event"),
     [
-        (2, "on_step_end"),  # in the first epoch: there is no checkpoint yet
         (STEPS, "on_epoch_end"),  # at the end of an epoch, before it is evaluated
         (STEPS, "on_save"),  # right after a checkpoint
-        (STEPS + 2, "on_step_end"),  # in the second epoch
         (2 * STEPS, "on_save"),  # after the last checkpoint
         (2 * STEPS, "on_train_end"),
     ],
@@ -410,11 +395,17 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(start, finished, ste
     assert sum("seconds" in line for line in run.metrics()) == 2
 
 
-def test_killed_again_and_again(start, finished):
+def test_killed_again_and_again_beside_other_folders_among_the_checkpoints(start, finished, recipe, tmp_path):
+    mine = run_path(recipe, 0, tmp_path) / "checkpoints" / "checkpoint-best"
+    others = mine, mine.with_name("checkpoint-8.old"), mine.with_name("checkpoint-")
     for step in (1, 3, STEPS + 1, STEPS + 3):
         with pytest.raises(Killed):
             start(callbacks=(Stop(step),))
+        for folder in others:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "model.safetensors").write_bytes(b"mine")
     assert same(start(), finished)
+    assert all((folder / "model.safetensors").read_bytes() == b"mine" for folder in others)
 
 
 def test_control_c_leaves_a_directory_that_can_be_continued(start, finished, tmp_path, recipe):
@@ -524,17 +515,6 @@ def test_a_checkpoint_needs_its_best_sibling(start, spoil, recipe, tmp_path):
     assert chose_the_first(start(callbacks=(spoil,)))
 
 
-def test_other_folders_among_the_checkpoints_are_left_alone(start, finished, recipe, tmp_path):
-    mine = run_path(recipe, 0, tmp_path) / "checkpoints" / "checkpoint-best"
-    with pytest.raises(Killed):
-        start(callbacks=(Stop(STEPS + 1),))
-    for folder in (mine, mine.with_name("checkpoint-8.old"), mine.with_name("checkpoint-")):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"mine")
-    assert same(start(), finished)
-    assert all((mine.with_name(name) / "model.safetensors").exists() for name in ("checkpoint-best", "checkpoint-8.old", "checkpoint-"))
-
-
 def test_the_best_and_the_newest_checkpoint_are_kept(start, recipe):
     long = replace(recipe, epochs=5, lr=1e-3)
     run = start(of=long)
@@ -627,10 +607,10 @@ def test_restart_keeps_the_finished_run_until_the_new_one_is_finished(start, fin
     assert not aside.exists() and [path.name for path in first.path.parent.iterdir()] == ["seed-0"]
 
 
-def test_restart_of_a_finished_run_gives_the_same_bits_again(start, finished):
-    first = start()
-    changed = (first.path / "finished.json").stat().st_mtime_ns
-    assert same(start(restart=True), finished) and (first.path / "finished.json").stat().st_mtime_ns > changed
+def test_restart_of_a_finished_run_gives_the_same_bits_again(start, finished, recipe, tmp_path):
+    first = Path(shutil.copytree(finished.path, run_path(recipe, 0, tmp_path)))
+    changed = (first / "finished.json").stat().st_mtime_ns
+    assert same(start(restart=True), finished) and (first / "finished.json").stat().st_mtime_ns > changed
 
 
 # Before any work
@@ -932,24 +912,24 @@ def test_parts_are_a_batch_and_weights_make_its_mean(recipe, tmp_path, count, pr
         assert torch.equal(got["pixel_values"], wanted) and len(got["labels"]) == len(wanted)
 
 
-def one_of_two(rank, port, jobs, runs, pipe):
+def one_of_two(rank, port, function, pipe):
     "What a launcher makes of a process; it has everything imported already."
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for state in (PartialState, AcceleratorState, GradientState):
         state._reset_state()
-    pipe.send([train(recipe, 0, runs=runs, progress=False, source=source).summary()["steps"] for recipe, source in jobs])
+    pipe.send(function())
     torch.distributed.destroy_process_group()
     os._exit(0)
 
 
-def train_by_two(jobs, runs):
-    "Train recipes on their sources by two processes; the steps that each of them reads in the summaries."
+def by_two(function):
+    "What a function returns in each of two processes that work together."
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(2)]
-    processes = [context.Process(target=one_of_two, args=(rank, port, jobs, runs, theirs)) for rank, (_, theirs) in enumerate(pipes)]
+    processes = [context.Process(target=one_of_two, args=(rank, port, function, theirs)) for rank, (_, theirs) in enumerate(pipes)]
     for process in processes:
         process.start()
     try:
@@ -959,6 +939,11 @@ def train_by_two(jobs, runs):
         for process in processes:
             process.join(20)
             process.kill()
+
+
+def train_by_two(jobs, runs):
+    "Train recipes on their sources by two processes; the steps that each of them reads in the summaries."
+    return by_two(lambda: [train(recipe, 0, runs=runs, progress=False, source=source).summary()["steps"] for recipe, source in jobs])
 
 
 def assert_trained_alike(recipe, source, runs, weights):

@@ -366,17 +366,16 @@ def test_greedy_generation_far_beyond_the_window_is_the_same_with_every_cache(mo
 
 
 @each_model
-@pytest.mark.parametrize("kind", ["none", "dynamic", "ring", "static"])
-def test_a_padded_batch_generates_as_each_prompt_alone(models, name, kind):
+def test_a_padded_batch_generates_as_each_prompt_alone(models, name):
     model, lengths = models[name], [12, 2, 7]
     tokens, options = padded_left(text(batch=3), lengths)
-    caching = {"none": {"use_cache": False}, "dynamic": {}, "static": {"cache_implementation": "static"}}.get(kind)
-    together = continued(model, tokens, attention_mask=options["attention_mask"], output_logits=True, return_dict_in_generate=True,
-                         **(caching or ({"cache": RingCache(model.config)} if kind == "ring" else {})))
-    for row, length in enumerate(lengths):
-        alone = continued(model, text(batch=3)[row:row + 1, :length], use_cache=False, output_logits=True, return_dict_in_generate=True)
-        assert torch.equal(together.sequences[row, 12:], alone.sequences[0, length:])
-        assert_close(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0], **CLOSE)
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    alone = [continued(model, text(batch=3)[row:row + 1, :length], use_cache=False, **told) for row, length in enumerate(lengths)]
+    for caching in ({"use_cache": False}, {}, {"cache": RingCache(model.config)}, {"cache_implementation": "static"}):
+        together = continued(model, tokens, attention_mask=options["attention_mask"], **told, **caching)
+        for row, length in enumerate(lengths):
+            assert torch.equal(together.sequences[row, 12:], alone[row].sequences[0, length:])
+            assert_close(torch.stack(together.logits)[:, row], torch.stack(alone[row].logits)[:, 0], **CLOSE)
 
 
 @each_model
