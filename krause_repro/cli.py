@@ -21,8 +21,8 @@ from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import anno_parser
 
 import krause_repro
-from .checks import UserError
-from .runner import book, check_output, check_word, did_you_mean, interactive, notebooks, run, site_folder
+from .checks import UserError, check_choice, did_you_mean
+from .runner import book, check_output, interactive, notebooks, run, site_folder
 from .website import site
 
 # %% ../nbs/80_cli.ipynb #d0af11b3
@@ -129,7 +129,7 @@ def fetch_data(
     from krause_repro.image_data import fetch
     from krause_repro.image_files import DATA
 
-    check_word("name", name, DATA)
+    check_choice("name", name, DATA)
     print(fetch(name))
 
 # %% ../nbs/80_cli.ipynb #a1351ff8
@@ -164,7 +164,7 @@ def run_benchmark(
     import torch
     from krause_repro.benchmarks import BENCHMARKS, benchmark_path
 
-    check_word("name", name, BENCHMARKS)
+    check_choice("name", name, BENCHMARKS)
     check_output("results", benchmark_path(name))
     torch.set_num_threads(threads)
     BENCHMARKS[name]()
@@ -282,7 +282,7 @@ def options(
     arguments: list[str],  # what follows it on the command line
 ) -> dict[str, object]:
     "The arguments of a subcommand's function. Raises ValueError for what it does not take."
-    check_word("command", name, COMMANDS)
+    check_choice("command", name, COMMANDS)
     known = [f"--{key}" for key in inspect.signature(COMMANDS[name]).parameters]
 
     def reject(message: str) -> None:

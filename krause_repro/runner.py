@@ -6,7 +6,6 @@
 __all__ = ['run', 'book']
 
 # %% ../nbs/58_runner.ipynb #ba426fb6
-import difflib
 import json
 import re
 import sys
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from .checks import UserError
+from .checks import UserError, did_you_mean
 from .records import copy_file
 
 # %% ../nbs/58_runner.ipynb #10b4482f
@@ -86,7 +85,7 @@ def notebooks(
     return pages
 
 
-def check_names(
+def check_paths(
     pages: list[Page],  # that are to be executed or shown
 ) -> None:
     "Raise `ValueError` for a notebook whose path is not text in UTF-8: neither a notebook nor a page could name it."
@@ -97,25 +96,6 @@ def check_names(
             raise UserError(f"{str(page.path)!r} is a path that is not UTF-8; rename it, or set a locale such as C.UTF-8") from error
 
 # %% ../nbs/58_runner.ipynb #002eddb9
-def did_you_mean(
-    word: str,  # what was given
-    allowed: Iterable[str],  # what may be given
-) -> str:
-    "The end of a message: the allowed word that is nearest, or nothing."
-    near = difflib.get_close_matches(word, list(allowed), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def check_word(
-    name: str,  # of the argument
-    word: str,  # what was given
-    allowed: Iterable[str],  # what may be given
-) -> None:
-    "Raise a `ValueError` that names the argument, the nearest word that is allowed, and all of them."
-    if word not in allowed:
-        raise UserError(f"{name}={word!r} is not known{did_you_mean(word, allowed)}; allowed: {', '.join(allowed)}")
-
-
 def select(
     pages: list[Page],  # all pages
     only: str | None,  # numbers or names with commas between them, such as "61" or "61,70_report"; None for all
@@ -127,8 +107,7 @@ def select(
     for name in wanted:
         if not any(name in (page.number, page.stem) for page in pages):
             names = [page.stem for page in pages]
-            near = did_you_mean(name, names + [page.name for page in pages])
-            raise UserError(f"only={name!r} is not a notebook{near}; allowed: {', '.join(names)}")
+            raise UserError(f"only={name!r} is not a notebook{did_you_mean(name, names)}; allowed: {', '.join(names)}")
     return [page for page in pages if page.number in wanted or page.stem in wanted]
 
 # %% ../nbs/58_runner.ipynb #8795bc95
@@ -367,7 +346,7 @@ def run(
 
     train, root = settled_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
-    check_names(chosen)
+    check_paths(chosen)
     parameters = {page.stem: parameters_for(page, profile, train) for page in chosen}
     check_run_folders(profile, root)
     folder, records = site_folder(profile, root), []
@@ -415,7 +394,7 @@ def book(
 
     root = Path(root or project_root()).resolve()
     chosen, records = select(notebooks(root / "nbs"), only), []
-    check_names(chosen)
+    check_paths(chosen)
     for folder in (root / "nbs", figure_folder("desk", root)):
         check_output(folder.name, folder / "file")
     with locked(site_folder("desk", root)):

@@ -28,10 +28,10 @@ from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
+from .runs import Run, check_run, run_path
 from .statistics import summarise, summarise_curves
 from .tables import decimals, markdown_table
 from .tasks import base_model
-from .training import train
 
 # %% ../nbs/49_sinks.ipynb #fce3f3df
 def first_token_attention(
@@ -325,9 +325,14 @@ def sink_model(
     recipe: FineTuningRecipe,  # its recipe
     runs: str | Path = "runs",  # folder of run directories, relative to the project
 ) -> PreTrainedModel:
-    "The model, on the GPU if there is one. A fine-tuned model is that of the first seed, trained if there is no finished run."
+    """The model to measure, on the GPU if there is one; a fine-tuned model is that of the first seed.
+
+    Trains nothing: raises `UserError` with the command to use if its run is not finished, or was made with another recipe.
+    """
     if file not in ("base", "untrained_branch"):
-        return finished_model(train(recipe, recipe.seeds[0], runs, progress=False))
+        run = Run(run_path(recipe, recipe.seeds[0], runs), recipe, recipe.seeds[0])
+        check_run(run)
+        return finished_model(run)
     model = base_model(recipe)
     if file == "untrained_branch":
         set_seed(recipe.seeds[0])  # for the initial weights of the gate

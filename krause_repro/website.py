@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from .checks import UserError
 from .records import copy_file
-from .runner import Page, check_names, failed_need, first_line, notebooks, read_notebook, settled_train, site_folder
+from .runner import Page, check_paths, failed_need, first_line, notebooks, read_notebook, settled_train, site_folder
 
 # %% ../nbs/59_website.ipynb #d130634f
 MATHJAX = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
@@ -268,7 +268,7 @@ def site(
     settled_train(profile)
     root = Path(root or project_root()).resolve()
     folder, pages = site_folder(profile, root), notebooks(root / "nbs")
-    check_names(pages)
+    check_paths(pages)
     folder.mkdir(parents=True, exist_ok=True)
     mathjax = copy_mathjax(folder)
     rows = [site_row(folder, page, mathjax) for page in pages]
