@@ -64,7 +64,7 @@ def check_positive(
     return value if type(value) in (int, float) else float(value)
 
 # %% ../nbs/01_checks.ipynb #e05a6c18
-def similarity(
+def _similarity(
     name: str,
     other: str,
 ) -> float:  # 0 … 1
@@ -75,11 +75,11 @@ def similarity(
 
 def similar_names(
     name: str,  # as it was given
-    known: Iterable[str],
+    known: Iterable[str],  # the names that exist
     least: float = 0.6,  # similarity below which a name is left out
 ) -> list[str]:
     "The known names that resemble `name`, the most similar first."
-    found = {other: similarity(name, other) for other in known}
+    found = {other: _similarity(name, other) for other in known}
     return sorted((other for other in found if found[other] >= least), key=lambda other: -found[other])
 
 
@@ -93,7 +93,7 @@ def nearest_name(
 
 def did_you_mean(
     name: object,  # as it was given
-    known: Iterable[str],
+    known: Iterable[str],  # the names that exist
 ) -> str:
     "The end of an error message that suggests the most similar name; empty if no name is similar."
     near = similar_names(name, known) if isinstance(name, str) else []

@@ -250,12 +250,12 @@ def sink_verdict(
 
 # %% ../nbs/49_sinks.ipynb #cd246795
 def _describe_fall(fall: dict, window: int) -> str:
-    cut = f"the base model with the queries beyond W = {window} set to zero would have {fall['cut']:.3f}"
+    cut = f"masking the base model's queries beyond W = {window} would leave {fall['cut']:.3f}"
     if fall["branch"] >= fall["base"]:
-        return f"{cut}; there is no fall to explain"
+        return f"{cut}; there is no reduction to explain"
     if fall["share"] > 1:
-        return f"{cut}, less than the branch: the window explains more than the whole fall"
-    return f"{cut}, which is {100 * fall['share']:.0f}% of that fall"
+        return f"{cut}, less than the branch has: the window explains more than the entire reduction"
+    return f"{cut}, which is {100 * fall['share']:.0f}% of the reduction"
 
 # %% ../nbs/49_sinks.ipynb #2e8bfe8f
 def sink_answer(
@@ -270,13 +270,13 @@ def sink_answer(
     seen = sink_verdict(near, window["first_near"], base_near, past["first_near"])
     whole = sink_verdict(mixed, past["first_all"], fall["base"], past["first_all"])
     return "\n".join([
-        f"- **As the paper measures it**, mean over layers and all queries: {fall['base']:.3f} for the base model's softmax, "
+        f"- **Measured as in the paper**, mean over layers and all queries: {fall['base']:.3f} for the base model's softmax, "
         f"{fall['branch']:.3f} for the Krause branch alone.",
-        f"- **What the window does by itself**: {_describe_fall(fall, recipe.window)}.",
+        f"- **Effect of the window alone**: {_describe_fall(fall, recipe.window)}.",
         f"- **Among the queries that can see token 0**: {base_near:.3f} for the base model, {near:.3f} for the branch; uniform attention "
-        f"would have {past['first_near']:.3f} and {window['first_near']:.3f}. A sink is **{seen}** in the branch.",
-        f"- **What is not in the paper's figure**: the softmax that is kept has {kept:.3f}, and the mixture of both, as attention mass, "
-        f"{mixed:.3f}. In the model as a whole a sink is **{whole}**.",
+        f"would have {past['first_near']:.3f} and {window['first_near']:.3f}. In the branch the sink is **{seen}**.",
+        f"- **Not in the paper's figure**: the retained softmax has {kept:.3f}, and the mixture of both, as attention mass, "
+        f"{mixed:.3f}. In the model as a whole the sink is **{whole}**.",
     ])
 
 # %% ../nbs/49_sinks.ipynb #ce20c6af

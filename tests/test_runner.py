@@ -455,7 +455,7 @@ def test_an_interrupt_keeps_what_is_finished_and_kills_the_kernel(project, capsy
     finally:
         signal.signal(signal.SIGINT, handlers[0])
     assert signal.getsignal(signal.SIGTERM) == handlers[1]
-    assert capsys.readouterr().err == "krause-repro: interrupted; what was finished is kept\n"
+    assert capsys.readouterr().err == "krause-repro: interrupted; finished work is kept\n"
     assert [path.name for path in (site(project) / "notebooks").iterdir()] == ["00_finished.ipynb"]
     text = (site(project) / "index.html").read_text(encoding="utf-8")
     assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", "not run", "not run"]
@@ -719,4 +719,4 @@ def test_the_exit_code_says_whether_a_notebook_failed(project, capsys, monkeypat
     out, error = capsys.readouterr()
     assert re.search(r"^\[ 1/1\] 00_fails \.\.\. failed, [\d.]+ s$", out, re.MULTILINE)
     assert error == "00_fails failed: cell 2 (In [1]: raise KeyError('gone')): KeyError: 'gone'\n"
-    assert re.search(r"^page +status +seconds\n00_fails +failed +[\d.]+\n", out, re.MULTILINE) and "The page: " in out
+    assert re.search(r"^page +status +seconds\n00_fails +failed +[\d.]+\n", out, re.MULTILINE) and "Site: " in out
