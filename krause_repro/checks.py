@@ -32,16 +32,6 @@ class UnavailableError(UserError, RuntimeError):
 class MissingPackageError(UserError, ImportError):
     "An optional package that is not installed."
 
-# %% ../nbs/01_checks.ipynb #c401ce01
-def check_choice(
-    name: str,  # of the argument, for the message
-    value: object,  # as it was given
-    allowed: Iterable[str],  # what it may be
-) -> None:
-    "Raise `UserError` that names the argument and lists what is allowed."
-    if value not in list(allowed):  # a list compares what a dict cannot look up
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
 # %% ../nbs/01_checks.ipynb #06f19a13
 def check_integer(
     name: str,  # the argument's name, for the message
@@ -74,18 +64,42 @@ def check_positive(
     return value if type(value) in (int, float) else float(value)
 
 # %% ../nbs/01_checks.ipynb #e05a6c18
+def _similarity(
+    name: str,
+    other: str,
+) -> float:  # 0 … 1
+    "How similar two names are, the second compared as a whole or by its last words."
+    words = other.split("_")
+    return max(difflib.SequenceMatcher(None, name, "_".join(words[i:])).ratio() for i in range(len(words)))
+
+
+def similar_names(
+    name: str,  # as it was given
+    known: Iterable[str],  # the names that exist
+    least: float = 0.6,  # similarity below which a name is left out
+) -> list[str]:
+    "The known names that resemble `name`, the most similar first."
+    found = {other: _similarity(name, other) for other in known}
+    return sorted((other for other in found if found[other] >= least), key=lambda other: -found[other])
+
+
 def nearest_name(
     name: str,  # as it was given
     known: Iterable[str],  # at least one
 ) -> str:
-    "The known name most similar to `name`, compared as a whole or by its last words."
-    def likeness(other):
-        words = other.split("_")
-        return max(difflib.SequenceMatcher(None, name, "_".join(words[i:])).ratio() for i in range(len(words)))
-
-    return max(known, key=likeness)
+    "The known name most similar to `name`."
+    return similar_names(name, known, 0)[0]
 
 
+def did_you_mean(
+    name: object,  # as it was given
+    known: Iterable[str],  # the names that exist
+) -> str:
+    "The end of an error message that suggests the most similar name; empty if no name is similar."
+    near = similar_names(name, known) if isinstance(name, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+# %% ../nbs/01_checks.ipynb #01497654
 def check_names(
     owner: str,  # the receiver of the names, for the message
     names: Iterable[str],  # as they were given
@@ -98,6 +112,17 @@ def check_names(
         if name not in known:
             choice = ", ".join(known if listed is None else listed)
             raise TypeError(f"{owner} takes no {name!r}; the nearest name is {nearest_name(name, known)!r} (there are {choice})")
+
+# %% ../nbs/01_checks.ipynb #c401ce01
+def check_choice(
+    name: str,  # of the argument, for the message
+    value: object,  # as it was given
+    allowed: Iterable[str],  # what it may be
+) -> None:
+    "Raise `UserError` that names the argument, lists what is allowed, and suggests the most similar choice."
+    choices = list(allowed)  # a list compares what a dict cannot look up
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
 # %% ../nbs/01_checks.ipynb #25d41c7e
 def check_flag(

@@ -261,7 +261,7 @@ GENERATOR_LABELS = {  # by model: label and kind of colour
     "karm_no_window": ("KARM without window", "krause_full"), "karm_no_top_k": ("KARM without top-k", "krause"),
     "karm_no_window_no_top_k": ("KARM without both", "krause_full"),
 }
-_CONTEXT_LABELS = {"order 0": "unigram", "order 1": "bigram", "order 2": "trigram"}
+CONTEXT_LABELS = {"order 0": "unigram", "order 1": "bigram", "order 2": "trigram"}
 
 
 def _label(recipe_name):
@@ -281,7 +281,7 @@ def bits_table(
                 f"{result['parameters']:,}")
 
     rows = [row(*item) for item in results.items()]
-    rows += [(f"counts, {_CONTEXT_LABELS.get(name, name)}", f"{bits['bits_per_dim']:.3f}", f"{bits['bits_per_dim_all']:.3f}", *(None,) * 3)
+    rows += [(f"counts, {CONTEXT_LABELS.get(name, name)}", f"{bits['bits_per_dim']:.3f}", f"{bits['bits_per_dim_all']:.3f}", *(None,) * 3)
              for name, bits in baselines.items()]
     judged = next((result["frechet"] for result in results.values() if result and result["frechet"]), None)
     if judged:

@@ -6,7 +6,6 @@
 __all__ = ['published_tables', 'Recipe']
 
 # %% ../nbs/22_recipe_base.ipynb #d1141191
-import difflib
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .checks import UserError, check_choice
+from .checks import UserError, check_choice, nearest_name
 
 # %% ../nbs/22_recipe_base.ipynb #57bd3086
 @lru_cache(maxsize=1)
@@ -150,7 +149,7 @@ class Recipe:
         known = [each.name for each in fields(cls)]
         for name in given:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                nearest = nearest_name(name, known)
                 raise TypeError(f"{cls.__name__} has no field {name!r}; the nearest is {nearest!r}, of {', '.join(known)}")
         return super().__new__(cls)
 

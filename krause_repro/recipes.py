@@ -6,7 +6,6 @@
 __all__ = ['RECIPES', 'ParticleRecipe', 'get_recipe']
 
 # %% ../nbs/26_recipes.ipynb #0d0eccd9
-import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar
@@ -14,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .checks import UserError, check_integer, check_positive
+from .checks import UserError, check_integer, check_positive, similar_names
 from .generation_recipes import feature_classifiers, generation_recipes
 from krause_repro.image_recipes import (
     POST_NORM_VIT, ImageClassificationRecipe, ablation_recipes, baseline_recipes, cifar_control_recipes, image_classification_recipes,
@@ -77,7 +76,7 @@ def get_recipe(
 ) -> Recipe:
     "The recipe of that name under the profile `paper`. Raises `UserError` with the most similar names if there is none."
     if name not in RECIPES:
-        near = difflib.get_close_matches(str(name), RECIPES, n=3, cutoff=0.4) or sorted(RECIPES)[:3]
+        near = similar_names(str(name), RECIPES, 0.4)[:3] or sorted(RECIPES)[:3]
         shown = f"the {len(RECIPES)} names that `krause-repro list` shows, such as {', '.join(near)}"
         raise UserError(f"recipe must be one of {shown}; got {name!r}")
     return RECIPES[name]

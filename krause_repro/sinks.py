@@ -28,9 +28,10 @@ from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
-from .statistics import decimals, markdown_table, summarise, summarise_curves
+from .runs import Run, check_run, run_path
+from .statistics import summarise, summarise_curves
+from .statistics import decimals, markdown_table
 from .tasks import base_model
-from .training import train
 
 # %% ../nbs/49_sinks.ipynb #fce3f3df
 def first_token_attention(
@@ -249,12 +250,12 @@ def sink_verdict(
 
 # %% ../nbs/49_sinks.ipynb #cd246795
 def _describe_fall(fall: dict, window: int) -> str:
-    cut = f"the base model with the queries beyond W = {window} set to zero would have {fall['cut']:.3f}"
+    cut = f"masking the base model's queries beyond W = {window} would leave {fall['cut']:.3f}"
     if fall["branch"] >= fall["base"]:
-        return f"{cut}; there is no fall to explain"
+        return f"{cut}; there is no reduction to explain"
     if fall["share"] > 1:
-        return f"{cut}, less than the branch: the window explains more than the whole fall"
-    return f"{cut}, which is {100 * fall['share']:.0f}% of that fall"
+        return f"{cut}, less than the branch has: the window explains more than the entire reduction"
+    return f"{cut}, which is {100 * fall['share']:.0f}% of the reduction"
 
 # %% ../nbs/49_sinks.ipynb #2e8bfe8f
 def sink_answer(
@@ -269,13 +270,13 @@ def sink_answer(
     seen = sink_verdict(near, window["first_near"], base_near, past["first_near"])
     whole = sink_verdict(mixed, past["first_all"], fall["base"], past["first_all"])
     return "\n".join([
-        f"- **As the paper measures it**, mean over layers and all queries: {fall['base']:.3f} for the base model's softmax, "
+        f"- **Measured as in the paper**, mean over layers and all queries: {fall['base']:.3f} for the base model's softmax, "
         f"{fall['branch']:.3f} for the Krause branch alone.",
-        f"- **What the window does by itself**: {_describe_fall(fall, recipe.window)}.",
+        f"- **Effect of the window alone**: {_describe_fall(fall, recipe.window)}.",
         f"- **Among the queries that can see token 0**: {base_near:.3f} for the base model, {near:.3f} for the branch; uniform attention "
-        f"would have {past['first_near']:.3f} and {window['first_near']:.3f}. A sink is **{seen}** in the branch.",
-        f"- **What is not in the paper's figure**: the softmax that is kept has {kept:.3f}, and the mixture of both, as attention mass, "
-        f"{mixed:.3f}. In the model as a whole a sink is **{whole}**.",
+        f"would have {past['first_near']:.3f} and {window['first_near']:.3f}. In the branch the sink is **{seen}**.",
+        f"- **Not in the paper's figure**: the retained softmax has {kept:.3f}, and the mixture of both, as attention mass, "
+        f"{mixed:.3f}. In the model as a whole the sink is **{whole}**.",
     ])
 
 # %% ../nbs/49_sinks.ipynb #ce20c6af
@@ -324,9 +325,14 @@ def sink_model(
     recipe: FineTuningRecipe,  # its recipe
     runs: str | Path = "runs",  # folder of run directories, relative to the project
 ) -> PreTrainedModel:
-    "The model, on the GPU if there is one. A fine-tuned model is that of the first seed, trained if there is no finished run."
+    """The model to measure, on the GPU if there is one; a fine-tuned model is that of the first seed.
+
+    Trains nothing: raises `UserError` with the command to use if its run is not finished, or was made with another recipe.
+    """
     if file not in ("base", "untrained_branch"):
-        return finished_model(train(recipe, recipe.seeds[0], runs, progress=False))
+        run = Run(run_path(recipe, recipe.seeds[0], runs), recipe, recipe.seeds[0])
+        check_run(run)
+        return finished_model(run)
     model = base_model(recipe)
     if file == "untrained_branch":
         set_seed(recipe.seeds[0])  # for the initial weights of the gate

@@ -435,9 +435,9 @@ def test_what_the_window_cuts_off():
 
 
 @pytest.mark.parametrize(("near", "mixed", "words"), [
-    (0.7, 0.6, ("is **there** in the branch", "a sink is **there**.")),
-    (0.3, 0.15, ("is **weaker** in the branch", "a sink is **weaker**.")),
-    (0.1, 0.04, ("is **gone** in the branch", "a sink is **gone**.")),
+    (0.7, 0.6, ("In the branch the sink is **there**", "the sink is **there**.")),
+    (0.3, 0.15, ("In the branch the sink is **weaker**", "the sink is **weaker**.")),
+    (0.1, 0.04, ("In the branch the sink is **gone**", "the sink is **gone**.")),
 ])
 def test_the_answer_follows_the_numbers(near, mixed, words):
     flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
@@ -445,7 +445,7 @@ def test_the_answer_follows_the_numbers(near, mixed, words):
     krause = {"sinks": {"softmax": told("softmax", 0.8, 0.6), "krause": told("krause", near, 0.0), "mixed": told("mixed", mixed, mixed)},
               "uniform": flat}
     answer = sink_answer(base, krause, SINKS)
-    assert all(word in answer for word in words) and answer.count("\n") == 3 and "% of that fall" in answer
+    assert all(word in answer for word in words) and answer.count("\n") == 3 and "% of the reduction" in answer
 
 
 def test_a_model_without_a_sink_has_none_to_lose():
@@ -453,9 +453,9 @@ def test_a_model_without_a_sink_has_none_to_lose():
     base = {"sinks": {"softmax": told("softmax", 0.1, 0.02)}, "uniform": flat}
     krause = {"sinks": {"softmax": told("softmax", 0.1, 0.02), "krause": told("krause", 0.9, 0.0), "mixed": told("mixed", 0.1, 0.1)},
               "uniform": flat}
-    assert "never there" in sink_answer(base, krause, SINKS) and "there is no fall" in sink_answer(base, krause, SINKS)
+    assert "never there" in sink_answer(base, krause, SINKS) and "there is no reduction" in sink_answer(base, krause, SINKS)
     stronger = {"sinks": {"softmax": told("softmax", 0.4, 0.4)}, "uniform": flat}
-    assert "more than the whole fall" in sink_answer(stronger, krause, SINKS)
+    assert "more than the entire reduction" in sink_answer(stronger, krause, SINKS)
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):

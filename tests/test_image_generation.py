@@ -428,12 +428,12 @@ def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run.path, run_path(tiny, 0, tmp_path / "runs"), ignore=shutil.ignore_patterns("samples"))
     assert cli.main(["sample", "karm/digits", "--images", "3", "--top_p", "0.9"]) == 0
-    sheet = capsys.readouterr().out.strip().removeprefix("The images: ")
+    sheet = capsys.readouterr().out.strip().removeprefix("Images: ")
     assert sheet.endswith("seed-0_temperature-1.0_top_p-0.9/sheet.png") and Image.open(sheet).size[0] > 8
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["sample", "kvit_t/fashion_mnist"], "makes no images; generators do, such as karm/fashion_mnist"),
+    (["sample", "kvit_t/fashion_mnist"], "is not an image generator; choose one such as karm/fashion_mnist"),
     (["sample", "karm/nothing"], "recipe must be one of"),
     (["sample", "karm_no_window/digits", "--profile", "desk", "--seed", "77"], "is not finished; finish it with: krause-repro train"),
 ])

@@ -713,7 +713,7 @@ def test_the_command_writes_and_shows_its_results(branch, tiny, tokenizer, tmp_p
         "some/model", str(tuned), ["piqa", "anli_r1"], "local", 5, "swapped"]
     assert {"versions", "commit", "device"} <= set(record)
     shown = capsys.readouterr().out
-    assert shown == f"{language_table({'model + tuned': expected})}\nThe results: {output}\n"
+    assert shown == f"{language_table({'model + tuned': expected})}\nResults: {output}\n"
 
 
 def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_path, capsys):
@@ -754,8 +754,8 @@ def test_checked_items_keep_the_fields_of_their_task():
 
 
 @pytest.mark.parametrize(("output", "message"), [
-    ("", "must be a file, but is a folder"), ("file/scores.json", "must be in a folder that can be made and written to"),
-    ("file/deeper/scores.json", "must be in a folder that can be made and written to, which"),
+    ("", "must be a file, but is a folder"), ("file/scores.json", "must be in a writable folder"),
+    ("file/deeper/scores.json", "must be in a writable folder, but"),
 ])
 def test_the_command_refuses_an_output_before_it_loads_a_model(output, message, branch, tmp_path, capsys):
     (tmp_path / "file").touch()

@@ -85,11 +85,11 @@ def sinks_of(kinds):
 
 def test_the_readme_shows_what_is_tuned_and_the_answer_on_sinks(tmp_path):
     text = readme_fine_tuning(tmp_path)
-    assert text.startswith("0 of 4 models are tuned.") and "Is the attention sink" not in text
+    assert text.startswith("0 of 4 models are fine-tuned.") and "Is the attention sink" not in text
     for kind, values in (("lora", [1.6, 1.7, 1.8]), ("krause", [1.5, 1.6, 1.7])):
         save_result(f"fine_tuning_questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
     text = readme_fine_tuning(tmp_path)
-    assert text.startswith("2 of 4 models are tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
+    assert text.startswith("2 of 4 models are fine-tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
     assert "LoRA + Krause branch minus LoRA: -0.100 nats per token" in text and "| questions | LoRA | 2.500 | 1.700 ± 0.100 |" in text
     models = {"base": ("lora_smollm2/questions", {"softmax": (0.6, 0.5)}),
               "krause_questions": ("krause_smollm2/questions", {"softmax": (0.6, 0.5), "krause": (0.5, 0.0), "mixed": (0.6, 0.4)})}
@@ -97,7 +97,7 @@ def test_the_readme_shows_what_is_tuned_and_the_answer_on_sinks(tmp_path):
         recipes = {recipe.name: recipe.to_dict() for recipe in (SINKS.at("desk"), get_recipe(name).at("desk"))}
         save_result(f"sinks/{file}", {"recipes": recipes, **sinks_of(kinds)}, "desk", tmp_path)
     text = readme_fine_tuning(tmp_path)
-    assert "is **there** in the branch" in text and "In the model as a whole a sink is **there**" in text
+    assert "In the branch the sink is **there**" in text and "In the model as a whole the sink is **there**" in text
     lines = report("desk", tmp_path).splitlines()
     other = "(another model: smollm2, 200 passages of 128 tokens)"
     assert f"| Llama3-8B | 0.707 | 0.524 ± 0.010 {other} |" in lines
@@ -109,7 +109,7 @@ def test_the_statement_on_speed_is_answered(tmp_path):
             (("decode", "Krause", 0.8), ("decode", "Krause", 0.75), ("decode", "base", 1.0), ("prefill", "Krause", 0.5))]
     assert "(ours: —)" in report("desk", tmp_path)
     save_result("language_speed", {"rows": rows}, "desk", tmp_path)
-    assert "(ours: SmolLM2, writing: with a branch 0.75 to 0.80 times the tokens per second of the base model)" in report("desk", tmp_path)
+    assert "(ours: SmolLM2, decode: with a branch 0.75 to 0.80 times the tokens per second of the base model)" in report("desk", tmp_path)
 
 
 def test_unknown_profiles_and_stale_results_are_refused(root_with_results):
@@ -175,7 +175,7 @@ def test_update_readme_replaces_the_block_and_nothing_else(committed, root_with_
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{block_marks('results')[0]}\n") and text.endswith(f"{block_marks('performance')[1]}\nbetween")
     assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == len(README_BLOCKS)
-    assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT does 1.25 times the images per second" in text
+    assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT processes 1.25 times as many images per second" in text
     assert "takes 40 times as long" in text and "8.2 times the time forward, 8.2 forward + backward" in text and "gradients: 2.5 MB" in text
     update_readme(committed)
     assert readme.read_text(encoding="utf-8") == text
@@ -188,7 +188,7 @@ def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there()
     assert committed | missing == set(expected_results("desk")) and not committed & missing
     assert {name.partition("/")[0] for name in missing} <= {"image_classification_cifar10"}
     text = missing_table("desk")
-    assert text.startswith(f"{len(committed)} of {len(expected_results('desk'))} files of results are there under the desk profile.")
+    assert text.startswith(f"{len(committed)} of {len(expected_results('desk'))} result files exist under the desk profile.")
     plan = json.loads((project_root() / "results" / "plans" / "cifar10.json").read_text(encoding="utf-8"))
     assert {name.partition("/")[0] for name in (*plan["models"], *plan["baselines"]) if "/" in name} == set(CIFAR10_RESULTS[:-1])
 
@@ -282,7 +282,7 @@ def test_readme_ablation_counts_what_is_finished(tmp_path):
 def test_update_readme_needs_its_marks(committed, text):
     readme = committed / "README.md"
     readme.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="must hold the lines"):
+    with pytest.raises(ValueError, match="must contain the lines"):
         update_readme(committed)
     assert readme.read_text(encoding="utf-8") == text
 
