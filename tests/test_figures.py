@@ -281,8 +281,8 @@ def test_a_base_model_is_a_dotted_line_of_the_same_look_in_every_panel():
 def test_a_gate_keeps_its_whole_scale_and_says_where_it_started():
     fig = draw("plot_gate")
     assert fig.axes[0].get_ylim() == (0, 1)
-    assert legend(fig) == (["KViT", "start, 0.8"], "mean, and band of one standard deviation, over 2 seeds")
-    assert legend(draw("plot_sigma"))[0] == ["KViT", r"start, $\sigma_0 = 2.5$"]
+    assert legend(fig) == (["KViT", "initial value, 0.8"], "mean, and band of one standard deviation, over 2 seeds")
+    assert legend(draw("plot_sigma"))[0] == ["KViT", r"initial value, $\sigma_0 = 2.5$"]
 
 
 def test_seeds_in_a_row_can_show_another_quantity_than_bits():
