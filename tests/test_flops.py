@@ -184,7 +184,9 @@ def test_a_row_is_measured_when_asked(monkeypatch):
     assert row["measured"] == row["dense"] and row["ptflops"] == row["counter"]
     assert not {"measured", "ptflops"} & set(count_row("kvit_t/cifar100", measure=False))
     monkeypatch.undo()
+    monkeypatch.setattr(flops, "swin_row", lambda *case: case)
     result = count_models(measured=())
+    assert len(result["swin"]) == len(set(result["swin"])) == 2 * 2 * 2 and {case[0] for case in result["swin"]} == {"T", "S"}
     assert [row["recipe"] for row in result["rows"]] == list(COUNTED) and not any("measured" in row for row in result["rows"])
     assert result["ptflops_version"] == "0.7.5"
 
