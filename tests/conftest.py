@@ -3,6 +3,7 @@
 PyTorch and the package are imported by what needs them: the process that only hands the tests to workers does without.
 """
 
+import gc
 import gzip
 import os
 import shutil
@@ -21,7 +22,8 @@ settings.load_profile("krause_repro")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quiet_libraries():
+def libraries():
+    "Quiet, and left out of garbage collection: a full one, such as after each training, would go through all that is imported."
     import torch
     import transformers
 
@@ -29,6 +31,8 @@ def quiet_libraries():
         torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

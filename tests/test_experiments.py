@@ -1,9 +1,11 @@
 """What an experiment page saves is the recipe it was passed, and the committed results are of today's recipes."""
 
+import json
 import shutil
 
 import pytest
 
+from krause_repro import image_data, image_recipes
 from krause_repro.drawing import figure_index
 from krause_repro.evaluation import read_plan
 from krause_repro.flops import COUNTED
@@ -16,7 +18,6 @@ from krause_repro.records import project_root
 from krause_repro.reference import SCORES
 from krause_repro.report import expected_results
 from krause_repro.results import load_result, result_page, result_path, stale_recipes
-from krause_repro.runner import run
 from krause_repro.sinks import sink_models
 
 CELLS = [
@@ -82,14 +83,25 @@ def test_committed_results_are_of_todays_recipes(page):
         assert set(result["recipes"]) == {recipe.name for recipe in recipes} and stale_recipes(result, recipes) == []
 
 
-def test_a_page_saves_the_recipes_it_was_passed(tmp_path):
+def execute_here(path, **parameters):
+    "Execute a page in this process, which has imported everything."
+    names = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            names |= parameters if "parameters" in cell["metadata"].get("tags", []) else {}
+
+
+def test_a_page_saves_the_recipes_it_was_passed(tmp_path, monkeypatch, source):
     page = "61_image_classification"  # one for all: `make figures PROFILE=smoke` executes every page
     shutil.copy(project_root() / "settings.ini", tmp_path)
     shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
-    (tmp_path / "nbs").mkdir()
-    shutil.copy(project_root() / "nbs" / f"{page}.ipynb", tmp_path / "nbs")
-    records = run(profile="smoke", train="missing", root=tmp_path, quiet=True)
-    assert [record["status"] for record in records] == ["ok"], records
+    path = project_root() / "nbs" / f"{page}.ipynb"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(image_data, "find_source", lambda name, folder: source)
+    for setting, small in (("train_images", 128), ("held_out", 64), ("test_images", 64)):
+        monkeypatch.setitem(image_recipes.SMOKE, setting, small)
+    execute_here(path, profile="smoke", train="missing")
     saved = load_result("image_classification", "smoke", tmp_path)
     assert saved["profile"] == "smoke" and saved["recipes"] == {recipe.name: recipe.at("smoke").to_dict() for recipe in TRIO}
     assert not any(result_path(file, "smoke", tmp_path).exists() for file in cifar_files())  # data that a newcomer may not have

@@ -469,13 +469,20 @@ def command(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_help_and_version_of_the_command():
-    helped, bare, version = command("--help"), command(), command("--version")
-    assert helped == bare and helped[0] == 0 and helped[2] == ""
+def test_help_and_version_of_the_command(capsys):
+    def here(*arguments):
+        try:
+            code = cli.main([*arguments])
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    helped, bare, version = command("--help"), here(), here("--version")
+    assert helped == bare == here("--help") and helped[0] == 0 and helped[2] == ""
     commands = ["list", "run", "train", "sample", "data", "report", "site", "book", "bench", "kernels", "evaluate"]
     assert re.findall(r"^  (\w+) ", helped[1], re.MULTILINE) == commands
     assert re.fullmatch(r"krause-repro \d+\.\d+\.\d+\n", version[1])
-    code, text, _ = command("run", "--help")
+    code, text, _ = here("run", "--help")
     assert code == 0 and all(option in text for option in ("--profile", "--only", "--train", "smoke, desk or paper"))
 
 
