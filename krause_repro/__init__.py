@@ -4,12 +4,12 @@ In reading order:
 
 - the idea: `dynamics`, `checks`, `reference` (scores, neighbourhoods, top-k: the definition), `fast_attention`, `native_kernels`,
   `attention` (`krause_attention`, `KrauseAttention`), `ring_cache`, `transformers_attention`, `native_decode`
-- the models: `model_base`, `vision_transformer`, `swin`, `image_transformer`, `baselines`, `llm_branch`, `fast_branch`, `branched_models`,
-  `adapters`, `language_models`
+- the models: `model_base`, `vision_transformer`, `swin`, `image_transformer`, `baselines`, `llm_branch`, `branched_models`,
+  `language_models`, `attention_patterns`, `language_model`
 - the tools: `records` (files), `results`, `recipe_base`, `image_recipes`, `generation_recipes`, `language_recipes`, `recipes`,
-  `image_files`, `image_data`, `packaged_data`, `language_data`, `sampling`, `likelihood`, `frechet`, `tasks`, `runs`, `training`,
+  `image_files`, `image_data`, `packaged_data`, `language_data`, `sampling`, `likelihood`, `tasks`, `runs`, `training`,
   `flops`, `timing`, `checkpoints`
-- the measures: `statistics`, `tables`, `evaluation`, `ablation`, `generation_evaluation`, `fine_tuning_evaluation`, `language_tasks`,
+- the measures: `statistics`, `frechet`, `evaluation`, `ablation`, `generation_evaluation`, `fine_tuning_evaluation`, `language_tasks`,
   `language_benchmarks`, `attention_analysis`, `sinks`
 - the benchmarks: `bench_attention`, `bench_models`, `bench_generation`, `bench_language`, `benchmarks`
 - figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `report`, `cli`

@@ -15,8 +15,7 @@ from .recipes import get_recipe
 from .reference import SCORES
 from .results import check_train, load_or_compute, result_path
 from .runs import Run
-from .statistics import is_shown, paired_difference
-from .tables import markdown_table, percent, signed_interval
+from .statistics import is_shown, markdown_table, paired_difference, percent, signed_interval
 
 # %% ../nbs/43_ablation.ipynb #89ac6672
 def load_or_run_grid(

@@ -16,7 +16,7 @@ from .checks import UserError, check_integer, check_positive
 from .generation_recipes import GENERATORS, ImageGenerationRecipe
 from .image_transformer import ImageTransformer, image_cache
 from .recipes import GENERATION_SPEED, GenerationCase, GenerationSpeedRecipe, get_recipe
-from .tables import markdown_table
+from .statistics import markdown_table
 from .timing import compare, in_turns, interleave, quartiles, summarise_times
 
 # %% ../nbs/52_bench_generation.ipynb #908538cb

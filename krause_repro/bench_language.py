@@ -15,16 +15,15 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from .adapters import lora_config
 from .branched_models import add_krause_branch
 from .checks import UserError, check_integer
 from .flops import branch_macs
-from .language_models import load_language_model
+from .language_models import load_language_model, lora_config
 from .llm_branch import branches, cache_argument
 from .native_decode import DecodeLinear
 from .packaged_data import smollm2_folder
 from .recipes import LANGUAGE_GOALS, LANGUAGE_SPEED, LanguageSpeedRecipe
-from .tables import markdown_table
+from .statistics import markdown_table
 from .timing import compare, interleave, resident_bytes
 
 # %% ../nbs/53_bench_language.ipynb #d2725228

@@ -185,7 +185,7 @@ def check_evaluation_files(
     output: str | None,  # a file that is to be written
 ) -> None:
     "Raise an error if the adapter's files are not there, or the output cannot be written."
-    from krause_repro.adapters import ADAPTER_FILES
+    from krause_repro.language_models import ADAPTER_FILES
 
     if adapter is not None and (missing := [name for name in ADAPTER_FILES if not (Path(adapter) / name).is_file()]):
         raise FileNotFoundError(f"adapter={adapter!r} must be a folder written by save_adapter, but has no {' and no '.join(missing)}")

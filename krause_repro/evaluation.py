@@ -22,9 +22,11 @@ from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
 from .results import save_result
 from .runs import Run, check_run, run_path
-from .statistics import corrected_difference, describe_difference, is_shown, paired_difference, summarise, summarise_curves
+from krause_repro.statistics import (
+    corrected_difference, describe_difference, is_shown, markdown_table, paired_difference, percent, signed_interval, summarise,
+    summarise_curves,
+)
 from .swin import WindowAttention
-from .tables import markdown_table, percent, signed_interval
 from .training import build_trainer, train
 
 # %% ../nbs/42_evaluation.ipynb #909ca3f1

@@ -26,8 +26,7 @@ from .language_recipes import FineTuningRecipe
 from .llm_branch import branches
 from .records import read_json, write_json
 from .runs import Run
-from .statistics import describe_difference, paired_difference, summarise, summarise_curves
-from .tables import decimals, markdown_table, percent
+from .statistics import decimals, describe_difference, markdown_table, paired_difference, percent, summarise, summarise_curves
 from .tasks import base_model, base_source
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #17fd8d8a

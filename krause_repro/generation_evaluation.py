@@ -30,8 +30,7 @@ from .records import atomic_write, check_writable, file_digest, locked, read_jso
 from .results import pack_images
 from .runs import Run
 from .sampling import check_sampling, complete_images, first_prompts, written_batches
-from .statistics import describe_difference, paired_difference, summarise, summarise_curves
-from .tables import decimals, markdown_table
+from .statistics import decimals, describe_difference, markdown_table, paired_difference, summarise, summarise_curves
 from .training import check_source, train
 
 # %% ../nbs/44_generation_evaluation.ipynb #f066036d

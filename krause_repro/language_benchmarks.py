@@ -26,7 +26,7 @@ from krause_repro.language_tasks import (
     ANLI_LABELS, LANGUAGE_TASKS, check_language_tasks, evaluation_split, import_lm_eval, language_items, language_overrides, task_config,
     task_file, task_prompt,
 )
-from .tables import markdown_table, percent
+from .statistics import markdown_table, percent
 from .transformers_attention import named_options
 
 # %% ../nbs/47_language_benchmarks.ipynb #492512b3

@@ -30,8 +30,7 @@ from .recipes import PASSES, SINKS, get_recipe
 from .records import atomic_write, project_root, read_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path, stale_recipes
 from .sinks import branch_files, sink_answer, sink_models
-from .statistics import MIN_EFFECT
-from .tables import decimals, percent
+from .statistics import MIN_EFFECT, decimals, percent
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823

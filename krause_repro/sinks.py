@@ -28,8 +28,7 @@ from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
-from .statistics import summarise, summarise_curves
-from .tables import decimals, markdown_table
+from .statistics import decimals, markdown_table, summarise, summarise_curves
 from .tasks import base_model
 from .training import train
 

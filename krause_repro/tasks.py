@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from .adapters import ADAPTER_FILES, add_adapter, base_facts, lora_config, save_adapter
 from .branched_models import add_krause_branch
 from .checks import UserError
 from .generation_recipes import ImageGenerationRecipe
@@ -33,7 +32,9 @@ from krause_repro.language_data import (
     IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, shakespeare_text, split_items, split_works,
     text_blocks,
 )
-from .language_models import load_language_model, load_tokenizer
+from krause_repro.language_models import (
+    ADAPTER_FILES, add_adapter, base_facts, load_language_model, load_tokenizer, lora_config, save_adapter,
+)
 from .language_recipes import FineTuningRecipe
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe

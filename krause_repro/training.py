@@ -25,11 +25,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker, set_seed
 
-from .adapters import parameter_counts
 from .checks import UserError
 from .image_data import Splits
 from .image_files import check_unreadable, find_source
 from .language_data import IGNORED
+from .language_models import parameter_counts
 from .language_recipes import FineTuningRecipe
 from .recipe_base import SEED, plain
 from krause_repro.records import (

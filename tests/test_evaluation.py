@@ -46,8 +46,7 @@ from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.results import save_result
 from krause_repro.runs import Run
-from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, summarise
-from krause_repro.tables import percent
+from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, percent, summarise
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from krause_repro import fine_tuning_evaluation, packaged_data, sinks, tasks, training
-from krause_repro.adapters import ADAPTER_FILES
 from krause_repro.fine_tuning_evaluation import (
     choice_accuracy,
     choice_baselines,
@@ -28,7 +27,7 @@ from krause_repro.fine_tuning_evaluation import (
     predicted_choices,
 )
 from krause_repro.language_data import IGNORED, split_works
-from krause_repro.language_models import load_language_model
+from krause_repro.language_models import ADAPTER_FILES, load_language_model
 from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, fine_tuning_recipes
 from krause_repro.llm_branch import branches
 from krause_repro.packaged_data import pretrained_source, smollm2_folder

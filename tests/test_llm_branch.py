@@ -35,10 +35,17 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from krause_repro import fast_branch, language_data, llm_branch
-from krause_repro.adapters import add_adapter, base_facts, check_base, lora_config, parameter_counts, save_adapter
+from krause_repro import branched_models, language_data, llm_branch
 from krause_repro.branched_models import add_krause_branch, recorded_branches, remove_krause_branch
-from krause_repro.language_models import load_language_model
+from krause_repro.language_models import (
+    add_adapter,
+    base_facts,
+    check_base,
+    load_language_model,
+    lora_config,
+    parameter_counts,
+    save_adapter,
+)
 from krause_repro.llm_branch import BranchSettings, KrauseBranch, attention_layers, branches, padding_of_keys
 from krause_repro.native_kernels import kernels_available
 from krause_repro.reference import CausalWindow
@@ -318,7 +325,7 @@ def test_sigma_and_gate_are_trained_and_saved(tmp_path):
         expected = model.eval()(tokens()).logits
     torch.save(expected, tmp_path / "expected.pt")
     script = (
-        "import sys, torch; from transformers import LlamaForCausalLM; from krause_repro.adapters import add_adapter; "
+        "import sys, torch; from transformers import LlamaForCausalLM; from krause_repro.language_models import add_adapter; "
         "folder = sys.argv[1]; model = add_adapter(LlamaForCausalLM.from_pretrained(folder + '/base'), folder + '/adapter').eval(); "
         "ids = torch.randint(61, (2, 29), generator=torch.Generator().manual_seed(1)); "
         "torch.testing.assert_close(model(ids).logits, torch.load(folder + '/expected.pt', weights_only=True), rtol=0, atol=1e-5)"
@@ -586,8 +593,8 @@ def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
 @pytest.fixture
 def steps(monkeypatch):
     "What `native_branch_step` has returned so far."
-    seen, step = [], fast_branch.native_branch_step
-    monkeypatch.setattr(fast_branch, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
+    seen, step = [], branched_models.native_branch_step
+    monkeypatch.setattr(branched_models, "native_branch_step", lambda *arguments: seen.append(step(*arguments)) or seen[-1])
     return seen
 
 
@@ -764,7 +771,7 @@ def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch, count):
             raise OSError
         replace(source, target)
 
-    monkeypatch.setattr("krause_repro.adapters.os.replace", fails)
+    monkeypatch.setattr("krause_repro.language_models.os.replace", fails)
     with pytest.raises(OSError):
         save_adapter(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="has no krause_branch.json"):
@@ -907,7 +914,7 @@ def test_plain_peft_does_not_read_an_adapter_with_a_branch(tmp_path):
         for name in ("adapter", "by peft", "read and saved"):
             for read in (lambda folder: PeftModel.from_pretrained(small(branch=False), folder), AutoPeftModelForCausalLM.from_pretrained,
                          AutoModelForCausalLM.from_pretrained, lambda folder: small(branch=False).load_adapter(folder)):
-                with pytest.raises(ValueError, match="read it with krause_repro.adapters.add_adapter"):
+                with pytest.raises(ValueError, match="read it with krause_repro.language_models.add_adapter"):
                     read(str(tmp_path / name))
             assert torch.equal(add_adapter(small(branch=False), tmp_path / name).eval()(tokens()).logits, expected)
 
@@ -931,8 +938,8 @@ def test_an_adapter_that_names_the_old_module_is_read(tmp_path):
     model = several(["default"])
     save_adapter(model, tmp_path)
     config = (tmp_path / "adapter_config.json").read_text()
-    assert "krause_repro.adapters.add_adapter" in config
-    (tmp_path / "adapter_config.json").write_text(config.replace("krause_repro.adapters", "krause_repro.llm_branch"))
+    assert "krause_repro.language_models.add_adapter" in config
+    (tmp_path / "adapter_config.json").write_text(config.replace("krause_repro.language_models", "krause_repro.llm_branch"))
     assert torch.equal(by_adapter(add_adapter(small(branch=False), tmp_path).eval())[""], by_adapter(model)[""])
 
 
