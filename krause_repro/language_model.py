@@ -374,9 +374,9 @@ def _generation_options(config, prompt_length, options):
         cache = language_cache(config)
     return options if cache is None else options | {CACHE_NAME: cache}
 
-# %% ../nbs/19_language_model.ipynb #79938deb
-class LanguageModel(CheckedModel, GenerationMixin):
-    "Token and position embeddings, pre-norm blocks with a chosen attention, final norm, and a head tied to the embeddings."
+# %% ../nbs/19_language_model.ipynb #e582c9ea
+class LanguageModelParts(CheckedModel):
+    "Embeddings, blocks, final norm and tied head of a language model."
 
     config_class = LanguageModelConfig
     base_model_prefix = "language_model"
@@ -416,6 +416,9 @@ class LanguageModel(CheckedModel, GenerationMixin):
         places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         return self.dropout(self.token_embedding(input_ids) + self.position_embedding(places))
 
+# %% ../nbs/19_language_model.ipynb #79938deb
+class LanguageModel(LanguageModelParts, GenerationMixin):
+    "Token and position embeddings, pre-norm blocks with a chosen attention, final norm, and a head tied to the embeddings."
 
     @named_arguments
     def forward(

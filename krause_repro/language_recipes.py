@@ -18,6 +18,7 @@ from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integ
 
 # %% ../nbs/25_language_recipes.ipynb #7d4861b2
 FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
+GATE_INIT = Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1)
 
 # %% ../nbs/25_language_recipes.ipynb #bec6dcfe
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class FineTuningRecipe(Recipe):
         **dict.fromkeys(("window", "top_k", "rank", "alpha", "batch_size", "per_device_batch_size", "held_out"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("lora_dropout", "warmup_share"), FRACTION),
         "max_length": integers(2),
-        "gate_init": Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1),
+        "gate_init": GATE_INIT,
     }
 
     def check_together(self):
@@ -157,8 +158,7 @@ class LanguageModelRecipe(Recipe):
                          "per_device_batch_size", "held_out"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("dropout", "warmup_share"), FRACTION),
         **dict.fromkeys(("reset_gate", "gradient_checkpointing"), FLAG), "final_lr_share": SHARE, "betas": tuples(FRACTION, 2),
-        "global_tokens": tuples(integers(0)), "train_blocks": or_none(integers(1)),
-        "gate_init": Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1),
+        "global_tokens": tuples(integers(0)), "train_blocks": or_none(integers(1)), "gate_init": GATE_INIT,
     }
 
     def check_together(self):
@@ -176,10 +176,8 @@ class LanguageModelRecipe(Recipe):
         "The configuration of the model. Raises `UserError` for settings that do not fit together."
         return LanguageModelConfig(
             vocab_size=self.vocab_size, positions=self.context, hidden_size=self.width, num_hidden_layers=self.depth,
-            num_attention_heads=self.heads, intermediate_size=self.mlp_width, mixer=self.mixer, attention_window=self.window,
-            attention_top_k=self.top_k, sigma=self.sigma, gate_init=self.gate_init, reset_gate=self.reset_gate,
-            global_tokens=self.global_tokens, clusters=self.clusters, dropout=self.dropout,
-        )
+            num_attention_heads=self.heads, intermediate_size=self.mlp_width, attention_window=self.window, attention_top_k=self.top_k,
+            **{name: getattr(self, name) for name in ("mixer", "sigma", "gate_init", "reset_gate", "global_tokens", "clusters", "dropout")})
 
 # %% ../nbs/25_language_recipes.ipynb #ec80983c
 LM_PROFILES = {

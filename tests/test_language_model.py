@@ -1,5 +1,6 @@
 """The language model from scratch: no look into the future, caches equal to the whole pass, references, counts, and named errors."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 
+from krause_repro import tasks as training_tasks
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from krause_repro.language_model import (
     MIXERS,
@@ -22,7 +24,9 @@ from krause_repro.language_model import (
     mixer_weights,
 )
 from krause_repro.llm_branch import branches
+from krause_repro.recipes import get_recipe
 from krause_repro.ring_cache import RingLayer, cache_bytes
+from krause_repro.training import train
 
 PARITY = Path(__file__).parent / "parity" / "krause_lm_attention.safetensors"
 SIZES = {"vocab_size": 19, "positions": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -357,3 +361,62 @@ def test_helpers_refuse_what_they_cannot_use():
         routing_window(0, 8)
     x = torch.randn(1, 2, 5, 4)
     assert_close(fused_attention(x[:, :, -2:], x, x), fused_attention(x, x, x)[:, :, -2:])
+
+
+# Training
+
+
+class RandomCorpus:
+    "Random tokens in the place of a corpus."
+
+    path, tokenizer = Path("corpus"), None
+
+    def __init__(self, vocab_size=512):
+        self.vocab_size = vocab_size
+
+    def blocks(self, split, length, overlap=0):
+        assert overlap == (split != "train")
+        generator = torch.Generator().manual_seed(len(split))
+        return [{"input_ids": torch.randint(512, (length,), generator=generator)} for _ in range(72)]
+
+
+class Stop(TrainerCallback):
+    "Stops a run as Ctrl-C does."
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def smoke(monkeypatch):
+    monkeypatch.setattr(training_tasks, "load_corpus", lambda *_: RandomCorpus())
+    return lambda name: replace(get_recipe(name).at("smoke"), train_blocks=64, held_out=8, depth=1)
+
+
+@pytest.mark.parametrize("mixer", ["krause", "routing"])
+def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, smoke, tmp_path):
+    recipe = smoke(f"lm_{mixer}_100m/shakespeare")
+    whole = train(recipe, 0, runs=tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, 0, runs=tmp_path / "broken", progress=False, callbacks=(Stop(),))
+    resumed = train(recipe, 0, runs=tmp_path / "broken", progress=False)
+    one, two = whole.model(), resumed.model()
+    assert type(one) is LanguageModel and one.config.mixer == mixer and whole.summary()["steps"] == 4
+    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    held_out = torch.stack([block["input_ids"] for block in RandomCorpus().blocks("validation", 64, 1)])[[i * 9 for i in range(8)]]
+    with torch.no_grad():
+        assert abs(one(held_out, labels=held_out).loss.item() - whole.summary()["held_out_loss"]) < 1e-5
+    rates = [line["learning_rate"] for line in whole.metrics() if "learning_rate" in line]
+    assert rates[0] == recipe.lr and recipe.lr / 10 < rates[-1] < rates[1] < recipe.lr  # no warm-up: 5% of four steps is none
+    assert whole.summary()["parameters"] == one.num_parameters() and whole.summary()["data"]["train"] == {"items": 64, "tokens": 4096}
+
+
+def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):
+    recipe = smoke("lm_standard_100m/shakespeare")
+    for change, message in (({"held_out": 73}, "held_out must be between 1 and 72 blocks of 64 tokens, got 73"),
+                            ({"train_blocks": 73}, "train_blocks must be between 1 and 72"),
+                            ({"vocab_size": 500}, "vocab_size must be that of the corpus in corpus, 512, got 500")):
+        with pytest.raises(ValueError, match=message):
+            train(replace(recipe, **change), 0, runs=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
