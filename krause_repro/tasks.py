@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator,
 )
@@ -24,6 +25,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from .branched_models import add_krause_branch
 from .checks import UserError
+from .corpus import load_corpus
 from .generation_recipes import ImageGenerationRecipe
 from .image_data import Collator, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
@@ -35,13 +37,13 @@ from krause_repro.language_data import (
 from krause_repro.language_models import (
     ADAPTER_FILES, add_adapter, base_facts, load_language_model, load_tokenizer, lora_config, save_adapter,
 )
-from .language_recipes import FineTuningRecipe
+from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe
 from .records import disk_errors, scratch_folder
 
 # %% ../nbs/34_tasks.ipynb #b664466e
-TrainedRecipe = ImageClassificationRecipe | ImageGenerationRecipe | FineTuningRecipe  # recipes with a training run
+TrainedRecipe = ImageClassificationRecipe | ImageGenerationRecipe | FineTuningRecipe | LanguageModelRecipe  # recipes with a training run
 
 # %% ../nbs/34_tasks.ipynb #d3bbbd5d
 def accuracy(
@@ -87,17 +89,28 @@ def _generation_options(recipe: ImageGenerationRecipe, epoch: int) -> dict:
     }
 
 
-def _fine_tuning_options(recipe: FineTuningRecipe, epoch: int) -> dict:
-    steps, processes = math.ceil(recipe.epochs * epoch), check_batch(recipe)
-    part = math.ceil(steps / max(2, recipe.epochs))  # steps between evaluations
+def _language_options(recipe: FineTuningRecipe | LanguageModelRecipe, steps: int, part: int) -> dict:
     less_memory = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return {
-        "lr_scheduler_type": "cosine", "warmup_steps": round(recipe.warmup_share * steps), "max_grad_norm": recipe.max_grad_norm,
-        "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part, "eval_on_start": True,
+        "warmup_steps": round(recipe.warmup_share * steps), "max_grad_norm": recipe.max_grad_norm, "eval_on_start": True,
+        "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part,
         "per_device_train_batch_size": recipe.per_device_batch_size, "per_device_eval_batch_size": recipe.per_device_batch_size,
-        "gradient_accumulation_steps": recipe.batch_size // (processes * recipe.per_device_batch_size),
-        "logging_steps": max(1, steps // 20),
+        "gradient_accumulation_steps": recipe.batch_size // (check_batch(recipe) * recipe.per_device_batch_size),
         **(less_memory if recipe.gradient_checkpointing else {}),
+    }
+
+
+def _fine_tuning_options(recipe: FineTuningRecipe, epoch: int) -> dict:
+    steps = math.ceil(recipe.epochs * epoch)
+    part = math.ceil(steps / max(2, recipe.epochs))  # steps between evaluations
+    return _language_options(recipe, steps, part) | {"lr_scheduler_type": "cosine", "logging_steps": max(1, steps // 20)}
+
+
+def _language_model_options(recipe: LanguageModelRecipe, epoch: int) -> dict:
+    steps = math.ceil(recipe.epochs * epoch)
+    return _language_options(recipe, steps, math.ceil(steps / 8)) | {
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": recipe.final_lr_share},
+        "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1], "logging_steps": max(1, steps // 80), "prediction_loss_only": True,
     }
 
 # %% ../nbs/34_tasks.ipynb #ec3982fd
@@ -169,10 +182,10 @@ def _adapter_saver(model: PeftModel) -> Callable:
     return lambda model, path, weights: save_adapter(model, path, weights, base)
 
 # %% ../nbs/34_tasks.ipynb #4a4a8aba
-def _subset(total: int, limit: int | None) -> list[int]:
+def _subset(total: int, limit: int | None, name: str = "train_items") -> list[int]:
     "Indices of all training items, or of a fixed random subset."
     if limit is not None and not 0 < limit <= total:
-        raise UserError(f"train_items must be between 1 and {total}, or None for all, got {limit}")
+        raise UserError(f"{name} must be between 1 and {total}, or None for all, got {limit}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return list(range(total)) if limit is None else order[:limit].tolist()
 
@@ -217,6 +230,35 @@ def _language_collators(recipe: FineTuningRecipe, splits: TextSplits, channels_l
     if recipe.dataset == "shakespeare":
         return (default_data_collator,) * 2
     return (ResponseCollator(splits.tokenizer, recipe.max_length),) * 2
+
+# %% ../nbs/34_tasks.ipynb #eb916c2a
+def corpus_splits(
+    recipe: LanguageModelRecipe,
+    source: str | Path | None = None,  # the user's text, or the folder of a finished corpus
+    unreadable: str = "stop",  # for images; unused
+) -> TextSplits:
+    "The packed blocks of a recipe. Raises `UserError` before training for a corpus of another tokenizer and for too few blocks."
+    corpus = load_corpus(recipe.dataset, None if recipe.vocab_size == 50_257 else recipe.vocab_size, source)
+    if corpus.vocab_size != recipe.vocab_size:
+        raise UserError(f"vocab_size must be that of the corpus in {corpus.path}, {corpus.vocab_size}, got {recipe.vocab_size}")
+    splits = {"train": 0, "validation": 1, "test": 1}  # tokens that consecutive blocks share
+    train, held_out, test = (corpus.blocks(split, recipe.context, overlap=overlap) for split, overlap in splits.items())
+    if not 0 < recipe.held_out <= len(held_out):
+        raise UserError(f"held_out must be between 1 and {len(held_out)} blocks of {recipe.context} tokens, got {recipe.held_out}")
+    train = Subset(train, _subset(len(train), recipe.train_blocks, "train_blocks"))
+    held_out = Subset(held_out, [i * len(held_out) // recipe.held_out for i in range(recipe.held_out)])
+    parts = {"train": train, "held_out": held_out, "test": test}
+    counts = {part: {"items": len(each), "tokens": len(each) * recipe.context} for part, each in parts.items()}
+    return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts)
+
+
+def _collate_blocks(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    tokens = torch.stack([example["input_ids"] for example in examples])
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
+    return (_collate_blocks,) * 2
 
 # %% ../nbs/34_tasks.ipynb #d07ff3db
 @dataclass(frozen=True)
@@ -269,6 +311,8 @@ TASKS: dict[type, Task] = {
     FineTuningRecipe: Task(
         language_splits, fine_tuning_model, _adapted_model, ADAPTER_FILES, _adapter_saver, "token_loss", False, _fine_tuning_options,
         _language_collators, token_metrics, token_scores, keeps_best=False),
+    LanguageModelRecipe: _model_task(
+        AutoModelForCausalLM, corpus_splits, "loss", False, _language_model_options, _block_collators, None, None, False),
 }
 
 # %% ../nbs/34_tasks.ipynb #b79af2e1
@@ -279,7 +323,7 @@ def task_of(
     found = next((task for kind, task in TASKS.items() if isinstance(recipe, kind)), None)
     if found is None:
         raise UserError(f"recipe {getattr(recipe, 'name', recipe)!r} has nothing to train; "
-                         "image classification, image generation and fine-tuning have")
+                         "image classification, image generation, fine-tuning and language models have")
     return found
 
 # %% ../nbs/34_tasks.ipynb #7c36a918

@@ -30,7 +30,7 @@ from .image_data import Splits
 from .image_files import check_unreadable, find_source
 from .language_data import IGNORED
 from .language_models import parameter_counts
-from .language_recipes import FineTuningRecipe
+from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .recipe_base import SEED, plain
 from krause_repro.records import (
     InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
@@ -182,7 +182,7 @@ def device_options(
     cuda: bool,  # whether there is a GPU
 ) -> dict[str, object]:  # "bf16", "torch_compile" and "optim" for Trainer, and "channels_last"
     "Options for performance that the device supports."
-    language, paper = isinstance(recipe, FineTuningRecipe), recipe.bf16 and cuda
+    language, paper = isinstance(recipe, (FineTuningRecipe, LanguageModelRecipe)), recipe.bf16 and cuda
     return {"bf16": paper or recipe.bf16 and language and cpu_has_bf16(), "torch_compile": paper and not language,
             "optim": "adamw_torch_fused" if paper else "adamw_torch", "channels_last": paper and not language}
 
@@ -327,7 +327,7 @@ def check_source(
         return
     if not Path(source).exists():
         raise FileNotFoundError(f"source must be a file or folder that is there, got {source}")
-    if not isinstance(recipe, FineTuningRecipe):
+    if not isinstance(recipe, (FineTuningRecipe, LanguageModelRecipe)):
         find_source(recipe.dataset, source)
 
 

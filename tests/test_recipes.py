@@ -30,7 +30,8 @@ from krause_repro.image_recipes import (
     row_name,
     swin_recipes,
 )
-from krause_repro.language_recipes import fine_tuning_recipes
+from krause_repro.language_model import MIXERS, LanguageModel
+from krause_repro.language_recipes import LM_DATASETS, LM_ROWS, LanguageModelRecipe, fine_tuning_recipes, language_model_recipes
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, get_recipe
 from krause_repro.reference import SCORES
@@ -253,6 +254,37 @@ def test_every_row_starts(name):
     assert sum(moved) >= 0.9 * len(moved)  # a few have no gradient: drop-path may leave out a branch
 
 
+def test_language_models_are_the_papers():
+    recipes, tables = language_model_recipes(), published_tables()
+    assert set(recipes) == {f"lm_{mixer}_100m/{data}" for mixer in MIXERS for data in LM_DATASETS} | {
+        f"lm_{mixer}_200m/fineweb_edu" for mixer in MIXERS}
+    exact = {"vocab_size": 50_257, "context": 1024, "width": 768, "depth": 8, "heads": 12, "mlp_width": 2048, "dropout": 0.1, "lr": 6e-4,
+             "betas": (0.9, 0.95), "weight_decay": 0.1, "warmup_share": 0.05, "final_lr_share": 0.1, "bf16": True, "gate_init": 0.8,
+             "sigma": 2.5, "window": 32, "top_k": 16, "reset_gate": False, "seeds": (3407,)}
+    krause = recipes["lm_krause_100m/fineweb_edu"]
+    assert {name: getattr(krause, name) for name in exact} == exact and not set(krause.unpublished) & {"lr", "betas", "width", "window"}
+    assert krause.batch_size * krause.context == 999_424 and krause.batch_size == 2 * (500_000 // 1024)
+    for mixer, row in LM_ROWS.items():
+        for size in ("100m", "200m"):
+            published = dict(recipes[f"lm_{mixer}_{size}/fineweb_edu"].published)
+            (numbers,) = (r for r in tables[f"lm_{size}"]["rows"] if r[0] == row)
+            assert [published.pop("table"), *published.values()] == [f"lm_{size}", *numbers]
+    assert recipes["lm_krause_only_100m/fineweb_edu"].published == recipes["lm_krause_100m/openstax"].published == {}
+    assert {"width", "depth"} <= set(recipes["lm_krause_200m/fineweb_edu"].unpublished)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_language_models_differ_by_their_mixer_alone(profile):
+    recipes = [language_model_recipes()[f"lm_{mixer}_100m/openstax"].at(profile) for mixer in MIXERS]
+    for recipe in recipes:
+        differing = {name for name, value in asdict(recipe).items() if value != asdict(recipes[0])[name]}
+        assert differing <= {"name", "mixer", "window", "top_k", "unpublished"}
+    with torch.device("meta"):
+        counts = {recipe.mixer: LanguageModel(recipe.config).num_parameters() for recipe in recipes}
+    assert abs(counts["standard_wide"] / counts["krause"] - 1) < 2e-3 and counts["standard"] < counts["krause"]
+    assert profile != "desk" or 1.4e6 < counts["standard"] < counts["krause"] < 2e6
+
+
 # Profiles
 
 
@@ -276,6 +308,8 @@ def test_a_profile_keeps_what_makes_the_model_its_own(name):
     recipe = RECIPES[name]
     kept = {"name", "published", "unpublished", "dataset", "score", "radius", "metric", "top_k", "norm", "positions", "sigma", "classes",
             "image_size", "patch_size", "dimension", "step"}
+    if isinstance(recipe, LanguageModelRecipe):
+        kept -= {"top_k"}  # a share of the context
     for profile in ("smoke", "desk"):
         before, after = asdict(recipe), asdict(recipe.at(profile))
         assert {key: after[key] for key in kept & set(after)} == {key: before[key] for key in kept & set(before)}
@@ -343,7 +377,7 @@ def test_unknown_names_suggest_the_nearest(name, near):
 # What a field may hold
 
 ONE_OF_EACH = ["particles/circle", "kvit_t/fashion_mnist", "ablation_random_local/fashion_mnist", "kswin_t/fashion_mnist",
-               "kvit_s16/photographs", "karm/mnist", "karm/digits", "krause_smollm2/questions"]
+               "kvit_s16/photographs", "karm/mnist", "karm/digits", "krause_smollm2/questions", "lm_krause_100m/fineweb_edu"]
 NAN, INF = float("nan"), float("inf")
 WRONG = {  # by field, in every kind of recipe that has it
     "name": ["", "../x", "/etc", "a//b", 3, None], "profile": ["tiny", "", None, ("smoke",)],
@@ -361,7 +395,8 @@ WRONG = {  # by field, in every kind of recipe that has it
     "start_token": ["yes", 1], "final_lr_share": [-0.1, 2], "samples": [0], "base": ["", 3, None], "base_layers": [0], "branch": ["no"],
     "gate_init": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
     "gradient_checkpointing": [None], "train_items": [0, -1], "dimension": [1], "particles": [1], "step": [0, 2], "duration": [0],
-    "integrator": ["rk5"], "starts": [0],
+    "integrator": ["rk5"], "starts": [0], "vocab_size": [0], "context": [1, 2.0], "mixer": ["flash", None], "reset_gate": ["no"],
+    "global_tokens": [3, (-1,)], "clusters": [0], "betas": [(0.9,), (0.9, 1.0)], "train_blocks": [0],
 }
 
 
@@ -388,6 +423,9 @@ def test_every_field_of_every_recipe_has_its_rule():
     ("ablation_random_local/fashion_mnist", {"radius": None}, "radius must be an integer ≥ 0"),
     ("karm/mnist", {"dataset": "imagenet"}, "dataset must be one of .*none that comes as folders"),
     ("karm/digits", {"dataset": "mnist"}, "dataset must be one of digits, photograph_tiles"),
+    ("lm_krause_100m/openstax", {"batch_size": 975}, "batch_size = 975 must be a multiple of per_device_batch_size, 61"),
+    ("lm_krause_100m/openstax", {"width": 760}, "heads must divide width = 760, got 12"),
+    ("lm_routing_100m/openstax", {"gradient_checkpointing": True}, "gradient_checkpointing must be False for routing"),
     ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of per_device_batch_size, 4"),
 ])
 def test_fields_that_do_not_fit_together_are_refused(name, change, message):

@@ -1,0 +1,422 @@
+"""The language model from scratch: no look into the future, caches equal to the whole pass, references, counts, and named errors."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
+
+from krause_repro import tasks as training_tasks
+from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
+from krause_repro.language_model import (
+    MIXERS,
+    WINDOWED,
+    LanguageModel,
+    LanguageModelConfig,
+    fused_attention,
+    language_cache,
+    mixer_weights,
+)
+from krause_repro.llm_branch import branches
+from krause_repro.recipes import get_recipe
+from krause_repro.ring_cache import RingLayer, cache_bytes
+from krause_repro.training import train
+
+PARITY = Path(__file__).parent / "parity" / "krause_lm_attention.safetensors"
+SIZES = {"vocab_size": 19, "positions": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+         "attention_window": 6, "attention_top_k": 4, "clusters": 4, "global_tokens": (0, 5)}
+each_mixer = pytest.mark.parametrize("mixer", MIXERS)
+
+
+def small(mixer, **settings):
+    torch.manual_seed(1)
+    model = LanguageModel(LanguageModelConfig(**{**SIZES, "mixer": mixer, **settings})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(batch=3, length=24, seed=0):
+    return torch.randint(19, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def in_parts(model, ids, cuts):
+    "Logits of the parts of a sequence, one after the other through a cache."
+    cache = language_cache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.tensor_split(cuts, 1) if part.numel()]
+    assert cache.get_seq_length() == ids.shape[1]
+    return torch.cat(parts, 1)
+
+
+# Causality and caches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+@each_mixer
+def test_a_later_token_changes_no_bit_of_an_earlier_row(mixer, training, dtype):
+    ids = tokens()
+    found = []
+    for cut in (0, 9, 23):
+        model = small(mixer, dropout=0.0).to(dtype).train(training)
+        changed = torch.cat([ids[:, :24 - cut], (ids[:, 24 - cut:] + 7) % 19], 1) if cut else ids
+        found.append((24 - cut, model(changed).logits))
+    (_, whole), *others = found
+    for kept, logits in others:
+        assert torch.equal(logits[:, :kept], whole[:, :kept]) and not torch.equal(logits[:, kept:], whole[:, kept:])
+
+
+@pytest.mark.parametrize("cuts", [list(range(1, 24)), [7, 8, 19]])
+@each_mixer
+def test_cached_decoding_equals_the_whole_pass(mixer, cuts):
+    model, ids = small(mixer).double(), tokens()
+    with torch.no_grad():
+        assert_close(in_parts(model, ids, cuts), model(ids).logits, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        model = model.float()
+        assert_close(in_parts(model, ids, cuts), model(ids).logits, rtol=0, atol=2e-5)
+
+
+@each_mixer
+def test_generate_is_greedy_search(mixer):
+    model, ids = small(mixer), tokens(2, 6)
+    made = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(made, model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False))
+    with torch.no_grad():
+        assert torch.equal(made[:, 6:], model(made[:, :-1]).logits[:, 5:].argmax(-1))
+
+
+def test_a_ring_does_not_grow():
+    for mixer in WINDOWED:
+        model, sizes = small(mixer, positions=64, clusters=4), []
+        for length in (8, 48):
+            cache = language_cache(model.config)
+            with torch.no_grad():
+                model(tokens(1, length), past_key_values=cache)
+                model(tokens(1, 1), past_key_values=cache)
+            sizes.append(cache_bytes(cache))
+        assert sizes[0] == sizes[1] == 2 * 2 * 6 * 32 * 4  # layers, keys and values, W, d, bytes
+        assert {type(layer) for layer in cache.layers} == {RingLayer}
+
+
+# References
+
+
+class PlainBlock(nn.Module):
+    "A pre-norm block of PyTorch's own modules."
+
+    def __init__(self, block, mask):
+        super().__init__()
+        self.norm1, self.norm2, self.mlp, self.mask = block.norm1, block.norm2, block.mlp, mask
+        layer = block.attention
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+        self.attention.in_proj_weight.data = torch.cat([p.weight for p in projections])
+        self.attention.in_proj_bias.data = torch.cat([p.bias for p in projections])
+        self.attention.out_proj.load_state_dict(layer.o_proj.state_dict())
+
+    def forward(self, x):
+        hidden = self.norm1(x)
+        x = x + self.attention(hidden, hidden, hidden, attn_mask=self.mask, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("mixer", ["standard", "standard_wide", "window", "longformer"])
+def test_masked_mixers_equal_pytorchs_own_modules(mixer):
+    model, ids = small(mixer).double(), tokens()
+    i, j = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    near, is_global = i - j < 6, torch.tensor([k in (0, 5) for k in range(24)])
+    allowed = {"window": near, "longformer": near | is_global | is_global[:, None]}.get(mixer, j == j) & (j <= i)
+    x = F.embedding(ids, model.token_embedding.weight) + model.position_embedding.weight[:24]
+    with torch.no_grad():
+        for block in model.blocks:
+            x = PlainBlock(block, ~allowed).eval()(x)
+        assert_close(model(ids).logits, model.norm(x) @ model.token_embedding.weight.T, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("mixer", ["top_k", "routing", "krause_only"])
+def test_other_mixers_equal_their_equations(mixer):
+    model = small(mixer).double()
+    layer, x = model.blocks[0].attention, torch.randn(2, 24, 32, dtype=torch.float64)
+    with torch.no_grad():
+        query, key, value = layer.project(x)
+        scores = query @ key.mT / 8**0.5
+        if mixer == "krause_only":
+            sigma = layer.bandwidth(query).double().view(4, 1, 1)
+            scores = -(query.unsqueeze(3) - key.unsqueeze(2)).square().sum(-1) / (2 * sigma**2)
+        allowed = torch.ones(2, 4, 24, 24, dtype=torch.bool).tril()
+        if mixer != "top_k":
+            allowed &= ~allowed.tril(-6)  # W, and w of routing's local heads
+        if mixer == "routing":
+            distance = (key[:, 2:].unsqueeze(3) - layer.clusters.centroids.double().unsqueeze(1)).norm(dim=-1)
+            own = distance.argmin(-1)
+            for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(24)).tolist():
+                same = [j for j in range(i + 1) if own[b, h, j] == own[b, h, i]][-6:]
+                allowed[b, 2 + h, i] = torch.zeros(24, dtype=torch.bool).index_fill(0, torch.tensor(same), True)
+        else:
+            kth = scores.masked_fill(~allowed, -torch.inf).topk(4).values[..., -1:]
+            allowed &= scores >= kth
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        expected = layer.o_proj((weights @ value).transpose(1, 2).flatten(2))
+        assert_close(layer(x)[0], expected, rtol=0, atol=1e-10)
+        assert_close(mixer_weights(layer, x), weights, rtol=0, atol=1e-10)
+
+
+def test_the_branch_beside_the_attention_gives_the_authors_numbers():
+    with safe_open(PARITY, "pt") as file:
+        tensors, config = load_file(PARITY), json.loads(file.metadata()["config"])
+    settings = LanguageModelConfig(**{**SIZES, "mixer": "krause", "hidden_size": config["hidden_size"], "positions": 128,
+                                      "num_attention_heads": config["num_heads"], "attention_window": config["window_size"],
+                                      "attention_top_k": config["top_k"], "dropout": 0.0})
+    block = LanguageModel(settings).eval().blocks[0]
+    names = {"gate_proj_krause.": "branch.token_gate.proj.", "log_sigma": "branch.bandwidth.log_sigma"}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        names |= {f"{name}_krause.": f"branch.attention.{name}.", f"{name}.": f"attention.{name}."}
+    own, loaded = block.state_dict(), []
+    for name, tensor in tensors.items():
+        if name.startswith("state."):
+            name = name.removeprefix("state.")
+            start = next(start for start in names if name.startswith(start))
+            own[names[start] + name.removeprefix(start)].copy_(tensor.reshape(own[names[start] + name.removeprefix(start)].shape))
+            loaded.append(names[start] + name.removeprefix(start))
+    assert set(own) - set(loaded) == {name for name in own if name.startswith(("norm", "mlp"))}
+    x, (cache,) = tensors["input"], [language_cache(settings)]
+    with torch.no_grad():
+        assert_close(block.branch(block.attention(x)[0], x), tensors["output"], rtol=0, atol=1e-5)
+        steps = [block.branch(block.attention(part, cache=cache)[0], part, cache=cache) for part in x.split(1, 1)]
+    assert_close(torch.cat(steps, 1), tensors["output"], rtol=0, atol=1e-5)
+
+
+# Routing and global tokens
+
+
+def test_centroids_follow_their_tokens_by_the_closed_form():
+    torch.manual_seed(0)
+    clusters = Centroids(2, 3, 4, 0.9).double()
+    clusters.centroids[1, 2] = 1e3
+    x = clusters.normalise(torch.randn(5, 2, 7, 4, dtype=torch.float64))
+    before, labels = clusters.centroids.clone(), clusters.labels(x)
+    assert torch.equal(labels, torch.cdist(x, before.expand(5, -1, -1, -1)).argmin(-1))
+    clusters.update(x, labels)
+    for h, m in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        members = x[:, h][labels[:, h] == m]
+        mean = 0.9 * before[h, m] + 0.1 * members.mean(0) if len(members) else before[h, m]
+        assert_close(clusters.centroids[h, m], mean, rtol=0, atol=1e-12)
+    assert torch.equal(clusters.centroids[1, 2], before[1, 2])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_centroids_move_in_training_alone_and_after_they_were_used():
+    model, ids = small("routing", dropout=0.0), tokens()
+    before = [block.attention.clusters.centroids.clone() for block in model.blocks]
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert all(torch.equal(a, block.attention.clusters.centroids) for a, block in zip(before, model.blocks, strict=True))
+        assert torch.equal(model.train()(ids).logits, logits)
+    assert not any(torch.equal(a, block.attention.clusters.centroids) for a, block in zip(before, model.blocks, strict=True))
+    assert all("centroids" not in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="gradient_checkpointing must be off for routing"):
+        model.gradient_checkpointing_enable()
+
+
+def test_routing_and_global_masks():
+    labels = torch.tensor([[[0, 1, 0, 0, 1, 0]]])
+    assert [row.nonzero().flatten().tolist() for row in routing_mask(labels, 2, 2, 6)[0, 0]] == [[0], [1], [0, 2], [2, 3], [1, 4], [3, 5]]
+    assert torch.equal(routing_mask(labels, 2, 2, 1), routing_mask(labels, 2, 2, 6)[:, :, -1:])
+    mask = global_mask(2, [1], 5, 5)
+    assert [row.nonzero().flatten().tolist() for row in mask] == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4]]
+    assert torch.equal(global_mask(2, [3], 1, 4)[0], torch.ones(4, dtype=torch.bool)) and torch.equal(global_mask(2, [], 5, 5)[4].nonzero(),
+                                                                                                       torch.tensor([[3], [4]]))
+
+
+# The model
+
+
+@each_mixer
+def test_saved_and_loaded_by_the_auto_class(mixer, tmp_path):
+    model, ids = small(mixer), tokens()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LanguageModel and loaded.config.mixer == mixer and not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert loaded.head.weight is loaded.token_embedding.weight and "head.weight" not in load_file(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_parameter_counts_at_the_papers_size():
+    with torch.device("meta"):
+        counts = {mixer: LanguageModel(LanguageModelConfig(mixer=mixer)).num_parameters() for mixer in MIXERS}
+    block = 4 * 768 * 769 + 768 * 2048 * 2 + 2048 + 768 + 4 * 768
+    plain = 8 * block + (50_257 + 1024 + 2) * 768
+    branch = 8 * (4 * 768 * 769 + 2 * (2 * 768 + 1) + 12)
+    assert counts["standard"] == counts["window"] == counts["top_k"] == counts["longformer"] == plain
+    assert counts["krause"] == plain + branch and counts["krause_only"] == plain + 8 * 12
+    assert counts["routing"] == plain - 8 * 384 * 769
+    assert (round(plain / 1e6, 1), round(counts["krause"] / 1e6, 1)) == (83.5, 102.4)
+    assert abs(counts["standard_wide"] - counts["krause"]) <= 8 * (2 * 768 + 1) / 2
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = LanguageModel(LanguageModelConfig(**{**SIZES, "mixer": "krause", "gate_init": 0.7, "sigma": 3.0}))
+    for block, branch in zip(model.blocks, branches(model), strict=True):
+        assert_close(branch.token_gate.proj.bias.softmax(0), torch.tensor([0.7, 0.3]))
+        assert 0.005 < branch.token_gate.proj.weight.std() < 0.015 and branch.bandwidth.log_sigma.exp().allclose(torch.tensor(3.0))
+        assert not torch.equal(branch.attention.q_proj.weight, block.attention.q_proj.weight)
+    assert 0.018 < model.token_embedding.weight.std() < 0.022
+    reset = LanguageModel(LanguageModelConfig(**{**SIZES, "mixer": "krause", "reset_gate": True}))
+    assert not branches(reset)[0].token_gate.proj.bias.any()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@each_mixer
+def test_a_step_trains_every_parameter_and_checkpointing_changes_nothing(mixer):
+    ids, gradients = tokens(), []
+    for checkpointing in (False, True)[:1 + (mixer != "routing")]:
+        model = small(mixer, dropout=0.1).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        assert all(gradient is not None and gradient.any() for name, gradient in gradients[0].items() if "position" not in name)
+    assert all(torch.equal(gradient, gradients[-1][name]) for name, gradient in gradients[0].items())
+
+
+def test_the_loss_is_of_the_next_token_and_ignores_what_is_marked():
+    model, ids = small("standard"), tokens()
+    labels = ids.masked_fill(ids == 3, -100)
+    with torch.no_grad():
+        out = model(ids, labels=labels)
+        picked = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)[ids[:, 1:] != 3]
+    assert_close(out.loss, -picked.mean())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"mixer": "krauze"}, "mixer must be one of standard, window"),
+    ({"mixer": "longformer", "global_tokens": [0, 24]}, "each of global_tokens must be a position of the sequence, 0 to 23, got 24"),
+    ({"mixer": "longformer", "global_tokens": [1, 1]}, "global_tokens must be different"),
+    ({"mixer": "routing", "clusters": 5}, "clusters must divide the 24 positions of the sequence, got 5"),
+    ({"mixer": "routing", "num_attention_heads": 1}, "num_attention_heads of routing"),
+    ({"mixer": "krause", "attention_top_k": 7}, "top_k must be at most window = 6, got 7"),
+    ({"num_attention_heads": 5}, "num_attention_heads must divide hidden_size = 32, got 5"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
+    ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+])
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModelConfig(**{**SIZES, **settings})
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"input_ids": torch.tensor([[0, 19]])}, "input_ids must be tokens of the vocabulary, 0 to 18, got 0 to 19"),
+    ({"input_ids": torch.tensor([[-1, 2]])}, "input_ids must be tokens of the vocabulary"),
+    ({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, "input_ids must end within the model's 24 positions, got 25 tokens after 0"),
+    ({"input_ids": torch.zeros(1, 3)}, r"input_ids must be integers of shape \(B, T\)"),
+    ({"input_ids": [[1, 2]]}, "got list"),
+    ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "attention_mask must be all ones"),
+    ({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([[1, 2, 19]])}, "labels must be classes from 0 to 18"),
+    ({"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 2).long()}, "labels must be integers of the shape"),
+    ({"input_ids": torch.ones(1, 3).long(), "past_key_values": DynamicCache()}, "past_key_values must be language_cache"),
+    ({"input_ids": torch.ones(1, 3).long(), "use_cache": True, "output_attentions": True}, "output_attentions must be False with a cache"),
+])
+def test_calls_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small("krause")(**arguments)
+
+
+def test_prompts_that_cannot_be_continued():
+    model, ids = small("krause_only"), tokens(2, 10)
+    for options in ({"max_new_tokens": 15}, {"max_length": 25}):
+        with pytest.raises(ValueError, match="prompt and new tokens must fit into the model's 24 positions, got 25"):
+            model.generate(ids, **options)
+    with pytest.raises(ValueError, match="attention_mask must be all ones"):
+        model.generate(ids, attention_mask=(torch.arange(10) > 2).expand(2, -1).long(), max_new_tokens=2)
+    cache = language_cache(model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values must hold 3 sequences"):
+        model(tokens(3, 2), past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values must be language_cache"):
+        small("standard")(ids, past_key_values=cache)
+
+
+def test_helpers_refuse_what_they_cannot_use():
+    with pytest.raises(ValueError, match="global_tokens must be a list of positions, got 3"):
+        check_global_tokens(3, 8)
+    with pytest.raises(ValueError, match="clusters must be an integer ≥ 1"):
+        routing_window(0, 8)
+    x = torch.randn(1, 2, 5, 4)
+    assert_close(fused_attention(x[:, :, -2:], x, x), fused_attention(x, x, x)[:, :, -2:])
+
+
+# Training
+
+
+class RandomCorpus:
+    "Random tokens in the place of a corpus."
+
+    path, tokenizer = Path("corpus"), None
+
+    def __init__(self, vocab_size=512):
+        self.vocab_size = vocab_size
+
+    def blocks(self, split, length, overlap=0):
+        assert overlap == (split != "train")
+        generator = torch.Generator().manual_seed(len(split))
+        return [{"input_ids": torch.randint(512, (length,), generator=generator)} for _ in range(72)]
+
+
+class Stop(TrainerCallback):
+    "Stops a run as Ctrl-C does."
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def smoke(monkeypatch):
+    monkeypatch.setattr(training_tasks, "load_corpus", lambda *_: RandomCorpus())
+    return lambda name: replace(get_recipe(name).at("smoke"), train_blocks=64, held_out=8, depth=1)
+
+
+@pytest.mark.parametrize("mixer", ["krause", "routing"])
+def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, smoke, tmp_path):
+    recipe = smoke(f"lm_{mixer}_100m/shakespeare")
+    whole = train(recipe, 0, runs=tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, 0, runs=tmp_path / "broken", progress=False, callbacks=(Stop(),))
+    resumed = train(recipe, 0, runs=tmp_path / "broken", progress=False)
+    one, two = whole.model(), resumed.model()
+    assert type(one) is LanguageModel and one.config.mixer == mixer and whole.summary()["steps"] == 4
+    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    held_out = torch.stack([block["input_ids"] for block in RandomCorpus().blocks("validation", 64, 1)])[[i * 9 for i in range(8)]]
+    with torch.no_grad():
+        assert abs(one(held_out, labels=held_out).loss.item() - whole.summary()["held_out_loss"]) < 1e-5
+    rates = [line["learning_rate"] for line in whole.metrics() if "learning_rate" in line]
+    assert rates[0] == recipe.lr and recipe.lr / 10 < rates[-1] < rates[1] < recipe.lr  # no warm-up: 5% of four steps is none
+    assert whole.summary()["parameters"] == one.num_parameters() and whole.summary()["data"]["train"] == {"items": 64, "tokens": 4096}
+
+
+def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):
+    recipe = smoke("lm_standard_100m/shakespeare")
+    for change, message in (({"held_out": 73}, "held_out must be between 1 and 72 blocks of 64 tokens, got 73"),
+                            ({"train_blocks": 73}, "train_blocks must be between 1 and 72"),
+                            ({"vocab_size": 500}, "vocab_size must be that of the corpus in corpus, 512, got 500")):
+        with pytest.raises(ValueError, match=message):
+            train(replace(recipe, **change), 0, runs=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
