@@ -123,14 +123,18 @@ def sample_recipe(
 
 # %% ../nbs/80_cli.ipynb #1319dfa7
 def fetch_data(
-    name: str,  # a data set, such as fashion_mnist
+    name: str,  # a data set, such as fashion_mnist, or a corpus of text, such as openstax
+    source: str = None,  # of a corpus: the text file or folder, if it is not found automatically
 ) -> None:
-    "Download a data set if it is not here yet, and print its folder."
+    "Download a data set or build a corpus if it is not here yet, and print its folder."
+    from krause_repro.corpus import CORPORA, load_corpus
     from krause_repro.image_data import fetch
     from krause_repro.image_files import DATA
 
-    check_choice("name", name, DATA)
-    print(fetch(name))
+    check_choice("name", name, (*DATA, *CORPORA))
+    if source is not None and name not in CORPORA:
+        raise UserError(f"source is for a corpus, one of {', '.join(CORPORA)}; got it with {name}")
+    print(load_corpus(name, source=source).path if name in CORPORA else fetch(name))
 
 # %% ../nbs/80_cli.ipynb #a1351ff8
 def make_report(

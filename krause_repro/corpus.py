@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +90,16 @@ def document_split(
     return SPLITS[0 if place < weights[0] else 1 if place < weights[0] + weights[1] else 2]
 
 # %% ../nbs/33_corpus.ipynb #5dfaa3b8
+def _digest(documents: list[str]) -> str:
+    return hashlib.sha256(EOS.join(documents).encode()).hexdigest()
+
+
 class TextSource:
     "Documents in memory."
 
     def __init__(self, documents: list[str], name: str):
-        joined = hashlib.sha256(EOS.join(documents).encode()).hexdigest()
         self.documents, self.position = documents, 0
-        self.origin = {"name": name, "sha256": joined, "documents": len(documents)}
+        self.origin = {"name": name, "sha256": _digest(documents), "documents": len(documents)}
 
     def seek(self, state: int) -> None:
         self.position = state
@@ -251,8 +253,7 @@ def _choose_tokenizer(source, weights, vocab_size, name):
         raise UserError(f"vocab_size must be left out for a streamed corpus, which takes a finished tokenizer, got {vocab_size}")
     chosen = [text for text in source.documents if document_split(document_digest(text), weights) == "train"]
     tokenizer = train_tokenizer(chosen, vocab_size)
-    digest = hashlib.sha256(EOS.join(chosen).encode()).hexdigest()
-    return tokenizer, {"sha256": digest, "documents": [f"{document_digest(text):016x}" for text in chosen]}
+    return tokenizer, {"sha256": _digest(chosen), "documents": [f"{document_digest(text):016x}" for text in chosen]}
 
 # %% ../nbs/33_corpus.ipynb #fc372a1d
 BATCH_CHARACTERS = 2_000_000  # documents tokenized at once
@@ -412,27 +413,18 @@ def ngram_hashes(
     return (hashes ^ hashes >> np.uint64(32))[~ends]
 
 
-class _SeenNgrams:
-    "Which of given n-grams occur in texts. A table of leading bits rejects most of the others quickly."
+def seen_share(
+    held_out: np.ndarray,  # hashes of the n-grams in question
+    training: Iterable[np.ndarray],  # hashes of the n-grams of the training text, in parts
+) -> float | None:  # None if there are none in question
+    "Share of the held-out n-grams that occur in the training text."
+    wanted, place = np.unique(held_out, return_inverse=True)
+    found = np.zeros(len(wanted), bool)
+    for part in training:
+        found |= np.isin(wanted, part)
+    return float(found[place].mean()) if len(held_out) else None
 
-    def __init__(self, hashes: np.ndarray):
-        self.wanted = np.unique(hashes)
-        self.found = np.zeros(len(self.wanted), bool)
-        bits = min(27, max(10, 3 + len(self.wanted).bit_length()))
-        self.shift, self.table = np.uint64(64 - bits), np.zeros(2**bits, bool)
-        self.table[self.wanted >> self.shift] = True
-
-    def add(self, hashes: np.ndarray) -> None:
-        hashes = hashes[self.table[hashes >> self.shift]]
-        places = np.searchsorted(self.wanted, hashes)
-        inside = places < len(self.wanted)
-        places, hashes = places[inside], hashes[inside]
-        self.found[places[self.wanted[places] == hashes]] = True
-
-    def share(self, hashes: np.ndarray) -> float | None:
-        return float(self.found[np.searchsorted(self.wanted, hashes)].mean()) if len(hashes) else None
-
-
+# %% ../nbs/33_corpus.ipynb #5e1fa83b
 def measure_overlap(
     path: Path,  # folder of the corpus
     record: dict,  # its manifest
@@ -447,10 +439,8 @@ def measure_overlap(
                 yield ngram_hashes(tokens[start:start + 2**22 + NGRAM - 1], eos)
 
     held_out = {split: np.concatenate([*hashes(split), np.zeros(0, np.uint64)]) for split in SPLITS[1:]}
-    seen = _SeenNgrams(np.concatenate(list(held_out.values())))
-    for part in hashes("train"):
-        seen.add(part)
-    return {"ngram": NGRAM} | {split: {"ngrams": len(each), "in_train": seen.share(each)} for split, each in held_out.items()}
+    shares = {split: seen_share(each, hashes("train")) for split, each in held_out.items()}
+    return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": shares[split]} for split in held_out}
 
 
 def _memory_map(path: Path) -> np.ndarray:
@@ -498,7 +488,7 @@ def open_corpus(
 class TokenBlocks(Dataset):
     "Blocks of packed tokens, read from memory-mapped shards; see `Corpus.blocks`."
 
-    def __init__(self, files: list[Path], sizes: list[int], length: int, overlap: int, eos: int | None):
+    def __init__(self, files: list[Path], sizes: list[int], length: int, overlap: int):
         check_integer("length", length, 2)
         check_integer("overlap", overlap, 0)
         if overlap >= length:
@@ -506,7 +496,7 @@ class TokenBlocks(Dataset):
         if length > sum(sizes):
             raise UserError(f"length must be at most {sum(sizes)}, the tokens of this split, got {length}")
         self.files, self.starts = files, [0, *np.cumsum(sizes).tolist()]
-        self.length, self.stride, self.eos = length, length - overlap, eos
+        self.length, self.stride = length, length - overlap
         self.count = (self.starts[-1] - overlap) // self.stride
 
     def __len__(self) -> int:
@@ -525,11 +515,7 @@ class TokenBlocks(Dataset):
         start, stop = index * self.stride, index * self.stride + self.length
         first, last = bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)
         parts = [self._shards[i][max(start - self.starts[i], 0):stop - self.starts[i]] for i in range(first, last)]
-        ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        if self.eos is None:
-            return {"input_ids": ids}
-        ends = (ids == self.eos).long()
-        return {"input_ids": ids, "segment_ids": ends.cumsum(0) - ends}
+        return {"input_ids": torch.from_numpy(np.concatenate(parts).astype(np.int64))}
 
 # %% ../nbs/33_corpus.ipynb #7bc64c5a
 @dataclass(frozen=True)
@@ -543,14 +529,11 @@ class Corpus:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return load_tokenizer(self.path / "tokenizer")[0]
 
-    @property
-    def vocab_size(self) -> int:
-        return self.manifest["tokenizer"]["vocab_size"]
+    vocab_size = property(lambda self: self.manifest["tokenizer"]["vocab_size"], doc="Tokens of the tokenizer.")
 
     def bytes_per_token(self, split: str) -> float:
         "UTF-8 bytes of the documents by the number of tokens, end tokens included."
-        facts = self._split(split)
-        return facts["bytes"] / facts["tokens"]
+        return self._split(split)["bytes"] / self._split(split)["tokens"]
 
     def tokens(self, split: str) -> np.ndarray:
         "The packed tokens of a split, (N,) uint16."
@@ -562,12 +545,10 @@ class Corpus:
         split: str,  # "train", "validation" or "test"
         length: int,  # tokens of a block
         overlap: int = 0,  # tokens that consecutive blocks share; 1 for evaluation
-        segment_ids: bool = False,  # for a mask that separates documents; the paper has none
-    ) -> TokenBlocks:  # of "input_ids" (length,), and "segment_ids" (length,): the number of the document within the block, from 0
+    ) -> TokenBlocks:  # of "input_ids" (length,)
         "Blocks of consecutive tokens, as a map-style data set. An incomplete last block is left out."
         shards = self._split(split)["shards"]
-        eos = self.manifest["tokenizer"]["eos_token_id"] if segment_ids else None
-        return TokenBlocks([self.path / shard["file"] for shard in shards], [shard["tokens"] for shard in shards], length, overlap, eos)
+        return TokenBlocks([self.path / shard["file"] for shard in shards], [shard["tokens"] for shard in shards], length, overlap)
 
     def _split(self, split):
         check_choice("split", split, SPLITS)
@@ -601,11 +582,10 @@ def _build_missing(path, name, vocab_size, tokenizer, source, download):
     if (path / MANIFEST).is_file():
         return
     with locked(path):
-        if (path / MANIFEST).is_file():  # another process was faster
-            return
-        remove_leftovers(path)
-        begun = read_json(path / PROGRESS)["source"].get("revision") if (path / PROGRESS).is_file() else None
-        build_corpus(path, name, open_source(name, source, download, begun), vocab_size, tokenizer)
+        if not (path / MANIFEST).is_file():  # else another process was faster
+            remove_leftovers(path)
+            begun = read_json(path / PROGRESS)["source"].get("revision") if (path / PROGRESS).is_file() else None
+            build_corpus(path, name, open_source(name, source, download, begun), vocab_size, tokenizer)
 
 
 def _check_request(corpus, name, vocab_size, source):

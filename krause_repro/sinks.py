@@ -29,8 +29,7 @@ from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
 from .runs import Run, check_run, run_path
-from .statistics import summarise, summarise_curves
-from .statistics import decimals, markdown_table
+from .statistics import decimals, markdown_table, summarise, summarise_curves
 from .tasks import base_model
 
 # %% ../nbs/49_sinks.ipynb #fce3f3df

@@ -1,0 +1,213 @@
+"""Corpora: packed tokens spell the documents, splits are apart, interrupted builds lose nothing, damaged and foreign files are refused."""
+
+import random
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from krause_repro import corpus as corpora
+from krause_repro.corpus import (
+    CORPORA,
+    EOS,
+    SPLITS,
+    StreamSource,
+    TextSource,
+    build_corpus,
+    document_digest,
+    document_split,
+    load_corpus,
+    open_corpus,
+    read_documents,
+    train_tokenizer,
+)
+from krause_repro.records import read_json
+
+VOCAB = 300
+
+
+def texts(count=80, seed=0):
+    "Documents of random words, not all of them English."
+    draw = random.Random(seed)
+    words = ["the", "attention", "window", "naïve", "σ²", "日本", f"{EOS}", "of", "and", "\tindented"]
+    return [" ".join(draw.choices(words, k=draw.randint(5, 60))).strip() + f" {number}" for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A folder of text files, a file a document."
+    found = tmp_path_factory.mktemp("texts")
+    for number, text in enumerate(texts()):
+        (found / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(folder, tmp_path_factory):
+    return load_corpus("text", VOCAB, folder, tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture
+def damaged(built, tmp_path):
+    "A copy of the corpus, to be damaged."
+    return shutil.copytree(built.path, tmp_path / "copy")
+
+
+def by_split(documents, weights):
+    return {split: [text for text in documents if document_split(document_digest(text), weights) == split] for split in SPLITS}
+
+
+def test_packed_tokens_spell_the_documents_of_their_split(built):
+    eos = built.tokenizer.eos_token_id
+    for split, documents in by_split(texts(), CORPORA["text"].weights).items():
+        tokens = np.asarray(built.tokens(split))
+        ends = np.flatnonzero(tokens == eos)
+        assert ends[-1] == len(tokens) - 1 and len(ends) == len(documents)  # the end token's name within a text is text
+        spelled = [built.tokenizer.decode(part[:-1] if part[-1] == eos else part) for part in np.split(tokens, ends[:-1] + 1)]
+        assert sorted(spelled) == sorted(documents)
+        facts = built.manifest["splits"][split]
+        assert (facts["documents"], facts["tokens"]) == (len(documents), len(tokens))
+        assert facts["bytes"] == sum(len(text.encode()) for text in documents)
+        assert built.bytes_per_token(split) == facts["bytes"] / len(tokens)
+
+
+def test_a_split_depends_on_the_document_alone():
+    digests = [document_digest(text) for text in texts(2000)]
+    counts = [sum(document_split(digest, (18, 1, 1)) == split for digest in digests) for split in SPLITS]
+    assert sum(counts) == 2000 and abs(counts[1] - 100) < 40 and abs(counts[2] - 100) < 40
+    assert [document_split(digest, (18, 1, 1)) for digest in (37, 38, 39)] == ["train", "validation", "test"]
+
+
+def test_blocks_are_consecutive_tokens(built):
+    tokens = np.asarray(built.tokens("train"))
+    for length, overlap in ((16, 0), (16, 1), (7, 6)):
+        blocks, stride = built.blocks("train", length, overlap), length - overlap
+        assert len(blocks) == (len(tokens) - overlap) // stride
+        for index in (0, 1, len(blocks) - 1):
+            assert blocks[index]["input_ids"].tolist() == tokens[index * stride:index * stride + length].tolist()
+    with pytest.raises(IndexError):
+        blocks[len(blocks)]
+
+
+class Interrupted(Exception):
+    "The end of a process."
+
+
+def test_an_interrupted_build_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 300)  # several batches a part
+    documents, write = texts(), corpora._write_part
+
+    def files(path):
+        return {file.name: file.read_bytes() for file in sorted(path.glob("*.bin"))}
+
+    build_corpus(tmp_path / "whole", "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+    wanted = files(tmp_path / "whole")
+    assert len(wanted) > 8
+    for stop in (0, 1, 3):
+        path, left = tmp_path / f"stopped{stop}", [stop]
+
+        def interrupted(*arguments, left=left):
+            if not left[0]:
+                raise Interrupted
+            left[0] -= 1
+            write(*arguments)
+
+        monkeypatch.setattr(corpora, "_write_part", interrupted)
+        with pytest.raises(Interrupted):
+            build_corpus(path, "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+        assert not (path / "manifest.json").exists()
+        monkeypatch.setattr(corpora, "_write_part", write)
+        if stop:
+            with pytest.raises(ValueError, match="was begun with the source"):
+                build_corpus(path, "text", TextSource(documents[1:], "t"), VOCAB, None, shard_tokens=400)
+        build_corpus(path, "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+        assert files(path) == wanted and read_json(path / "manifest.json") == read_json(tmp_path / "whole" / "manifest.json")
+    blocks = open_corpus(path).blocks("train", 50)  # across the borders of shards
+    tokens = np.asarray(open_corpus(path).tokens("train"))
+    found = [token for index in range(len(blocks)) for token in blocks[index]["input_ids"].tolist()]
+    assert found == tokens[:50 * len(blocks)].tolist()
+
+
+def test_a_stream_continues_from_its_state(tmp_path):
+    from datasets import Dataset
+
+    first, again = (StreamSource(Dataset.from_list([{"text": text} for text in texts()]).to_iterable_dataset(), {}) for _ in range(2))
+    assert list(islice(first, 30)) == texts()[:30]
+    again.seek(first.state())
+    assert list(again) == texts()[30:]
+    with pytest.raises(ValueError, match="must have a column text of strings"):
+        next(iter(StreamSource([{"content": "a"}], {})))
+
+
+def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
+    whole = train_tokenizer(texts(), VOCAB)
+    whole.save_pretrained(tmp_path / "tokenizer")
+    digests = [f"{document_digest(text):016x}" for text in texts()]
+    corpora.write_json(tmp_path / "tokenizer" / corpora.TRAINED_ON, {"sha256": "0", "documents": digests})
+    with pytest.raises(ValueError, match="tokenizer was trained on a (validation|test) document of this corpus"):
+        load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
+    assert not list((tmp_path / "corpora").rglob("*.bin")) and not list((tmp_path / "corpora").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), [
+    (lambda path: (path / "test-00000.bin").unlink(), FileNotFoundError, "is missing; delete the corpus"),
+    (lambda path: (path / "test-00000.bin").write_bytes(b"\0\0"), ValueError, "must have .* tokens of 2 bytes, got 2 bytes"),
+    (lambda path: (path / "train-00000.bin").write_bytes(bytes((path / "train-00000.bin").stat().st_size)), ValueError, "was altered"),
+    (lambda path: train_tokenizer(texts(seed=5), VOCAB - 1).save_pretrained(path / "tokenizer"), ValueError, "is not the tokenizer"),
+    (lambda path: (path / "manifest.json").write_text("{}"), ValueError, "is not the manifest of a corpus"),
+    (lambda path: (path / "manifest.json").write_text("{"), ValueError, "manifest.json"),
+])
+def test_a_damaged_corpus_is_refused(damaged, damage, error, message):
+    open_corpus(damaged)
+    damage(damaged)
+    with pytest.raises(error, match=message):
+        load_corpus("text", VOCAB, damaged)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({}, "must hold text files, but has no .txt file"),
+    ({"a.txt": "a text", "b.txt": " \n"}, "b.txt is empty"),
+])
+def test_folders_without_text_are_refused(tmp_path, content, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path)
+
+
+def test_texts_that_are_too_small_are_refused_and_nothing_is_written(tmp_path):
+    (tmp_path / "one.txt").write_text(f"one\n{EOS}\ntwo\n{EOS}\n")
+    assert read_documents(tmp_path / "one.txt") == ["one", "two"]
+    with pytest.raises(ValueError, match="has too few documents"):
+        load_corpus("text", VOCAB, tmp_path / "one.txt", tmp_path / "corpora")
+    for size, message in ((200, "vocab_size must be"), (70_000, "vocab_size must be at most 65,536"), (60_000, "no more pairs to merge")):
+        with pytest.raises(ValueError, match=message):
+            train_tokenizer(texts(), size)
+    assert not list((tmp_path / "corpora").rglob("*.*"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("opentax",), "name must be one of .*openstax"),
+    (("text",), "source must be a text file or a folder"),
+])
+def test_unknown_requests_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(*arguments, folder=tmp_path)
+
+
+def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path):
+    assert load_corpus("text", VOCAB, built.path).manifest == built.manifest
+    with pytest.raises(ValueError, match="is the corpus text with 300 tokens, not novels"):
+        load_corpus("novels", VOCAB, built.path)
+    (tmp_path / "other").mkdir()
+    for number, text in enumerate(texts(seed=3)):
+        (tmp_path / "other" / f"{number}.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="was built from"):
+        load_corpus("text", VOCAB, tmp_path / "other", built.path.parent)
+    with pytest.raises(ValueError, match="split must be one of train, validation, test"):
+        built.tokens("held_out")
+    with pytest.raises(ValueError, match="overlap must be less than length"):
+        built.blocks("train", 8, 8)
+    with pytest.raises(ValueError, match="length must be at most"):
+        built.blocks("test", 10**6)
