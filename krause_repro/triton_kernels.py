@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import MissingPackageError, UserError
 from .fast_attention import graph_gradients, tiles_attention
 from krause_repro.reference import (
-    SCORES, CausalWindow, GridWindow, score_temperature, transforms_active, upcast_to_float32, weighted_sum,
+    SCORES, CausalWindow, GridWindow, Neighborhood, score_temperature, transforms_active, upcast_to_float32, weighted_sum,
     weights_and_support,
 )
 
