@@ -12,7 +12,8 @@ from torch import Tensor
 from .checks import MissingPackageError, UserError
 from .fast_attention import graph_gradients, tiles_attention
 from krause_repro.reference import (
-    SCORES, CausalWindow, GridWindow, score_temperature, transforms_active, upcast_to_float32, weighted_sum, weights_and_support,
+    SCORES, CausalWindow, GridWindow, Neighborhood, score_temperature, transforms_active, upcast_to_float32, weighted_sum,
+    weights_and_support,
 )
 
 # %% ../nbs/05_triton_kernels.ipynb #93fad5a9
@@ -563,8 +564,8 @@ def _refusal(query, key, value, neighborhood, dropout):
     return next((reason for reason, met in reasons.items() if not met), None)
 
 
-def triton_applies(query, key, value, neighborhood, dropout=0.0):
-    "Whether `triton_attention` supports these tensors on their CUDA device, so that `auto` takes it."
+def triton_applies(query: Tensor, key: Tensor, value: Tensor, neighborhood: Neighborhood, dropout: float = 0.0) -> bool:
+    "Whether `triton_attention` supports `query`, `key`, `value`, `neighborhood` and `dropout`, on CUDA: then `auto` takes it."
     return query.is_cuda and triton is not None and _refusal(query, key, value, neighborhood, dropout) is None
 
 # %% ../nbs/05_triton_kernels.ipynb #7842f549

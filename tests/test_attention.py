@@ -830,7 +830,7 @@ BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.
         ({"key_mask": torch.ones(1, 5, dtype=torch.bool, device="meta")}, "key_mask must be .*cpu.*meta"),
         ({"neighborhood": GridWindow(2, 3, 1)}, "GridWindow of 2×3 patches needs 7 tokens, got 5"),
         ({"neighborhood": GridWindow(2, 2, 1, cls_token=False)}, "GridWindow of 2×2 patches needs 4 tokens, got 5"),
-        ({"implementation": "flash"}, "implementation must be one of auto, reference, banded, gathered, sdpa, flex, got 'flash'"),
+        ({"implementation": "flash"}, "implementation must be one of auto, reference, banded, gathered, sdpa, flex, triton, got 'flash'"),
         ({"implementation": None}, "implementation must be one of .*got None"),
         ({"implementation": "banded"}, "implementation 'banded' needs a CausalWindow, got GridWindow"),
         ({"implementation": "banded", "neighborhood": Full()}, "implementation 'banded' needs a CausalWindow, got Full"),

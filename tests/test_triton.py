@@ -76,11 +76,15 @@ class Case:
 
 
 CASES = {
-    "window": Case(), "padding": Case(padded=True, score="softmax_key_norm"), "softmax": Case(score="softmax", top_k=None),
-    "long": Case(CausalWindow(33), 20, lengths=(34, 40), heads=(1, 1)), "grid": Case(GridWindow(3, 4, 1), 3, lengths=(13, 13)),
-    "one query": Case(lengths=(1, 15), padded=True), "far": Case(offset=1000.0), "float16": Case(dtype=torch.float16, offset=100.0),
+    "window": Case(),
+    "padding": Case(padded=True, score="softmax_key_norm", lengths=(10, 12)),
+    "softmax": Case(score="softmax", top_k=None),
+    "long": Case(CausalWindow(33), 20, lengths=(34, 40), heads=(1, 1)), "grid": Case(GridWindow(2, 3, 1), 3, lengths=(7, 7)),
+    "one query": Case(lengths=(1, 15), padded=True), "far": Case(offset=1000.0),
+    "float16": Case(dtype=torch.float16, offset=100.0, heads=(1, 1), lengths=(10, 12)),
     "bfloat16": Case(dtype=torch.bfloat16), "window of one": Case(CausalWindow(1), None, dims=(1, 1), lengths=(5, 5)),
 }
+QUICK = ("padding", "grid", "one query", "float16")
 
 
 def outcome(compute, tensors, sigma, case, incoming):
@@ -92,7 +96,7 @@ def outcome(compute, tensors, sigma, case, incoming):
 
 
 @works
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [case for name, case in CASES.items() if THOROUGH or name in QUICK])
 def test_output_and_gradients_lose_no_more_than_twice_what_the_dense_formula_loses(case):
     tensors, sigma = case.tensors(), torch.linspace(2, 3, case.heads[0], device=DEVICE)
     incoming = normal(3, 1, case.heads[0], case.lengths[0], case.dims[1], dtype=case.dtype)
@@ -105,11 +109,10 @@ def test_output_and_gradients_lose_no_more_than_twice_what_the_dense_formula_los
 
 
 @works
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_ties_are_all_kept(top_k):
+def test_ties_are_all_kept(top_k=3):
     "Small whole numbers, whose energies are exact; the unit vectors as values give the weights."
-    query, key = (torch.randint(-1, 2, (1, 1, 20, 3), generator=torch.Generator().manual_seed(n)).float().to(DEVICE) for n in range(2))
-    units = torch.eye(20, device=DEVICE)[None, None]
+    query, key = (torch.randint(-1, 2, (1, 1, 12, 3), generator=torch.Generator().manual_seed(n)).float().to(DEVICE) for n in range(2))
+    units = torch.eye(12, device=DEVICE)[None, None]
     exact = attention_weights(query.double(), key.double(), CausalWindow(9), top_k, sigma=1.0)
     weights = triton_attention(query, key, units, CausalWindow(9), top_k, sigma=1.0)
     assert torch.equal(weights > 0, exact > 0)
@@ -119,10 +122,10 @@ def test_ties_are_all_kept(top_k):
 
 @works
 def test_the_future_and_what_is_out_of_the_window_change_no_bit():
-    case = Case(offset=50.0, heads=(1, 1), lengths=(13, 13), neighborhood=CausalWindow(5), top_k=3)
+    case = Case(offset=50.0, heads=(1, 1), lengths=(12, 12), neighborhood=CausalWindow(5), top_k=3)
     tensors, sigma = case.tensors(), torch.tensor([3.0], device=DEVICE)
     for rows, hidden in ((slice(None, 7), slice(7, None)), (slice(9, None), slice(None, 5))):
-        incoming = torch.zeros(1, 1, 13, 10, device=DEVICE)
+        incoming = torch.zeros(1, 1, 12, 10, device=DEVICE)
         incoming[:, :, rows] = 1
         changed = [x.clone() for x in tensors]
         for n, x in enumerate(changed):
@@ -131,7 +134,7 @@ def test_the_future_and_what_is_out_of_the_window_change_no_bit():
         assert torch.equal(before[0][:, :, rows], after[0][:, :, rows])
         for one, other in zip(before[1:4], after[1:4], strict=True):
             assert not one[:, :, hidden].any() and not other[:, :, hidden].any()
-            shown = torch.ones(13, dtype=torch.bool)
+            shown = torch.ones(12, dtype=torch.bool)
             shown[hidden] = False
             assert torch.equal(one[:, :, shown], other[:, :, shown])
 
@@ -164,14 +167,14 @@ def test_sigma_tiny_and_huge(sigma):
     expected = (weights == weights.amax(-1, keepdim=True)).double() if sigma < 1 else (weights > 0) / (weights > 0).sum(-1, keepdim=True)
     leaves = [x.requires_grad_() for x in (query, key, value, torch.full((2,), sigma, device=DEVICE))]
     output = triton_attention(*leaves[:3], CausalWindow(4), 2, sigma=leaves[3])
-    assert_close(output.double(), expected @ value.double(), rtol=0, atol=1e-6)
+    assert_close(output.double(), expected.double() @ value.double(), rtol=0, atol=1e-6)
     assert all(x.isfinite().all() for x in torch.autograd.grad(output.square().sum(), leaves))
 
 
 @works
 def test_rows_without_candidates_are_zero_and_strides_do_not_matter():
-    query, key, value = (normal(n, 2, 2, 8, 12) for n in range(3))
-    real = torch.ones(2, 8, dtype=torch.bool, device=DEVICE)
+    query, key, value = (normal(n, 2, 1, 6, 12) for n in range(3))
+    real = torch.ones(2, 6, dtype=torch.bool, device=DEVICE)
     real[0], real[1, :3] = False, False
     def results(move):
         leaves = [move(x).detach().requires_grad_() for x in (query, key, value)]
@@ -186,8 +189,8 @@ def test_rows_without_candidates_are_zero_and_strides_do_not_matter():
 
 @works
 def test_the_operator_is_one_for_pytorch():
-    tensors = [x.requires_grad_() for x in (normal(0, 1, 2, 5, 4), normal(1, 1, 1, 5, 4), normal(2, 1, 1, 5, 4))]
-    tau = torch.ones(2, device=DEVICE, requires_grad=True)
+    tensors = [x.requires_grad_() for x in (normal(0, 1, 1, 3, 4), normal(1, 1, 1, 3, 4), normal(2, 1, 1, 3, 4))]
+    tau = torch.ones(1, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.krause_repro.triton_forward, (*tensors, tau, None, None, 3, 2, 0),
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     compiled = torch.compile(lambda *x: triton_attention(*x, CausalWindow(3), 2, sigma=1.5), fullgraph=True, backend="aot_eager")
@@ -277,8 +280,8 @@ def jobs(thorough):
     "Kernel, target, dtype, head dimension, window, one row?"
     if not thorough:
         return [[name, 80 if n % 2 else 90, "bfloat16", 64 if n < 2 else 128, 256, False] for n, name in enumerate(KERNELS)]
-    every = [[name, target, dtype, dim, window, False] for name in KERNELS for target in SHARED for dtype in ("bfloat16", "float16", "float32")
-             for dim in (16, 64, 128, 256) for window in BLOCK_SIZES]
+    every = [[name, target, dtype, dim, window, False] for name in KERNELS for target in SHARED for dtype in ("bfloat16", "float32")
+             for dim in (16, 64, 128, 256) for window in BLOCK_SIZES if window == 256 or dim in (64, 128)]
     return every + [[name, 90, "bfloat16", dim, 256, True] for name in KERNELS[:2] for dim in (64, 128)]
 
 
