@@ -536,12 +536,12 @@ def to_rgb(
 ) -> Image.Image:
     "Convert to 8-bit RGB; 16-bit levels, or those of a TIFF's bit depth, are scaled. Raises `UserError` if the range is unknown."
     tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
+        raise UserError(f"its mode is {image.mode}, 32-bit values of unknown range; convert it to 8 or 16 bits")
     if tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
         raise UserError("its values are signed integers; convert them to unsigned ones")
     if not image.mode.startswith(("I", "F")):
         return image.convert("RGB")
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
-        raise UserError(f"its mode is {image.mode}, 32-bit values of unknown range; convert it to 8 or 16 bits")
     levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
     if tags.get(PHOTOMETRIC) == 0:  # 0 is white
         levels = top - levels

@@ -149,7 +149,7 @@ def test_rows_are_all_and_have_names_of_their_own():
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
         *CIFAR_CONTROLS, *baseline_recipes(),
-    } | set(generation_recipes()) | set(fine_tuning_recipes())
+    } | set(generation_recipes()) | set(fine_tuning_recipes()) | set(language_model_recipes())
 
 
 def test_ablation_varies_one_thing_at_a_time():

@@ -149,7 +149,7 @@ def test_the_page_shows_every_notebook_and_how_it_went(smoke):
     project, _ = smoke
     text = website.site("smoke", project).read_text(encoding="utf-8")  # built again, it says the same
     assert re.findall(r'class="status ([a-z ]+)"', text) == ["ok", "ok", "failed", "failed", "not run"]
-    assert "numbers mean nothing" in text
+    assert "its numbers are meaningless" in text
     assert 'href="60_experiment.html"' in text and 'href="70_report.html"' not in text
     assert "ZeroDivisionError: division by zero" in text and "not run because of 61_image_classification" in text
     assert "torch" in text and "4 of 5 executed" in text
@@ -162,7 +162,7 @@ def test_the_report_of_an_earlier_run_is_marked(smoke):
     text = website.site("smoke", project).read_text(encoding="utf-8")
     copy.unlink()
     (site(project) / "70_report.html").unlink()
-    assert "not run because of 61_image_classification; what is shown is of an earlier run" in text
+    assert "not run because of 61_image_classification; the page shown is from an earlier run" in text
 
 
 def test_the_site_asks_nothing_of_other_hosts_and_can_be_moved(smoke):
