@@ -24,12 +24,11 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checks import UserError, check_choice, check_integer
-from .language_data import hub_errors, shakespeare_text
+from .language_data import EOS, hub_errors, read_documents, shakespeare_text
 from .packaged_data import language_folder
-from .records import atomic_write, file_digest, locked, read_json, read_text, remove_leftovers, scratch_folder, write_json
+from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
 
 # %% ../nbs/33_corpus.ipynb #d10e1056
-EOS = "<|endoftext|>"  # GPT-2's end token; also the line that ends a document in a text file
 SPLITS = ("train", "validation", "test")
 
 
@@ -52,26 +51,6 @@ CORPORA = {
     "shakespeare": CorpusSpec(),  # 42 works, from a package (page 29)
     "text": CorpusSpec(),  # the user's file or folder
 }
-
-# %% ../nbs/33_corpus.ipynb #9c7b8f25
-def read_documents(
-    path: str | Path,  # a folder of .txt files, one document each, or a file with a line `<|endoftext|>` after each document
-) -> list[str]:
-    "The documents of a text, without white space around them. Raises `UserError` for an empty document and a folder without text."
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise UserError(f"{path} must hold text files, but has no .txt file")
-        named = {str(file): read_text(file).strip() for file in files}
-    else:
-        parts = re.split(rf"^{re.escape(EOS)}$", read_text(path), flags=re.MULTILINE)
-        if len(parts) > 1 and not parts[-1].strip():
-            parts.pop()  # after the last document's end
-        named = {f"document {number} of {path}": part.strip() for number, part in enumerate(parts, 1)}
-    if empty := [name for name, text in named.items() if not text]:
-        raise UserError(f"{empty[0]} is empty ({len(empty)} of {len(named)} documents are); remove it or fill it")
-    return list(named.values())
 
 # %% ../nbs/33_corpus.ipynb #79faa9b2
 def document_digest(
@@ -168,6 +147,20 @@ def _find_text(name: str, source: str | Path | None) -> Path:
         raise UserError("source must be a text file or a folder of .txt files for the corpus text")
     how = f"; put {spec.file} into {language_folder()}, or name its file or folder as source" if spec.file else ""
     raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}{how}")
+
+# %% ../nbs/33_corpus.ipynb #b1a92e77
+def textbooks(
+    source: str | Path | None = None,  # the user's file, or a folder with it
+) -> dict[str, str]:  # text by title
+    "The OpenStax textbooks; each begins with the preface that states its title and licence."
+    books, title = {}, None
+    for module in read_documents(_find_text("openstax", source)):
+        found = re.search(r"^(.+) is licensed under a Creative Commons", module, re.MULTILINE) if module.startswith("Preface") else None
+        title = found[1] if found else title
+        if title is None:
+            raise UserError(f"{CORPORA['openstax'].file} must begin with a preface that states title and licence, got {module[:60]!r}")
+        books.setdefault(title, []).append(module)
+    return {title: "\n\n".join(modules) for title, modules in books.items()}
 
 # %% ../nbs/33_corpus.ipynb #e09bcd06
 def open_source(

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from .checks import UserError, check_integer, moved_names
 from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
 from .packaged_data import find_or_download, language_folder
+from .records import read_text
 
 # %% ../nbs/30_language_data.ipynb #d615abed
 def clean_work(
@@ -56,6 +57,29 @@ def split_works(
     for number, name in enumerate(sorted(works)):
         parts[{4: "validation", 5: "test"}.get(number % 10, "train")][name] = works[name]
     return parts
+
+# %% ../nbs/30_language_data.ipynb #9c7b8f25
+EOS = "<|endoftext|>"  # GPT-2's end token; also the line that ends a document in a text file
+
+
+def read_documents(
+    path: str | Path,  # a folder of .txt files, one document each, or a file with a line `<|endoftext|>` after each document
+) -> list[str]:
+    "The documents of a text, without white space around them. Raises `UserError` for an empty document and a folder without text."
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise UserError(f"{path} must hold text files, but has no .txt file")
+        named = {str(file): read_text(file).strip() for file in files}
+    else:
+        parts = re.split(rf"^{re.escape(EOS)}$", read_text(path), flags=re.MULTILINE)
+        if len(parts) > 1 and not parts[-1].strip():
+            parts.pop()  # after the last document's end
+        named = {f"document {number} of {path}": part.strip() for number, part in enumerate(parts, 1)}
+    if empty := [name for name, text in named.items() if not text]:
+        raise UserError(f"{empty[0]} is empty ({len(empty)} of {len(named)} documents are); remove it or fill it")
+    return list(named.values())
 
 # %% ../nbs/30_language_data.ipynb #b363c95e
 def answer_letter(

@@ -17,6 +17,7 @@ from .llm_branch import BranchSettings
 from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, is_number, one_of, or_none, tuples
 
 # %% ../nbs/25_language_recipes.ipynb #7d4861b2
+RUNNING_TEXT = ("shakespeare", "openstax")  # blocks of text, split by work or by book
 FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
 GATE_INIT = Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1)
 
@@ -27,7 +28,7 @@ class FineTuningRecipe(Recipe):
 
     base: str = "meta-llama/Meta-Llama-3-8B"  # a name on the hub, a folder or a .gguf file; "smollm2" comes from a package (page 29)
     base_layers: int | None = None  # keep only this many first layers; None: all
-    dataset: str = "flan"  # "flan" or "questions" (items with a response), or "shakespeare" (running text)
+    dataset: str = "flan"  # "flan" or "questions" (items with a response), "shakespeare" or "openstax" (running text)
     branch: bool = True  # a Krause branch beside each attention?
     window: int = 32  # W of the branch, in tokens
     top_k: int = 16  # keys kept inside the window
@@ -48,9 +49,10 @@ class FineTuningRecipe(Recipe):
     train_items: int | None = FLAN_TRAIN  # items or blocks, drawn once; None: all that are not held out
     held_out: int = FLAN_HELD_OUT  # items or blocks for evaluation
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
+    evaluations: ClassVar[int] = 2  # at least so many while it trains
     allowed: ClassVar[dict[str, Allowed]] = {
         **Recipe.allowed, **TRAINING, "base": Allowed("a name or a path", lambda value: isinstance(value, str) and bool(value.strip())),
-        "dataset": Allowed("flan, questions or shakespeare", lambda value: value in ("flan", "questions", "shakespeare")),
+        "dataset": one_of("flan", "questions", *RUNNING_TEXT),
         **dict.fromkeys(("base_layers", "train_items"), or_none(integers(1))),
         **dict.fromkeys(("branch", "gradient_checkpointing"), FLAG),
         **dict.fromkeys(("window", "top_k", "rank", "alpha", "batch_size", "per_device_batch_size", "held_out"), integers(1)),
@@ -90,6 +92,9 @@ FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itsel
     "shakespeare": {"recipe": {"train_items": None, "held_out": 50},
                     "desk": {"train_items": 160, "held_out": 50, "max_length": 256},
                     "smoke": {"max_length": 48}},
+    "openstax": {"recipe": {"train_items": None, "held_out": 48},
+                 "desk": {"train_items": 640, "held_out": 48, "max_length": 256, "batch_size": 4},
+                 "smoke": {"max_length": 48}},
 }
 BASES = {  # by the model's name: the base, and the first column of its published rows with the branch and without
     "llama3_8b": ("meta-llama/Meta-Llama-3-8B", "table6_llama", "Krause-Llama3-8B", "Llama3-8B + LoRA"),
@@ -114,6 +119,30 @@ def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
                 recipes[name] = FineTuningRecipe(
                     name=name, base=base, dataset=dataset, branch=kind == "krause", published=published, unpublished=unpublished, **own)
     return recipes
+
+# %% ../nbs/25_language_recipes.ipynb #c19be4f2
+@dataclass(frozen=True)
+class TextbookTuningRecipe(FineTuningRecipe):
+    "LoRA on textbooks, until held-out loss is flat (ours)."
+
+    sigma_lr: float = 0.02  # learning rate of log σ
+    evaluations: ClassVar[int] = 8
+    allowed: ClassVar[dict[str, Allowed]] = {**FineTuningRecipe.allowed, "sigma_lr": POSITIVE}
+
+
+TEXTBOOK_ARMS = {  # changes to LoRA of rank 16 with a branch
+    "lora": {"branch": False}, "krause": {}, "krause_near_base": {"gate_init": 0.99},
+    "lora_wide": {"branch": False, "rank": 22, "alpha": 44},
+}
+
+
+def textbook_recipes() -> dict[str, TextbookTuningRecipe]:
+    "Four ways of fine-tuning SmolLM2 on OpenStax: `lora_smollm2/openstax`, …"
+    own = FINE_TUNING_DATA["openstax"]["recipe"]
+    unpublished = ("base", "dataset", "sigma_lr", "max_grad_norm", "per_device_batch_size", *own)
+    return {f"{arm}_smollm2/openstax": TextbookTuningRecipe(
+        name=f"{arm}_smollm2/openstax", base="smollm2", dataset="openstax", unpublished=tuple(dict.fromkeys((*unpublished, *change))),
+        **change, **own) for arm, change in TEXTBOOK_ARMS.items()}
 
 # %% ../nbs/25_language_recipes.ipynb #7dc81a36
 LM_DATASETS = ("fineweb_edu", "openstax", "novels", "shakespeare", "text")  # of page 33; "text": the user's own file or folder

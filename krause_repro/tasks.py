@@ -24,8 +24,8 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from .branched_models import add_krause_branch
-from .checks import UserError
-from .corpus import load_corpus
+from .checks import UserError, check_choice
+from .corpus import load_corpus, textbooks
 from .generation_recipes import ImageGenerationRecipe
 from .image_data import Collator, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
@@ -37,7 +37,7 @@ from krause_repro.language_data import (
 from krause_repro.language_models import (
     ADAPTER_FILES, add_adapter, base_facts, load_language_model, load_tokenizer, lora_config, save_adapter,
 )
-from .language_recipes import FineTuningRecipe, LanguageModelRecipe
+from .language_recipes import RUNNING_TEXT, FineTuningRecipe, LanguageModelRecipe
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe
 from .records import disk_errors, scratch_folder
@@ -102,7 +102,7 @@ def _language_options(recipe: FineTuningRecipe | LanguageModelRecipe, steps: int
 
 def _fine_tuning_options(recipe: FineTuningRecipe, epoch: int) -> dict:
     steps = math.ceil(recipe.epochs * epoch)
-    part = math.ceil(steps / max(2, recipe.epochs))  # steps between evaluations
+    part = math.ceil(steps / max(recipe.evaluations, recipe.epochs))  # steps between evaluations
     return _language_options(recipe, steps, part) | {"lr_scheduler_type": "cosine", "logging_steps": max(1, steps // 20)}
 
 
@@ -191,8 +191,8 @@ def _subset(total: int, limit: int | None, name: str = "train_items") -> list[in
 
 
 def _text_blocks(recipe: FineTuningRecipe, tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> tuple[list, list, dict]:
-    "Blocks of Shakespeare's works: training blocks from 34 works, evaluation blocks evenly spaced in four others."
-    parts = split_works(shakespeare_text(source))
+    "Blocks of Shakespeare's works or of textbooks: evaluation blocks are evenly spaced in other works than those of training."
+    parts = split_works(shakespeare_text(source) if recipe.dataset == "shakespeare" else textbooks(source))
     (train, _), (test, _) = (text_blocks(tokenizer, list(parts[part].values()), recipe.max_length) for part in ("train", "test"))
     if not 0 < recipe.held_out <= len(test):
         raise UserError(f"held_out must be between 1 and {len(test)} blocks of {recipe.max_length} tokens, got {recipe.held_out}")
@@ -218,16 +218,15 @@ def language_splits(
     unreadable: str = "stop",  # for images; unused
 ) -> TextSplits:
     "The tokenised splits of a recipe. Raises `UserError` before training for invalid data sets, files and lengths."
-    if recipe.dataset not in ("flan", "questions", "shakespeare"):
-        raise UserError(f"dataset must be flan, questions or shakespeare, got {recipe.dataset!r}")
+    check_choice("dataset", recipe.dataset, ("flan", "questions", *RUNNING_TEXT))
     tokenizer = load_tokenizer(base_source(recipe))
-    make = _text_blocks if recipe.dataset == "shakespeare" else _response_items
+    make = _text_blocks if recipe.dataset in RUNNING_TEXT else _response_items
     train, held_out, counts = make(recipe, tokenizer, source)
     return TextSplits(train, held_out, held_out, tokenizer=tokenizer, counts=counts)
 
 
 def _language_collators(recipe: FineTuningRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
-    if recipe.dataset == "shakespeare":
+    if recipe.dataset in RUNNING_TEXT:
         return (default_data_collator,) * 2
     return (ResponseCollator(splits.tokenizer, recipe.max_length),) * 2
 

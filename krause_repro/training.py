@@ -148,6 +148,19 @@ class _SlicingTrainer(Trainer):
 class RecipeTrainer(_SlicingTrainer):
     "Trainer without weight decay on σ that stops when a loss, a gradient norm or a weight is not finite."
 
+    sigma_lr: float | None = None  # learning rate of log σ; None: that of the other weights
+
+    def create_optimizer(self, *arguments, **keywords):
+        made, optimizer = self.optimizer is None, super().create_optimizer(*arguments, **keywords)
+        if made and self.sigma_lr is not None:
+            sigmas = [p for name, p in self.model.named_parameters() if name.endswith("log_sigma") and p.requires_grad]
+            apart = {id(p) for p in sigmas}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in apart]
+            if sigmas:
+                optimizer.add_param_group({"params": sigmas, "lr": self.sigma_lr, "weight_decay": 0.0})
+        return optimizer
+
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_sigma")]
 
@@ -230,6 +243,7 @@ def build_trainer(
         train_dataset=splits.train, eval_dataset=splits.held_out, compute_metrics=task.measure,
         preprocess_logits_for_metrics=task.scores,
     )
+    trainer.sigma_lr = getattr(recipe, "sigma_lr", None)
     trainer.remove_callback(PrinterCallback)  # prints every log line if there is no progress bar; they are in metrics.jsonl
     return trainer
 

@@ -10,7 +10,6 @@ import pytest
 from krause_repro import corpus as corpora
 from krause_repro.corpus import (
     CORPORA,
-    EOS,
     SPLITS,
     StreamSource,
     TextSource,
@@ -19,9 +18,9 @@ from krause_repro.corpus import (
     document_split,
     load_corpus,
     open_corpus,
-    read_documents,
     train_tokenizer,
 )
+from krause_repro.language_data import EOS, read_documents
 from krause_repro.records import read_json
 
 VOCAB = 300

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from test_language_data import byte_tokenizer
 from test_training import Killed, Stop, assert_trained_alike, train_by_two
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from krause_repro import fine_tuning_evaluation, packaged_data, sinks, tasks, training
+from krause_repro.branched_models import add_krause_branch
+from krause_repro.corpus import textbooks
 from krause_repro.fine_tuning_evaluation import (
     choice_accuracy,
     choice_baselines,
@@ -27,7 +30,7 @@ from krause_repro.fine_tuning_evaluation import (
     predicted_choices,
 )
 from krause_repro.language_data import IGNORED, split_works
-from krause_repro.language_models import ADAPTER_FILES, load_language_model
+from krause_repro.language_models import ADAPTER_FILES, load_language_model, lora_config, parameter_counts
 from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, fine_tuning_recipes
 from krause_repro.llm_branch import branches
 from krause_repro.packaged_data import pretrained_source, smollm2_folder
@@ -35,8 +38,8 @@ from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import RECIPES, SINKS, get_recipe
 from krause_repro.runs import Run, TrainingDiverged, run_path
 from krause_repro.sinks import measure_sinks, sink_answer, sink_passages, sink_table, window_effect
-from krause_repro.tasks import base_model, language_splits, token_metrics, token_scores
-from krause_repro.training import device_options, train
+from krause_repro.tasks import base_model, fine_tuning_model, language_splits, token_metrics, token_scores
+from krause_repro.training import build_trainer, device_options, train
 
 LLAMA = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
@@ -127,6 +130,56 @@ def test_the_comparison_of_each_profile_has_recipes():
         for data in datasets:
             recipe = get_recipe(f"krause_{model}/{data}").at(profile)
             assert recipe.batch_size % recipe.per_device_batch_size == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
+
+
+# Textbooks
+
+
+@pytest.fixture(scope="session")
+def textbook(tmp_path_factory):
+    "Twelve books of two modules."
+    path = tmp_path_factory.mktemp("books") / "openstax_ccby.txt"
+    end = "\n<|endoftext|>\n"
+    books = [f"Preface\nBook {n:02} is licensed under a Creative Commons licence.{end}Chapter\n{chr(97 + n) * 900}{end}" for n in range(12)]
+    path.write_text("".join(books), encoding="utf-8")
+    return path
+
+
+def test_textbooks_are_split_by_book_and_sigma_has_a_learning_rate_of_its_own(base, textbook, tmp_path):
+    smoke = get_recipe("krause_near_base_smollm2/openstax").at("smoke")
+    recipe = replace(smoke, base=str(base), base_layers=None, train_items=16, held_out=4, max_length=48, window=8, top_k=4)
+    splits = language_splits(recipe, textbook)
+    texts = ["".join(splits.tokenizer.decode(item["input_ids"]) for item in part) for part in (splits.train, splits.held_out)]
+    assert "fff" in texts[1] and "fff" not in texts[0]  # the letter of the sixth book
+    done = train(recipe, 0, runs=tmp_path, progress=False, source=textbook)
+    lines = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sum("eval_loss" in line for line in lines) >= 4  # of four steps: at the start and after each of them
+    trainer = build_trainer(recipe, fine_tuning_model(recipe), splits, tmp_path / "trainer", progress=False)
+    optimizer = trainer.create_optimizer()
+    sigmas = {id(p) for name, p in trainer.model.named_parameters() if name.endswith("log_sigma") and p.requires_grad}
+    rates = {group["lr"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    assert len(sigmas) == 2 and rates[recipe.sigma_lr] == sigmas and recipe.sigma_lr != recipe.lr
+    wanted = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(wanted) == len(set().union(*(
+        {id(p) for p in group["params"]} for group in optimizer.param_groups)))
+
+
+def test_lora_of_a_higher_rank_has_as_many_parameters_as_the_branch():
+    config = LlamaConfig(vocab_size=64, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+                         num_key_value_heads=3)  # two layers of SmolLM2
+    counts = []
+    for arm in ("krause", "lora_wide"):
+        recipe, model = get_recipe(f"{arm}_smollm2/openstax").at("desk"), LlamaForCausalLM(config)
+        if recipe.branch:
+            add_krause_branch(model)
+        counts.append(parameter_counts(get_peft_model(model, lora_config(model, recipe.rank, recipe.alpha, recipe.lora_dropout)))["trainable"])
+    assert abs(counts[0] - counts[1]) < 0.02 * counts[0]
+
+
+def test_textbooks_without_a_preface_are_refused(tmp_path):
+    (tmp_path / "openstax_ccby.txt").write_text("Force\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="must begin with a preface that states title and licence, got 'Force'"):
+        textbooks(tmp_path)
 
 
 # Data
@@ -285,7 +338,7 @@ def test_long_responses_count_by_their_tokens():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"dataset": "bible"}, "dataset must be flan, questions or shakespeare, got 'bible'"),
+    ({"dataset": "bible"}, "dataset must be one of flan, questions, shakespeare, openstax, got 'bible'"),
     ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
     ({"batch_size": 5}, "batch_size = 5 must be a multiple of per_device_batch_size, 2"),
     ({"train_items": 0}, "train_items must be an integer ≥ 1"),

@@ -31,7 +31,14 @@ from krause_repro.image_recipes import (
     swin_recipes,
 )
 from krause_repro.language_model import MIXERS, LanguageModel
-from krause_repro.language_recipes import LM_DATASETS, LM_ROWS, LanguageModelRecipe, fine_tuning_recipes, language_model_recipes
+from krause_repro.language_recipes import (
+    LM_DATASETS,
+    LM_ROWS,
+    LanguageModelRecipe,
+    fine_tuning_recipes,
+    language_model_recipes,
+    textbook_recipes,
+)
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, get_recipe
 from krause_repro.reference import SCORES
@@ -149,7 +156,7 @@ def test_rows_are_all_and_have_names_of_their_own():
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
         *CIFAR_CONTROLS, *baseline_recipes(),
-    } | set(generation_recipes()) | set(fine_tuning_recipes()) | set(language_model_recipes())
+    } | set(generation_recipes()) | set(fine_tuning_recipes()) | set(language_model_recipes()) | set(textbook_recipes())
 
 
 def test_ablation_varies_one_thing_at_a_time():
