@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -11,7 +12,18 @@ from hypothesis import given, settings
 from test_training import by_two
 
 from krause_repro.image_transformer import ATTENTIONS, ImageTransformer, ImageTransformerConfig, image_tokens
-from krause_repro.likelihood import ContextModel, bits_per_dimension, context_index, count_levels, fit_context_model, mean_bits, token_bits
+from krause_repro.likelihood import (
+    DEFAULT_DISCOUNTS,
+    ContextModel,
+    KneserNey,
+    bits_per_dimension,
+    context_index,
+    count_levels,
+    estimate_discounts,
+    fit_context_model,
+    mean_bits,
+    token_bits,
+)
 
 
 def small(attention="krause", start=True):
@@ -183,3 +195,105 @@ def test_what_has_no_likelihood_is_named():
     model.head.weight.data[3, 2] = math.nan
     with pytest.raises(ValueError, match="model gives NaN for these images: it may have diverged"):
         bits_per_dimension(model, images)
+
+
+# Texts
+
+
+def zipf(vocab, length, seed):
+    "Tokens of unequal frequency, often repeated, so that all discounts can be estimated."
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(vocab, size=length) * generator.integers(vocab, size=length) // vocab
+    return np.where(generator.random(length) < 0.5, np.roll(tokens, 3), tokens)
+
+
+def kneser_ney_by_hand(train, vocab, order):
+    "The definition with dictionaries: p(token, the tokens before it)."
+    grams = [Counter(tuple(train[i:i + n]) for i in range(len(train) - n + 1)) for n in range(1, order + 1)]
+    counts = [Counter(gram[1:] for gram in longer) for longer in grams[1:]] + [grams[-1]]
+    discounts = []
+    for table in counts:
+        m = Counter(table.values())
+        if m[1] and m[2] and m[3]:
+            y = m[1] / (m[1] + 2 * m[2])
+            each = [0, 1 - 2 * y * m[2] / m[1], 2 - 3 * y * m[3] / m[2], 3 - 4 * y * m[4] / m[3]]
+        discounts.append(each if m[1] and m[2] and m[3] and min(each[1:]) > 0 else DEFAULT_DISCOUNTS)
+
+    def probability(token, before):
+        found = 1 / vocab
+        for n in range(min(order, len(before) + 1)):
+            context = tuple(before[len(before) - n:])
+            followed = [counts[n][(*context, other)] for other in range(vocab)]
+            if sum(followed):
+                taken = [discounts[n][min(count, 3)] for count in followed]
+                found = (followed[token] - taken[token] + sum(taken) * found) / sum(followed)
+        return found
+
+    return probability, discounts
+
+
+@pytest.mark.parametrize(("vocab", "length", "order"), [(9, 800, 5), (30, 600, 3), (5, 40, 4), (4, 4, 4), (6, 300, 1), (1, 9, 2)])
+def test_kneser_ney_equals_dictionaries(vocab, length, order):
+    train, test = zipf(vocab, length, 0), np.random.default_rng(1).integers(vocab, size=120)
+    probability, discounts = kneser_ney_by_hand(train.tolist(), vocab, order)
+    test = np.concatenate([test, train[-20:]])  # unseen contexts and seen ones, and the end of the text, which nothing follows
+    want = [-math.log2(probability(token, test.tolist()[:place])) for place, token in enumerate(test.tolist())]
+    found = KneserNey(train.astype(np.uint16), vocab, order).bits(test.astype(np.uint16))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
+    if length > 500:
+        assert sum(tuple(each) != DEFAULT_DISCOUNTS for each in discounts) >= 2  # both cases are compared
+
+
+def test_kneser_ney_is_a_distribution_after_seen_and_unseen_contexts():
+    train = zipf(8, 500, 3) % 7  # token 7 was never seen
+    model = KneserNey(train, 8)
+    for before in ([], [7], train[:4], train[-4:], train[200:204], [7, 7, 7, 7], [3, 7, *train[50:52]]):
+        each = [2 ** -model.bits(np.array([*before, token], dtype=int))[-1] for token in range(8)]
+        assert sum(each) == pytest.approx(1, abs=1e-12) and min(each) > 0
+
+
+def test_order_one_is_the_discounted_unigram():
+    "A token of count N has (N − D(N)) / 20 and its part of the rest."
+    train = np.array([0] * 10 + [1] * 3 + [2] * 3 + [3] * 2 + [4] + [5])
+    y = 2 / (2 + 2 * 1)
+    d1, d2, d3 = 1 - 2 * y * 1 / 2, 2 - 3 * y * 2 / 1, 3 - 0
+    assert d2 < 0 and tuple(estimate_discounts(np.bincount(train))) == DEFAULT_DISCOUNTS
+    train = np.append(train, [6, 6, 7, 7])  # three tokens twice
+    y = 2 / (2 + 2 * 3)
+    d1, d2, d3 = 1 - 2 * y * 3 / 2, 2 - 3 * y * 2 / 3, 3 - 0
+    np.testing.assert_allclose(estimate_discounts(np.bincount(train)), [0, d1, d2, d3])
+    rest = (2 * d1 + 3 * d2 + 3 * d3) / 24 / 9
+    want = [(10 - d3) / 24 + rest, (2 - d2) / 24 + rest, (1 - d1) / 24 + rest, rest]
+    np.testing.assert_allclose(2 ** -KneserNey(train, 9, 1).bits(np.array([0, 3, 4, 8])), want)
+
+
+def test_a_text_of_noise_costs_the_bits_of_its_tokens_and_repetition_costs_less():
+    noise = np.random.default_rng(0).integers(4, size=60_000)
+    assert KneserNey(noise[:50_000], 4).bits(noise[50_000:]).mean() == pytest.approx(2, abs=0.03)
+    model = KneserNey(np.tile(np.arange(40), 50), 64)
+    assert model.bits(np.tile(np.arange(40), 2))[4:].mean() < 0.1
+    unseen = model.bits(np.full(30, 63))  # a token that never was, after contexts that never were
+    assert np.isfinite(unseen).all() and unseen.min() > 6
+
+
+def test_a_token_costs_the_same_whatever_follows_and_whatever_is_five_tokens_before():
+    train, test = zipf(9, 800, 0), zipf(9, 60, 5)
+    model = KneserNey(train, 9)
+    bits = model.bits(test)
+    np.testing.assert_array_equal(model.bits(test[:30]), bits[:30])
+    np.testing.assert_array_equal(model.bits(test[20:])[4:], bits[24:])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"order": 0}, "order must be an integer ≥ 1"), ({"order": 1.5}, "order"), ({"vocab_size": 0}, "vocab_size must be an integer ≥ 1"),
+    ({"vocab_size": 6}, "tokens must be in 0…5, the vocabulary, got 0…6"), ({"tokens": np.arange(7) - 1}, "got -1…5"),
+    ({"tokens": np.arange(4)}, "N ≥ 5"), ({"tokens": np.ones(9)}, "integers"), ({"tokens": np.ones((2, 9), int)}, r"shape \(N,\)"),
+])
+def test_texts_that_cannot_be_counted_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KneserNey(**{"tokens": np.arange(7), "vocab_size": 7, **arguments})
+    with pytest.raises(ValueError, match="tokens must be in 0…6"):
+        KneserNey(np.arange(7), 7).bits(np.array([7]))
+    with pytest.raises(ValueError, match="N ≥ 1"):
+        KneserNey(np.arange(7), 7).bits(np.zeros(0, int))
