@@ -23,6 +23,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 import torch.nn.functional as F
 from fresh import run_fresh
 from hypothesis import HealthCheck, given, settings
@@ -107,7 +108,7 @@ def uninitialised_memory_is_nan():
 @pytest.fixture(autouse=True)
 def flex_attention_runs_at_once(monkeypatch):
     "FlexAttention traces each call before it runs it eagerly, half a second each; this flag of PyTorch's spares the tracing."
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
 @pytest.fixture

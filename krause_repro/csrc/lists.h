@@ -38,14 +38,15 @@ static void lists_forward(const Problem& p, const Lists& lists, int64_t b, int64
       for (int64_t c = 0; c < n; c += kLanes) store(e + c, load(e + c) * dropout_scale(row_seed(p.seed, row), c, p.dropout));
     float* out = p.out.at(b, h, i);
     for_columns(p.value_dim, [&](auto C, int64_t d) {
-      vec acc[C()] = {};
+      constexpr int kVectors = C();  // a call in the loop's condition would keep GCC from unrolling it at -O1 and -O2
+      vec acc[kVectors] = {};
       for (int64_t k = 0; k < n; ++k) {
         const float* v = p.v.at(b, h, token[k]) + d;
 #pragma GCC unroll 8
-        for (int c = 0; c < C(); ++c) acc[c] = load(v + c * kLanes) * e[k] + acc[c];
+        for (int c = 0; c < kVectors; ++c) acc[c] = load(v + c * kLanes) * e[k] + acc[c];
       }
 #pragma GCC unroll 8
-      for (int c = 0; c < C(); ++c) store(out + d + c * kLanes, acc[c] * result.inverse);
+      for (int c = 0; c < kVectors; ++c) store(out + d + c * kLanes, acc[c] * result.inverse);
     });
     p.check_output(out, result.inverse);
   }
