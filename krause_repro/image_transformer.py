@@ -389,7 +389,7 @@ def check_targets(
     input_ids: Tensor,  # (B, T)
     config: ImageTransformerConfig,
 ) -> Tensor:  # (B, T − 1), the predicted tokens
-    "Raise a `ValueError` unless labels are grey levels of a sequence of at least two tokens."
+    "Raise a `ValueError` unless labels are tokens, or −100 where ignored, of a sequence of at least two tokens."
     if labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
         raise UserError(
             f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, "

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .image_transformer import PreallocatedLayer
+from .image_transformer import PreallocatedLayer, check_targets
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
-from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
+from .model_base import CheckedConfig, CheckedModel, named_arguments
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, take_cache
@@ -326,20 +326,6 @@ def check_language_tokens(
     if low < 0 or high >= config.vocab_size:
         raise UserError(f"input_ids must be tokens of the vocabulary, 0 to {config.vocab_size - 1}, got {low} to {high}")
 
-
-def check_language_labels(
-    labels: Tensor,  # must be integers of the shape of `input_ids`
-    input_ids: Tensor,  # (B, T)
-    config: LanguageModelConfig,
-) -> Tensor:  # (B, T − 1), the predicted tokens
-    "Raise a `ValueError` unless labels are tokens, or −100 where ignored, of a sequence of at least two tokens."
-    if labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
-        raise UserError(
-            f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, "
-            f"got {labels.dtype} {tuple(labels.shape)}"
-        )
-    return check_classes(labels[:, 1:], config.vocab_size)
-
 # %% ../nbs/19_language_model.ipynb #1d20699e
 @torch.no_grad()
 def _init_language_weights(model, module):
@@ -471,7 +457,7 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, ou
         if model.training and config.mixer == "routing":
             raise UserError("past_key_values must be None while routing is trained; call model.eval()")
     past = 0 if cache is None else cache.get_seq_length()
-    return cache, past, None if labels is None else check_language_labels(labels, input_ids, config)
+    return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/19_language_model.ipynb #ad6cb2d3
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig, exist_ok=True)
