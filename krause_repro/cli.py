@@ -85,12 +85,24 @@ def train_recipe(
     restart: bool = False,  # train again even if there is a run
     source: str = None,  # folder with the data, if it is not found automatically
     unreadable: str = "stop",  # stop or skip: how to handle images that cannot be decoded
+    steps: int = None,  # only try this many steps on random data, and keep nothing
+    batch_size: int = None,  # with steps: examples per step; default: the recipe's
 ) -> None:
     "Train one recipe with one seed, or resume it. Also works under accelerate launch and torchrun."
     from krause_repro.recipes import get_recipe
 
     chosen = get_recipe(recipe).at(profile)
-    from krause_repro.training import train
+    if batch_size is not None and steps is None:
+        raise UserError("batch_size is for a dry run with steps; the batch size of a training run is the recipe's")
+    from krause_repro.training import dry_run, train
+
+    if steps is not None:
+        tried = dry_run(chosen, steps, batch_size)
+        memory = "" if tried["peak_bytes"] is None else f", {tried['peak_bytes'] / 2**30:.1f} GiB of GPU memory"
+        print(f"{tried['parameters']:,} parameters{memory}")
+        for step, (loss, seconds) in enumerate(zip(tried["losses"], tried["seconds"], strict=True), 1):
+            print(f"step {step}: loss {loss:.3f}, {seconds:.1f} s")
+        return
 
     print(f"Run: {train(chosen, seed=seed, restart=restart, source=source, unreadable=unreadable).path}")
 
@@ -264,6 +276,7 @@ def usage() -> str:
 LIMITS = {  # minimum and maximum of every integer option
     "seed": (0, 2**32 - 1), "image_seed": (0, 2**32 - 1), "images": (1, 2**31 - 1), "batch": (1, 2**31 - 1), "threads": (1, 1024),
     "limit": (1, 2**31 - 1), "batch_size": (1, 2**31 - 1), "max_gen_toks": (1, 2**31 - 1),
+    "steps": (1, 2**31 - 1),
 }
 
 
