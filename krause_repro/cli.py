@@ -175,15 +175,18 @@ def execute_book(
 def run_benchmark(
     name: str,  # a benchmark; an unknown name lists all
     threads: int = 2,  # of PyTorch
+    device: str = "cpu",  # cpu or cuda
 ) -> None:
     "Run a benchmark, print its results, and save them under runs/bench."
     import torch
-    from krause_repro.benchmarks import BENCHMARKS, benchmark_path
+    from krause_repro.benchmarks import BENCHMARKS, GPU_BENCHMARKS, benchmark_path
 
-    check_choice("name", name, BENCHMARKS)
-    check_output("results", benchmark_path(name))
+    check_choice("device", device, ("cpu", "cuda"))
+    benchmarks = BENCHMARKS if device == "cpu" else GPU_BENCHMARKS
+    check_choice("name", name, benchmarks)
+    check_output("results", benchmark_path(name if device == "cpu" else f"{name}-{device}"))
     torch.set_num_threads(threads)
-    BENCHMARKS[name]()
+    benchmarks[name]()
 
 # %% ../nbs/80_cli.ipynb #3406f501
 def prepare_kernels() -> None:
