@@ -6,6 +6,7 @@
 __all__ = ['claims_table', 'findings']
 
 # %% ../nbs/68_claims.ipynb #27e0c83e
+#| code-fold: true
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from krause_repro.statistics import (
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
+#| code-fold: true
 HOLDS, IN_PART, DOES_NOT_HOLD = "holds", "holds in part", "does not hold"
 NOT_SHOWN, NOT_YET = "not shown", "not yet tested here"
 
@@ -52,6 +54,7 @@ class Claim:
 CLAIMS: dict[str, Claim] = {}  # filled below, claim by claim
 
 # %% ../nbs/68_claims.ipynb #fdbc9644
+#| code-fold: true
 PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
     "cifar10": ("image_classification_cifar10", "test_accuracy", 1), "mnist": ("image_generation_mnist", "bits_per_dim", -1),
     "textbooks": ("fine_tuning_openstax", "token_loss", -1), "language_models": ("language_models", "bits_per_byte", -1),
@@ -72,7 +75,7 @@ def planned_results(
 
 def planned_difference(
     name: str,  # of the plan
-    plan: dict,
+    plan: dict,  # from `read_plan`
     results: dict[str, dict | None],  # by recipe
     first: str,  # recipe
     second: str,  # recipe it is compared with
@@ -101,6 +104,7 @@ def _of_pairs(verdicts: list[str]) -> str:
     return IN_PART if HOLDS in verdicts else DOES_NOT_HOLD if DOES_NOT_HOLD in verdicts else NOT_SHOWN
 
 # %% ../nbs/68_claims.ipynb #35026648
+#| code-fold: true
 def _span(values, digits: int = 0, to: str = "–") -> str:
     "The range of numbers, or the number if there is only one."
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
@@ -580,14 +584,14 @@ def findings(
     return "\n".join([
         f"- **Accuracy.** On Fashion-MNIST KViT minus ViT is {_effect(lead)} points, {plural(lead['n'], 'seed')}. *But* post-norm "
         f"alone gives {_effect(norm)}, and the models are small: width {recipe.width}, {recipe.epochs} epochs.",
-        f"- **What helps.** The window: {_effect(effects['window'])} points. Top-k: {_effect(effects['top-k'])}. Distance, not dot product: "
-        f"{_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* softmax on the window minus KViT is "
-        f"{_effect(control)}: {'a difference' if is_shown(control) else 'no difference is shown'}.",
+        f"- **What helps.** The window: {_effect(effects['window'])} points. Top-k: {_effect(effects['top-k'])}. Distance, not dot "
+        f"product: {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* softmax on the window "
+        f"minus KViT is {_effect(control)}: {'a difference' if is_shown(control) else 'no difference is shown'}.",
         f"- **Cost.** Linear cost *{linear.verdict}*: {linear.ours}. The published {_span(_published_saving(), 0, ' to ')}% fewer FLOPs: "
         f"*{flops.verdict}* ({flops.ours}). *But* times are of one CPU.",
         f"- **Images.** KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}; KARM generates {ratios} times "
         f"as fast. *But* KARM minus LARM is {larm}, and training lasts {generator.epochs:g} epoch of {generator.train_images:,} images.",
         f"- **Attention sinks.** Removal *{removed.verdict}*: a query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in "
-        f"the Krause branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over passages); one beyond the window cannot see it. *But* "
-        "this is one seed of SmolLM2-135M.",
+        f"the Krause branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. "
+        "*But* this is one seed of SmolLM2-135M.",
     ])
