@@ -580,10 +580,11 @@ def findings(
     karm, *rivals = (result["bits_per_dim"]["values"] for result in grid.values())
     arm, larm = (_effect(paired_difference(karm, rival), 1, 2) for rival in rivals)
     sinks = next(n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch")
+    rising = " and were still improving" if any(is_undertrained(model["curves"]) for model in models.values()) else ""
     ratios = " and ".join(f"{1 / row['ratio']:.2f}" for row in _generation_speeds(root).values())
     return "\n".join([
         f"- **Accuracy.** On Fashion-MNIST KViT minus ViT is {_effect(lead)} points, {plural(lead['n'], 'seed')}. *But* post-norm "
-        f"alone gives {_effect(norm)}, and the models are small: width {recipe.width}, {recipe.epochs} epochs.",
+        f"alone gives {_effect(norm)}, and the models are small (width {recipe.width}, {recipe.epochs} epochs){rising}.",
         f"- **What helps.** The window: {_effect(effects['window'])} points. Top-k: {_effect(effects['top-k'])}. Distance, not dot "
         f"product: {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* softmax on the window "
         f"minus KViT is {_effect(control)}: {'a difference' if is_shown(control) else 'no difference is shown'}.",
