@@ -22,6 +22,7 @@ from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
+from .flops import component_macs
 from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
@@ -180,14 +181,6 @@ def model_parameters(
     with torch.device("meta"):
         return VisionTransformer(get_recipe(name).config).num_parameters()
 
-
-def counted_flops(
-    root: Path | None = None,  # the project's folder
-) -> dict[str, float]:  # by recipe
-    "Multiply-accumulates in G of the dense models of Tables 1–3 for one image, from the desk results; empty without them."
-    counts = load_result("counting", "desk", root, missing_ok=True)
-    return {row["recipe"]: sum(row["dense"].values()) / 1e9 for row in counts["rows"]} if counts else {}
-
 # %% ../nbs/70_report.ipynb #8f592b36
 def _seeds(count):
     return f"{count} seed{'s' if count > 1 else ''}"
@@ -224,13 +217,14 @@ def counted_cell(
     table: str,  # name of the published table
     row: list,  # one of its rows
     column: str,  # one of its columns
-    flops: dict[str, float],  # from `counted_flops`
 ) -> str | None:
-    "Our count of parameters or FLOPs at the paper's size, or None."
+    "Our count of parameters, or of multiply-accumulates in G of the dense model, at the paper's size; or None."
     if table not in IMAGE_TABLES or column not in COUNTED_COLUMNS:
         return None
     name = RECIPE_ROWS[table, row[0]]
-    return f"{model_parameters(name):,}" if column == "parameters" else f"{flops[name]:.2f}" if name in flops else None
+    if column == "parameters":
+        return f"{model_parameters(name):,}"
+    return f"{sum(component_macs(get_recipe(name).config).values()) / 1e9:.2f}"
 
 # %% ../nbs/70_report.ipynb #ae77bb01
 def related_measurement(
@@ -269,14 +263,13 @@ def report_table(
     name: str,  # key of `published_tables()`
     results: dict[str, dict],  # from `our_results`
     profile: str,  # "smoke", "desk" or "paper"
-    flops: dict[str, float],  # from `counted_flops`
 ) -> str:  # Markdown
     "A published table, with our column beside each of its columns for which we have a number."
     table, columns = published_tables()[name], []
     for place, title in enumerate(table["columns"]):
         columns.append((title if place == 0 else f"{title}, paper", [format_published(row[place]) for row in table["rows"]]))
         measured = [our_cell(name, row, title, results, profile) for row in table["rows"]] if place else []
-        counted = [counted_cell(name, row, title, flops) for row in table["rows"]] if place else []
+        counted = [counted_cell(name, row, title) for row in table["rows"]] if place else []
         for head, cells in ((f"{title}, ours ({profile})", measured), (f"{title}, counted at the paper's size", counted)):
             if any(cells):
                 columns.append((head, cells))
@@ -290,10 +283,9 @@ def report(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "All published tables, with our results under a profile where data and quantity are the same."
-    results, flops, parts, without = our_results(profile, root), counted_flops(root), [], []
+    results, parts, without = our_results(profile, root), [], []
     for name, table in published_tables().items():
-        text = ("\n".join(f"- {row[0]}" for row in table["rows"]) if len(table["columns"]) == 1 else
-                report_table(name, results, profile, flops))
+        text = "\n".join(f"- {row[0]}" for row in table["rows"]) if len(table["columns"]) == 1 else report_table(name, results, profile)
         if not any(our_cell(name, row, column, results, profile) for row in table["rows"] for column in table["columns"]):
             without.append(table["title"])
         related = related_measurement(name, profile, root)
@@ -502,12 +494,12 @@ def coverage(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, int]:  # "published", "measured" and "counted"
     "How many published numbers there are, and beside how many stands one that we measured or counted."
-    results, flops, found = our_results(profile, root), counted_flops(root), {"published": 0, "measured": 0, "counted": 0}
+    results, found = our_results(profile, root), {"published": 0, "measured": 0, "counted": 0}
     for name, table in published_tables().items():
         for row in table["rows"]:
             for column, value in zip(table["columns"][1:], row[1:], strict=True):
                 numbers = len(value) if isinstance(value, list) else value is not None
                 found["published"] += numbers
                 found["measured"] += (our_cell(name, row, column, results, profile) is not None) * numbers
-                found["counted"] += (counted_cell(name, row, column, flops) is not None) * numbers
+                found["counted"] += (counted_cell(name, row, column) is not None) * numbers
     return found
