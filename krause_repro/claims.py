@@ -57,7 +57,7 @@ CLAIMS: dict[str, Claim] = {}  # filled below, claim by claim
 #| code-fold: true
 PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
     "cifar10": ("image_classification_cifar10", "test_accuracy", 1), "mnist": ("image_generation_mnist", "bits_per_dim", -1),
-    "textbooks": ("fine_tuning_openstax", "token_loss", -1), "language_models": ("language_models", "bits_per_byte", -1),
+    "textbooks": ("fine_tuning_openstax", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
 }
 
 
@@ -537,9 +537,10 @@ def _published_means() -> str:
 
 def _judge_from_scratch(root):
     plan, results = planned_results("language_models", root)
-    pairs = [pair for pair in map(tuple, plan["comparisons"] if plan else ()) if pair[0].startswith("lm_krause")]
+    pairs = [pair for pair in map(tuple, plan["comparisons"] if plan else ())
+             if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]]  # the published model and the paper's rivals
     found = {pair: planned_difference("language_models", plan, results, *pair) for pair in pairs}
-    evidence = [f"{first} − {second}: {_effect(each, 1, 3)} bits per byte, corrected: {each['verdict']}."
+    evidence = [f"{first} − {second}: {_effect(each, 1, 3)} bits per token, corrected: {each['verdict']}."
                 for (first, second), each in found.items() if each]
     if not found or not all(found.values()):
         done = sum(map(bool, results.values()))
