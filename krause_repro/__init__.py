@@ -12,9 +12,9 @@ In reading order:
 - the measures: `statistics`, `frechet`, `evaluation`, `ablation`, `generation_evaluation`, `fine_tuning_evaluation`, `language_tasks`,
   `language_benchmarks`, `attention_analysis`, `sinks`
 - the benchmarks: `bench_attention`, `bench_models`, `bench_generation`, `bench_language`, `benchmarks`
-- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `report`, `cli`
+- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `claims`, `report`, `cli`
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CausalWindow", "Full", "GridWindow", "KrauseAttention", "krause_attention"]
 
 _MODULES = {  # where the names above are, imported at their first use: PyTorch takes seconds

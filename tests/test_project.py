@@ -216,7 +216,7 @@ def test_make_passes_its_settings_on(arguments, commands):
 
 def test_make_help_lists_every_target():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = ["figures", "book", "test", "test-thorough", "test-latest", "site", "lock", "help"]
+    targets = ["figures", "book", "test", "test-thorough", "test-latest", "site", "pdf", "lock", "help"]
     assert re.findall(r"^  ([a-z-]+) ", text, re.MULTILINE) == targets
 
 
