@@ -136,7 +136,8 @@ def test_the_package_exports_the_attention_and_imports_it_lazily():
     assert subprocess.run([sys.executable, "-c", count], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "0\n"
     import krause_repro
 
-    assert {"krause_attention", "KrauseAttention", "CausalWindow", "GridWindow", "Full"} == set(krause_repro.__all__)
+    assert set(krause_repro.__all__) == {
+        "CausalWindow", "Full", "GridWindow", "KrauseAttention", "create_model", "krause_attention", "list_models"}
     for name in krause_repro.__all__:
         assert getattr(krause_repro, name).__name__ == name and name in dir(krause_repro)
     with pytest.raises(AttributeError, match="has no attribute 'CausalWindwo'"):

@@ -79,7 +79,7 @@ def test_defaults_are_the_small_model_and_sizes_are_the_papers():
 def test_saved_model_is_found_again_by_the_auto_class(tmp_path, changes):
     model = build(**changes)
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(again) is VisionTransformer and not again.training
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
@@ -258,7 +258,7 @@ def test_neighbourhood_of_a_config():
 @pytest.mark.parametrize("metric", ["manhattan", "chebyshev"])
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_the_largest_radius_is_the_smallest_that_reaches_everything(side, metric):
-    radius = largest_radius(side, metric)
+    radius = largest_radius(side, side, metric)
     assert GridWindow(side, side, radius, metric).mask(1 + side**2).all()
     assert radius == 0 or not GridWindow(side, side, radius - 1, metric).mask(1 + side**2).all()
     shape = {"image_size": 2 * side, "attention_metric": metric}
@@ -281,7 +281,7 @@ def test_channels_last_is_the_same_model(score):
 def test_rotary_scores_depend_on_the_offset_alone():
     side, dim = 5, 8
     query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turned = [rotate(x.expand(1, 1, 1 + side**2, dim), side)[0, 0] for x in (query, key)]
+    turned = [rotate(x.expand(1, 1, 1 + side**2, dim), (side, side))[0, 0] for x in (query, key)]
     for one, x in zip(turned, (query, key), strict=True):
         assert_close(one.norm(dim=-1), x.norm().expand(1 + side**2), rtol=1e-6, atol=0)
         assert torch.equal(one[0], x)  # the CLS token is not turned
@@ -303,7 +303,7 @@ def test_rotary_model_trains_after_predicting():
     model = build(positions="rotary", hidden_size=24)
     with torch.inference_mode():
         predicted = model(images()).logits
-    assert not rotary_table(4, 12, torch.device("cpu")).is_inference()
+    assert not rotary_table(4, 4, 12, torch.device("cpu")).is_inference()
     logits = model(images()).logits
     assert_close(logits, predicted, rtol=0, atol=1e-6)
     logits.sum().backward()
