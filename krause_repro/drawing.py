@@ -338,8 +338,8 @@ def label_lines(
         if end[0] > edge:
             beside.append((line, end[1]))
         else:
-            ax.annotate(line.get_label(), end, (0, 6), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom", size=9,
-                        color=ink(line.get_color()))
+            ax.annotate(line.get_label(), end, (0, 6), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom",
+                        size=9, color=ink(line.get_color()))
     if beside:
         height = 72 * ax.figure.get_figheight() * ax.get_subplotspec().get_position(ax.figure).height  # points
         gap = 12.5 * max(line.get_label().count("\n") + 1 for line, _ in beside) / height
@@ -349,7 +349,7 @@ def label_lines(
 
 # %% ../nbs/55_drawing.ipynb #d51872fc
 def draw_note(
-    fig: Figure,
+    fig: Figure,  # that gets the note
     text: str,  # what lines, bands and marks are
 ) -> None:
     "A line in grey below all axes."

@@ -19,8 +19,8 @@ from PIL import Image
 
 from .checks import UserError
 from krause_repro.drawing import (
-    COLOURS, WIDTH, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, ink, kind_colour, label_lines, line_styles,
-    new_figure, plural, require_each, require_fields,
+    COLOURS, WIDTH, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, ink, kind_colour, label_lines,
+    line_styles, new_figure, plural, require_each, require_fields,
 )
 from .records import atomic_write
 
@@ -115,7 +115,7 @@ def _check_panel(panel: dict, where: str) -> None:
 def plot_particles(
     data: dict,  # {"panels": [{"title", "kind", "dimension": 2 or 3, "times": [S], "groups": [S], "snapshots": S lists of points}]}
 ) -> Figure:
-    "Snapshots of particles on the unit circle or sphere with their number of clusters: a row per panel, a column per time. Paper, Figure 1."
+    "Particles on the unit circle or sphere and their number of clusters: a row per panel, a column per time. Source: paper, Figure 1."
     panels = require_fields(data, "data", "panels")[0]
     columns = max(len(times) for (times,) in require_each(panels, "data['panels']", "times"))
     fig, axes = new_figure(len(panels) * (WIDTH / columns + 0.2), len(panels), columns, subplot_kw={"frame_on": False})
@@ -350,7 +350,7 @@ def plot_attention_maps(
 # %% ../nbs/56_figures.ipynb #c609ec0f
 @house_style()
 def plot_depth(
-    data: dict,  # {"panels": [{"quantity", "first": layer, "parts": {title: [{"label", "kind", "mean": [L], "sd": [L] or None}]}}], "seeds"}
+    data: dict,  # {"panels": [{"quantity", "first": layer, "parts": {title: [{"label", "kind", "mean": [L], "sd": [L]}]}}], "seeds"}
 ) -> Figure:
     "Quantities over the layers of several models, a panel per part: mean and standard deviation over seeds."
     panels, seeds = require_fields(data, "data", "panels", "seeds")
@@ -397,15 +397,18 @@ def draw_llm_block(
         ax.text(x, y, text, ha="center", va="center", color=ink(colour), size=9.5)
 
     def arrow(start, end, kind="neutral"):
-        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=COLOURS[kind], linewidth=1.3, shrinkA=0, shrinkB=0))
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=COLOURS[kind], linewidth=1.3, shrinkA=0,
+                                     shrinkB=0))
 
     box(4, 3.6, 2.2, "hidden states $x_t$", "neutral")
-    for x, kind, lines in ((2, "softmax", ("pretrained $q, k, v, o$ projections", r"softmax of $q\cdot k\,/\sqrt{d}$", "all earlier tokens")),
-                           (6, "krause", ("copies of the $q, k, v, o$ projections", r"$\exp(-\|q-k\|^2/2\sigma^2)$, $\sigma$ per head",
-                                          f"last $W = {window}$ tokens, top $k = {top_k}$ of them"))):
+    softmax = "pretrained $q, k, v, o$ projections", r"softmax of $q\cdot k\,/\sqrt{d}$", "all earlier tokens"
+    krause = ("copies of the $q, k, v, o$ projections", r"$\exp(-\|q-k\|^2/2\sigma^2)$, $\sigma$ per head",
+              f"last $W = {window}$ tokens, top $k = {top_k}$ of them")
+    for x, kind, lines in ((2, "softmax", softmax), (6, "krause", krause)):
         arrow((4, 3.28), (x, 2.97), kind)
         for row, text in enumerate(lines):
             box(x, 2.68 - 0.62 * row, 3.3, text, kind)
         arrow((x, 1.13), (x + (0.9 if x < 4 else -0.9), 0.8), kind)
-    box(4, 0.5, 5.4, r"gate: $y_t = g_t\, o^{\,\mathrm{softmax}}_t + (1-g_t)\, o^{\,\mathrm{Krause}}_t$," f"  at the start $g_t = {gate:g}$", "mixed")
+    mixture = r"gate: $y_t = g_t\, o^{\,\mathrm{softmax}}_t + (1-g_t)\, o^{\,\mathrm{Krause}}_t$,"
+    box(4, 0.5, 5.4, f"{mixture}  at the start $g_t = {gate:g}$", "mixed")
     return fig

@@ -8,6 +8,8 @@ __all__ = ['STEP', 'plot_training_curves', 'plot_accuracy', 'plot_factors', 'plo
            'plot_fine_tuning', 'plot_gate']
 
 # %% ../nbs/57_result_figures.ipynb #6615f05b
+import re
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -92,7 +94,8 @@ def _factor_panel(ax: Axes, rows: list[dict], where: str, places: list[str], joi
         ax.plot([at] * len(values), 100 * np.asarray(values), "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
         ax.plot([at - 0.06, at + 0.06], [100 * mean] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
     for label in labels:
-        kind, means = next(entry[1] for entry in entries if entry[0] == label), {entry[2]: entry[4] for entry in entries if entry[0] == label}
+        kind = next(entry[1] for entry in entries if entry[0] == label)
+        means = {place: mean for each, _, place, _, mean in entries if each == label}
         known, shift = [place for place in joined if place in means], STEP * (labels.index(label) - (len(labels) - 1) / 2)
         ax.plot([places.index(place) + shift for place in known], [100 * means[place] for place in known], color=COLOURS[kind], linewidth=1,
                 alpha=0.7, label=label)
@@ -109,7 +112,8 @@ def plot_factors(
     fig, axes = new_figure(3.9, 1, len(panels), sharey=True, width_ratios=[len(each) for each in shown])
     for p, (ax, (title, rows)) in enumerate(zip(axes[0], entries, strict=True)):
         _factor_panel(ax, rows, f"data['panels'][{p}]['rows']", shown[p], joined)
-        ax.set(title=title, xticks=range(len(shown[p])), xticklabels=[place.replace(" + ", "\n+ ").replace(" places", "\nplaces").replace(", ", ",\n") for place in shown[p]], xlabel="support",
+        names = [re.sub(r" (\+ |places|σ)", r"\n\1", place) for place in shown[p]]
+        ax.set(title=title, xticks=range(len(names)), xticklabels=names, xlabel="support",
                ylabel=f"{metric} (%)", xlim=(-0.4, len(shown[p]) - 0.7))
         ax.grid(axis="x", visible=False)
         ax.label_outer()
@@ -424,7 +428,7 @@ def plot_fine_tuning(
         ax.plot(place, mean, "o", markersize=7, color="#000000")
     ax.set(title="at the end, by seed", ylabel=contrast, xlim=(-0.6, len(rows) - 0.4), xticks=range(len(rows)),
            xticklabels=[label for label, *_ in rows], xlabel="data")
-    draw_note(fig, f"curves: mean over {plural(seeds, 'seed')} and band of one standard deviation; circles: seeds, with mean and 95% interval")
+    draw_note(fig, f"curves: mean over {plural(seeds, 'seed')}, band of one standard deviation; circles: seeds, with mean and 95% interval")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #f60e29a7
@@ -432,5 +436,5 @@ def plot_fine_tuning(
 def plot_gate(
     data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "over": such as "3 seeds"}
 ) -> Figure:
-    "Weight of the softmax branch by layer, in 0..1: mean and standard deviation, the initial value dotted; the axis shows the range of the data."
+    "Weight of the softmax branch by layer: mean and standard deviation, the initial value dotted. The axis shows the range of the data."
     return plot_by_layer(data, "weight of the softmax branch", "at the start: {:g}", (0, (1, 1.5)), require_fields(data, "data", "over")[0])

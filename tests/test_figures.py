@@ -24,7 +24,8 @@ GRID = {"score": [0.1, 0.9, 0.5, 0.3], "window": [True, True, True, False], "sel
 EXAMPLES = {
     "plot_bifurcation": {"radii": [0.1, 0.3], "opinions": [[0.2, 0.2, 0.8], [0.5, 0.5, 0.5]], "agents": 3},
     "plot_particles": {"panels": [
-        {"title": "circle", "kind": "krause", "dimension": 2, "times": [0, 1], "groups": [2, 1], "snapshots": [[[1, 0], [0, 1]], [[1, 0], [1, 0]]]},
+        {"title": "circle", "kind": "krause", "dimension": 2, "times": [0, 1], "groups": [2, 1],
+         "snapshots": [[[1, 0], [0, 1]], [[1, 0], [1, 0]]]},
         {"title": "sphere", "kind": "softmax", "dimension": 3, "times": [0], "groups": [2], "snapshots": [[[1, 0, 0], [-1, 0, 0]]]}]},
     "plot_particle_statistics": {"starts": 3, "series": [
         {**NAMED, "times": [0, 1, 2], "order": MIDDLE, "clusters": MIDDLE, "diameter": MIDDLE}]},
@@ -36,7 +37,7 @@ EXAMPLES = {
     "plot_accuracy": {"metric": "test accuracy", "chance": 0.1, "rows": [
         {**NAMED, "values": [0.8, 0.82], "mean": 0.81, "sd": 0.014}, {**NAMED, "values": [0.7], "mean": 0.7, "sd": None}]},
     "plot_factors": {"metric": "test accuracy", "places": ["full", "window", "random"], "joined": ["full", "window"], "panels": [
-        {"title": "post", "rows": [{**NAMED, "place": place, "values": [0.8, 0.82], "mean": 0.81} for place in ("full", "window", "random")]},
+        {"title": "post", "rows": [{**NAMED, "place": place, "values": [0.8, 0.9], "mean": 0.8} for place in ("full", "window", "random")]},
         {"title": "pre", "rows": [{"label": "ViT", "kind": "softmax", "place": "full", "values": [0.7], "mean": 0.7}]}]},
     "plot_differences": {"counts": 0.01, "groups": {
         "all": [{"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
@@ -47,7 +48,8 @@ EXAMPLES = {
         {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
         {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4]]}]},
     "plot_depth": {"seeds": 2, "panels": [
-        {"quantity": "entropy", "first": 1, "parts": {"trained": [{**NAMED, **CURVE}], "untrained": [{**NAMED, "mean": [5, 6, 7], "sd": None}]}},
+        {"quantity": "entropy", "first": 1, "parts": {
+            "trained": [{**NAMED, **CURVE}], "untrained": [{**NAMED, "mean": [5, 6, 7], "sd": None}]}},
         {"quantity": "cosine", "first": 0, "parts": {"trained": [{**NAMED, **CURVE}, {"label": "ViT", "kind": "softmax", **ONE_CURVE}]}}]},
     "plot_scaling": {"xlabel": "tokens", "ylabel": "seconds", "symbol": "T", "panels": [
         {"title": "forward", "series": [{**NAMED, "x": [1024, 1536], "y": [0.1, 0.2], "exponent": -0.001}]},
@@ -67,7 +69,8 @@ EXAMPLES = {
                    {"title": "near", "series": [{**NAMED, "layers": {"mean": [0, 0], "sd": None}}]}],
         "after": [{"title": "all", "series": [{**NAMED, "layers": CURVE}]}]}},
     "plot_fine_tuning": {"seeds": 2, "contrast": "A − B", "differences": [
-        {"label": "answers", "values": [0.1, 0.2], "mean": 0.15, "interval": [0.1, 0.2]}, {"label": "plays", "values": [0.1], "mean": 0.1, "interval": None}],
+        {"label": "answers", "values": [0.1, 0.2], "mean": 0.15, "interval": [0.1, 0.2]},
+        {"label": "plays", "values": [0.1], "mean": 0.1, "interval": None}],
         "panels": [{"title": "answers", "ylabel": "nats", "baselines": [{"label": "base", "value": 3}], "series": [
             {**NAMED, "steps": [0, 5, 9], **CURVE}]},
                    {"title": "plays", "ylabel": "nats", "baselines": [{"label": "base", "value": 2}], "series": [
@@ -338,13 +341,13 @@ def linear(colour):
 
 def lightness_and_hue(rgb):
     "CIE L*a*b* of linear RGB."
-    xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]) @ rgb.clip(0, 1)
+    xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]) @ rgb.clip(0, 1)
     x, y, z = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz / (0.95047, 1, 1.08883))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def test_colours_stay_apart_without_red_green_vision_and_text_is_legible():
-    deuteranopia = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])  # Machado 2009
+    deuteranopia = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])  # Machado et al. (2009)
     for seen in (np.eye(3), deuteranopia):
         colours = [lightness_and_hue(seen @ linear(colour)) for colour in drawing.COLOURS.values()]
         apart = [np.linalg.norm(a - b) for i, a in enumerate(colours) for b in colours[:i]]

@@ -34,7 +34,10 @@ const late = beta => {
   for (let i = 0; i < 250; i++) x = krause.step(x, 2, { beta, radius: null, topK: null }, 0.1);
   return krause.clusters(x, 2);
 };
-const pressed = [...document.querySelectorAll("#presets button")].map(button => { button.click(); return document.getElementById("beta-value").value; });
+const pressed = [...document.querySelectorAll("#presets button")].map(button => {
+  button.click();
+  return document.getElementById("beta-value").value;
+});
 document.getElementById("surface").value = "3";
 document.getElementById("surface").onchange();
 answer = { cases, late: [late(1), late(9)], pressed };
@@ -46,15 +49,16 @@ for (const [query, sigma, radius, topK] of [[24, 1, 1, 4], [0, 0.5, 2, 3], [10, 
 document.querySelector("#stages button").click();
 const corner = document.getElementById("summary").textContent;
 document.querySelector(".grid").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
-answer = { features, cases, corner, query: [...document.querySelectorAll("#stages button")].findIndex(cell => cell.classList.contains("query")) };
+const query = [...document.querySelectorAll("#stages button")].findIndex(cell => cell.classList.contains("query"));
+answer = { features, cases, corner, query };
 """
 ATTENTION = """
 const maps = window.attentionMaps.maps, shown = [];
 for (const button of document.querySelectorAll("#images button")) {
   button.click();
-  for (const name of ["model", "state", "query", "layer", "head"]) for (const option of [...document.getElementById(name).options].map(o => o.value)) {
-    document.getElementById(name).value = option;
-    document.getElementById(name).onchange();
+  for (const list of document.querySelectorAll("select")) for (const option of [...list.options].map(each => each.value)) {
+    list.value = option;
+    list.onchange();
     shown.push(document.getElementById("what").textContent);
   }
 }
@@ -67,11 +71,12 @@ def run(page, script, folder):
     for path in PAGES.iterdir():
         shutil.copy(path, folder)
     listener = '<head><script>window.errors = []; addEventListener("error", e => errors.push(e.message || e.target.src), true);</script>'
-    ending = f'<pre id="answer"></pre><script>(() => {{ let answer; {script}\nconst wide = document.documentElement.scrollWidth > innerWidth;\n' \
+    ending = f'<pre id="answer"></pre><script>(() => {{ let answer; {script}\n' \
+             'const wide = document.documentElement.scrollWidth > innerWidth;\n' \
              'document.getElementById("answer").textContent = JSON.stringify({ ...answer, errors, wide }); })();</script></body>'
     text = (folder / page).read_text(encoding="utf-8").replace("<head>", listener).replace("</body>", ending)
     (folder / page).write_text(text, encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--virtual-time-budget=200", f"--user-data-dir={folder}/profile")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", f"--user-data-dir={folder}/profile")
     dom = subprocess.run([CHROMIUM, *options, "--dump-dom", (folder / page).as_uri()], capture_output=True, text=True, timeout=120).stdout
     answer = json.loads(html.unescape(re.search(r'<pre id="answer">(.*?)</pre>', dom, re.DOTALL)[1]))
     assert answer["errors"] == [] and not answer["wide"]
