@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,11 +29,11 @@ from .results import Fields
 # %% ../nbs/55_drawing.ipynb #e748ba12
 COLOURS = {
     "krause": "#0072B2",  # Krause attention: distance score, window, top-k
-    "softmax": "#D55E00",  # dot-product attention over all tokens
+    "softmax": "#C84E00",  # dot-product attention over all tokens
     "softmax_key_norm": "#E69F00",  # dot product with the key-norm penalty: the Krause score in another form
-    "softmax_local": "#CC79A7",  # dot product on the window and top-k of Krause attention
+    "softmax_local": "#AA4499",  # dot product on the window and top-k of Krause attention
     "krause_full": "#56B4E9",  # distance score over all tokens
-    "linear": "#009E73",  # linear attention
+    "linear": "#117733",  # linear attention
     "mixed": "#000000",  # a softmax branch and a Krause branch, mixed by a gate
     "neutral": "#5A5A5A",  # anything that is not one of the attentions
 }
@@ -41,12 +42,13 @@ COLOURS = {
 SEQUENTIAL = "cividis"
 WIDTH = 8.0  # inches; saved at 150 dots per inch a figure is 1200 pixels wide
 DPI = 150
+SVG_DPI = 100  # of what is stored as pixels in an SVG: images, and dots by the hundred
 INLINE_DPI = 80  # inside of a notebook, where every figure is part of the committed file
 
 # %% ../nbs/55_drawing.ipynb #b00191ce
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "legend.fontsize": 9, "legend.title_fontsize": 9, "legend.frameon": False,
+    "legend.fontsize": 9, "legend.title_fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.edgecolor": "#5A5A5A",
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.6, "lines.linewidth": 1.8, "hatch.linewidth": 0.5,
@@ -168,7 +170,7 @@ def save_figure(
                 svg: about | {"Keywords": [profile], "Creator": None, "Date": None}}
     with house_style(), _unmoved(fig), _marked(fig, profile, seeds) as part, atomic_write(png) as new_png, atomic_write(svg) as new_svg:
         for path, new in ((png, new_png), (svg, new_svg)):
-            fig.savefig(new, format=path.suffix[1:], dpi=DPI, bbox_inches=part, metadata=metadata[path])
+            fig.savefig(new, format=path.suffix[1:], dpi=SVG_DPI if path is svg else DPI, bbox_inches=part, metadata=metadata[path])
     return png, svg
 
 # %% ../nbs/55_drawing.ipynb #7d846b76
@@ -297,6 +299,61 @@ def draw_curve(
     mean, sd = scale * np.asarray(mean, float), scale * np.nan_to_num(np.asarray(sd, float))
     ax.plot(x, mean, **style, **options)
     ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
+
+# %% ../nbs/55_drawing.ipynb #56f27927
+def spread_labels(
+    values: list[float],  # desired positions in 0..1
+    gap: float,  # smallest distance
+) -> np.ndarray:
+    "Positions in 0..1 for labels at `values`, in the same order and at least `gap` apart."
+    order, steps = np.argsort(values, kind="stable"), gap * np.arange(len(values))
+    wanted = np.asarray(values, float)[order] - steps
+    ends = range(len(values))
+    level = [max(min(wanted[j:k + 1].mean() for k in ends[i:]) for j in ends[:i + 1]) for i in ends]
+    places = np.empty(len(values))
+    places[order] = np.clip(level, 0, 1 - steps[-1]) + steps
+    return places
+
+# %% ../nbs/55_drawing.ipynb #b14472b8
+def ink(
+    colour: str,  # of a line
+) -> tuple[float, float, float]:
+    "The colour, darkened until its contrast with white is at least 4.5, for text."
+    rgb = np.array(matplotlib.colors.to_rgb(colour))
+    while 1.05 / (0.05 + np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)) < 4.5:
+        rgb = 0.97 * rgb
+    return tuple(rgb)
+
+# %% ../nbs/55_drawing.ipynb #a980865e
+def label_lines(
+    ax: Axes,  # with labelled lines and its final limits
+    edge: float = 0.9,  # lines that end further right, as a fraction of the width, are labelled beside the axes
+) -> None:
+    "Write the label of each line in its colour: above its end, or beside the axes if it reaches their right edge."
+    ax.get_xlim(), ax.get_ylim()  # matplotlib sets automatic limits when they are asked for
+    beside = []
+    for line in (line for line in ax.lines if not line.get_label().startswith("_")):
+        point = np.stack(line.get_data(), 1).astype(float)
+        end = ax.transAxes.inverted().transform(line.get_transform().transform(point[np.isfinite(point).all(1)][-1]))
+        if end[0] > edge:
+            beside.append((line, end[1]))
+        else:
+            ax.annotate(line.get_label(), end, (0, 6), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom",
+                        size=9, color=ink(line.get_color()))
+    if beside:
+        height = 72 * ax.figure.get_figheight() * ax.get_subplotspec().get_position(ax.figure).height  # points
+        gap = 12.5 * max(line.get_label().count("\n") + 1 for line, _ in beside) / height
+        for (line, _), place in zip(beside, spread_labels([end for _, end in beside], gap), strict=True):
+            ax.annotate(line.get_label(), (1, place), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", size=9,
+                        color=ink(line.get_color()))
+
+# %% ../nbs/55_drawing.ipynb #d51872fc
+def draw_note(
+    fig: Figure,  # that gets the note
+    text: str,  # what lines, bands and marks are
+) -> None:
+    "A line in grey below all axes."
+    fig.supxlabel(text, size=9, color=COLOURS["neutral"])
 
 # %% ../nbs/55_drawing.ipynb #cc4a645f
 def draw_legend(

@@ -56,7 +56,7 @@ def expected_results(
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
     files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "cost", "counting",
-             "training_profile", "attention_maps"]
+             "training_profile", "attention_maps", "attention_maps/untrained"]
     return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
 
 

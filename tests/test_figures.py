@@ -5,6 +5,7 @@ import io
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from krause_repro.results import check_fields
 
 CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [0.1, 0.0, 0.05]}
 ONE_CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [None, None, None]}
+MIDDLE = {"median": [1, 2, 3], "low": [0, 1, 2], "high": [1, 2, 4]}
 NAMED = {"label": "KViT", "kind": "krause"}
 SHOWN = {"image": [[0.0, 1.0], [0.5, 0.2]], "query": [0, 1]}
 GRID = {"score": [0.1, 0.9, 0.5, 0.3], "window": [True, True, True, False], "selected": [False, True, True, False],
@@ -22,10 +24,11 @@ GRID = {"score": [0.1, 0.9, 0.5, 0.3], "window": [True, True, True, False], "sel
 EXAMPLES = {
     "plot_bifurcation": {"radii": [0.1, 0.3], "opinions": [[0.2, 0.2, 0.8], [0.5, 0.5, 0.5]], "agents": 3},
     "plot_particles": {"panels": [
-        {"title": "circle", "kind": "krause", "dimension": 2, "times": [0, 1], "snapshots": [[[1, 0], [0, 1]], [[1, 0], [1, 0]]]},
-        {"title": "sphere", "kind": "softmax", "dimension": 3, "times": [0], "snapshots": [[[1, 0, 0], [-1, 0, 0]]]}]},
+        {"title": "circle", "kind": "krause", "dimension": 2, "times": [0, 1], "groups": [2, 1],
+         "snapshots": [[[1, 0], [0, 1]], [[1, 0], [1, 0]]]},
+        {"title": "sphere", "kind": "softmax", "dimension": 3, "times": [0], "groups": [2], "snapshots": [[[1, 0, 0], [-1, 0, 0]]]}]},
     "plot_particle_statistics": {"starts": 3, "series": [
-        {**NAMED, "times": [0, 1, 2], "order": CURVE, "clusters": CURVE, "diameter": ONE_CURVE}]},
+        {**NAMED, "times": [0, 1, 2], "order": MIDDLE, "clusters": MIDDLE, "diameter": MIDDLE}]},
     "plot_mechanism": {"height": 2, "width": 2, "query": 0, "sigma": 2.5, "top_k": 2, **GRID},
     "plot_training_curves": {"seeds": 1, "series": [
         {**NAMED, "epochs": [1, 2, 3], "validation_accuracy": CURVE, "train_loss": {"epochs": [0.5, 1, 2], **ONE_CURVE}},
@@ -33,16 +36,21 @@ EXAMPLES = {
          "train_loss": {"epochs": [0.5, 1, 2], **CURVE}}]},
     "plot_accuracy": {"metric": "test accuracy", "chance": 0.1, "rows": [
         {**NAMED, "values": [0.8, 0.82], "mean": 0.81, "sd": 0.014}, {**NAMED, "values": [0.7], "mean": 0.7, "sd": None}]},
-    "plot_differences": {"counts": 0.01, "rows": [
-        {"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
-        {"label": "C − D", "values": [0.01], "mean": 0.01, "interval": None}]},
+    "plot_factors": {"metric": "test accuracy", "places": ["full", "window", "random"], "joined": ["full", "window"], "panels": [
+        {"title": "post", "rows": [{**NAMED, "place": place, "values": [0.8, 0.9], "mean": 0.8} for place in ("full", "window", "random")]},
+        {"title": "pre", "rows": [{"label": "ViT", "kind": "softmax", "place": "full", "values": [0.7], "mean": 0.7}]}]},
+    "plot_differences": {"counts": 0.01, "groups": {
+        "all": [{"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
+                {"label": "A − C", "values": [0.03, 0.05], "mean": 0.04, "interval": [0.01, 0.07]}],
+        "one": [{"label": "C − D", "values": [0.01], "mean": 0.01, "interval": None}]}},
     "plot_sigma": {"layers": [1, 2, 3], "seeds": 2, "series": [{**NAMED, "initial": 2.5, **CURVE}]},
     "plot_attention_maps": {"grid": [2, 2], "columns": ["head 1", "head 2"], "rows": [
         {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
         {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4]]}]},
     "plot_depth": {"seeds": 2, "panels": [
-        {"quantity": "entropy", "first": 1, "series": [{**NAMED, **CURVE}]},
-        {"quantity": "cosine", "first": 0, "series": [{**NAMED, **CURVE}, {"label": "ViT", "kind": "softmax", **ONE_CURVE}]}]},
+        {"quantity": "entropy", "first": 1, "parts": {
+            "trained": [{**NAMED, **CURVE}], "untrained": [{**NAMED, "mean": [5, 6, 7], "sd": None}]}},
+        {"quantity": "cosine", "first": 0, "parts": {"trained": [{**NAMED, **CURVE}, {"label": "ViT", "kind": "softmax", **ONE_CURVE}]}}]},
     "plot_scaling": {"xlabel": "tokens", "ylabel": "seconds", "symbol": "T", "panels": [
         {"title": "forward", "series": [{**NAMED, "x": [1024, 1536], "y": [0.1, 0.2], "exponent": -0.001}]},
         {"title": "both", "series": [{**NAMED, "x": [1024], "y": [0.1], "exponent": None}]}]},
@@ -55,15 +63,18 @@ EXAMPLES = {
         {**NAMED, "values": [3.3, 3.4], "mean": 3.35, "sd": 0.07}, {**NAMED, "values": [3.5], "mean": 3.5, "sd": None}]},
     "plot_bits_curves": {"seeds": 2, "series": [
         {**NAMED, "held_out": {"epochs": [1, 2, 3], **CURVE}, "training": {"epochs": [0.5, 1, 2], **ONE_CURVE}}]},
-    "plot_sinks": {"ylabel": "attention on the first token", "passages": 2, "panels": [
-        {"title": "all", "series": [{**NAMED, "layers": CURVE}, {"label": "base", "kind": "softmax", "layers": ONE_CURVE}]},
-        {"title": "far", "series": [
-            {"label": "after", "kind": "softmax", "layers": CURVE}, {**NAMED, "layers": {"mean": [0, 0], "sd": None}}]}]},
-    "plot_fine_tuning": {"seeds": 2, "panels": [
-        {"title": "answers", "ylabel": "nats", "baselines": [{"label": "base", "value": 3}], "series": [
+    "plot_sinks": {"ylabel": "attention", "passages": 2, "rows": {
+        "before": [{"title": "all", "series": [{"label": "base", "kind": "softmax", "layers": CURVE},
+                                               {"label": "cut", "kind": "softmax", "layers": ONE_CURVE, "control": True}]},
+                   {"title": "near", "series": [{**NAMED, "layers": {"mean": [0, 0], "sd": None}}]}],
+        "after": [{"title": "all", "series": [{**NAMED, "layers": CURVE}]}]}},
+    "plot_fine_tuning": {"seeds": 2, "contrast": "A − B", "differences": [
+        {"label": "answers", "values": [0.1, 0.2], "mean": 0.15, "interval": [0.1, 0.2]},
+        {"label": "plays", "values": [0.1], "mean": 0.1, "interval": None}],
+        "panels": [{"title": "answers", "ylabel": "nats", "baselines": [{"label": "base", "value": 3}], "series": [
             {**NAMED, "steps": [0, 5, 9], **CURVE}]},
-        {"title": "plays", "ylabel": "nats", "baselines": [{"label": "counts", "value": 4}, {"label": "base", "value": 2}], "series": [
-            {"label": "LoRA", "kind": "mixed", "steps": [0, 5, 9], **ONE_CURVE}, {**NAMED, "steps": [1, 2, 3], **CURVE}]}]},
+                   {"title": "plays", "ylabel": "nats", "baselines": [{"label": "base", "value": 2}], "series": [
+                       {"label": "LoRA", "kind": "mixed", "steps": [0, 5, 9], **ONE_CURVE}, {**NAMED, "steps": [1, 2, 3], **CURVE}]}]},
     "plot_gate": {"layers": [1, 2, 3], "over": "2 seeds", "series": [{**NAMED, "initial": 0.8, **CURVE}]},
     "plot_token_time": {"made": "medians", "cases": [
         {"title": "short", "series": [{**NAMED, "positions": [1, 2], "milliseconds": [3, 4]}]},
@@ -144,8 +155,8 @@ def test_plot_names_each_missing_key(name):
         ("plot_particles", ["panels", 1, "snapshots", 0], [[1, 0]], r"panels'\]\[1\].*shape \(1, 2\); give \(particles, 3\)"),
         ("plot_particles", ["panels", 0, "times"], [0], r"panels'\]\[0\] has lists of different lengths"),
         ("plot_particles", ["panels", 0, "kind"], "quantum", r"kind 'quantum'; allowed are krause, softmax"),
-        ("plot_particle_statistics", ["series", 0, "order"], {"mean": [1, 2, 3]}, r"series'\]\[0\]\['order'\] has no sd"),
-        ("plot_particle_statistics", ["series", 0, "times"], [0, 1], r"different lengths.*'x': 2, 'mean': 3"),
+        ("plot_particle_statistics", ["series", 0, "order"], {"median": [1, 2, 3]}, r"series'\]\[0\]\['order'\] has no low, high"),
+        ("plot_particle_statistics", ["series", 0, "times"], [0, 1], r"different lengths.*'times': 2, 'median': 3"),
         ("plot_mechanism", ["score"], [0.1], r"different lengths.*'score': 1"),
         ("plot_training_curves", ["series", 1, "train_loss"], {}, r"series'\]\[1\]\['train_loss'\] has no epochs"),
         ("plot_bits", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
@@ -159,10 +170,12 @@ def test_plot_names_each_missing_key(name):
         ("plot_sigma", ["series", 0], {**NAMED, **CURVE}, r"series'\]\[0\] has no initial"),
         ("plot_gate", ["layers"], [1, 2], r"different lengths"),
         ("plot_gate", ["series", 0], {**NAMED, **CURVE}, r"series'\]\[0\] has no initial"),
-        ("plot_sinks", ["panels", 1], {"title": "far"}, r"panels'\]\[1\] has no series; it needs"),
-        ("plot_sinks", ["panels", 1, "series", 0], {**NAMED}, r"panels'\]\[1\]\['series'\]\[0\] has no layers"),
-        ("plot_sinks", ["panels", 0, "series", 1, "layers"], {"mean": [1]}, r"series'\]\[1\]\['layers'\] has no sd"),
-        ("plot_sinks", ["panels", 0, "series", 1, "kind"], "best", r"panels'\]\[0\]\['series'\]\[1\] has kind 'best'"),
+        ("plot_sinks", ["rows", "before", 1], {"title": "near"}, r"rows'\]\['before'\]\[1\] has no series; it needs"),
+        ("plot_sinks", ["rows", "before", 1, "series", 0], {**NAMED}, r"\['before'\]\[1\]\['series'\]\[0\] has no layers"),
+        ("plot_sinks", ["rows", "before", 0, "series", 0, "layers"], {"mean": [1]}, r"\['series'\]\[0\]\['layers'\] has no sd"),
+        ("plot_sinks", ["rows", "before", 0, "series", 0, "kind"], "best", r"\['series'\]\[0\] has kind 'best'"),
+        ("plot_factors", ["panels", 0, "rows", 0, "place"], "nowhere", r"rows'\]\[0\] has place 'nowhere'; allowed are window, random"),
+        ("plot_factors", ["panels", 0, "rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
         ("plot_fine_tuning", ["panels", 0, "series", 0, "steps"], [1], r"panels'\]\[0\]\['series'\]\[0\] has lists of different lengths"),
         ("plot_fine_tuning", ["panels", 1, "baselines", 0], {"label": "base"}, r"panels'\]\[1\]\['baselines'\]\[0\] has no value"),
         ("plot_fine_tuning", ["panels", 1, "series"], [], r"panels'\]\[1\] has nothing in series"),
@@ -199,15 +212,14 @@ def test_one_seed_has_no_spread_and_a_gap_stays_a_gap():
 def test_growth_is_drawn_at_the_sizes_measured():
     ax = draw("plot_scaling").axes[0]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1k", "1536"] and ax.get_xscale() == ax.get_yscale() == "log"
-    assert ax.get_legend().get_texts()[0].get_text() == r"KViT, $\propto T^{0.00}$"
-    assert draw("plot_scaling").axes[1].get_legend().get_texts()[0].get_text() == "KViT"
+    assert [text.get_text() for axes in draw("plot_scaling").axes for text in axes.texts] == ["KViT\n$\\propto T^{0.00}$", "KViT"]
 
 
-def test_ratios_share_rows_and_leave_gaps():
+def test_ratios_have_no_empty_rows_and_leave_gaps():
     short, long, longer, empty = draw("plot_ratios").axes
-    assert [tick.get_text() for tick in short.get_yticklabels()] == ["KViT", "ViT"]
+    assert [tick.get_text() for tick in short.get_yticklabels()] == ["KViT", "ViT"] and len(long.get_yticklabels()) == 1  # no empty row
     assert [text.get_text() for text in short.texts] == ["0.50", "2.00", "9.00"] and [t.get_text() for t in long.texts] == ["1.00"]
-    assert [round(text.get_position()[1]) for text in (*short.texts, *long.texts)] == [0, 0, 1, 1]
+    assert [round(text.get_position()[1]) for text in (*short.texts, *long.texts)] == [0, 0, 1, 0]
     assert longer.axison and not empty.axison
 
 
@@ -222,6 +234,25 @@ def test_view_keeps_lengths_and_tells_front_from_back():
     np.testing.assert_allclose((places**2).sum(1) + nearness**2, (points**2).sum(1))
     toward = np.array([np.cos(0.4) * np.cos(0.6), np.cos(0.4) * np.sin(0.6), np.sin(0.4)])
     np.testing.assert_allclose(figures._view(toward[None])[1], [1])
+
+
+def test_a_sphere_is_turned_so_that_consensus_is_in_front():
+    rng = np.random.default_rng(0)
+    for place in rng.normal(size=(20, 3)):
+        place /= np.linalg.norm(place)
+        panels = [{"dimension": 3, "snapshots": [rng.normal(size=(5, 3)), [place] * 5]}]
+        assert figures._view(place[None], *figures._facing(panels))[1] > 0.8
+    assert figures._facing([{"dimension": 2, "snapshots": [[[1, 0]]]}]) == (0.4, 0.6)
+
+
+def test_an_animation_has_a_frame_for_each_time(tmp_path):
+    panels = copy.deepcopy(EXAMPLES["plot_particles"]["panels"][:1])
+    path = figures.animate_particles({"panels": panels}, tmp_path / "new" / "a.webp")
+    with Image.open(path) as image:
+        assert image.format == "WEBP" and image.n_frames == 2 and image.size[0] == 640
+    panels[0]["times"] = [0]
+    with pytest.raises(ValueError, match="lists of different lengths"):
+        figures.animate_particles({"panels": panels}, path)
 
 
 def test_the_far_side_is_faint():
@@ -239,8 +270,9 @@ def test_cls_query_and_colour_image_are_drawn():
 
 
 def test_depth_starts_where_the_quantity_does():
-    axes = figures.plot_depth(copy.deepcopy(EXAMPLES["plot_depth"])).axes
-    assert [list(ax.lines[0].get_xdata()) for ax in axes] == [[1, 2, 3], [0, 1, 2]]
+    axes = [ax for ax in figures.plot_depth(copy.deepcopy(EXAMPLES["plot_depth"])).axes if ax.axison]
+    assert [list(ax.lines[0].get_xdata()) for ax in axes] == [[1, 2, 3], [1, 2, 3], [0, 1, 2]]
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[1] > 7  # one scale, which holds all parts
 
 
 def legend(fig):
@@ -248,41 +280,41 @@ def legend(fig):
     return [text.get_text() for text in fig.legends[0].get_texts()], fig.legends[0].get_title().get_text()
 
 
-def look(line):
-    "What tells a line from another."
-    return line.get_color(), line.get_linestyle(), line.get_marker(), line.get_markerfacecolor()
-
-
-def test_sinks_are_read_with_their_means_in_every_panel():
+def test_sinks_are_read_with_their_means_and_the_control_is_dotted():
     fig = draw("plot_sinks")
-    assert [text.get_text() for ax in fig.axes for text in ax.texts] == ["0.43", "0.43", "0.43", "0.00"]
-    labels, title = legend(fig)
-    assert labels == ["KViT", "base", "after"] and "over 2 passages" in title and "dashed" in title
-    one, two = fig.axes
-    assert len(one.lines) == len(two.lines) == 6  # two curves, their means, their marks beside the numbers
-    assert one.get_ylim() == two.get_ylim() == (0, 1) and one.get_ylabel() and not two.get_ylabel()
-    assert list(one.lines[0].get_xdata()) == [1, 2, 3] and list(two.lines[2].get_xdata()) == [1, 2]
-    assert look(one.lines[0]) == look(two.lines[2])
-    assert len({look(line)[1:] for line in (one.lines[0], one.lines[2], two.lines[0])}) == 3
-    assert {line.get_linestyle() for line in (one.lines[1], one.lines[3])} == {"--"}
+    first, near, after, _ = fig.axes
+    assert [text.get_text() for ax in fig.axes for text in ax.texts] == ["0.43 base", "0.43 cut", "0.00 KViT", "0.43 KViT"]
+    base, cut = first.lines
+    assert base.get_color() == cut.get_color() and (base.get_linestyle(), cut.get_linestyle()) == ("-", ":")
+    assert first.get_ylim() == near.get_ylim() == after.get_ylim() == (0, 1)
+    assert first.get_ylabel() == "before\nattention" and not near.get_ylabel() and after.get_ylabel().startswith("after")
 
 
-def test_a_base_model_is_a_dotted_line_of_the_same_look_in_every_panel():
+def test_fine_tuning_has_labelled_curves_and_paired_differences():
     fig = draw("plot_fine_tuning")
-    assert legend(fig) == (["KViT", "base", "LoRA", "counts"], "mean, and band of one standard deviation, over 2 seeds")
-    lines = [{line.get_label(): line for line in ax.lines} for ax in fig.axes]
-    assert [set(found) for found in lines] == [{"KViT", "base"}, {"LoRA", "KViT", "counts", "base"}]
-    assert look(lines[0]["KViT"]) == look(lines[1]["KViT"]) and lines[0]["KViT"].get_marker() != lines[1]["LoRA"].get_marker()
-    assert [found["base"].get_ydata()[0] for found in lines] == [3, 2]
-    dots = [found[name]._unscaled_dash_pattern for found, name in zip(lines[:1] + lines[1:] * 2, ("base", "base", "counts"), strict=True)]
-    assert dots[0] == dots[1] != dots[2]
+    _, plays, differences = fig.axes
+    assert {text.get_text() for text in plays.texts} == {"LoRA", "KViT", "base"}
+    assert [tick.get_text() for tick in differences.get_xticklabels()] == ["answers", "plays"] and differences.get_ylabel() == "A − B"
 
 
-def test_a_gate_keeps_its_whole_scale_and_says_where_it_started():
-    fig = draw("plot_gate")
-    assert fig.axes[0].get_ylim() == (0, 1)
-    assert legend(fig) == (["KViT", "initial value, 0.8"], "mean, and band of one standard deviation, over 2 seeds")
-    assert legend(draw("plot_sigma"))[0] == ["KViT", r"initial value, $\sigma_0 = 2.5$"]
+def test_a_gate_shows_its_range_and_says_where_it_started():
+    assert draw("plot_gate").axes[0].get_ylim()[0] > 0
+    assert [text.get_text() for text in draw("plot_gate").axes[0].texts] == ["KViT", "at the start: 0.8"]
+    two = EXAMPLES["plot_gate"]["series"] * 2
+    assert legend(figures.plot_sigma({"layers": [1, 2, 3], "seeds": 2, "series": [{**s, "label": str(i)} for i, s in enumerate(two)]})) == (
+        ["0", "1", "at the start: 0.8"], "mean, and band of one standard deviation, over 2 seeds")
+
+
+def test_differences_are_ordered_and_only_those_that_count_are_black():
+    first, second = draw("plot_differences").axes
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["A − C", "A − B"] and second.get_ylabel() == "one"
+    assert [line.get_color() for line in first.lines[1::3]] == ["#000000", "#8A8A8A"]  # the interval of A − B touches zero
+
+
+def test_supports_that_a_panel_lacks_are_not_on_its_axis():
+    post, pre = draw("plot_factors").axes
+    assert [len(ax.get_xticks()) for ax in (post, pre)] == [3, 1]
+    assert [line for line in post.lines if line.get_label() == "KViT"][0].get_xdata().shape == (2,)  # random places are not joined
 
 
 def test_seeds_in_a_row_can_show_another_quantity_than_bits():
@@ -295,10 +327,41 @@ def test_seeds_in_a_row_can_show_another_quantity_than_bits():
 def test_numbers_beside_lines_keep_their_order_and_their_distance():
     rng = np.random.default_rng(0)
     for values in (rng.random(5), np.zeros(5), np.ones(5), np.array([0.4]), rng.random(5) / 10 + 0.4):
-        places = result_figures._apart(values.tolist(), 0.06)
+        places = drawing.spread_labels(values.tolist(), 0.06)
         assert places.min() >= 0 and places.max() <= 1
         assert (np.diff(places[np.argsort(values, kind="stable")]) > 0.06 - 1e-9).all()
-    np.testing.assert_allclose(result_figures._apart([0.9, 0.1, 0.5], 0.06), [0.9, 0.1, 0.5])
+    np.testing.assert_allclose(drawing.spread_labels([0.9, 0.1, 0.5], 0.06), [0.9, 0.1, 0.5])
+
+
+def linear(colour):
+    "Linear RGB of a colour."
+    rgb = np.array(matplotlib.colors.to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lightness_and_hue(rgb):
+    "CIE L*a*b* of linear RGB."
+    xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]) @ rgb.clip(0, 1)
+    x, y, z = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz / (0.95047, 1, 1.08883))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_colours_stay_apart_without_red_green_vision_and_text_is_legible():
+    deuteranopia = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])  # Machado et al. (2009)
+    for seen in (np.eye(3), deuteranopia):
+        colours = [lightness_and_hue(seen @ linear(colour)) for colour in drawing.COLOURS.values()]
+        apart = [np.linalg.norm(a - b) for i, a in enumerate(colours) for b in colours[:i]]
+        assert min(apart) > 20  # ten times what can just be seen side by side
+    for colour in drawing.COLOURS.values():
+        assert 1.05 / (linear(drawing.ink(colour)) @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5  # contrast of text with white
+        assert 1.05 / (linear(colour) @ (0.2126, 0.7152, 0.0722) + 0.05) > 2
+
+
+def test_committed_figures_are_small_and_come_in_pairs():
+    folder = drawing.figure_folder("desk")
+    names = {ending: {path.stem for path in folder.glob(f"*.{ending}")} for ending in ("png", "svg")}
+    assert names["png"] == names["svg"] and all(path.stat().st_size < 300_000 for path in folder.glob("*.svg"))
+    assert {path.stem for path in folder.glob("*.webp") if path.stat().st_size < 2_000_000} == {"particles_circle", "particles_sphere"}
 
 
 @pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps"])

@@ -105,7 +105,7 @@ def test_code_and_data_are_built_into_the_package(tmp_path):
     library = tmp_path / "built" / "krause_repro"
     built = {path.name for path in library.iterdir()}
     assert built >= {path.name for path in (ROOT / "krause_repro").glob("*.py")} | {"published.json"}
-    for folder in ("csrc", "templates", "tasks", "tasks/items"):
+    for folder in ("csrc", "templates", "templates/interactive", "tasks", "tasks/items"):
         names, copied = ({path.name for path in (top / folder).iterdir() if path.is_file()} for top in (ROOT / "krause_repro", library))
         assert names and copied == names
 
