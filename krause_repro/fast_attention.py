@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from .checks import UserError
 from krause_repro.reference import (
     CausalWindow, GridWindow, Neighborhood, band_mask, between, centred, constant_cache, first_query_and_key, half_square_norm,
-    masked_softmax, no_autocast, repeat_kv, score_temperature, sum_of_support, support_mask, tracing, transforms_active,
-    upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_bad, without_padding,
+    masked_softmax, no_autocast, readable, repeat_kv, score_temperature, segment_starts, sum_of_support, support_mask, tracing,
+    transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_bad, without_padding,
 )
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
@@ -34,6 +34,25 @@ def _band_tiles(
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         yield slice(start, stop), slice(max(0, past + start - window + 1), past + stop)
+
+
+def _marked_tiles(
+    window: int,  # W
+    queries: int,  # Tq, the last tokens
+    keys: int,  # Tk
+    key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None,  # (B, Tk) of packed sequences
+) -> Iterator[tuple[slice, slice, tuple[Tensor | None, Tensor | None]]]:  # also the mask and the segments of the keys
+    "`_band_tiles`, on a CPU without the keys before the first query's segment, and without segments where there is only one."
+    known = segment_ids is not None and readable(segment_ids) and len(segment_ids) > 0
+    starts = segment_starts(segment_ids)[:, keys - queries:] if known else None
+    for rows, span in _band_tiles(window, queries, keys):
+        if known:
+            span = slice(max(span.start, starts[:, rows.start].min().item()), span.stop)
+        padding, own = (None if x is None else x[:, span] for x in (key_mask, segment_ids))
+        if known and (own[:, 0] == own[:, -1]).all():
+            own = None
+        yield rows, span, (padding, own)
 
 # %% ../nbs/03_fast_attention.ipynb #c1173791
 def _attend_tile(query, key, value, key_mask, segment_ids, temperature, window, top_k, score, dropout):
@@ -98,8 +117,7 @@ def tiles_attention(
         return _attend_tile(*tile, temperature, window, top_k, score, dropout)
 
     outputs = []
-    for rows, span in _band_tiles(window, query.shape[2], key.shape[2]):
-        marks = (None if x is None else x[:, span] for x in (key_mask, segment_ids))
+    for rows, span, marks in _marked_tiles(window, query.shape[2], key.shape[2], key_mask, segment_ids):
         tile = (query[:, :, rows], key[:, :, span], value[:, :, span], *marks)
         outputs.append(recompute(lambda *tile: _in_blocks(attend, *tile, window), *tile, dropout=dropout))
     return torch.cat(outputs, 2)
@@ -380,8 +398,7 @@ def sdpa_attention(
         allowed = band_mask(window, query.shape[2], key.shape[2], query.device)
         return _fused(query, key, value, key_mask, segment_ids, allowed, False, score, temperature, dropout)
 
-    for rows, span in _band_tiles(window, queries, keys):
-        marks = (None if x is None else x[:, span] for x in (key_mask, segment_ids))
+    for rows, span, marks in _marked_tiles(window, queries, keys, key_mask, segment_ids):
         outputs.append(_in_blocks(attend, query[:, :, rows], key[:, :, span], value[:, :, span], *marks, window))
     return torch.cat(outputs, 2)
 

@@ -144,6 +144,7 @@ def first_query_and_key(
     return asked, own
 
 
+@torch.no_grad()
 def between(
     asked: Tensor,  # (..., D)
     own: Tensor,  # (..., D)

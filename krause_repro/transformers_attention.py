@@ -119,10 +119,12 @@ def _packed_by(mask_function, batch_size, queries, past, window, device, custom)
     row = past + torch.arange(queries, device=device)[:, None]
     column = row + torch.tensor([1, 0, -1, 1 - window], device=device)  # next, itself, previous, first of the window
     batch, last = torch.arange(batch_size, device=device)[:, None, None], past + queries - 1
-    seen = mask_function(batch, batch.new_zeros(()), row, column.clamp(0, last)).expand(batch_size, -1, -1)
+    seen = mask_function(batch, batch.new_zeros(()), row, column.clamp(0, last)).broadcast_to(batch_size, *column.shape)
     segment_ids = (~seen[..., 2]).cumsum(1)  # a token that does not see the one before it starts a sequence
     same = segment_ids[:, (column - past).clamp(0, queries - 1)] == segment_ids[..., None]
     ensure(((seen == (same & (column <= row))) | (column < 0) | (column > last)).all(), _OTHER_PATTERN)
+    if values_known(segment_ids) and not segment_ids[:, -1].any():  # nothing is packed: another pattern
+        raise UserError(_OTHER_PATTERN)
     return segment_ids
 
 # %% ../nbs/08_transformers_attention.ipynb #06cc297a
