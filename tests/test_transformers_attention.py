@@ -762,10 +762,11 @@ def test_packed_rows_are_the_sequences_alone(models, name):
     packed = model(**batch, use_cache=False)
     alone = [model(torch.tensor([row["input_ids"]]), use_cache=False).logits for row in rows]
     assert_close(packed.logits, torch.cat(alone, 1), rtol=0, atol=1e-5)
-    losses = [F.cross_entropy(x[0, :-1], torch.tensor(row["labels"][1:]).long(), reduction="sum") for x, row in zip(alone, rows, strict=True)]
+    losses = [F.cross_entropy(x[0, :-1], torch.tensor(row["labels"][1:]).long(), reduction="sum")
+              for x, row in zip(alone, rows, strict=True)]
     parameters = [*model.parameters()]
-    for one, other in zip(torch.autograd.grad(packed.loss, parameters),
-                          torch.autograd.grad(sum(losses) / (sum(LENGTHS) - len(rows)), parameters), strict=True):
+    expected = torch.autograd.grad(sum(losses) / (sum(LENGTHS) - len(rows)), parameters)
+    for one, other in zip(torch.autograd.grad(packed.loss, parameters), expected, strict=True):
         assert_close(one, other, rtol=1e-5, atol=1e-6)
     with torch.no_grad():  # two rows, packed in different ways, and the weights
         positions = torch.cat([batch["position_ids"], torch.arange(25)[None]])

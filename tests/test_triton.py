@@ -312,7 +312,8 @@ def test_kernels_compile_for_gpus_without_spills(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(work)], env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
-    for (name, target, dtype, dim, window, single, *packed), (registers, spilled, shared) in zip(work, json.loads(done.stdout), strict=True):
+    found = json.loads(done.stdout)
+    for (name, target, dtype, dim, window, single, *packed), (registers, spilled, shared) in zip(work, found, strict=True):
         assert registers <= 255 and shared <= SHARED[target], (name, target, dtype, dim, window)
         if dtype != "float32" and dim in (64, 128):
             assert spilled <= 32 * bool(packed), (name, target, dtype, dim, window, single, spilled)
