@@ -150,11 +150,13 @@ def gathered_attention(
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
     *,
     key_mask: None = None,  # must be None: a grid has no padding. As in `reference_attention`
+    segment_ids: None = None,  # must be None: an image is one sequence
     **options,  # score, sigma, dropout, as in `reference_attention`
 ) -> Tensor:  # (B, H, T, Dv)
     "`reference_attention` on an image grid: C++ on a CPU, Triton on CUDA, PyTorch for what these do not support."
     if key_mask is not None:
         raise UserError("key_mask must be None on an image grid; use implementation 'reference' or 'auto'")
+    _check_segments(segment_ids, neighborhood, key)
     neighborhood.check(key.shape[-2])
     dropout = options.get("dropout", 0.0)
     compute = native_lists if kernels_apply(query, dropout) else gathered_rows
@@ -233,8 +235,8 @@ def krause_attention(
     _check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout, segment_ids)
     top_k = None if top_k is None else int(top_k)
     compute = choose_implementation(implementation, neighborhood, top_k, key_mask, query.device)
-    packed = {} if segment_ids is None else {"segment_ids": segment_starts(segment_ids)}
-    return compute(query, key, value, neighborhood, top_k, sigma=sigma, dropout=dropout, key_mask=key_mask, **packed)
+    marks = {"key_mask": key_mask, "segment_ids": None if segment_ids is None else segment_starts(segment_ids)}
+    return compute(query, key, value, neighborhood, top_k, sigma=sigma, dropout=dropout, **marks)
 
 # %% ../nbs/06_attention.ipynb #9dbc083d
 def krause_attention_weights(
@@ -310,10 +312,11 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropo
     return dim, heads, top_k, dropout
 
 
-def _check_hidden(hidden, dim):
+def _check_hidden(hidden, dim, segment_ids, neighborhood):
     _check_floating("hidden", hidden)
     if hidden.ndim != 3 or hidden.shape[1] == 0 or hidden.shape[2] != dim:
         raise UserError(f"hidden must be of shape (B, T ≥ 1, {dim}), got {tuple(hidden.shape)}")
+    _check_segments(segment_ids, neighborhood, hidden[:, None])
 
 # %% ../nbs/06_attention.ipynb #e72f4489
 class KrauseAttention(nn.Module):
@@ -361,20 +364,16 @@ class KrauseAttention(nn.Module):
         segment_ids: Tensor | None = None,  # (B, T) of packed sequences, non-decreasing; `rotary` must know their positions
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, d) and (B, H, T, T) or None
         "Attend; returns the output and, when asked, the weights (before dropout)."
-        _check_hidden(hidden, self.dim)
-        _check_segments(segment_ids, self.neighborhood, hidden[:, None])
+        _check_hidden(hidden, self.dim, segment_ids, self.neighborhood)
         split = (*hidden.shape[:2], self.heads, self.dim // self.heads)
         query, key, value = (p(hidden).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
-        if rotary is not None:
-            query, key = rotary(query), rotary(key)
-        dropout = self.dropout if self.training else 0.0
+        query, key = (query, key) if rotary is None else (rotary(query), rotary(key))
+        dropout, limits = self.dropout if self.training else 0.0, (self.neighborhood, self.top_k)
         if output_weights:
-            weights, support = dense_attention_weights(query, key, self.neighborhood, self.top_k, self.score, self.sigma,
-                                                       None, segment_ids)
+            weights, support = dense_attention_weights(query, key, *limits, self.score, self.sigma, None, segment_ids)
             return self.o_proj(merge_heads(weighted_sum(weights, value, dropout, support))), weights
-        compute = choose_implementation("auto", self.neighborhood, self.top_k, device=hidden.device)
-        packed = {} if segment_ids is None else {"segment_ids": segment_ids}  # a grid takes none
-        output = compute(query, key, value, self.neighborhood, self.top_k, score=self.score, sigma=self.sigma, dropout=dropout, **packed)
+        compute, options = choose_implementation("auto", *limits, device=hidden.device), {"dropout": dropout, "segment_ids": segment_ids}
+        output = compute(query, key, value, *limits, score=self.score, sigma=self.sigma, **options)
         return self.o_proj(merge_heads(output)), None
 
     def extra_repr(self) -> str:

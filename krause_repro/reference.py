@@ -101,14 +101,7 @@ def within_segments(
     same = (segment_ids[:, -queries:, None] == segment_ids[:, None]).unsqueeze(1)  # (B, 1, Tq, Tk)
     return same if allowed is None else allowed & same
 
-# %% ../nbs/02_reference.ipynb #41d0c9aa
-def _real_key(key, real, first):
-    "The last real key (B, H, 1, D) up to position `first`, else the first real one after it, else any; `real` is (B, Tk)."
-    place = torch.arange(key.shape[-2], device=key.device)
-    preference = torch.where(place <= first, place + len(place), len(place) - place)
-    return key.gather(-2, (real * preference).argmax(-1)[:, None, None, None].expand_as(key[..., :1, :]))
-
-
+# %% ../nbs/02_reference.ipynb #d2a97b4e
 def _first_in_segments(query, key, key_mask, start, first):
     "`first_query_and_key` of each token's segment, which starts at `start` (B, Tk); `first` is the position of the first query."
     def at(x, place):
@@ -123,6 +116,13 @@ def _first_in_segments(query, key, key_mask, start, first):
     real = key_mask.gather(1, start.clamp_min(first))[:, None, :, None]
     own = own.where(real, at(key, before.where(before >= start, after)))
     return asked.where(real, own), own
+
+# %% ../nbs/02_reference.ipynb #41d0c9aa
+def _real_key(key, real, first):
+    "The last real key (B, H, 1, D) up to position `first`, else the first real one after it, else any; `real` is (B, Tk)."
+    place = torch.arange(key.shape[-2], device=key.device)
+    preference = torch.where(place <= first, place + len(place), len(place) - place)
+    return key.gather(-2, (real * preference).argmax(-1)[:, None, None, None].expand_as(key[..., :1, :]))
 
 
 @torch.no_grad()

@@ -1194,7 +1194,7 @@ def raw_operators():
     angles, token = normal(2, 1, 7, 32), normal(3, 1, 1, 64)
     last = (query[:, :, :1], key[:, :, :1].contiguous(), value[:, :, :1].contiguous())
     return {
-        "band": (lambda x: ops.band(x, key, value, tau, None, 3, 0, 0, 0.0, 0)[0], query),
+        "band": (lambda x: ops.band(x, key, value, tau, None, None, 3, 0, 0, 0.0, 0)[0], query),
         "lists": (lambda x: ops.lists(x, key, value, tau, *candidate_lists(GridWindow(2, 3, 1)), 0, 0, 0.0, 0)[0], query),
         "decode_linear": (lambda x: ops.decode_linear(x, row, None), normal(0, 2, 32)),
         "rotate": (lambda x: ops.rotate(x, x, angles, angles)[0], normal(0, 1, 7, 2, 32)),
