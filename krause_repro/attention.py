@@ -18,8 +18,8 @@ from .checks import UserError, check_choice, check_fraction, check_integer
 from .fast_attention import banded_tiles, flex_attention, gathered_rows, sdpa_attention
 from .native_kernels import kernels_apply, native_band, native_lists
 from krause_repro.reference import (
-    SCORES, CausalWindow, Full, GridWindow, Neighborhood, attention_weights, dense_attention_weights, pairwise_energy,
-    reference_attention, topk_mask, tracing, transforms_active, weighted_sum,
+    SCORES, CausalWindow, Full, GridWindow, Neighborhood, attention_weights, dense_attention_weights, pairwise_energy, readable,
+    reference_attention, segment_starts, topk_mask, tracing, transforms_active, weighted_sum,
 )
 from .triton_kernels import INTERPRETED, triton_applies, triton_attention
 
@@ -53,6 +53,22 @@ def _check_floating(name, tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
         raise UserError(f"{name} must be a floating tensor, float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def _check_segments(segment_ids, neighborhood, key):
+    "Raise an error unless `segment_ids` is None or fits. Only on a CPU does this read the order; elsewhere any change starts a segment."
+    if segment_ids is None:
+        return
+    if not isinstance(neighborhood, (CausalWindow, Full)):
+        raise UserError(f"segment_ids must be None with {neighborhood!r}; packed sequences need a CausalWindow or Full()")
+    shape = (key.shape[0], key.shape[2])
+    if not isinstance(segment_ids, Tensor):
+        raise TypeError(f"segment_ids must be an int32 or int64 tensor of shape {shape}, got {type(segment_ids).__name__}")
+    if segment_ids.dtype not in (torch.int32, torch.int64) or segment_ids.shape != shape or segment_ids.device != key.device:
+        raise UserError(f"segment_ids must be an int32 or int64 tensor of shape {shape} (batch, keys) on {key.device}, "
+                        f"got {segment_ids.dtype} of shape {tuple(segment_ids.shape)} on {segment_ids.device}")
+    if readable(segment_ids) and (segment_ids.diff(dim=1) < 0).any():
+        raise UserError("segment_ids must not decrease along a row: the tokens of a packed sequence lie side by side")
 
 
 def _check_tensors(query, key, value, neighborhood, key_mask):
@@ -94,12 +110,14 @@ def _check_attention_arguments(
     top_k: int | None,  # must be ≥ 1 or None
     key_mask: Tensor | None = None,  # must be (B, Tk) bool on query's device, or None
     dropout: float = 0.0,  # must be in [0, 1)
+    segment_ids: Tensor | None = None,  # must be (B, Tk) integers on query's device that do not decrease, or None
 ) -> None:
     "Raise a `ValueError` or `TypeError` that names the first invalid argument and what is allowed."
     if not isinstance(neighborhood, Neighborhood):
         raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
     _check_tensors(query, key, value, neighborhood, key_mask)
     neighborhood.check(key.shape[-2])
+    _check_segments(segment_ids, neighborhood, key)
     if isinstance(sigma, Tensor) and sigma.device != query.device:
         raise UserError(f"sigma must be on query's device {query.device}, got {sigma.device}")
     _check_sigma(sigma, query.shape[1])
@@ -114,7 +132,7 @@ def banded_attention(
     value: Tensor,  # (B, Hk, Tk, Dv)
     neighborhood: CausalWindow,
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
-    **options,  # score, sigma, dropout, key_mask, as in `reference_attention`
+    **options,  # score, sigma, dropout, key_mask, segment_ids, as in `reference_attention`
 ) -> Tensor:  # (B, H, Tq, Dv)
     "`reference_attention` with a causal window in O(T·W): C++ on a CPU, Triton on CUDA, tiles for what these do not support."
     dropout = options.get("dropout", 0.0)
@@ -132,11 +150,13 @@ def gathered_attention(
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
     *,
     key_mask: None = None,  # must be None: a grid has no padding. As in `reference_attention`
+    segment_ids: None = None,  # must be None: an image is one sequence
     **options,  # score, sigma, dropout, as in `reference_attention`
 ) -> Tensor:  # (B, H, T, Dv)
     "`reference_attention` on an image grid: C++ on a CPU, Triton on CUDA, PyTorch for what these do not support."
     if key_mask is not None:
         raise UserError("key_mask must be None on an image grid; use implementation 'reference' or 'auto'")
+    _check_segments(segment_ids, neighborhood, key)
     neighborhood.check(key.shape[-2])
     dropout = options.get("dropout", 0.0)
     compute = native_lists if kernels_apply(query, dropout) else gathered_rows
@@ -195,6 +215,7 @@ def krause_attention(
     top_k: int | None = None,  # keys kept in each row inside the neighbourhood; None keeps all
     *,
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding; a row without candidates gives zeros
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing integers; None: a row is one sequence
     dropout: float = 0.0,  # probability of dropping a weight, applied whenever > 0
     implementation: str = "auto",  # one of `IMPLEMENTATIONS`; see below
 ) -> Tensor:  # (B, H, Tq, Dv)
@@ -204,16 +225,18 @@ def krause_attention(
     anything else without `top_k`, and otherwise `reference`.
 
     Tk = Tq, except that with a `CausalWindow` the queries may be the last Tq of Tk tokens (decoding with a cache).
-    Scores are computed in float32 for half-precision input. Ties at the k-th place are all kept. A NaN or infinity in a query,
+    With `segment_ids` (for a `CausalWindow` or `Full`) tokens attend only to tokens of the same number, as if each packed sequence
+    were alone. Scores are computed in float32 for half-precision input. Ties at the k-th place are all kept. A NaN or infinity in a query,
     or in a key that is not padding, makes every row that attends to it NaN. In a value, it affects the same coordinate of the rows
     that keep its key, through which no gradient flows; rows that dropped the key (window, top-k, padding, dropout) ignore it.
     (With `sdpa`, dropped weights do not count as dropped keys.)
     Raises `ValueError` or `TypeError`, before any work, for invalid arguments.
     """
-    _check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout)
+    _check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout, segment_ids)
     top_k = None if top_k is None else int(top_k)
     compute = choose_implementation(implementation, neighborhood, top_k, key_mask, query.device)
-    return compute(query, key, value, neighborhood, top_k, sigma=sigma, dropout=dropout, key_mask=key_mask)
+    marks = {"key_mask": key_mask, "segment_ids": None if segment_ids is None else segment_starts(segment_ids)}
+    return compute(query, key, value, neighborhood, top_k, sigma=sigma, dropout=dropout, **marks)
 
 # %% ../nbs/06_attention.ipynb #9dbc083d
 def krause_attention_weights(
@@ -223,11 +246,12 @@ def krause_attention_weights(
     neighborhood: Neighborhood,  # `Full()`, `CausalWindow(size)` or `GridWindow(...)`
     top_k: int | None = None,  # keys kept in each row; None keeps all
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Tk), float32 or float64; rows sum to one
     "The weights $a_{ij}$ of Krause Attention (paper, Section 4), with the argument checks of `krause_attention`."
-    _check_attention_arguments(query, key, key, sigma, neighborhood, top_k, key_mask)
+    _check_attention_arguments(query, key, key, sigma, neighborhood, top_k, key_mask, segment_ids=segment_ids)
     top_k = None if top_k is None else int(top_k)
-    return attention_weights(query, key, neighborhood, top_k, sigma=sigma, key_mask=key_mask)
+    return attention_weights(query, key, neighborhood, top_k, sigma=sigma, key_mask=key_mask, segment_ids=segment_ids)
 
 # %% ../nbs/06_attention.ipynb #b5966caa
 def attention_stages(
@@ -268,6 +292,10 @@ def merge_heads(
     "Join the heads of each token."
     return x.transpose(1, 2).flatten(2)
 
+
+def _split_heads(x, heads):
+    return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)  # (B, H, T, D)
+
 # %% ../nbs/06_attention.ipynb #50b59fdd
 def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropout):
     "The arguments of `KrauseAttention` that may be converted; raises an error that names an invalid one."
@@ -288,10 +316,11 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropo
     return dim, heads, top_k, dropout
 
 
-def _check_hidden(hidden, dim):
+def _check_hidden(hidden, dim, segment_ids, neighborhood):
     _check_floating("hidden", hidden)
     if hidden.ndim != 3 or hidden.shape[1] == 0 or hidden.shape[2] != dim:
         raise UserError(f"hidden must be of shape (B, T ≥ 1, {dim}), got {tuple(hidden.shape)}")
+    _check_segments(segment_ids, neighborhood, hidden[:, None])
 
 # %% ../nbs/06_attention.ipynb #e72f4489
 class KrauseAttention(nn.Module):
@@ -337,18 +366,18 @@ class KrauseAttention(nn.Module):
         rotary: Callable[[Tensor], Tensor] | None = None,  # rotates queries and keys (B, H, T, D) by their positions
         output_weights: bool = False,  # also return the weights?
         neighborhood: Neighborhood | None = None,  # for this call, as for images of another size; None: the layer's own
+        segment_ids: Tensor | None = None,  # (B, T) of packed sequences, non-decreasing; `rotary` must know their positions
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, d) and (B, H, T, T) or None
         "Attend; returns the output and, when asked, the weights (before dropout)."
-        _check_hidden(hidden, self.dim)
-        split = (*hidden.shape[:2], self.heads, self.dim // self.heads)
-        query, key, value = (p(hidden).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        _check_hidden(hidden, self.dim, segment_ids, neighborhood or self.neighborhood)
+        query, key, value = (_split_heads(p(hidden), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         query, key = (query, key) if rotary is None else (rotary(query), rotary(key))
-        dropout, near = self.dropout if self.training else 0.0, self.neighborhood if neighborhood is None else neighborhood
+        dropout, limits = self.dropout if self.training else 0.0, (neighborhood or self.neighborhood, self.top_k)
         if output_weights:
-            weights, support = dense_attention_weights(query, key, near, self.top_k, self.score, self.sigma, None)
+            weights, support = dense_attention_weights(query, key, *limits, self.score, self.sigma, None, segment_ids)
             return self.o_proj(merge_heads(weighted_sum(weights, value, dropout, support))), weights
-        compute = choose_implementation("auto", near, self.top_k, device=hidden.device)
-        output = compute(query, key, value, near, self.top_k, score=self.score, sigma=self.sigma, dropout=dropout)
+        compute, options = choose_implementation("auto", *limits, device=hidden.device), {"dropout": dropout, "segment_ids": segment_ids}
+        output = compute(query, key, value, *limits, score=self.score, sigma=self.sigma, **options)
         return self.o_proj(merge_heads(output)), None
 
     def extra_repr(self) -> str:

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import UserError
 from krause_repro.reference import (
-    CausalWindow, GridWindow, Neighborhood, band_mask, common_centre, constant_cache, half_square_norm, masked_softmax, no_autocast,
-    repeat_kv, score_temperature, sum_of_support, support_mask, tracing, transforms_active, upcast_to_float32, weighted_sum,
-    weights_and_support, without_bad, without_padding,
+    CausalWindow, GridWindow, Neighborhood, band_mask, between, centred, constant_cache, first_query_and_key, half_square_norm,
+    masked_softmax, no_autocast, readable, repeat_kv, score_temperature, segment_starts, sum_of_support, support_mask, tracing,
+    transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_bad, without_padding,
 )
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
@@ -35,33 +35,55 @@ def _band_tiles(
         stop = min(start + size, queries)
         yield slice(start, stop), slice(max(0, past + start - window + 1), past + stop)
 
+
+def _marked_tiles(
+    window: int,  # W
+    queries: int,  # Tq, the last tokens
+    keys: int,  # Tk
+    key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None,  # (B, Tk) of packed sequences
+) -> Iterator[tuple[slice, slice, tuple[Tensor | None, Tensor | None]]]:  # also the mask and the segments of the keys
+    "`_band_tiles`, on a CPU without the keys before the first query's segment, and without segments where there is only one."
+    known = segment_ids is not None and readable(segment_ids) and len(segment_ids) > 0
+    starts = segment_starts(segment_ids)[:, keys - queries:] if known else None
+    for rows, span in _band_tiles(window, queries, keys):
+        if known:
+            span = slice(max(span.start, starts[:, rows.start].min().item()), span.stop)
+        padding, own = (None if x is None else x[:, span] for x in (key_mask, segment_ids))
+        if known and (own[:, 0] == own[:, -1]).all():
+            own = None
+        yield rows, span, (padding, own)
+
 # %% ../nbs/03_fast_attention.ipynb #c1173791
-def _attend_tile(query, key, value, key_mask, temperature, window, top_k, score, dropout):
+def _attend_tile(query, key, value, key_mask, segment_ids, temperature, window, top_k, score, dropout):
     "The reference on one tile: queries (B, H, Tq, D) are the last of the keys (B, Hk, Tk, D)."
     allowed = band_mask(window, query.shape[2], key.shape[2], query.device)
-    weights, support = weights_and_support(query, key, allowed, top_k, score, temperature, key_mask)
+    weights, support = weights_and_support(query, key, allowed, top_k, score, temperature, key_mask, segment_ids)
     return weighted_sum(weights, value, dropout, support)
 
 # %% ../nbs/03_fast_attention.ipynb #7d3a90e4
 def _in_blocks(
-    attend: Callable[..., Tensor],  # of query, key, value and key_mask
+    attend: Callable[..., Tensor],  # of query, key, value, key_mask and segment_ids
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens
     key: Tensor,  # (B, Hk, Tk, D), no more than Tq + W − 1
     value: Tensor,  # (B, Hk, Tk, Dv)
     key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None,  # (B, Tk) of packed sequences
     window: int,  # W
 ) -> Tensor:  # (B, H, Tq, Dv)
     "Apply `attend` to blocks of W queries, batched as separate sequences; for W queries or fewer, call it directly."
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if queries <= window:
-        return attend(query, key, value, key_mask)
+        return attend(query, key, value, key_mask, segment_ids)
     before, after, blocks = window - 1 - keys + queries, -queries % window, -(-queries // window)  # padding
     real = key.new_ones(batch, keys, dtype=torch.bool) if key_mask is None else key_mask
     key_mask = F.pad(real, (before, after)).unfold(1, 2 * window - 1, window).flatten(0, 1)
+    if segment_ids is not None:
+        segment_ids = F.pad(segment_ids, (before, after)).unfold(1, 2 * window - 1, window).flatten(0, 1)
     query = F.pad(query, (0, 0, 0, after)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
     key, value = (F.pad(x, (0, 0, before, after)).unfold(2, 2 * window - 1, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
                   for x in (key, value))
-    output = attend(query, key, value, key_mask)  # (B·blocks, H, W, Dv)
+    output = attend(query, key, value, key_mask, segment_ids)  # (B·blocks, H, W, Dv)
     return output.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :queries]
 
 # %% ../nbs/03_fast_attention.ipynb #78107a91
@@ -86,6 +108,7 @@ def tiles_attention(
     top_k: int | None,  # keys kept in each row; None keeps the whole window
     score: str,  # one of `SCORES`
     dropout: float,  # probability of dropping a weight
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences
 ) -> Tensor:  # (B, H, Tq, Dv)
     "Attention with a causal window, tile by tile, for a given temperature."
     window = min(window, key.shape[2])
@@ -94,8 +117,8 @@ def tiles_attention(
         return _attend_tile(*tile, temperature, window, top_k, score, dropout)
 
     outputs = []
-    for rows, span in _band_tiles(window, query.shape[2], key.shape[2]):
-        tile = (query[:, :, rows], key[:, :, span], value[:, :, span], None if key_mask is None else key_mask[:, span])
+    for rows, span, marks in _marked_tiles(window, query.shape[2], key.shape[2], key_mask, segment_ids):
+        tile = (query[:, :, rows], key[:, :, span], value[:, :, span], *marks)
         outputs.append(recompute(lambda *tile: _in_blocks(attend, *tile, window), *tile, dropout=dropout))
     return torch.cat(outputs, 2)
 
@@ -111,10 +134,11 @@ def banded_tiles(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Dv)
     "`reference_attention` with a causal window, tile by tile, in O(T·W) time and O(tile·W) extra memory; any device and dtype."
     temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
-    return tiles_attention(query, key, value, key_mask, temperature, neighborhood.size, top_k, score, dropout)
+    return tiles_attention(query, key, value, key_mask, temperature, neighborhood.size, top_k, score, dropout, segment_ids)
 
 # %% ../nbs/03_fast_attention.ipynb #4649a901
 def candidate_table(
@@ -155,13 +179,28 @@ def _centred(
     key: Tensor,  # (B, H, Tk, D)
     score: str,  # one of `SCORES`
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences
 ) -> tuple[Tensor, Tensor]:  # float32 or float64
-    "Queries and keys relative to their `common_centre` for the Krause score, which is translation invariant; unchanged for the others."
+    "Queries and keys relative to their common centre for the Krause score, which is translation invariant; unchanged for the others."
     query, key = upcast_to_float32(query), upcast_to_float32(key)
-    if score != "krause":
-        return query, key
-    centre = common_centre(query, key, key_mask)
-    return query - centre, key - centre
+    return centred(query, key, key_mask, segment_ids) if score == "krause" else (query, key)
+
+
+def centred_in_dtype(
+    query: Tensor,  # (B, H, Tq, D), the last Tq tokens
+    key: Tensor,  # (B, Hk, Tk, D)
+    key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor,  # (B, Tk) of packed sequences
+) -> tuple[Tensor, Tensor]:  # of the given dtype
+    "Queries and keys relative to a centre of their segment and key head; in half precision only where the difference is hardly rounded."
+    one_each = query[:, ::query.shape[1] // key.shape[1]]
+    asked, own = first_query_and_key(upcast_to_float32(one_each), upcast_to_float32(key), key_mask, segment_ids)
+    centre = between(asked, own)  # (B, Hk, Tk, D)
+    if query.dtype in (torch.float16, torch.bfloat16):
+        apart = (asked - own).square().mean(-1, keepdim=True)
+        centre = centre.where((apart > 0) & (centre.square() > 256 * apart), 0)
+    shift = repeat_kv(centre[:, :, -query.shape[2]:], query.shape[1])
+    return (query - shift).to(query.dtype), (key - centre).to(key.dtype)
 
 
 def _relative_energy(query, key, score):
@@ -298,8 +337,9 @@ def _fused_attention(
     return _TwiceDifferentiable.apply(output, *tensors, allowed, causal, dropout, scale)
 
 # %% ../nbs/03_fast_attention.ipynb #e757c874
-def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dropout):
+def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, temperature, dropout):
     "Fused attention of queries (B, H, Tq, D) that are the last of the keys (B, Hk, Tk, D); `allowed` is None, or a mask without padding."
+    allowed = within_segments(allowed, segment_ids, query.shape[2])
     if key_mask is not None:
         key, value = (_without(x, ~key_mask.unsqueeze(1)) for x in (key, value))
         allowed = without_padding(allowed, key_mask)
@@ -307,7 +347,7 @@ def _fused(query, key, value, key_mask, allowed, causal, score, temperature, dro
     if score == "softmax":
         bad, scale = None, None
     else:
-        query, key = _centred(query, key, score, key_mask)
+        query, key = _centred(query, key, score, key_mask, segment_ids)
         if key_mask is not None:
             key = _without(key, ~key_mask.unsqueeze(1))
         bad_queries, bad_keys = (half_square_norm(x).isnan() for x in (query, key))
@@ -341,6 +381,7 @@ def sdpa_attention(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Dv)
     "`reference_attention` without top-k by `F.scaled_dot_product_attention`: a window tile by tile, a grid as a mask in O(T²)."
     if top_k is not None:
@@ -348,18 +389,17 @@ def sdpa_attention(
     queries, keys = query.shape[2], key.shape[2]
     temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
     if not isinstance(neighborhood, CausalWindow) or neighborhood.size >= keys:
-        causal = isinstance(neighborhood, CausalWindow) and keys == queries and key_mask is None
+        causal = isinstance(neighborhood, CausalWindow) and keys == queries and key_mask is None and segment_ids is None
         allowed = None if causal else support_mask(neighborhood, queries, keys, key.device)
-        return _fused(query, key, value, key_mask, allowed, causal, score, temperature, dropout)
+        return _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, temperature, dropout)
     window, outputs = neighborhood.size, []
 
-    def attend(query, key, value, key_mask):
+    def attend(query, key, value, key_mask, segment_ids):
         allowed = band_mask(window, query.shape[2], key.shape[2], query.device)
-        return _fused(query, key, value, key_mask, allowed, False, score, temperature, dropout)
+        return _fused(query, key, value, key_mask, segment_ids, allowed, False, score, temperature, dropout)
 
-    for rows, span in _band_tiles(window, queries, keys):
-        padding = None if key_mask is None else key_mask[:, span]
-        outputs.append(_in_blocks(attend, query[:, :, rows], key[:, :, span], value[:, :, span], padding, window))
+    for rows, span, marks in _marked_tiles(window, queries, keys, key_mask, segment_ids):
+        outputs.append(_in_blocks(attend, query[:, :, rows], key[:, :, span], value[:, :, span], *marks, window))
     return torch.cat(outputs, 2)
 
 # %% ../nbs/03_fast_attention.ipynb #7e15412d
@@ -370,13 +410,16 @@ def row_thresholds(
     neighborhood: Neighborhood,
     top_k: int,  # keys kept in each row
     score: str = "krause",  # one of `SCORES`
+    segment_ids: Tensor | None = None,  # (B, T) of packed sequences
 ) -> Tensor:  # (B, H, T): between the k-th `relative_energy` and the next; infinite if there is no next
     "A top-k threshold per row, halfway to the next energy so that another kernel's rounding does not change the selection."
-    (query, key), length, parts = _centred(query, key, score), query.shape[2], []
+    (query, key), length, parts = _centred(query, key, score, segment_ids=segment_ids), query.shape[2], []
     for start in range(0, length, 256):
         rows = slice(start, start + 256)
         energy = _relative_energy(query[:, :, rows], key, score)
         allowed = neighborhood.mask(length, query.device)[rows]
+        if segment_ids is not None:
+            allowed = allowed & (segment_ids[:, rows, None] == segment_ids[:, None]).unsqueeze(1)
         candidates = energy.masked_fill(~allowed, torch.inf)
         last = candidates.topk(min(top_k, length), dim=-1, largest=False, sorted=False).values.amax(-1)
         following = candidates.masked_fill(candidates <= last.unsqueeze(-1), torch.inf).amin(-1)
@@ -398,11 +441,12 @@ def _flex_terms(
     top_k: int | None,  # keys kept in each row; None keeps all
     score: str,  # one of `SCORES`
     temperature: Tensor | float,  # τ, a number or (H, 1, 1)
+    segment_ids: Tensor | None,  # (B, T) of packed sequences
 ):  # score_mod and mask_mod of FlexAttention
     "FlexAttention's two functions: the score −E/τ, up to a row constant and with top-k applied, and the mask."
     bias = torch.zeros_like(key[..., 0]) if score == "softmax" else half_square_norm(upcast_to_float32(key))  # (B, H, T)
     tau = torch.as_tensor(temperature, dtype=bias.dtype, device=bias.device).reshape(-1).expand(query.shape[1])
-    limit = None if top_k is None or top_k >= key.shape[2] else row_thresholds(query, key, neighborhood, top_k, score)
+    limit = None if top_k is None or top_k >= key.shape[2] else row_thresholds(query, key, neighborhood, top_k, score, segment_ids)
     window = neighborhood.size if isinstance(neighborhood, CausalWindow) else None
     allowed = None if window else neighborhood.mask(key.shape[2], key.device)
 
@@ -412,7 +456,8 @@ def _flex_terms(
         return kept if limit is None else torch.where(energy > limit[b, h, i], -torch.inf, kept)  # NaN stays NaN
 
     def mask_mod(b, h, i, j):
-        return (i >= j) & (i - j < window) if window else allowed[i, j]
+        inside = (i >= j) & (i - j < window) if window else allowed[i, j]
+        return inside if segment_ids is None else inside & (segment_ids[b, i] == segment_ids[b, j])
 
     return score_mod, mask_mod
 
@@ -428,6 +473,7 @@ def flex_attention(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # must be 0: FlexAttention has none
     key_mask: None = None,  # must be None
+    segment_ids: Tensor | None = None,  # (B, T) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, T, Dv)
     "`reference_attention` by compiled FlexAttention, which skips blocks outside the neighbourhood; slow and uncompiled without CUDA."
     from torch.nn.attention.flex_attention import create_block_mask
@@ -438,13 +484,14 @@ def flex_attention(
     dtype = value.dtype
     query, key, value = (repeat_kv(upcast_to_float32(x), query.shape[1]) for x in (query, key, value))
     temperature = score_temperature(query[..., :0], score, sigma, query.shape[-1])
-    query, key = _centred(query, key, score)
+    query, key = _centred(query, key, score, segment_ids=segment_ids)
     query = query if score == "softmax" else _nan_if_not_finite(query)
     fused = _compiled_flex() if query.is_cuda else eager
 
     def product(value, temperature=temperature):
-        score_mod, mask_mod = _flex_terms(query, key, neighborhood, top_k, score, temperature)
-        mask = create_block_mask(mask_mod, None, None, query.shape[2], key.shape[2], device=query.device)
+        score_mod, mask_mod = _flex_terms(query, key, neighborhood, top_k, score, temperature, segment_ids)
+        rows = None if segment_ids is None else len(segment_ids)  # one mask for all rows, or one each
+        mask = create_block_mask(mask_mod, rows, None, query.shape[2], key.shape[2], device=query.device)
         with no_autocast(query.device):  # centred queries and keys are not exact in half precision
             return fused(query, key, value, score_mod=score_mod, block_mask=mask, scale=1.0)
 

@@ -23,11 +23,12 @@ from .image_transformer import PreallocatedLayer, check_targets
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
 from .model_base import CheckedConfig, CheckedModel, named_arguments
 from .native_decode import DecodeLinear
-from .reference import CausalWindow, Neighborhood, attention_weights
+from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, take_cache
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
 MIXERS = ("standard", "window", "top_k", "longformer", "routing", "krause", "krause_only", "standard_wide")
+UNPACKED = ("longformer", "routing")  # have patterns of positions and of clusters, which know no packed sequences
 WINDOWED = ("window", "krause_only")  # their cache is a ring of the last W tokens
 
 # %% ../nbs/19_language_model.ipynb #11368b50
@@ -123,6 +124,16 @@ def fused_attention(
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and new > 1)
 
+
+def causal_segments(
+    segment_ids: Tensor | None,  # (B, T) of packed sequences
+) -> Tensor | None:  # (B, 1, T, T) bool; None: all earlier tokens
+    "The boolean mask of all earlier tokens of the same packed sequence."
+    if segment_ids is None:
+        return None
+    length = segment_ids.shape[1]
+    return within_segments(CausalWindow(length).mask(length, segment_ids.device), segment_ids, length)
+
 # %% ../nbs/19_language_model.ipynb #cdf6f50c
 class LanguageAttention(nn.Module):
     "Causal self-attention of one layer, by any mixer; for krause the softmax attention beside the branch."
@@ -154,14 +165,14 @@ class LanguageAttention(nn.Module):
             query, key = torch.cat([local, shared], 1), torch.cat([key, shared], 1)
         return query, key, value
 
-    def forward(self, hidden_states, attention_mask=None, cache=None, **branch):
+    def forward(self, hidden_states, attention_mask=None, cache=None, segment_ids=None, **branch):
         "Map tokens (B, T, d) to tokens; `branch` holds the arguments of `krause_branch_forward` when a Krause branch calls its copy."
         query, key, value = self.project(hidden_states)
         dropout = self.config.dropout if self.training else 0.0
         if branch:
             output = krause_branch_forward(self, query, key, value, attention_mask, dropout=dropout, **branch)[0].flatten(2)
         else:
-            output = merge_heads(attend(self, query, key, value, cache, dropout))
+            output = merge_heads(attend(self, query, key, value, cache, dropout, segment_ids))
         return self.o_proj(output), None
 
 # %% ../nbs/19_language_model.ipynb #91f4e43b
@@ -172,6 +183,7 @@ def attend(
     value: Tensor,  # (B, H, T, D)
     cache: Cache | None,  # of the earlier tokens; updated
     dropout: float,  # probability of dropping a weight
+    segment_ids: Tensor | None = None,  # (B, T) of packed sequences; not for `UNPACKED`, and not with a cache
 ) -> Tensor:  # (B, H, T, D)
     "Causal attention of the new tokens by the layer's mixer."
     mixer, config, new = layer.mixer, layer.config, query.shape[2]
@@ -181,19 +193,19 @@ def attend(
         return _train_routing(layer, query, key, value, dropout)
     if cache is not None:
         key, value = cache.update(key, value, layer.layer_idx)
-    window = CausalWindow(layer.window)
+    window, packed = CausalWindow(layer.window), {"dropout": dropout, "segment_ids": segment_ids}
     if mixer == "krause_only":
-        return banded_attention(query, key, value, window, config.attention_top_k, sigma=layer.bandwidth(query), dropout=dropout)
+        return banded_attention(query, key, value, window, config.attention_top_k, sigma=layer.bandwidth(query), **packed)
     if mixer == "window":
-        return banded_attention(query, key, value, window, score="softmax", dropout=dropout)
+        return banded_attention(query, key, value, window, score="softmax", **packed)
     if mixer == "top_k":
         past = CausalWindow(key.shape[2])
-        return banded_attention(query, key, value, past, config.attention_top_k, score="softmax", dropout=dropout)
+        return banded_attention(query, key, value, past, config.attention_top_k, score="softmax", **packed)
     if mixer == "longformer":
         return fused_attention(query, key, value, global_mask(layer.window, config.global_tokens, new, key.shape[2], key.device), dropout)
     if mixer == "routing":
         return _routing(layer, query, key, value, layer.clusters.labels(key[:, -layer.routed:]), dropout)
-    return fused_attention(query, key, value, dropout=dropout)
+    return fused_attention(query, key, value, causal_segments(segment_ids), dropout)
 
 
 def _routing(layer, query, key, value, labels, dropout):
@@ -242,13 +254,14 @@ def support_of(
 def mixer_weights(
     layer: LanguageAttention,
     hidden: Tensor,  # (B, T, d), a whole sequence
+    segment_ids: Tensor | None = None,  # (B, T) of packed sequences
 ) -> Tensor:  # (B, H, T, T)
     "Attention weights of a layer, without those of a Krause branch (see `recorded_branches`)."
     query, key, _ = layer.project(hidden)
     top_k = layer.config.attention_top_k if layer.mixer in ("top_k", "krause_only") else None
     krause = layer.mixer == "krause_only"
     return attention_weights(query, key, _Support(support_of(layer, key)), top_k, score="krause" if krause else "softmax",
-                             sigma=layer.bandwidth(query) if krause else None)
+                             sigma=layer.bandwidth(query) if krause else None, segment_ids=segment_ids)
 
 # %% ../nbs/19_language_model.ipynb #baaf9a96
 class LanguageBlock(GradientCheckpointingLayer):
@@ -268,12 +281,12 @@ class LanguageBlock(GradientCheckpointingLayer):
         self.mlp = nn.Sequential(DecodeLinear(width, inner), nn.GELU(), DecodeLinear(inner, width))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, segment_ids=None):
         "Map tokens (B, T, d) to tokens."
         hidden = self.norm1(x)
-        mixed, _ = self.attention(hidden, cache=cache)
+        mixed, _ = self.attention(hidden, cache=cache, segment_ids=segment_ids)
         if self.branch is not None:
-            mixed = self.branch(mixed, hidden, cache=cache)
+            mixed = self.branch(mixed, hidden, cache=cache, krause_padding=segment_ids)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -325,6 +338,33 @@ def check_language_tokens(
     low, high = input_ids.min().item(), input_ids.max().item()
     if low < 0 or high >= config.vocab_size:
         raise UserError(f"input_ids must be tokens of the vocabulary, 0 to {config.vocab_size - 1}, got {low} to {high}")
+
+
+def packed_sequences(
+    position_ids: Tensor | None,  # must be (B, T) or (1, T): from 0, by one per token, and again from 0 where the next sequence starts
+    input_ids: Tensor,  # (B, T)
+    config: LanguageModelConfig,
+    past: int,  # number of earlier tokens
+    cached: bool,  # is there a cache?
+) -> Tensor | None:  # (B, T); None if every row is one sequence
+    "The packed sequences of positions that start again. Raises a `ValueError` for others, with a cache, and for `UNPACKED`."
+    if position_ids is None:
+        return None
+    length = input_ids.shape[1]
+    if not isinstance(position_ids, Tensor) or position_ids.is_floating_point() or position_ids.shape not in (input_ids.shape, (1, length)):
+        raise UserError(f"position_ids must be integers of shape {tuple(input_ids.shape)}, as input_ids")
+    position_ids, known = position_ids.expand(input_ids.shape), values_known(position_ids)
+    if known and (position_ids == torch.arange(past, past + length, device=position_ids.device)).all():
+        return None
+    if cached or config.mixer in UNPACKED:
+        if known:
+            what = "a cache" if cached else f"mixer={config.mixer!r}"
+            raise UserError(f"position_ids must count from {past} with {what}, which does not keep packed sequences apart")
+        return None
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    if known and position_ids[starts].any():
+        raise UserError("position_ids must start at 0 and grow by one per token, and start at 0 again for the next packed sequence")
+    return starts.cumsum(1)
 
 # %% ../nbs/19_language_model.ipynb #1d20699e
 @torch.no_grad()
@@ -397,9 +437,9 @@ class LanguageModelParts(CheckedModel):
             raise UserError("gradient_checkpointing must be off for routing: a second forward pass would move the centroids again")
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
-    def embed(self, input_ids, past):
-        "Embeddings (B, T, d) of tokens (B, T) after `past` earlier ones."
-        places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    def embed(self, input_ids, past, position_ids=None):
+        "Embeddings (B, T, d) of tokens (B, T) after `past` earlier ones, or at positions (B, T) of their own."
+        places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         return self.dropout(self.token_embedding(input_ids) + self.position_embedding(places))
 
 # %% ../nbs/19_language_model.ipynb #79938deb
@@ -418,17 +458,19 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         output_attentions: bool | None = None,  # return the weights (B, H, T, T) of each layer? Without a cache only
         output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
         cache: Cache | None = None,  # another name for `past_key_values`
+        position_ids: Tensor | None = None,  # (B, T) positions; they start at 0 again for each of several packed sequences
     ) -> CausalLMOutputWithPast:
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         cache = past_key_values if cache is None else cache
         cache, past, targets = _checked_call(self, input_ids, cache, use_cache, attention_mask, labels, output_attentions)
-        x = self.embed(input_ids, past)
+        segment_ids = packed_sequences(position_ids, input_ids, self.config, past, cache is not None)
+        x = self.embed(input_ids, past, position_ids)
         states, maps = [x], [] if output_attentions else None
         for block in self.blocks:
             if output_attentions:
-                maps.append(mixer_weights(block.attention, block.norm1(x)))
-            x = block(x, cache)
+                maps.append(mixer_weights(block.attention, block.norm1(x), segment_ids))
+            x = block(x, cache, segment_ids)
             states.append(x)
         logits = self.head(self.norm(x))
         loss = None if targets is None else F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())

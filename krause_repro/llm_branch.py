@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import banded_attention, krause_attention_weights
 from .checks import UserError, check_flag, check_integer, check_positive, moved_names, values_known
 from .native_decode import gate_applies, native_gate
 from .reference import CausalWindow
 from .ring_cache import CACHE_NAMES, RingLayer, ring_positions, take_cache
-from .transformers_attention import check_positions, ensure
+from .transformers_attention import check_positions, ensure, split_mask
 
 # %% ../nbs/15_llm_branch.ipynb #b6127c6b
 branch_records: ContextVar[list | None] = ContextVar("krause_branch_records", default=None)
@@ -37,7 +38,7 @@ def krause_branch_forward(
     query: Tensor,  # (B, H, T, D), the new tokens
     key: Tensor,  # (B, Hk, T, D)
     value: Tensor,  # (B, Hk, T, D)
-    attention_mask: Tensor | None,  # (B, Tk) bool, False = padding; one column per key: new tokens and those the ring returns
+    attention_mask: Tensor | None,  # (B, Tk) bool, False = padding, a column per key: new tokens and those of the ring; or as `krause_mask`
     *,
     krause_branch: nn.Module,  # `KrauseBranch`
     krause_ring: RingLayer | None = None,  # keys and values of earlier tokens
@@ -49,15 +50,18 @@ def krause_branch_forward(
     if not query.dtype == key.dtype == value.dtype:  # autocast and rotary embeddings leave them different
         dtype = torch.promote_types(query.dtype, value.dtype)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    key_mask, segment_ids = split_mask(attention_mask)
     if (records := branch_records.get()) is not None:
         if krause_ring is not None and krause_ring.get_seq_length():
             raise UserError("recorded_branches needs all tokens in one step; use use_cache=False")
-        records.append({"layer": module.layer_idx, "weights": krause_attention_weights(query, key, sigma, window, top_k, attention_mask)})
+        weights = krause_attention_weights(query, key, sigma, window, top_k, key_mask, segment_ids)
+        records.append({"layer": module.layer_idx, "weights": weights})
     if krause_ring is not None and attention_mask is None and not dropout:
         return krause_ring.attend(query, key, value, top_k, sigma).transpose(1, 2), None
     if krause_ring is not None:
         key, value = krause_ring.update(key, value)
-    output = banded_attention(query, key, value, window, top_k, sigma=sigma, key_mask=attention_mask, dropout=dropout)
+    marks = {"key_mask": key_mask, "segment_ids": segment_ids}
+    output = banded_attention(query, key, value, window, top_k, sigma=sigma, dropout=dropout, **marks)
     return output.transpose(1, 2), None
 
 # %% ../nbs/15_llm_branch.ipynb #0bff597e
@@ -367,17 +371,29 @@ def _seen_by_ring(cache, decoder):
     return past
 
 
+def _packed_sequences(given, decoder, rows):
+    "The packed sequences (B, T) of a decoder's arguments; None beside a mask or a cache, where the base model does not keep them apart."
+    cached = given.get("use_cache")
+    cached = getattr(decoder.config, "use_cache", False) if cached is None else cached
+    positions = given.get("position_ids")
+    if cached or given.get("attention_mask") is not None or positions is None or positions.ndim != 2:
+        return None
+    return find_packed_sequence_indices(positions.expand(rows, -1))
+
+
 def note_padding(
     decoder: nn.Module,  # that holds the layers
     args: tuple,  # of its forward
     kwargs: dict,  # of its forward
 ) -> None:
-    "Forward pre-hook of the decoder: passes the padding of the keys to its layers."
+    "Forward pre-hook of the decoder: passes the padding of the keys, or the packed sequences, to its layers."
     given, window = _by_name(decoder, args, kwargs), decoder.krause_window
     tokens, cache = given.get("input_ids"), take_cache(given)
-    length = (given["inputs_embeds"] if tokens is None else tokens).shape[1]
+    rows, length = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
     past = _seen_by_ring(cache, decoder)
     real = _real_tokens(given.get("attention_mask"), cache, length, window)
+    if cache is None and (packed := _packed_sequences(given, decoder, rows)) is not None:
+        return args, {**kwargs, "krause_padding": packed}
     check_positions(given.get("position_ids"), real, length)
     return args, {**kwargs, "krause_padding": None if real is None else padding_of_keys(real, past, length, window)}
 

@@ -26,8 +26,8 @@ from torch.utils.flop_counter import register_flop_formula
 from .checks import UnavailableError
 from .fast_attention import graph_gradients, tiles_attention
 from krause_repro.reference import (
-    SCORES, CausalWindow, GridWindow, constant_cache, repeat_kv, score_temperature, transforms_active, upcast_to_float32, weighted_sum,
-    weights_and_support,
+    SCORES, CausalWindow, GridWindow, constant_cache, repeat_kv, score_temperature, segment_starts, transforms_active, upcast_to_float32,
+    weighted_sum, weights_and_support,
 )
 
 # %% ../nbs/04_native_kernels.ipynb #cb5f1b9a
@@ -181,8 +181,8 @@ def _in_pytorch(name, query, key, value, tau, *rest):
     *rest, top_k, score, _, _ = rest
     temperature = tau.reshape(-1, 1, 1)
     if name == "band":
-        key_mask, window = rest
-        return tiles_attention(query, key, value, key_mask, temperature, window, top_k or None, SCORES[score], 0.0)
+        key_mask, starts, window = rest
+        return tiles_attention(query, key, value, key_mask, temperature, window, top_k or None, SCORES[score], 0.0, starts)
     begin, token = rest
     allowed = torch.zeros(query.shape[2], key.shape[2], dtype=torch.bool)
     allowed[torch.arange(query.shape[2]).repeat_interleave(begin.diff()), token.long()] = True
@@ -225,7 +225,7 @@ def _register_differentiable(name, last):
 def _register():
     "Register the operators' shapes, FLOPs and gradients with PyTorch."
     _register_decoding()
-    _register_differentiable("band", 5)  # query, key, value, tau, key_mask
+    _register_differentiable("band", 6)  # query, key, value, tau, key_mask, starts
     _register_differentiable("lists", 6)  # query, key, value, tau, begin, token
 
 # %% ../nbs/04_native_kernels.ipynb #d97c8faf
@@ -266,11 +266,13 @@ def native_band(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Dv)
     "`attention.reference_attention` with a causal window, by the C++ operator: O(T·W) time and O(T) memory."
     _require_kernels(query)
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
-    return torch.ops.krause_repro.band(query, key, value, tau, key_mask, neighborhood.size, *numbers)[0]
+    starts = None if segment_ids is None else segment_starts(segment_ids).int()
+    return torch.ops.krause_repro.band(query, key, value, tau, key_mask, starts, neighborhood.size, *numbers)[0]
 
 # %% ../nbs/04_native_kernels.ipynb #c3e3d14f
 def candidate_lists(

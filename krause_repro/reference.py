@@ -80,6 +80,43 @@ def without_bad(
     "`x` with zeros in place of vectors that are not finite."
     return x if _known_finite(norm) else x.masked_fill(norm.isnan().unsqueeze(-1), 0)
 
+# %% ../nbs/02_reference.ipynb #b82f6a94
+def segment_starts(
+    segment_ids: Tensor,  # (B, T) whole numbers; another number than the one before starts a segment
+) -> Tensor:  # (B, T)
+    "The position of the first token of each token's segment."
+    place = torch.arange(segment_ids.shape[-1], device=segment_ids.device)
+    same = F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (1, 0))
+    return torch.where(same, 0, place).cummax(-1).values
+
+
+def within_segments(
+    allowed: Tensor | None,  # bool, broadcastable to (B, H, Tq, Tk); None allows all
+    segment_ids: Tensor | None,  # (B, Tk) of packed sequences; None: a row is one sequence
+    queries: int,  # Tq, the last tokens
+) -> Tensor | None:  # as `allowed`
+    "A boolean attention mask inside the segments."
+    if segment_ids is None:
+        return allowed
+    same = (segment_ids[:, -queries:, None] == segment_ids[:, None]).unsqueeze(1)  # (B, 1, Tq, Tk)
+    return same if allowed is None else allowed & same
+
+# %% ../nbs/02_reference.ipynb #d2a97b4e
+def _first_in_segments(query, key, key_mask, start, first):
+    "`first_query_and_key` of each token's segment, which starts at `start` (B, Tk); `first` is the position of the first query."
+    def at(x, place):
+        return x.gather(-2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
+
+    asked, own = at(query, start.clamp_min(first) - first), at(key, start.clamp_min(first))
+    if key_mask is None:
+        return asked, own
+    place = torch.arange(key.shape[-2], device=key.device)
+    before = place.where(key_mask, -1).cummax(-1).values.gather(1, start.clamp_min(first))  # the last real key so far
+    after = place.where(key_mask, len(place) - 1).flip(-1).cummin(-1).values.flip(-1).gather(1, start.clamp_min(first))
+    real = key_mask.gather(1, start.clamp_min(first))[:, None, :, None]
+    own = own.where(real, at(key, before.where(before >= start, after)))
+    return asked.where(real, own), own
+
 # %% ../nbs/02_reference.ipynb #41d0c9aa
 def _real_key(key, real, first):
     "The last real key (B, H, 1, D) up to position `first`, else the first real one after it, else any; `real` is (B, Tk)."
@@ -89,24 +126,47 @@ def _real_key(key, real, first):
 
 
 @torch.no_grad()
-def common_centre(
+def first_query_and_key(
     query: Tensor,  # (B, H, Tq, D), the last Tq tokens
     key: Tensor,  # (B, H, Tk, D), zeros where there is padding
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
-) -> Tensor:  # (B, H, 1, D), finite
-    "A point near queries and keys that depends on no real token after the first query."
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences
+) -> tuple[Tensor, Tensor]:  # (B, H, 1, D) each; with segments (B, H, Tk, D), for each token those of its segment
+    "The first query and its own key; in place of padding, the nearest real key."
     first = max(key.shape[-2] - query.shape[-2], 0)
+    if segment_ids is not None:
+        return _first_in_segments(query, key, key_mask, segment_starts(segment_ids), first)
     own, asked = key[..., first:first + 1, :], query[..., :1, :]
     if key_mask is not None:
         real = key_mask[:, None, first:first + 1, None]
         own = own.where(real, _real_key(key, key_mask, first))
         asked = asked.where(real, own)
+    return asked, own
+
+
+@torch.no_grad()
+def between(
+    asked: Tensor,  # (..., D)
+    own: Tensor,  # (..., D)
+) -> Tensor:  # (..., D), finite
+    "The median of two points and zero in each dimension, which ignores NaN; zero where it is huge."
     smaller, larger = torch.fmin, torch.fmax  # they ignore NaN
     if torch.onnx.is_in_onnx_export():  # ONNX has neither
         own, asked = own.where(~own.isnan(), asked), asked.where(~asked.isnan(), own)
         smaller, larger = torch.minimum, torch.maximum
-    middle = smaller(own, asked).clamp_min(0) + larger(own, asked).clamp_max(0)  # of both and zero
+    middle = smaller(own, asked).clamp_min(0) + larger(own, asked).clamp_max(0)
     return middle.where(middle.abs() < torch.finfo(middle.dtype).max ** 0.25, 0)
+
+
+def centred(
+    query: Tensor,  # (B, H, Tq, D), the last Tq tokens; float32 or float64
+    key: Tensor,  # (B, H, Tk, D), zeros where there is padding
+    key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, each with a centre of its own
+) -> tuple[Tensor, Tensor]:
+    "Queries and keys relative to a point near them, which depends on no real token after the first query."
+    centre = between(*first_query_and_key(query, key, key_mask, segment_ids))
+    return query - centre[..., -query.shape[-2]:, :], key - centre
 
 # %% ../nbs/02_reference.ipynb #92887a7d
 SCORES = ("krause", "softmax", "softmax_key_norm")
@@ -117,6 +177,7 @@ def pairwise_energy(
     key: Tensor,  # (B, H, Tk, D)
     score: str = "krause",  # one of `SCORES`
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding, treated as zeros
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences; energies between segments mean nothing
 ) -> Tensor:  # (B, H, Tq, Tk), float32 or float64; small means similar
     "Energy of each query with each key; half the squared distance for Krause Attention (paper, Section 4)."
     check_choice("score", score, SCORES)
@@ -126,8 +187,7 @@ def pairwise_energy(
     if score == "softmax":
         return _minus_products(query, key)
     if score == "krause":
-        centre = common_centre(query, key, key_mask)
-        query, key = query - centre, key - centre
+        query, key = centred(query, key, key_mask, segment_ids)
     norm = half_square_norm(key)
     if score == "softmax_key_norm":
         return _minus_products(query, without_bad(key, norm)) + norm.unsqueeze(-2)
@@ -369,11 +429,14 @@ def weights_and_support(
     score: str,  # one of `SCORES`
     temperature: Tensor | float,  # of `score_temperature`
     key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences
 ) -> tuple[Tensor, Callable[[], Tensor] | None]:  # (B, H, Tq, Tk), float32 or float64; the support, for `weighted_sum`
     "Weights of a block of queries and keys, and their support."
-    allowed = without_padding(allowed, key_mask)
-    energy = pairwise_energy(query, repeat_kv(key, query.shape[1]), score, key_mask)
+    allowed = without_padding(within_segments(allowed, segment_ids, query.shape[2]), key_mask)
+    energy = pairwise_energy(query, repeat_kv(key, query.shape[1]), score, key_mask, segment_ids)
     weights, survivors = masked_softmax(energy, temperature, allowed, top_k, empty_rows=key_mask is not None)
+    if segment_ids is not None and not _known_finite(weights):  # in the backward pass a NaN row would reach the values of other segments
+        weights = weights.masked_fill(~allowed, 0)
     return weights, None if survivors is None else lambda: survivors
 
 
@@ -386,9 +449,10 @@ def attention_weights(
     score: str = "krause",  # one of `SCORES`
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,); for the Krause score only
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Tk), float32 or float64
     "Attention weights of any score on any support: the dense reference for every model in this book."
-    return dense_attention_weights(query, key, neighborhood, top_k, score, sigma, key_mask)[0]
+    return dense_attention_weights(query, key, neighborhood, top_k, score, sigma, key_mask, segment_ids)[0]
 
 
 def dense_attention_weights(
@@ -399,11 +463,12 @@ def dense_attention_weights(
     score: str,  # one of `SCORES`
     sigma: Tensor | float | None,  # bandwidth, a number or (H,); for the Krause score only
     key_mask: Tensor | None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences
 ) -> tuple[Tensor, Callable[[], Tensor] | None]:  # (B, H, Tq, Tk); the support, for `weighted_sum`
     "The result of `attention_weights`, and its support."
     allowed = support_mask(neighborhood, query.shape[-2], key.shape[-2], key.device)
     temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
-    return weights_and_support(query, key, allowed, top_k, score, temperature, key_mask)
+    return weights_and_support(query, key, allowed, top_k, score, temperature, key_mask, segment_ids)
 
 # %% ../nbs/02_reference.ipynb #2c20d0bb
 def sum_of_support(
@@ -451,7 +516,8 @@ def reference_attention(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,); for the Krause score only
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Dv)
     "Reference attention (paper, Section 4): dense weights, then the weighted sum."
-    weights, support = dense_attention_weights(query, key, neighborhood, top_k, score, sigma, key_mask)
+    weights, support = dense_attention_weights(query, key, neighborhood, top_k, score, sigma, key_mask, segment_ids)
     return weighted_sum(weights, value, dropout, support)

@@ -93,8 +93,8 @@ def configure_krause(
 
 # %% ../nbs/08_transformers_attention.ipynb #e8534fa5
 _OTHER_PATTERN = (
-    "attn_implementation='krause' has its own causal window and supports no other pattern: no packed sequences (position_ids "
-    "that restart), no sliding_window or bidirectional layers, no cross-attention, no custom mask functions"
+    "attn_implementation='krause' has its own causal window and supports no other pattern: no sliding_window or bidirectional "
+    "layers, no cross-attention, no custom mask functions"
 )
 
 
@@ -110,17 +110,22 @@ def ensure(
         raise UserError(message)
 
 
-def _check_pattern(mask_function, batch_size, queries, past, window, device, custom):
-    "Raise an error unless a mask function is causal. A traced one is checked by its values at the ends of a window."
+def _packed_by(mask_function, batch_size, queries, past, window, device, custom):
+    "The packed sequences (B, T) that a causal mask function keeps apart, or None; an error for another, by its values at a window's ends."
     if mask_function is causal_mask_function:
-        return
-    if custom or not torch.compiler.is_compiling():
+        return None
+    if custom:
         raise UserError(_OTHER_PATTERN)
     row = past + torch.arange(queries, device=device)[:, None]
     column = row + torch.tensor([1, 0, -1, 1 - window], device=device)  # next, itself, previous, first of the window
     batch, last = torch.arange(batch_size, device=device)[:, None, None], past + queries - 1
-    seen = mask_function(batch, batch.new_zeros(()), row, column.clamp(0, last))
-    ensure(((seen == (column <= row)) | (column < 0) | (column > last)).all(), _OTHER_PATTERN)
+    seen = mask_function(batch, batch.new_zeros(()), row, column.clamp(0, last)).broadcast_to(batch_size, *column.shape)
+    segment_ids = (~seen[..., 2]).cumsum(1)  # a token that does not see the one before it starts a sequence
+    same = segment_ids[:, (column - past).clamp(0, queries - 1)] == segment_ids[..., None]
+    ensure(((seen == (same & (column <= row))) | (column < 0) | (column > last)).all(), _OTHER_PATTERN)
+    if values_known(segment_ids) and not segment_ids[:, -1].any():  # nothing is packed: another pattern
+        raise UserError(_OTHER_PATTERN)
+    return segment_ids
 
 # %% ../nbs/08_transformers_attention.ipynb #06cc297a
 def krause_mask(
@@ -134,12 +139,12 @@ def krause_mask(
     config: PreTrainedConfig | None = None,  # of the model
     device: torch.device | str = "cpu",  # of the mask
     **kwargs,  # options of other mask functions
-) -> Tensor | None:  # (B, keys in use) bool, False = padding; None if no padding is within reach
-    "The mask function of `attn_implementation='krause'`: the padding mask. The attention adds window and causality."
+) -> Tensor | None:  # (B, keys in use) bool, False = padding; of packed sequences (B, T) integers; None if there is neither within reach
+    "The mask function of `attn_implementation='krause'`: padding or packed sequences. The attention adds window and causality."
     window, past = krause_settings(config).window, int(q_offset)
     config.attn_implementation = "krause"  # transformers drops it on loading; restores it for saving
     total = past + q_length
-    _check_pattern(mask_function, batch_size, q_length, past, window, device, kwargs.get("use_vmap"))
+    segment_ids = _packed_by(mask_function, batch_size, q_length, past, window, device, kwargs.get("use_vmap"))
     if attention_mask is not None and attention_mask.shape != (batch_size, total):
         raise UserError(
             f"attention_mask must be of shape ({batch_size}, {total}), one column for each token so far, got {tuple(attention_mask.shape)}"
@@ -150,6 +155,8 @@ def krause_mask(
             f"the cache keeps other tokens than config.krause_window = {window} needs; use DynamicCache(), or RingCache(config) "
             "made from this model's configuration"
         )
+    if segment_ids is not None and attention_mask is None:  # transformers looks for them only without a mask and without a cache
+        return segment_ids
     free = kv_offset + kv_length - total  # unused slots of a static cache
     if attention_mask is None:
         return torch.ones(batch_size, total - kv_offset, dtype=torch.bool, device=device) if free > 0 else None
@@ -159,7 +166,27 @@ def krause_mask(
 
 # %% ../nbs/08_transformers_attention.ipynb #c7f579b9
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices",
-               "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+               "cu_seqlens")
+
+
+def split_mask(
+    mask: Tensor | None,  # of `krause_mask`
+) -> tuple[Tensor | None, Tensor | None]:
+    "Padding (B, Tk) bool and packed sequences (B, T) of a mask, of which it holds one at most."
+    return (mask, None) if mask is None or mask.dtype == torch.bool else (None, mask)
+
+
+def _with_lengths(segment_ids, lengths, query, use_cache):
+    "Packed sequences, which start also where `cu_seq_lens_q` says so: (n + 1,) ends of sequences in a single row, from 0."
+    if lengths is None:
+        return segment_ids
+    batch, _, tokens, _ = query.shape
+    if batch != 1 or use_cache:
+        raise UserError(f"cu_seq_lens_q needs a batch of one row and use_cache=False, got {batch} rows and use_cache={use_cache!r}")
+    ensure((lengths[0] == 0) & (lengths[-1] == tokens) & (lengths.diff() >= 0).all(),
+           f"cu_seq_lens_q must grow from 0 to the number of tokens, {tokens}")
+    given = torch.bucketize(torch.arange(tokens, device=query.device), lengths[1:], right=True)[None]
+    return given if segment_ids is None else segment_ids + given
 
 
 def check_positions(
@@ -167,15 +194,15 @@ def check_positions(
     padding: Tensor | None,  # (B, n ≥ T) bool, False = padding; the last T columns are the new tokens'
     length: int,  # new tokens T
 ) -> None:
-    "Raise an error, as `ensure`, if positions restart: a window counts tokens and cannot separate packed sequences."
+    "Raise an error, as `ensure`, if positions restart where packed sequences are not kept apart: beside a mask or a cache."
     if length == 1 or position_ids is None or position_ids.ndim != 2:
         return
     follows = position_ids.diff(dim=-1) == 1
     if padding is not None:
         real = padding[:, -length:]
         follows = follows | ~(real[:, 1:] & real[:, :-1])
-    ensure(follows.all(), "position_ids must increase by one per token, except at padding; Krause attention with a causal window "
-                          "cannot separate packed sequences")
+    ensure(follows.all(), "position_ids must increase by one per token, except at padding; packed sequences, whose positions restart, "
+                          "need use_cache=False and no attention_mask")
 
 
 def _check_request(module, query, attention_mask, kwargs):
@@ -188,7 +215,8 @@ def _check_request(module, query, attention_mask, kwargs):
         raise UserError(
             "attention_mask must be of shape (batch, tokens), 0 = padding; attn_implementation='krause' takes no masks of 4 dimensions"
         )
-    if not getattr(module, "layer_idx", 0):  # all layers get the same positions
+    packed = attention_mask is not None and attention_mask.dtype != torch.bool
+    if not packed and not getattr(module, "layer_idx", 0):  # all layers get the same positions
         check_positions(kwargs.get("position_ids"), attention_mask, query.shape[2])
 
 # %% ../nbs/08_transformers_attention.ipynb #23f2fed8
@@ -206,16 +234,19 @@ def krause_attention_forward(
     sigma, window, top_k = krause_settings(module.config)
     _check_request(module, query, attention_mask, kwargs)
     used = key.shape[2] if attention_mask is None else attention_mask.shape[1]  # without the unused slots of a static cache
+    key_mask, segment_ids = split_mask(attention_mask)
+    segment_ids = _with_lengths(segment_ids, kwargs.get("cu_seq_lens_q"), query, kwargs.get("use_cache"))
     reach = slice(max(0, used - query.shape[2] - window + 1), used)  # earlier keys are outside every window
-    key, value, attention_mask = key[:, :, reach], value[:, :, reach], None if attention_mask is None else attention_mask[:, reach]
+    key, value, key_mask = key[:, :, reach], value[:, :, reach], None if key_mask is None else key_mask[:, reach]
     dtype = torch.promote_types(query.dtype, value.dtype)  # they differ under autocast and with rotary embeddings
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     weights = None
     if "attentions" in (_active_collector.get() or ()):
         if query.shape[2] != used:
             raise UserError("output_attentions needs all tokens in one step; use use_cache=False")
-        weights = krause_attention_weights(query, key, sigma, CausalWindow(window), top_k, attention_mask)
-    output = krause_attention(query, key, value, sigma, CausalWindow(window), top_k, key_mask=attention_mask, dropout=dropout)
+        weights = krause_attention_weights(query, key, sigma, CausalWindow(window), top_k, key_mask, segment_ids)
+    marks = {"key_mask": key_mask, "segment_ids": segment_ids}
+    output = krause_attention(query, key, value, sigma, CausalWindow(window), top_k, dropout=dropout, **marks)
     return output.transpose(1, 2), weights
 
 # %% ../nbs/08_transformers_attention.ipynb #a84cc444

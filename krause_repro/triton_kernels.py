@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .checks import MissingPackageError, UserError
-from .fast_attention import graph_gradients, tiles_attention
+from .fast_attention import centred_in_dtype, graph_gradients, tiles_attention
 from krause_repro.reference import (
-    SCORES, CausalWindow, GridWindow, Neighborhood, score_temperature, transforms_active, upcast_to_float32, weighted_sum,
+    SCORES, CausalWindow, GridWindow, Neighborhood, score_temperature, segment_starts, transforms_active, upcast_to_float32, weighted_sum,
     weights_and_support,
 )
 
@@ -61,25 +61,28 @@ def _real_keys(j, keys, mask, MASKED: tl.constexpr):
     "Which positions are keys that are not padding."
     real = (j >= 0) & (j < keys)
     if MASKED:
-        real = real & (tl.load(mask + j, real, 0) != 0)
+        real = real & (tl.load(mask + j, real, 0) > 0)
     return real
 
 # %% ../nbs/05_triton_kernels.ipynb #b7e1d744
 @_jit
-def _allowed(rows, valid, j, real, offset, keys, window, support, WINDOW: tl.constexpr):
-    "Boolean attention mask of a tile."
+def _allowed(rows, valid, j, real, offset, keys, window, mask, support, WINDOW: tl.constexpr, MASKED: tl.constexpr):
+    "Boolean attention mask of a tile. MASKED = 2: several sequences in a row; `mask` has ±(1 + where its own starts) for a token."
     inside = real[None, :] & valid[:, None]
     if WINDOW:
         age = (rows + offset)[:, None] - j[None, :]
-        return (age >= 0) & (age < window) & inside
+        inside = (age >= 0) & (age < window) & inside
+        if MASKED == 2:
+            inside = inside & (j[None, :] >= tl.abs(tl.load(mask + offset + rows, valid, 0))[:, None] - 1)
+        return inside
     return inside & (tl.load(support + rows[:, None] * keys + j[None, :], inside, 0) != 0)
 
 # %% ../nbs/05_triton_kernels.ipynb #81449331
 @_jit
-def _centre(q, k, first, own, own_is_real, sq, sk, dim, SCORE: tl.constexpr, D: tl.constexpr):
+def _centre(q, k, first, own, own_is_real, sq, sk, dim, SCORE: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr):
     "The point that queries and keys of a block are relative to; depends on its first query and that query's own key only."
     d = tl.arange(0, D)
-    if SCORE != KRAUSE:
+    if SCORE != KRAUSE or MASKED == 2:  # a block of several sequences has no common one: they are centred before
         return tl.zeros((D,), tl.float32)
     asked = tl.load(q + first * sq[2] + d * sq[3], d < dim, 0.0).to(tl.float32)
     near = tl.load(k + own * sk[2] + d * sk[3], (d < dim) & own_is_real, 0.0).to(tl.float32)
@@ -142,7 +145,6 @@ def _line(low, high, below, above, top_k):
     "Linear interpolation between two bounds, by their counts."
     return low + (high - low) * ((top_k - below).to(tl.float32) / tl.maximum(above - below, 1).to(tl.float32))
 
-# %% ../nbs/05_triton_kernels.ipynb #2b1b01dc
 @_jit
 def _row_sum(a, b):
     "Sum over both groups of columns."
@@ -173,17 +175,14 @@ def _threshold(a, b, lowest, count, wanted, top_k):
     deviation = tl.sqrt(tl.maximum(square - mean * mean, 0.0))
     low = _unrank(_rank(lowest) - 1)
     high = _row_max(tl.where(a <= MAX, a, lowest[:, None]), tl.where(b <= MAX, b, lowest[:, None]))
-    below = tl.zeros_like(count)
-    above = count
-    sides = tl.zeros_like(count)
+    below, above, sides = tl.zeros_like(count), count, tl.zeros_like(count)
     guess = lowest + mean
     threshold = high
     searching = wanted
     step = 0
     while tl.max(searching.to(tl.int32), 0) > 0:
         guess = tl.where((guess > low) & (guess < high), guess, _line(low, high, below, above, top_k))
-        r = _rank(low)
-        s = _rank(high)
+        r, s = _rank(low), _rank(high)
         guess = tl.where((step < 12) & (guess > low) & (guess < high), guess, _unrank((r & s) + ((r ^ s) >> 1)))
         inside = (guess > low) & (guess < high)
         found = _at_most(a, b, guess)
@@ -210,8 +209,7 @@ def _threshold(a, b, lowest, count, wanted, top_k):
 def _place(q, k, mask, sq, sk, heads, group, queries, keys, dim, window, SCORE: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
            ROWS: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
     "Batch, head, rows and first key of this program, pointers to its head, and the centre."
-    b = tl.program_id(1) // heads
-    h = tl.program_id(1) % heads
+    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
     first = tl.program_id(0) * ROWS
     rows = first + tl.arange(0, M)
     valid = (tl.arange(0, M) < ROWS) & (rows < queries)
@@ -222,7 +220,7 @@ def _place(q, k, mask, sq, sk, heads, group, queries, keys, dim, window, SCORE: 
     base = (own - window + 1) if WINDOW else 0
     centre = tl.zeros((D,), tl.float32)
     if M > 1:  # a single query is compared directly
-        centre = _centre(q, k, first, own, _real_keys(own, keys, mask, MASKED), sq, sk, dim, SCORE, D)
+        centre = _centre(q, k, first, own, _real_keys(own, keys, mask, MASKED), sq, sk, dim, SCORE, MASKED, D)
     return b, h, rows, valid, q, k, mask, base, centre
 
 @_jit
@@ -231,7 +229,7 @@ def _chunk(n, base, k, sk, rows, valid, offset, keys, dim, window, mask, support
     "Positions of the n-th chunk of keys, which of them are real, the attention mask, and the centred keys."
     j = base + n * N + tl.arange(0, N)
     real = _real_keys(j, keys, mask, MASKED)
-    allowed = _allowed(rows, valid, j, real, offset, keys, window, support, WINDOW)
+    allowed = _allowed(rows, valid, j, real, offset, keys, window, mask, support, WINDOW, MASKED)
     return j, real, allowed, _minus(_load(k, j, sk, real, dim, D), centre, SCORE)
 
 # %% ../nbs/05_triton_kernels.ipynb #b4f0a045
@@ -246,8 +244,7 @@ def _select(q, k, mask, support, saved, sq, sk, heads, group, queries, keys, dim
     tile_a = tl.full((M, A, N), float("inf"), tl.float32)
     tile_b = tl.full((M, B, N), float("inf"), tl.float32)
     lowest = tl.full((M,), float("inf"), tl.float32)
-    allowed_count = tl.zeros((M,), tl.int32)
-    finite = tl.zeros((M,), tl.int32)
+    allowed_count, finite = tl.zeros((M,), tl.int32), tl.zeros((M,), tl.int32)
     for n in range(CHUNKS):
         j, real, allowed, key = _chunk(n, base, k, sk, rows, valid, keys - queries, keys, dim, window, mask, support, centre, SCORE, WINDOW,
                                               MASKED, D, N)
@@ -362,8 +359,7 @@ def _key_gradients(q, k, v, grad, tau, mask, support, saved, delta, dk, dv, sq, 
     "Gradients of keys and values, summed over the query blocks and heads that see them."
     start = tl.program_id(0) * N
     shared = heads // group
-    b = tl.program_id(1) // shared
-    g = tl.program_id(1) % shared
+    b, g = tl.program_id(1) // shared, tl.program_id(1) % shared
     offset = keys - queries
     j = start + tl.arange(0, N)
     k = _heads(k, sk, b, g)
@@ -378,8 +374,7 @@ def _key_gradients(q, k, v, grad, tau, mask, support, saved, delta, dk, dv, sq, 
         low = tl.maximum(start - offset, 0)
         high = tl.minimum(start + N - 1 - offset + window, queries)
     size = tl.num_programs(1).to(tl.int64) * group * queries
-    key_result = tl.zeros((N, D), tl.float32)
-    value_result = tl.zeros((N, V), tl.float32)
+    key_result, value_result = tl.zeros((N, D), tl.float32), tl.zeros((N, V), tl.float32)
     for member in range(group):
         h = g * group + member
         rate = 1.0 / tl.load(tau + h)
@@ -388,13 +383,14 @@ def _key_gradients(q, k, v, grad, tau, mask, support, saved, delta, dk, dv, sq, 
             rows = first + tl.arange(0, M)
             valid = (tl.arange(0, M) < ROWS) & (rows < queries)
             own = first + offset
-            centre = _centre(_heads(q, sq, b, h), k, first, own, _real_keys(own, keys, mask, MASKED), sq, sk, dim, SCORE, D)
+            centre = _centre(_heads(q, sq, b, h), k, first, own, _real_keys(own, keys, mask, MASKED), sq, sk, dim, SCORE,
+                             MASKED, D)
             query = _minus(_finite(_load(_heads(q, sq, b, h), rows, sq, valid, dim, D)), centre, SCORE)
             near = _minus(key, centre, SCORE)
             incoming = _load(_heads(grad, sgrad, b, h), rows, sgrad, valid, value_dim, V)
             at = (b * heads + h).to(tl.int64) * queries + rows
             inverse = tl.load(saved + at + 2 * size, valid, 0.0)
-            allowed = _allowed(rows, valid, j, real, offset, keys, window, support, WINDOW)
+            allowed = _allowed(rows, valid, j, real, offset, keys, window, mask, support, WINDOW, MASKED)
             kept, weight, _ = _weights(query, near, allowed, tl.load(saved + at, valid, 0.0),
                                        tl.load(saved + at + size, valid, 0.0), LOG2E * rate, SCORE)
             weight = tl.where(kept, weight * inverse[:, None], 0.0)
@@ -418,9 +414,8 @@ def _blocks(reach, windowed, single_row=False):
     rows = 1 if single_row else min(16 if reach > 256 else 32, reach)
     span = reach + rows - 1 if windowed else reach
     width = 64 if span > 528 else 32 if span > 32 else 16
-    chunks, first = -(-span // width), 1
-    while 2 * first < chunks:
-        first *= 2
+    chunks = -(-span // width)
+    first = max(_power_of_two(chunks) // 2, 1)
     tile = {"ROWS": rows, "M": 1 if single_row else max(16, _power_of_two(rows)), "N": width}
     return tile, {"A": first, "B": _power_of_two(max(chunks - first, 1))}, chunks
 
@@ -443,12 +438,13 @@ class _Launch:
         self.blocks, self.programs = -(-query.shape[2] // self.tile["ROWS"]), query.shape[0] * query.shape[1]
         sizes = {"D": max(16, _power_of_two(query.shape[3])), "V": max(16, _power_of_two(value.shape[3]))}
         self.options = max(sizes.values()), reach, query.dtype == torch.float32
+        marks = key_mask is not None and key_mask.dtype == torch.int32  # of packed sequences, see `_allowed`
         self.known = {
-            "mask": query if key_mask is None else key_mask.contiguous().view(torch.uint8),  # any tensor where there is no mask
+            "mask": query if key_mask is None else key_mask.contiguous().view(torch.int32 if marks else torch.uint8),  # any without a mask
             "support": query if windowed else support.contiguous().view(torch.uint8), "heads": query.shape[1],
             "group": query.shape[1] // key.shape[1], "queries": query.shape[2], "keys": key.shape[2], "dim": query.shape[3],
             "value_dim": value.shape[3], "window": reach, "top_k": top_k, "SCORE": score, "WINDOW": windowed,
-            "MASKED": key_mask is not None, "TOP_K": 0 < top_k < reach, "CHUNKS": chunks, **self.tile, **groups, **sizes,
+            "MASKED": marks + (key_mask is not None), "TOP_K": 0 < top_k < reach, "CHUNKS": chunks, **self.tile, **groups, **sizes,
         }
 
     def __call__(self, name, grid, **tensors):
@@ -514,8 +510,10 @@ def _empty_gradients(grad, query, key, value, tau, *others):
 def _in_pytorch(query, key, value, tau, key_mask, support, window, top_k, score):
     "The operator's result by PyTorch operations, which can be differentiated twice."
     temperature, top_k = tau.reshape(-1, 1, 1), top_k or None
+    segment_ids = None if key_mask is None or key_mask.dtype == torch.bool else key_mask.abs()
+    key_mask = key_mask if segment_ids is None else key_mask > 0
     if support is None:
-        return tiles_attention(query, key, value, key_mask, temperature, window, top_k, SCORES[score], 0.0)
+        return tiles_attention(query, key, value, key_mask, temperature, window, top_k, SCORES[score], 0.0, segment_ids)
     weights, kept = weights_and_support(query, key, support, top_k, SCORES[score], temperature, key_mask)
     return weighted_sum(weights, value, 0.0, kept)
 
@@ -549,8 +547,7 @@ _gradients.register_vmap(_no_batching)
 # %% ../nbs/05_triton_kernels.ipynb #6ed76d91
 def _refusal(query, key, value, neighborhood, dropout):
     "Why the kernels cannot do it; None if they can."
-    keys = key.shape[2]
-    reach = min(neighborhood.size, keys) if isinstance(neighborhood, CausalWindow) else keys
+    reach = min(neighborhood.size, key.shape[2]) if isinstance(neighborhood, CausalWindow) else key.shape[2]
     reasons = {
         "a CausalWindow or GridWindow": isinstance(neighborhood, CausalWindow | GridWindow),
         "CUDA tensors, or TRITON_INTERPRET=1 when the package is imported": query.is_cuda or INTERPRETED,
@@ -580,6 +577,7 @@ def triton_attention(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # must be 0
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
+    segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences in a CausalWindow, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Dv)
     """`reference_attention` by Triton kernels, in O(T) memory beside inputs and outputs.
 
@@ -590,9 +588,12 @@ def triton_attention(
     if reason := _refusal(query, key, value, neighborhood, dropout):
         raise UserError(f"implementation 'triton' needs {reason}; use implementation 'auto'")
     neighborhood.check(key.shape[2])
-    like = upcast_to_float32(query[..., :0])
-    tau = torch.as_tensor(score_temperature(like, score, sigma, query.shape[3]), dtype=torch.float32, device=query.device)
-    tau = tau.reshape(-1).expand(query.shape[1])
+    temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[3])
+    tau = torch.as_tensor(temperature, dtype=torch.float32, device=query.device).reshape(-1).expand(query.shape[1])
+    if segment_ids is not None:
+        query, key = (query, key) if score != "krause" else centred_in_dtype(query, key, key_mask, segment_ids)
+        starts = segment_starts(segment_ids).int() + 1
+        key_mask = starts if key_mask is None else torch.where(key_mask, starts, -starts)
     windowed = isinstance(neighborhood, CausalWindow)
     support = None if windowed else neighborhood.mask(key.shape[2], key.device)
     window = min(neighborhood.size, key.shape[2]) if windowed else key.shape[2]

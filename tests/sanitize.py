@@ -20,7 +20,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 def run_operators():
     "Call every operator, forward and backward, with sizes that leave partial tiles and vectors."
     from krause_repro.native_kernels import candidate_lists
-    from krause_repro.reference import GridWindow
+    from krause_repro.reference import GridWindow, segment_starts
 
     torch.manual_seed(0)
     ops = torch.ops.krause_repro
@@ -30,13 +30,14 @@ def run_operators():
     ]
     for heads, kv_heads, queries, keys, dim, window, top_k in shapes:
         for score in range(3):
-            for dropout, masked in ((0.0, False), (0.3, True)):
+            for dropout, masked, packed in ((0.0, False, False), (0.3, True, True), (0.0, False, True)):
                 query, grad = torch.randn(2, heads, queries, dim), torch.randn(2, heads, queries, dim + 8)
                 key, value = torch.randn(2, kv_heads, keys, dim), torch.randn(2, kv_heads, keys, dim + 8)
                 tau, mask = torch.rand(heads) + 0.5, torch.rand(2, keys) > 0.3 if masked else None
+                starts = segment_starts(torch.randint(4, (2, keys)).sort(1).values).int() if packed else None
                 numbers = (window, top_k, score, dropout, 5)
-                out, rows = ops.band(query, key, value, tau, mask, *numbers)
-                ops.band_backward(grad, query, key, value, tau, mask, out, rows, *numbers)
+                out, rows = ops.band(query, key, value, tau, mask, starts, *numbers)
+                ops.band_backward(grad, query, key, value, tau, mask, starts, out, rows, *numbers)
     lists, (query, key, value) = candidate_lists(GridWindow(8, 8, 2)), torch.randn(3, 2, 3, 65, 40)
     for numbers in ((6, 0, 0.0, 3), (0, 2, 0.2, 3)):
         out, rows = ops.lists(query, key, value, torch.ones(3), *lists, *numbers)

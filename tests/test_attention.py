@@ -786,6 +786,9 @@ BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.
 }
 
 
+WINDOWED = {"neighborhood": CausalWindow(3)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -824,6 +827,12 @@ BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.
         ({"top_k": True}, "top_k must be.*True"),
         ({"top_k": 1.5}, "top_k must be.*1.5"),
         ({"top_k": "2"}, "top_k must be"),
+        ({**WINDOWED, "segment_ids": torch.zeros(1, 5)}, "segment_ids must be an int32 or int64 tensor.*float32"),
+        ({**WINDOWED, "segment_ids": torch.zeros(1, 4, dtype=torch.int32)}, r"segment_ids must be .*\(1, 5\).*\(1, 4\)"),
+        ({**WINDOWED, "segment_ids": torch.zeros(5, dtype=torch.int64)}, r"segment_ids must be .*\(1, 5\).*\(5,\)"),
+        ({**WINDOWED, "segment_ids": torch.tensor([[0, 0, 2, 1, 1]])}, "segment_ids must not decrease"),
+        ({"segment_ids": torch.zeros(1, 5, dtype=torch.int64), "neighborhood": GridWindow(2, 2, 1)},
+         "segment_ids must be None with GridWindow"),
         ({"key_mask": torch.ones(1, 5)}, "key_mask must be a bool tensor.*float32"),
         ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, r"key_mask must be .*\(1, 5\).*\(1, 4\)"),
         ({"key_mask": torch.ones(1, 5, 5, dtype=torch.bool)}, "key_mask must be"),
@@ -915,6 +924,42 @@ def test_module_refuses_tokens_that_do_not_fit_its_grid(length, score):
     module = KrauseAttention(8, 2, GridWindow(2, 2, 1), 2, score=score)
     with pytest.raises(ValueError, match=f"needs 5 tokens, got {length}"):
         module(torch.randn(1, length, 8))
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize(("implementation", "neighborhood", "top_k"), [
+    ("reference", CausalWindow(4), 2), ("banded", CausalWindow(4), 2), ("sdpa", CausalWindow(4), None), ("sdpa", Full(), None),
+    ("auto", Full(), 2),
+])
+def test_packed_sequences_are_the_sequences_alone(implementation, neighborhood, top_k):
+    tensors, segment_ids = tensors_far(), torch.tensor([[0, 0, 0, 5, 5, 6, 6, 6, 6, 6], [1] * 10])
+    packed = krause_attention(*tensors, 1.5, neighborhood, top_k, segment_ids=segment_ids, implementation=implementation)
+    for row, cuts in ((0, (3, 5)), (1, ())):
+        parts = zip(*(x[row:row + 1].tensor_split(cuts, 2) for x in tensors), strict=True)
+        alone = [krause_attention(*part, 1.5, neighborhood, top_k) for part in parts]
+        assert_close(packed[row:row + 1], torch.cat(alone, 2), **EXACT)
+    weights = krause_attention_weights(*tensors[:2], 1.5, neighborhood, top_k, segment_ids=segment_ids)
+    assert_close(weights @ tensors[2], packed, **EXACT)
+
+
+def tensors_far():
+    "Query, key and value of two rows; each sequence of the first row has a place of its own, far from the others."
+    places = torch.tensor([0, 0, 0, 50, 50, -80, -80, -80, -80, -80]).view(1, 1, 10, 1)
+    return [x + places for x in tensors(0, (2, 2, 10, 4))]
+
+
+@pytest.mark.parametrize("output_weights", [False, True])
+def test_the_module_takes_packed_sequences(output_weights):
+    torch.manual_seed(0)
+    module, hidden = KrauseAttention(8, 2, CausalWindow(3), 2).double(), torch.randn(1, 9, 8, dtype=torch.float64)
+    packed, _ = module(hidden, segment_ids=torch.tensor([[0] * 4 + [1] * 5]), output_weights=output_weights)
+    assert_close(packed, torch.cat([module(part)[0] for part in hidden.split([4, 5], 1)], 1), **EXACT)
+    with pytest.raises(ValueError, match="segment_ids must not decrease"):
+        module(hidden, segment_ids=torch.arange(9).flip(0)[None])
+    with pytest.raises(ValueError, match="segment_ids must be None with GridWindow"):
+        KrauseAttention(8, 2, GridWindow(3, 3, 1, cls_token=False))(hidden.float(), segment_ids=torch.zeros(1, 9, dtype=torch.long))
 
 
 # The module

@@ -1006,7 +1006,8 @@ def test_opcheck_of_the_band(sample, dtype):
     leaves = [x.to(dtype).requires_grad_() for x in (normal(0, *query), normal(1, *key), normal(2, *key[:3], value_dim))]
     key_mask = torch.arange(key[2]).expand(key[0], -1) > 1 if padded else None
     tau = torch.ones(query[1], requires_grad=True)
-    torch.library.opcheck(torch.ops.krause_repro.band.default, (*leaves, tau, key_mask, 3, top_k, score, dropout, 11))
+    starts = (torch.arange(key[2]) // 2 * 2).expand(key[0], -1).int() if padded else None
+    torch.library.opcheck(torch.ops.krause_repro.band.default, (*leaves, tau, key_mask, starts, 3, top_k, score, dropout, 11))
 
 
 @needs_kernels
@@ -1193,7 +1194,7 @@ def raw_operators():
     angles, token = normal(2, 1, 7, 32), normal(3, 1, 1, 64)
     last = (query[:, :, :1], key[:, :, :1].contiguous(), value[:, :, :1].contiguous())
     return {
-        "band": (lambda x: ops.band(x, key, value, tau, None, 3, 0, 0, 0.0, 0)[0], query),
+        "band": (lambda x: ops.band(x, key, value, tau, None, None, 3, 0, 0, 0.0, 0)[0], query),
         "lists": (lambda x: ops.lists(x, key, value, tau, *candidate_lists(GridWindow(2, 3, 1)), 0, 0, 0.0, 0)[0], query),
         "decode_linear": (lambda x: ops.decode_linear(x, row, None), normal(0, 2, 32)),
         "rotate": (lambda x: ops.rotate(x, x, angles, angles)[0], normal(0, 1, 7, 2, 32)),
@@ -1242,15 +1243,80 @@ def test_functions_of_the_operators_refuse_too_or_do_without():
      ({"key": torch.zeros(1, 2, 4, 16), "value": torch.zeros(1, 2, 4, 16)}, "do not fit together"),
      ({"query": torch.zeros(1, 3, 7, 16)}, "must match the existing size"), ({"query": torch.zeros(2, 7, 16)}, "four dimensions"),
      ({"key_mask": torch.ones(1, 6, dtype=torch.bool)}, "key_mask must be"), ({"key_mask": torch.ones(1, 7)}, "key_mask must be"),
+     *(({"starts": torch.tensor([starts], dtype=dtype)}, "starts must") for starts, dtype in (
+         ([0] * 6, torch.int32), ([0] * 7, torch.int64), ([-1, 0, 0, 0, 0, 0, 0], torch.int32), ([0, 2, 2, 2, 2, 2, 2], torch.int32),
+         ([0, 1, 0, 0, 0, 0, 0], torch.int32))),
      ({"window": 0}, "window must be"), ({"top_k": -1}, "out of range"), ({"score": 3}, "out of range"),
      ({"dropout": 1.1}, "out of range")],
 )
 def test_an_operator_reads_nothing_beside_its_tensors(change, message):
     tensors = dict(zip(("query", "key", "value"), three(0, (1, 2, 7, 16)), strict=True))
-    call = {**tensors, "tau": torch.ones(2), "key_mask": None, "window": 3, "top_k": 0, "score": 0, "dropout": 0.0, "seed": 0, **change}
+    call = {**tensors, "tau": torch.ones(2), "key_mask": None, "starts": None, "window": 3, "top_k": 0, "score": 0, "dropout": 0.0,
+            "seed": 0}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.krause_repro.band(**call)
+        torch.ops.krause_repro.band(**call | change)
 
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize("name", ["reference", *CAUSAL])
+@pytest.mark.parametrize(("window", "keys", "queries", "padded"), [(9, 90, 90, True), (40, 200, 130, False), (300, 90, 90, False)])
+def test_packed_sequences_are_the_sequences_alone(name, window, keys, queries, padded):
+    "A reference of one sequence after the other, in float64; heads are grouped, and there may be a past and padding."
+    generator, past, top_k = torch.Generator().manual_seed(keys), keys - queries, None if name == "sdpa" else 5
+    segment_ids = torch.randint(5, (2, keys), generator=generator).sort(1).values
+    real = torch.rand(2, keys, generator=generator) > 0.2 if padded else None
+    tensors = normal(0, 2, 4, queries, 12), normal(1, 2, 2, keys, 12), normal(2, 2, 2, keys, 20)
+    sigma, incoming = torch.linspace(1, 2, 4), normal(3, 2, 4, queries, 20)
+    marks = {"key_mask": real, "segment_ids": segment_ids}
+
+    def alone(query, key, value, sigma):
+        output = torch.zeros(2, 4, queries, 20, dtype=torch.float64)
+        for b, number in itertools.product(range(2), range(5)):
+            own = slice(*(torch.searchsorted(segment_ids[b], n).item() for n in (number, number + 1)))
+            rows = slice(max(own.start, past) - past, max(own.stop, past) - past)
+            if rows.start < rows.stop:
+                output[b, :, rows] = reference_attention(
+                    query[b:b + 1, :, rows], key[b:b + 1, :, own], value[b:b + 1, :, own], CausalWindow(window), top_k, sigma=sigma,
+                    key_mask=None if real is None else real[b:b + 1, own])[0]
+        return output
+
+    def packed(query, key, value, sigma):
+        return WAYS[name](query, key, value, CausalWindow(window), top_k, sigma=sigma, **marks)
+
+    exact = [x.double() for x in tensors]
+    assert_close(packed(*tensors, sigma).double(), alone(*exact, sigma.double()), rtol=0, atol=1e-5)
+    expected = gradients_of(alone, exact, sigma.double(), incoming)
+    for one, other in zip(gradients_of(packed, tensors, sigma, incoming), expected, strict=True):
+        assert_close(one.double(), other, rtol=0, atol=2e-5 * (1 + other.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", ["reference", *CAUSAL])
+@pytest.mark.parametrize("factor", [-3.0, torch.nan, torch.inf])
+def test_nothing_of_a_sequence_reaches_another(name, factor):
+    segment_ids, top_k = torch.tensor([[2] * 13 + [3] * 10 + [7] * 17]), None if name == "sdpa" else 4
+    here, others = slice(13, 23), [*range(13), *range(23, 40)]
+    tensors, results = [x + 2 for x in three(0, (1, 2, 40, 16))], []
+    for by in (1.0, factor):
+        leaves = [x.clone() for x in tensors]
+        for x in leaves:
+            x[:, :, here] *= by
+            x.requires_grad_()
+        output = WAYS[name](*leaves, CausalWindow(7), top_k, sigma=2.0, segment_ids=segment_ids)[:, :, others]
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
+        results.append([output, *(x[:, :, others] for x in gradients)])
+        assert not any(x[:, :, here].any() for x in gradients) or not math.isfinite(by)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_packed_sequences_by_flex_attention(top_k=4):
+    tensors, segment_ids = three(0, (2, 2, 40, 16)), torch.stack([torch.arange(40) // 13, torch.arange(40) // 40])
+    for neighborhood, k in ((CausalWindow(7), top_k), (CausalWindow(7), None), (Full(), top_k)):
+        expected = reference_attention(*tensors, neighborhood, k, sigma=2.0, segment_ids=segment_ids)
+        assert_close(flex_attention(*tensors, neighborhood, k, sigma=2.0, segment_ids=segment_ids), expected, rtol=0, atol=1e-5)
 
 
 # Memory

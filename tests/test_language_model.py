@@ -16,6 +16,7 @@ from krause_repro import tasks as training_tasks
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from krause_repro.language_model import (
     MIXERS,
+    UNPACKED,
     WINDOWED,
     LanguageModel,
     LanguageModelConfig,
@@ -105,6 +106,33 @@ def test_a_ring_does_not_grow():
             sizes.append(cache_bytes(cache))
         assert sizes[0] == sizes[1] == 2 * 2 * 6 * 32 * 4  # layers, keys and values, W, d, bytes
         assert {type(layer) for layer in cache.layers} == {RingLayer}
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer not in UNPACKED])
+def test_packed_rows_are_the_sequences_alone(mixer):
+    model, ids, cuts = small(mixer), tokens(1), (9, 10, 17)
+    alone = ids.tensor_split(cuts, 1)
+    positions = torch.cat([torch.arange(part.shape[1]) for part in alone])[None]
+    packed = model(ids, position_ids=positions)
+    assert_close(packed.logits, torch.cat([model(part).logits for part in alone], 1), rtol=0, atol=2e-5)
+    both = model(ids.expand(2, -1), position_ids=torch.cat([positions, torch.arange(24)[None]]), output_attentions=True)
+    assert_close(both.logits, torch.cat([packed.logits, model(ids).logits]), rtol=0, atol=2e-5)
+    assert not both.attentions[1][0, :, 9:, :9].any() and both.attentions[1][1, :, 10, :10].any()
+    with pytest.raises(ValueError, match="position_ids must count from 0 with a cache"):
+        model(ids, position_ids=positions, use_cache=True)
+
+
+@pytest.mark.parametrize(("mixer", "positions", "message"), [
+    ("longformer", [[0, 1, 0]], "mixer='longformer', which does not keep packed sequences apart"),
+    ("window", [[0, 1, 3]], "position_ids must start at 0 and grow by one"), ("krause", [[1, 2, 3]], "position_ids must start at 0"),
+    ("krause", [[0, 1]], r"position_ids must be integers of shape \(1, 3\)"), ("krause", [[0.0, 1.0, 0.0]], "must be integers"),
+])
+def test_positions_that_cannot_be(mixer, positions, message):
+    with pytest.raises(ValueError, match=message):
+        small(mixer)(tokens(1, 3), position_ids=torch.tensor(positions))
 
 
 # References

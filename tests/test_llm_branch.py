@@ -473,10 +473,28 @@ def test_what_cannot_have_a_branch_is_refused():
         add_krause_branch(get_peft_model(base, lora_config(base)))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_packed_rows_are_the_sequences_alone(grad):
+    model, ids, cuts = small(), tokens(20)[:1], (6, 7, 16)
+    positions = torch.cat([torch.arange(len(part)) for part in torch.arange(20).tensor_split(cuts)])[None]
+    with torch.set_grad_enabled(grad), recorded_branches() as records:
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        alone = [model(part, use_cache=False).logits for part in ids.tensor_split(cuts, 1)]
+        assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-5)
+        both = model(ids.expand(2, -1), position_ids=torch.cat([positions, torch.arange(20)[None]]), use_cache=False).logits
+        assert_close(both, torch.cat([packed, model(ids, use_cache=False).logits]), rtol=0, atol=1e-5)
+    assert not records[0]["weights"][:, :, 6:, :6].any()
+    if grad:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for one, other in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (packed, torch.cat(alone, 1))), strict=True):
+            assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_masks_and_caches_that_do_not_fit_are_refused():
     model, ids = small(), tokens(12)
-    with pytest.raises(ValueError, match="position_ids must increase by one"):
-        model(ids, position_ids=torch.arange(6).repeat(2)[None].expand(2, -1))
+    for options in ({}, {"attention_mask": torch.ones(2, 12), "use_cache": False}):
+        with pytest.raises(ValueError, match="position_ids must increase by one .* need use_cache=False and no attention_mask"):
+            model(ids, position_ids=torch.arange(6).repeat(2)[None].expand(2, -1), **options)
     documents = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
     documents[:, :, :6, :6] = documents[:, :, 6:, 6:] = torch.ones(6, 6, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="attention_mask must be causality plus padding"):

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
     DynamicCache,
     GPT2Config,
     LlamaConfig,
@@ -678,8 +680,8 @@ def test_a_compiled_model_needs_no_mask(one_layer):
     for key, parameter in model.named_parameters():
         assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-6, msg=key)
     packed = torch.tensor([[*range(9), *range(5)]]).expand(2, -1)
-    with pytest.raises(RuntimeError, match="no packed sequences|cannot separate packed sequences"):
-        compiled(input_ids=tokens, labels=tokens, position_ids=packed, use_cache=False)
+    got, expected = (function(tokens, position_ids=packed, use_cache=False).logits for function in (compiled, model))
+    assert_close(got, expected, **CLOSE)
 
 
 def packed_by_transformers(positions):
@@ -688,25 +690,34 @@ def packed_by_transformers(positions):
     return and_masks(remap_positions_for_packed_sequence(causal_mask_function, positions), packed)
 
 
-@pytest.mark.parametrize(("pattern", "fine"), [
-    (packed_by_transformers(torch.arange(12).expand(2, -1)), True), (sliding_window_causal_mask_function(WINDOW), True),
-    (packed_by_transformers(torch.arange(12).remainder(7).expand(2, -1)), False),
-    (packed_by_transformers(torch.stack([torch.arange(12), torch.arange(12).remainder(11)])), False),
-    (sliding_window_causal_mask_function(WINDOW - 1), False), (bidirectional_mask_function, False),
-    (or_masks(causal_mask_function, blockwise_overlay(torch.arange(24).view(2, 12) // 2)), False),
-    (chunked_causal_mask_function(6, torch.zeros(2, dtype=torch.long)), False),
+ALONE = packed_by_transformers(torch.arange(12).expand(2, -1)), sliding_window_causal_mask_function(WINDOW)
+
+
+@pytest.mark.parametrize(("pattern", "segments"), [
+    *((pattern, [0] * 12) for pattern in ALONE),
+    (packed_by_transformers(torch.arange(12).remainder(7).expand(2, -1)), [0] * 7 + [1] * 5),
+    (packed_by_transformers(torch.stack([torch.arange(12), torch.arange(12).remainder(11)])), [0] * 12),
+    (chunked_causal_mask_function(6, torch.zeros(2, dtype=torch.long)), [0] * 6 + [1] * 6),
+    (sliding_window_causal_mask_function(WINDOW - 1), None), (bidirectional_mask_function, None),
+    (or_masks(causal_mask_function, blockwise_overlay(torch.arange(24).view(2, 12) // 2)), None),
 ])
-def test_a_pattern_that_is_traced_is_looked_at_when_it_runs(pattern, fine, monkeypatch):
-    with pytest.raises(ValueError, match="supports no other pattern"):
-        mask_of(q_length=12, kv_length=12, mask_function=pattern)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    if fine:
-        assert mask_of(q_length=12, kv_length=12, mask_function=pattern) is None
+def test_a_mask_function_is_a_pattern_of_packed_sequences_or_refused(pattern, segments, monkeypatch):
+    def mask(**options):
+        return mask_of(q_length=12, kv_length=12, mask_function=pattern, **options)
+
+    if segments is None or pattern in ALONE:
+        with pytest.raises(ValueError, match="supports no other pattern"):
+            mask()
     else:
-        with pytest.raises(RuntimeError, match="supports no other pattern"):
-            mask_of(q_length=12, kv_length=12, mask_function=pattern)
+        assert mask()[0].tolist() == segments
     with pytest.raises(ValueError, match="supports no other pattern"):  # one of the user's own, which may be anything
-        mask_of(q_length=12, kv_length=12, mask_function=pattern, use_vmap=True)
+        mask(use_vmap=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if segments is None:
+        with pytest.raises(RuntimeError, match="supports no other pattern"):
+            mask()
+    else:
+        assert mask()[0].tolist() == segments
 
 
 def test_trainer_compiles(one_layer, tmp_path):
@@ -737,6 +748,47 @@ def test_a_model_on_the_meta_device_has_shapes():
         with torch.no_grad():
             for cache in (first.cache, RingCache(model.config)):
                 assert model(torch.zeros(2, 1, dtype=torch.long), cache=cache).logits.shape == (2, 1, VOCABULARY)
+
+
+# --- packed sequences ---
+
+LENGTHS = (7, 12, 1, 5)
+
+
+@each_model
+def test_packed_rows_are_the_sequences_alone(models, name):
+    model, rows = models[name], [{"input_ids": row, "labels": row} for row in (text(n, batch=1)[0].tolist() for n in LENGTHS)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+    packed = model(**batch, use_cache=False)
+    alone = [model(torch.tensor([row["input_ids"]]), use_cache=False).logits for row in rows]
+    assert_close(packed.logits, torch.cat(alone, 1), rtol=0, atol=1e-5)
+    losses = [F.cross_entropy(x[0, :-1], torch.tensor(row["labels"][1:]).long(), reduction="sum")
+              for x, row in zip(alone, rows, strict=True)]
+    parameters = [*model.parameters()]
+    expected = torch.autograd.grad(sum(losses) / (sum(LENGTHS) - len(rows)), parameters)
+    for one, other in zip(torch.autograd.grad(packed.loss, parameters), expected, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # two rows, packed in different ways, and the weights
+        positions = torch.cat([batch["position_ids"], torch.arange(25)[None]])
+        both = model(batch["input_ids"].expand(2, -1), position_ids=positions, use_cache=False, output_attentions=True)
+        assert_close(both.logits[0], packed.logits[0], **CLOSE)
+        assert_close(both.logits[1:], model(batch["input_ids"], use_cache=False).logits, **CLOSE)
+        assert not both.attentions[0][0, :, 7:, :7].any() and both.attentions[0][1, :, 7, :7].any()
+
+
+def test_lengths_of_sequences_say_the_same_as_positions(models):
+    model, tokens = models["llama"], text(25, batch=1)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions, use_cache=False).logits
+        assert_close(model(tokens, cu_seq_lens_q=ends, use_cache=False).logits, packed, rtol=0, atol=1e-5)
+    for wrong, message in ((ends[:-1], "must grow from 0 to the number of tokens, 25"), (ends.flip(0), "must grow from 0")):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, cu_seq_lens_q=wrong, use_cache=False)
+    for rows, options in ((tokens, {}), (tokens.expand(2, -1), {"use_cache": False})):
+        with pytest.raises(ValueError, match="cu_seq_lens_q needs a batch of one row and use_cache=False"):
+            model(rows, cu_seq_lens_q=ends, **options)
 
 
 # --- the mask function ---
@@ -788,18 +840,12 @@ def test_a_mask_for_the_new_tokens_only_is_refused(models, name):
 # --- refusals ---
 
 @each_model
-@pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"attention_mask": torch.ones(2, 26)}], ids=["alone", "cache", "mask"])
-def test_packed_sequences_are_refused(models, name, options):
+@pytest.mark.parametrize("options", [{}, {"attention_mask": torch.ones(2, 26), "use_cache": False}], ids=["cache", "mask"])
+def test_packed_sequences_are_refused_where_a_later_step_could_not_tell_them_apart(models, name, options):
     packed = torch.cat([torch.arange(16), torch.arange(10)]).expand(2, -1)
     for positions in (packed, packed[:1]):
-        with pytest.raises(ValueError, match="packed sequences"):
+        with pytest.raises(ValueError, match="packed sequences, .* need use_cache=False"):
             models[name](text(), position_ids=positions, **options)
-    models[name].train()
-    try:
-        with pytest.raises(ValueError, match="packed sequences"):
-            models[name](text(), position_ids=packed, labels=text(), **options)
-    finally:
-        models[name].eval()
 
 
 @each_model
@@ -823,7 +869,7 @@ def test_cross_attention_is_refused():
 def test_attention_in_both_directions_is_refused(name):
     config = configure_krause(tiny_config(name), SIGMA, WINDOW)
     config.is_causal = False
-    with pytest.raises(ValueError, match="no packed sequences .* bidirectional"):
+    with pytest.raises(ValueError, match="no sliding_window or bidirectional"):
         make(config)(text())
 
 
@@ -832,7 +878,7 @@ def test_sliding_window_layers_are_refused():
     assert "sliding_attention" in config.layer_types
     model = make(configure_krause(config, SIGMA, WINDOW))
     for options in ({}, {"use_cache": False}):
-        with pytest.raises(ValueError, match="no packed sequences .* sliding_window"):
+        with pytest.raises(ValueError, match="no sliding_window"):
             model(text(), **options)
     with pytest.raises(ValueError, match="supports no other pattern"):
         mask_of(q_length=12, kv_length=12, mask_function=sliding_window_causal_mask_function(16))

@@ -8,9 +8,10 @@
 namespace krause {
 
 std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tau,
-                                           const OptionalTensor& key_mask, int64_t window, int64_t top_k, int64_t score, double dropout,
-                                           int64_t seed) {
+                                           const OptionalTensor& key_mask, const OptionalTensor& starts, int64_t window, int64_t top_k,
+                                           int64_t score, double dropout, int64_t seed) {
   Call call(query, key, value, tau, key_mask, top_k, score, dropout, seed, false);
+  call.set_starts(starts);
   TORCH_CHECK(window >= 1, "krause_repro: the window must be at least 1");
   Problem& p = call.p;
   p.window = std::min(window, p.keys);
@@ -18,7 +19,7 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
          rows = at::empty({3, p.batch, p.heads, p.queries}, out.options());
   p.out = view(out);
   p.rows = rows.mutable_data_ptr<float>();
-  const bool step = p.queries == 1 && p.k.t == 1 && !p.mask && p.dropout == 0;  // a decode step with a ring cache
+  const bool step = p.queries == 1 && p.k.t == 1 && !p.mask && !p.starts && p.dropout == 0;  // a decode step with a ring cache
   dispatch_score(p.score, [&](auto S) {
     Segments(p, balanced_length(p)).for_each(p, 0, 1, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t) {
       if (step) decode_query<S()>(p, b, g);
@@ -28,18 +29,19 @@ std::tuple<Tensor, Tensor> band_forward_op(const Tensor& query, const Tensor& ke
   if (call.nonfinite_output && !finite(value))
     return {sum_of_support(value, tau,
                            [&](const Tensor& v, const Tensor& t) {
-                             return std::get<0>(band_forward_op(query, key, v, t, key_mask, window, top_k, score, dropout, seed));
+                             return std::get<0>(band_forward_op(query, key, v, t, key_mask, starts, window, top_k, score, dropout, seed));
                            }),
             rows};
   return {finish_output(call, out, query, value), rows};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> band_backward_op(const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
-                                                            const Tensor& tau, const OptionalTensor& key_mask, const Tensor& out,
-                                                            const Tensor& rows, int64_t window, int64_t top_k, int64_t score,
-                                                            double dropout, int64_t seed) {
+                                                            const Tensor& tau, const OptionalTensor& key_mask,
+                                                            const OptionalTensor& starts, const Tensor& out, const Tensor& rows,
+                                                            int64_t window, int64_t top_k, int64_t score, double dropout, int64_t seed) {
   const FiniteInputs with(grad, query, key, value, out, rows, key_mask);
   Call call(with.query, with.key, with.value, tau, key_mask, top_k, score, dropout, seed, true);
+  call.set_starts(starts);
   call.p.window = std::min(window, call.p.keys);
   const Segments segments(call.p);
   return run_backward(call, with.grad, query, key, value, with.out, rows, call.p.batch * segments.count, [&](const Problem& p) {

@@ -24,6 +24,7 @@ KRAUSE_INLINE float backward_row(const Problem& p, const Row& row, float delta, 
     for (int64_t j = 0; j < n; j += kLanes) total -= recompute_weights(row, scale, masked, e, j, shifted) * load(s + j) * dropout_at(j);
     delta = sum(total);
   }
+  if (std::isnan(row.inverse)) delta = 0;  // the weights of such a row are NaN; NaN times zero would also reach keys that it does not see
   for (int64_t j = 0; j < n; j += kLanes) {
     const vec weight = recompute_weights(row, scale, masked, e, j, shifted), kept = dropout_at(j);
     const vec slope = weight * (-load(s + j) * kept - delta);

@@ -6,13 +6,16 @@ namespace krause {
 
 // The keys that one segment of queries needs: its own and a window before.
 struct Segment {
-  int64_t offset, first, last;  // query i is token i + offset; keys first ... last - 1 are packed
+  int64_t offset;         // query i is token i + offset
+  const int32_t* starts;  // of this batch: where the sequence of each token starts, if several share a row; else null
+  int64_t first, last;    // keys first ... last - 1 are packed
   Buffer panels, half_norms, masked;
   std::vector<int32_t> allowed_before;  // allowed_before[j]: number of unmasked keys in first ... first + j - 1
 
   Segment(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t end)
       : offset(p.keys - p.queries),
-        first(round_down(std::max<int64_t>(0, begin + offset - p.window + 1), kPanel)),
+        starts(p.starts ? p.starts + b * p.keys : nullptr),
+        first(round_down(low(p, begin), kPanel)),
         last(round_up(end + offset, kPanel)),
         panels((last - first) * p.dim),
         half_norms(p.score == kKeyNorm ? last - first : 0),
@@ -33,7 +36,9 @@ struct Segment {
       allowed_before[j - first + 1] = allowed_before[j - first] + is_allowed;
     }
   }
-  int64_t low(const Problem& p, int64_t i) const { return std::max<int64_t>(0, i + offset - p.window + 1); }
+  int64_t low(const Problem& p, int64_t i) const {
+    return std::max<int64_t>(starts ? starts[i + offset] : 0, i + offset - p.window + 1);
+  }
   int64_t high(int64_t i) const { return i + offset; }
   const float* masked_at(const Problem& p, int64_t j) const { return p.mask ? masked + (j - first) : nullptr; }
   int32_t num_allowed(const Problem& p, int64_t low, int64_t high) const {

@@ -18,9 +18,9 @@ static void add_key_gradients(const Problem& p, const Segment& keys, int64_t b, 
   const int64_t low = keys.low(p, start), high = keys.high(stop - 1);
   const float rate = 1 / p.temperature[h];
   // the queries of this tile whose window holds any of the keys j ... j + rows - 1
-  for (int64_t j = low; j <= high; j += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, high + 1 - j);
-    const int64_t from = std::max(start, j - keys.offset), to = std::min(stop, j + rows - 1 - keys.offset + p.window);
+  for (int64_t j = low, to = start; j <= high; j += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, high + 1 - j), from = std::max(start, j - keys.offset);
+    while (to < stop && keys.low(p, to) < j + rows) ++to;
     if (from >= to) continue;
     const int64_t at = (from - start) * width + j - base;
     for_rows(rows, [&](auto R) {

@@ -44,7 +44,7 @@ static Tensor unpad(const Tensor& x, int64_t dim, at::ScalarType dtype, F empty)
 
 // The tensors that a Problem points to, checked and converted.
 struct Call {
-  Tensor q, k, v, temperature, mask;
+  Tensor q, k, v, temperature, mask, starts;
   std::atomic<bool> nonfinite_output{false};
   Problem p{};
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tau, const OptionalTensor& key_mask, int64_t top_k,
@@ -82,6 +82,18 @@ struct Call {
       mask = key_mask->contiguous();
       p.mask = mask.const_data_ptr<bool>();
     }
+  }
+  // Where the segment of each token starts. The kernels rely on the order: a later row never reaches further back.
+  void set_starts(const OptionalTensor& given) {
+    if (!given) return;
+    TORCH_CHECK(given->scalar_type() == at::kInt && given->is_cpu() && given->dim() == 2 && given->size(0) == p.batch &&
+                    given->size(1) == p.keys,
+                "krause_repro: starts must be of shape (batch, keys) and int32");
+    starts = given->contiguous();
+    p.starts = starts.const_data_ptr<int32_t>();
+    for (int64_t n = 0; n < p.batch * p.keys; ++n)
+      TORCH_CHECK(p.starts[n] >= (n % p.keys ? p.starts[n - 1] : 0) && p.starts[n] <= n % p.keys,
+                  "krause_repro: starts must not decrease, and each must be at or before its token");
   }
   static const Tensor& checked(const Tensor& x) {
     TORCH_CHECK(x.dim() == 4 && x.is_cpu() && x.is_floating_point(), "krause_repro: x must be floating, of four dimensions, on a CPU");

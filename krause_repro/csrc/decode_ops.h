@@ -8,7 +8,7 @@ namespace krause {
 static Tensor exact_step(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& tau, int64_t held, int64_t top_k) {
   const Tensor k = keys.narrow(2, 0, held), v = values.narrow(2, 0, held);
   return sum_of_support(v, tau, [&](const Tensor& x, const Tensor& t) {
-    return std::get<0>(band_forward_op(query, k, x, t, std::nullopt, held, top_k, kKrause, 0, 0));
+    return std::get<0>(band_forward_op(query, k, x, t, std::nullopt, std::nullopt, held, top_k, kKrause, 0, 0));
   });
 }
 

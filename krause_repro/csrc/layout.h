@@ -24,6 +24,7 @@ struct Problem {
   View q, k, v, out, grad, dq, dk, dv;
   const float* temperature;             // (H,)
   const bool* mask;                     // (B, Tk), or null
+  const int32_t* starts;                // (B, Tk), the first position of each token's segment, or null
   float* rows;                          // (3, B, H, Tq): lowest, threshold, inverse
   float* dtemperature;                  // (units, H): one partial sum for each unit of work
   std::atomic<bool>* nonfinite_output;  // set if a row has finite weights but a non-finite output

@@ -38,12 +38,11 @@ static void reject_transforms(const c10::OperatorHandle& op, torch::jit::Stack*)
 
 TORCH_LIBRARY_FRAGMENT(krause_repro, m) {
   m.def(
-      "band(Tensor query, Tensor key, Tensor value, Tensor tau, Tensor? key_mask, int window, int top_k, int score, float dropout, int "
-      "seed) -> (Tensor, Tensor)");
+      "band(Tensor query, Tensor key, Tensor value, Tensor tau, Tensor? key_mask, Tensor? starts, int window, int top_k, int "
+      "score, float dropout, int seed) -> (Tensor, Tensor)");
   m.def(
-      "band_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor tau, Tensor? key_mask, Tensor out, Tensor rows, int "
-      "window, int top_k, "
-      "int score, float dropout, int seed) -> (Tensor, Tensor, Tensor, Tensor)");
+      "band_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor tau, Tensor? key_mask, Tensor? starts, Tensor out, Tensor "
+      "rows, int window, int top_k, int score, float dropout, int seed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "ring_step(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor sigma, int slot, int held, int "
       "top_k) -> Tensor");
