@@ -12,6 +12,7 @@ NEWEST := torch torchvision transformers peft accelerate datasets
 INSTALLED := $(VENV)/.installed
 COMMAND := $(BIN)/krause-repro
 ONLY_OPTION := $(if $(ONLY),--only '$(ONLY)')
+TRAINS := $(filter smoke,$(PROFILE))$(filter missing always,$(TRAIN))
 TRAIN_OPTION := $(if $(TRAIN),--train '$(TRAIN)')
 
 ifeq ($(filter $(PROFILE),smoke desk paper),)
@@ -28,8 +29,8 @@ endif
 .NOTPARALLEL:
 .PHONY: figures book test test-thorough test-latest lock site pdf help
 
-figures: $(INSTALLED)  ## execute the notebooks under PROFILE and build the page that shows every figure
-	$(COMMAND) data fashion_mnist
+figures: $(INSTALLED)  ## execute the notebooks (desk: experiments and reports) and build the page that shows every figure
+	$(if $(TRAINS),$(COMMAND) data fashion_mnist)
 	$(COMMAND) run --profile '$(PROFILE)' $(ONLY_OPTION) $(TRAIN_OPTION)
 
 book: $(INSTALLED)  ## execute the committed notebooks in place (desk results, no training) and clean them

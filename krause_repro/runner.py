@@ -7,12 +7,15 @@ __all__ = ['run', 'book']
 
 # %% ../nbs/58_runner.ipynb #ba426fb6
 import json
+import logging
+import os
 import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,6 +44,11 @@ class Page:
     def takes_profile(self) -> bool:
         "Whether the page runs under a profile, as experiments and the report do."
         return self.number[0] in "67"
+
+    @property
+    def reports(self) -> bool:
+        "Whether the page reads the results of all experiments."
+        return self.takes_profile and self.number >= "68"
 
 # %% ../nbs/58_runner.ipynb #6e20846a
 def read_notebook(
@@ -114,6 +122,19 @@ def select(
 NEEDS = {  # pages that read results of other pages
     "70_report": ("61_image_classification", "62_image_generation", "63_llm_finetuning"),
 }
+AFTER = {  # pages that train models of other pages again, which two processes must not do at the same time
+    "65_ablations": ("61_image_classification",), "67_attention_maps": ("61_image_classification", "65_ablations"),
+}
+
+
+def earlier_pages(
+    page: Page,  # one of `pages`
+    pages: list[Page],  # those to execute, in reading order
+) -> set[str]:
+    "Stems of the pages to finish before this one starts; a report waits for every experiment."
+    named = {*NEEDS.get(page.stem, ()), *AFTER.get(page.stem, ())}
+    before = [other for other in pages if other.number < page.number]
+    return {other.stem for other in before if other.stem in named or page.reports and other.takes_profile}
 
 
 def failed_need(
@@ -155,21 +176,49 @@ def parameters_for(
     return given
 
 # %% ../nbs/58_runner.ipynb #85407b57
-def kernel_manager() -> type:
-    "A kernel manager whose only kernel is the running interpreter, independent of the user's Jupyter configuration."
-    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
+class Kernels:
+    "The kernels of a run; each is the running interpreter, independent of the user's Jupyter configuration."
 
-    class ThisInterpreter(AsyncKernelManager):
-        "Starts `sys.executable`."
+    def __init__(
+        self,
+        folder: Path,  # in which they run
+        threads: int | None = None,  # of each; None for the libraries' default
+    ):
+        self.folder, self.managers, self.ended = str(folder), [], False
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        self.environment = {} if threads is None else dict.fromkeys(names, str(threads))
 
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            "The specification of this interpreter's kernel."
-            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(["--log-level=CRITICAL"]))
+    def manager(self) -> type:
+        "A kernel manager for papermill."
+        from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+        from jupyter_client import AsyncKernelManager
+        from jupyter_client.kernelspec import KernelSpec
 
-    return ThisInterpreter
+        class ThisInterpreter(AsyncKernelManager):
+            "Starts `sys.executable`."
+
+            @property
+            def kernel_spec(this) -> KernelSpec:
+                "The specification of this interpreter's kernel."
+                return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict(["--log-level=CRITICAL"]) | {"env": self.environment})
+
+            async def start_kernel(this, **given) -> None:
+                "Start in the folder: papermill's own `cwd` changes the directory of all threads."
+                self.managers.append(this)
+                await super().start_kernel(**given | {"cwd": self.folder})
+                if self.ended:
+                    self.end()
+
+        return ThisInterpreter
+
+    def end(self) -> None:
+        "Kill every kernel; pages that are being executed fail."
+        self.ended = True
+        logging.getLogger("papermill").setLevel(logging.CRITICAL)  # which reports each dead kernel
+        for manager in self.managers:
+            process = getattr(manager.provisioner, "process", None)
+            if process is not None:
+                process.kill()
 
 # %% ../nbs/58_runner.ipynb #cbe54041
 def first_line(
@@ -183,15 +232,14 @@ def execute(
     source: Path,  # the notebook
     output: Path,  # path of the executed copy, complete or up to the failed cell
     parameters: dict[str, str],  # injected after the cell tagged `parameters`; empty for none
-    folder: Path,  # the directory its cells run in
-    bar: dict | bool = False,  # settings of a progress bar over the cells, or False
+    kernels: Kernels,  # to which its kernel is added
 ) -> str | None:
-    "Execute a notebook; return None, or the error with its cell. An interrupt kills the kernel and propagates."
+    "Execute a notebook; return None, or the error with its cell."
     from papermill import PapermillExecutionError, execute_notebook
 
     try:
-        execute_notebook(str(source), str(output), parameters, kernel_name="python3", cwd=str(folder), progress_bar=bar,
-                         kernel_manager_class=kernel_manager(), coalesce_streams=True, start_timeout=600)
+        execute_notebook(str(source), str(output), parameters, kernel_name="python3", progress_bar=False,
+                         kernel_manager_class=kernels.manager(), coalesce_streams=True, start_timeout=600)
     except PapermillExecutionError as error:
         cell = f"cell {error.cell_index + 1} (In [{error.exec_count}]: {first_line(error.source)})"
         return f"{cell}: {error.ename}: {first_line(str(error.evalue))}"
@@ -203,15 +251,17 @@ def run_page(
     page: Page,  # the page
     output: Path,  # path of its executed copy
     parameters: dict[str, str],  # injected into it
-    root: Path,  # the project's folder, in which its cells run
-    bar: dict | bool = False,  # settings of a progress bar over the cells, or False
+    root: Path,  # the project's folder
+    kernels: Kernels,  # to which its kernel is added
 ) -> dict[str, object]:
-    "Execute one page and record status, error, duration, time and commit in the copy."
+    "Execute one page and record status, error, duration, time and commit in the copy; no copy if the kernels were ended."
     from krause_repro.records import git_state, atomic_write
 
     start = time.perf_counter()
     with atomic_write(output) as temporary:
-        error = execute(page.path, temporary, parameters, root, bar)
+        error = execute(page.path, temporary, parameters, kernels)
+        if kernels.ended:
+            raise KeyboardInterrupt
         record = {"status": "failed" if error else "ok", "error": error, "seconds": round(time.perf_counter() - start, 1),
                   "executed": datetime.now().astimezone().isoformat(timespec="seconds"), **parameters, **git_state(root)}
         begun = temporary.stat().st_size > 0  # else the kernel did not start or the notebook is invalid
@@ -248,6 +298,18 @@ def ticking(
         thread.join()
         bar.close()
 
+
+@contextmanager
+def ended_on_error(
+    kernels: Kernels,  # of a run
+) -> Iterator[None]:
+    "Kill the kernels if the run is interrupted."
+    try:
+        yield
+    except BaseException:
+        kernels.end()
+        raise
+
 # %% ../nbs/58_runner.ipynb #d02bf57d
 def outcome(
     record: dict[str, object],  # of a page
@@ -257,6 +319,25 @@ def outcome(
     seconds = "" if record["seconds"] is None else f", {record['seconds']} s"
     return f"{record['status']}{because}{seconds}"
 
+# %% ../nbs/58_runner.ipynb #f04b9f90
+def page_workers(
+    profile: str,  # "smoke", "desk" or "paper"
+    train: str,  # "never", "missing" or "always"
+) -> int:
+    "How many pages run at a time."
+    return 2 if (os.cpu_count() or 1) > 1 and (profile == "smoke" or train == "never") else 1
+
+# %% ../nbs/58_runner.ipynb #4827af03
+def attempt(
+    page: Page,  # the page
+    because: str | None,  # a failed page that it needs
+    output: Path,  # path of its executed copy
+    *given: object,  # for `run_page`
+) -> dict[str, object]:
+    "Execute a page, or skip it if a page that it needs has failed."
+    skipped = {"notebook": page.stem, "status": "not run", "because": because, "error": None, "seconds": None}
+    return skipped if because else run_page(page, output, *given)
+
 
 def run_pages(
     pages: list[Page],  # to execute, in order
@@ -264,27 +345,34 @@ def run_pages(
     parameters: dict[str, dict[str, str]],  # by stem, the parameters of each page
     root: Path,  # the project's folder
     quiet: bool = False,  # print no progress
+    workers: int = 1,  # how many pages at a time
 ) -> Iterator[dict[str, object]]:
-    "Execute pages in order and yield the record of each; a page that needs a failed one is skipped."
+    "Execute pages and yield the record of each as it ends; a page that needs a failed one is skipped."
     from tqdm import tqdm
 
-    bars, form, failed = interactive() and not quiet, "{desc} |{bar}| {n_fmt}/{total_fmt} {unit}s, {elapsed}", []
-    with ticking(tqdm(total=len(pages), unit="page", bar_format=form, disable=not bars)) as bar:
-        for place, page in enumerate(pages, 1):
-            bar.set_description_str(page.stem)
-            if not (quiet or bars):
-                print(f"[{place:>2}/{len(pages)}] {page.stem} ... ", end="", flush=True)
-            cells = {"desc": " " * len(page.stem), "bar_format": form, "leave": False, "position": 1} if bars else False
-            if because := failed_need(page.stem, failed):
-                record = {"notebook": page.stem, "status": "not run", "because": because, "error": None, "seconds": None}
-            else:
-                record = run_page(page, outputs / f"{page.stem}.ipynb", parameters[page.stem], root, cells)
-            bar.update()
-            if not quiet:
-                tqdm.write(f"[{place:>2}/{len(pages)}] {page.stem} ... {outcome(record)}" if bars else outcome(record))
-            if record["status"] != "ok":
-                failed.append(page.stem)
-            yield record
+    kernels = Kernels(root, max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None)
+    weight = {page.stem: 10 if page.takes_profile else 1 for page in pages}
+    before = {page.stem: earlier_pages(page, pages) for page in pages}
+    bars, waiting, running, failed, done = interactive() and not quiet, list(pages), {}, [], 0
+    form = "{desc} |{bar}| {elapsed}, {remaining} left"
+    total = tqdm(total=sum(weight.values()), bar_format=form, disable=not bars, smoothing=0)
+    with ticking(total) as bar, ThreadPoolExecutor(workers) as pool, ended_on_error(kernels):
+        while waiting or running:
+            busy = {page.stem for page in (*waiting, *running.values())}
+            for page in [page for page in waiting if not before[page.stem] & busy][:workers - len(running)]:
+                waiting.remove(page)
+                because, output = failed_need(page.stem, failed), outputs / f"{page.stem}.ipynb"
+                running[pool.submit(attempt, page, because, output, parameters[page.stem], root, kernels)] = page
+            bar.set_description_str(f"{done}/{len(pages)} {', '.join(page.stem for page in running.values())}")
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                page, record, done = running.pop(future), future.result(), done + 1
+                bar.update(weight[page.stem])
+                if record["status"] != "ok":
+                    failed.append(page.stem)
+                if not quiet:
+                    line = f"[{done:>2}/{len(pages)}] {page.stem} ... {outcome(record)}"
+                    tqdm.write(line) if bars else print(line, flush=True)
+                yield record
 
 # %% ../nbs/58_runner.ipynb #d522f0ed
 def site_folder(
@@ -331,7 +419,7 @@ def check_run_folders(
 # %% ../nbs/58_runner.ipynb #96aeff68
 def run(
     profile: str = "smoke",  # "smoke", "desk" or "paper"
-    only: str | None = None,  # pages by number or name, commas between; all by default
+    only: str | None = None,  # pages by number or name, commas between; by default all under smoke, else experiments and reports
     train: str | None = None,  # "never", "missing" or "always"; "always" for smoke and "never" for others by default
     root: str | Path | None = None,  # the project's folder
     quiet: bool = False,  # print no progress
@@ -346,6 +434,8 @@ def run(
 
     train, root = settled_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
+    if only is None and profile != "smoke":
+        chosen = [page for page in chosen if page.takes_profile]
     check_paths(chosen)
     parameters = {page.stem: parameters_for(page, profile, train) for page in chosen}
     check_run_folders(profile, root)
@@ -354,12 +444,12 @@ def run(
         remove_leftovers(folder)
         remove_leftovers(folder / "notebooks")
         try:
-            for record in run_pages(chosen, folder / "notebooks", parameters, root, quiet):
+            for record in run_pages(chosen, folder / "notebooks", parameters, root, quiet, page_workers(profile, train)):
                 records.append(record)
         finally:
             if at_end is not None:
                 at_end()
-    return records
+    return sorted(records, key=lambda record: record["notebook"])
 
 # %% ../nbs/58_runner.ipynb #e59cbbc9
 def clean(
@@ -397,14 +487,15 @@ def book(
     check_paths(chosen)
     for folder in (root / "nbs", figure_folder("desk", root)):
         check_output(folder.name, folder / "file")
-    with locked(site_folder("desk", root)):
+    kernels = Kernels(root)
+    with locked(site_folder("desk", root)), ended_on_error(kernels):
         remove_leftovers(root / "nbs")
         for page in chosen:
             start = time.perf_counter()
             print(f"{page.stem} ... ", end="", flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / page.path.name
-                error = execute(page.path, copy, {}, root)
+                error = execute(page.path, copy, {}, kernels)
                 if error is None:
                     clean(copy, root)
                     copy_file(copy, page.path)

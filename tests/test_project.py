@@ -241,6 +241,7 @@ def make(*arguments):
     ([], ["data fashion_mnist", "run --profile 'smoke'"]),
     (["figures", "PROFILE=desk", "ONLY=61", "TRAIN=missing"],
      ["data fashion_mnist", "run --profile 'desk' --only '61' --train 'missing'"]),
+    (["figures", "PROFILE=desk"], ["run --profile 'desk'"]),
     (["book", "ONLY=61"], ["book --only '61'"]),
     (["site", "PROFILE=desk"], ["site --profile 'desk'"]),
 ])

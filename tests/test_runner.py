@@ -125,7 +125,7 @@ def test_a_shadowing_kernel_is_not_used(project, monkeypatch):
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps({"argv": ["/nonexistent/python"], "display_name": "x", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(project / "share"))
-    assert runner.kernel_manager()().kernel_spec.argv[0] == sys.executable
+    assert runner.Kernels(project).manager()().kernel_spec.argv[0] == sys.executable
 
 
 def test_a_failure_is_kept_as_evidence_and_does_not_hide_the_others(smoke):
@@ -348,6 +348,22 @@ def test_bad_input_is_refused_before_any_work(project, given, allowed):
     assert not (project / "runs").exists()
 
 
+def test_desk_runs_independent_experiments_two_at_a_time_and_the_report_last(project):
+    meet = "import os, pathlib, time\npathlib.Path({0!r}).touch()\nwhile not pathlib.Path({1!r}).exists(): time.sleep(0.05)"
+    threads = code("os.environ.get('OMP_NUM_THREADS') == str(max(1, os.cpu_count() // 2))")
+    write_page(project, "00_lesson", code("1 / 0"))
+    write_page(project, "60_first", code(PARAMETERS, "parameters"), code(meet.format("a", "b")), threads)
+    write_page(project, "61_second", code(PARAMETERS, "parameters"), code(meet.format("b", "a")), threads)
+    write_page(project, "70_report", code(PARAMETERS, "parameters"), code("import pathlib\nassert pathlib.Path('a').exists()"))
+    records = runner.run("desk", root=project, quiet=True)
+    assert [(record["notebook"], record["status"]) for record in records] == [("60_first", "ok"), ("61_second", "ok"), ("70_report", "ok")]
+    assert outputs(executed(project, "60_first", "desk")) == ["True"]
+    pages = runner.notebooks(ROOT / "nbs")
+    before = {page.name: {other[3:] for other in runner.earlier_pages(page, pages)} for page in pages}
+    assert before["report"] >= {"particles", "cost", "image_classification"} and "image_classification" in before["attention_maps"]
+    assert not any(others for page in pages for others in [before[page.name]] if not page.takes_profile)
+
+
 def test_a_report_alone_takes_what_is_there(project):
     write_page(project, "61_image_classification", code(PARAMETERS, "parameters"), code("1 / 0"))
     write_page(project, "70_report", code(PARAMETERS, "parameters"))
@@ -441,9 +457,11 @@ def test_an_interrupt_keeps_what_is_finished_and_kills_the_kernel(project, capsy
     started = project / "started"
     write_page(project, "00_finished", code("'done'"))
     write_page(project, "01_long", code("import os, pathlib, time\npathlib.Path('started').write_text(str(os.getpid()))\ntime.sleep(600)"))
-    write_page(project, "02_after", code("1"))
+    write_page(project, "02_after", code("import time\ntime.sleep(600)"))
+    finished = site(project) / "notebooks" / "00_finished.ipynb"
+
     def interrupt():
-        while not (started.is_file() and started.read_text()):
+        while not (started.is_file() and started.read_text() and finished.is_file()):
             time.sleep(0.1)
         os.kill(os.getpid(), number)
 
