@@ -19,12 +19,12 @@ from .bench_language import language_speed_table
 from .checks import UserError
 from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
+    FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
 from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
-from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE
+from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import atomic_write, project_root, read_text
@@ -50,6 +50,9 @@ def expected_results(
         "image_generation": [*GENERATOR_LABELS, "baselines"],
         "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
+        "image_generation_mnist": [*GENERATOR_LABELS, "baselines"] if profile != "smoke" else [],
+        "textbooks": [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
+        "language_models": [*(f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]), "kneser_ney"],
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
     files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "cost", "counting",
