@@ -51,10 +51,11 @@ def finished_model(
 # %% ../nbs/42_evaluation.ipynb #747f3fce
 def cached_test(
     run: Run,  # finished
-    measure: Callable[[], dict],  # evaluates the model on the test images
+    measure: Callable[[], dict],  # evaluates the model on the test data
+    name: str = "test.json",  # of the file
 ) -> dict:
-    "Test metrics from `test.json` in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
-    path, weights = run.path / "test.json", run.path / "model.safetensors"
+    "Test metrics from a file in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
+    path, weights = run.path / name, run.path / "model.safetensors"
     model = file_digest(weights) if weights.is_file() else None
     record = read_json(path) if path.is_file() else {"model": ""}
     if not isinstance(record, dict):

@@ -160,11 +160,11 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "named numbers and texts": "versions goals dense local measured counter ptflops macs.base macs.branch",
     "an object": "recipes curves before data completions samples mechanism bifurcation selection scaling grids missing attention "
                  "runs data.held_out data.train",
-    "an object or null": "letters frechet",
+    "an object or null": "letters frechet phenomena",
     "named objects": "models surfaces bits sinks uniform quantities constant",
     "named lists of objects": "patience heads",
-    _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds training_speed final.order final.clusters "
-              "final.diameter final.closed",
+    _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds training_speed accuracies standard "
+              "final.order final.clusters final.diameter final.closed",
     f"{_SUMMARY} or null": "letter_accuracy",
     _CURVE: "train_loss validation_accuracy training held_out entropy head_diversity distance cosine residual effective_rank "
             "mixed.gate order diameter clusters",
