@@ -45,6 +45,7 @@ def expected_results(
 ) -> list[str]:
     "Names of all results of a profile, sorted by page."
     model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
+    scratch = [f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]]
     folders = {
         "image_classification_cifar10": CIFAR10_RESULTS if profile != "smoke" else [],
         "image_generation": [*GENERATOR_LABELS, "baselines"],
@@ -52,11 +53,11 @@ def expected_results(
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
         "image_generation_mnist": [*GENERATOR_LABELS, "baselines"] if profile != "smoke" else [],
         "textbooks": [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
-        "language_models": [*(f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]), "kneser_ney"],
+        "language_models": [*scratch, "kneser_ney"], "language_model_sinks": scratch, "language_model_tasks": scratch,
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
-    files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "cost", "counting",
-             "training_profile", "attention_maps"]
+    files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
+             "cost", "counting", "training_profile", "attention_maps"]
     return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
 
 

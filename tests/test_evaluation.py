@@ -397,7 +397,8 @@ def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 0, 1 | -0.200 | -0.200 to -0.200 | yes |"
     models["a"] |= {"trainable": 7, "held_out_bits": summarise([2.0]), "curves": falling, "seconds": {"values": [90]}}
     lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
-    assert lines[0].endswith("| trained parameters | test bits | seeds | held-out bits | fell over the last fifth, bits | minutes per run |")
+    assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell over the last fifth, bits "
+                        "| minutes per run |")
     assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 0, 1 | 2.000 | +0.250 | 2 |" and lines[3] == "| C |" + " — |" * 6
 
 

@@ -13,7 +13,7 @@ from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.generation_recipes import GENERATORS
 from krause_repro.image_recipes import SUPPORTS, ablation_name
 from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
-from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, get_recipe
+from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, TEXT_SPEED, get_recipe
 from krause_repro.records import project_root
 from krause_repro.reference import SCORES
 from krause_repro.report import expected_results
@@ -59,8 +59,9 @@ def planned_files(folder, plan):
 def language_model_files(profile):
     names = [f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]]
     data = LM_DATASET_BY_PROFILE[profile]
-    return {f"language_models/{name}": [get_recipe(f"{name}/{data}")] for name in names} | {
-        "language_models/kneser_ney": [get_recipe(f"lm_krause_100m/{data}")]}
+    folders = ("language_models", "language_model_sinks", "language_model_tasks")
+    return {f"{folder}/{name}": [get_recipe(f"{name}/{data}")] for folder in folders for name in names} | {
+        "language_models/kneser_ney": [get_recipe(f"lm_krause_100m/{data}")], "language_model_speed": [TEXT_SPEED]}
 
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]

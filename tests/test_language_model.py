@@ -38,6 +38,7 @@ from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
 from krause_repro.ring_cache import RingLayer, cache_bytes
+from krause_repro.sinks import evaluate_text_sinks, text_sink_profile, text_sink_table
 from krause_repro.training import train
 
 PARITY = Path(__file__).parent / "parity" / "krause_lm_attention.safetensors"
@@ -395,6 +396,22 @@ def test_bits_by_position_are_means_of_the_models_own_loss():
     assert_close(torch.tensor(binned(torch.arange(1.0, 48), [1, 3, 47])), torch.tensor([1.0, 2.5, 25.5]))
 
 
+@each_mixer
+def test_the_first_tokens_attention_is_the_maps_own_and_its_baseline_the_supports(mixer):
+    model, ids = small(mixer), tokens(3, 24)
+    profile, uniform = text_sink_profile(model, ids, window=6, batch=2)
+    kinds = {"krause": {"softmax", "krause", "mixed"}, "krause_only": {"krause"}}.get(mixer, {"softmax"})
+    assert profile.keys() == kinds and profile[next(iter(kinds))]["first_all"].shape == (2, 3)
+    with torch.no_grad():
+        maps = model(ids, output_attentions=True).attentions
+    one = "krause" if mixer == "krause_only" else "softmax"
+    assert_close(profile[one]["first_all"], torch.stack([each[..., 0].mean(1)[:, 1:].mean(1) for each in maps]))
+    share = 1 / torch.arange(2, 25) if mixer in ("standard", "standard_wide", "top_k", "krause") else None
+    share = (1 / torch.arange(2, 7)).sum().div(23).expand(23) if mixer in WINDOWED else share
+    if share is not None:
+        assert abs(uniform["first_all"] - share.mean().item()) < 1e-6
+
+
 # Training
 
 
@@ -455,6 +472,8 @@ def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, s
 def check_evaluation(run, model):
     "The result of a run, from its model's own loss, and a sample of text."
     result, blocks = evaluate_language_models([run]), RandomCorpus().blocks("test", 64, 1)
+    sinks = evaluate_text_sinks([run])
+    assert sinks["passages"] == 32 and sinks["sinks"]["mixed"]["gate"]["n"] == 32 and "| softmax + Krause" not in text_sink_table({})
     ids = torch.stack([blocks[i * 72 // 64]["input_ids"] for i in range(64)])
     assert result["bits_per_token"]["mean"] == pytest.approx(model(ids, labels=ids).loss.item() / math.log(2), rel=1e-5)
     assert (result["test_blocks"], result["test_tokens"]) == (64, 64 * 63) and result["training_speed"]["mean"] > 0
