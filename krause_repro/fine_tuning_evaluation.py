@@ -397,7 +397,7 @@ def evaluate_language_models(
 def ngram_baseline(
     recipe: LanguageModelRecipe,  # under its profile
     source: str | Path | None = None,  # the user's text or corpus
-    order: int = 5,
+    order: int = 5,  # tokens of the longest n-grams
 ) -> dict:  # "bits_per_token", "bits_per_byte", "ngram_order", "train_tokens", "test_tokens"
     "Bits of the test text under a Kneser–Ney model of the training blocks that the models see."
     corpus, splits = recipe_corpus(recipe, source), corpus_splits(recipe, source)

@@ -549,7 +549,7 @@ def evaluate_zero_shot(
     limit: int | None = None,  # at most so many items of each task, drawn at random; None for all
     item_seed: int = 0,  # of the draw
     batch_size: int = 32,  # texts at a time
-) -> dict:  # "tasks" by name: "accuracies" and "standard" over seeds, "stderr" of one seed, "items", "chance", …; and provenance
+) -> dict:  # "tasks" by name: "accuracies" and "standard_accuracies" over seeds, "stderr" of one seed, "items", "chance", …; and provenance
     "The zero-shot scores of a language model over its seeds."
     options, found = {"source": items, "limit": limit, "item_seed": item_seed, "batch_size": batch_size}, {}
     for task in check_language_tasks(tasks):
@@ -557,7 +557,7 @@ def evaluate_zero_shot(
         first = scores[0]
         found[task] = {
             "accuracies": summarise([each["accuracy"] for each in scores]), "stderr": first["accuracy_stderr"],
-            "standard": summarise([each.get("standard_accuracy", each["accuracy"]) for each in scores]),
+            "standard_accuracies": summarise([each.get("standard_accuracy", each["accuracy"]) for each in scores]),
             "chance": first["chance"]["accuracy"], **{name: first[name] for name in ("items", "truncated", "source", "limit")},
         }
         if "phenomena" in first:
@@ -569,7 +569,7 @@ def evaluate_zero_shot(
 def zero_shot_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_zero_shot` if evaluated
     published: dict[str, dict],  # by label: accuracies in percent by task
-    scoring: str = "accuracies",  # the paper's, or "standard"
+    scoring: str = "accuracies",  # the paper's, or "standard_accuracies"
 ) -> str:  # Markdown
     "Accuracy ± standard deviation over seeds by task, in percent; the standard error of one seed's items, chance, the paper's numbers."
     known = [m["tasks"] for m in models.values() if "tasks" in m]

@@ -75,7 +75,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
     "63_llm_finetuning": fine_tuning_files("desk") | planned_files("textbooks", "textbooks"),
-    "64_language_models": language_model_files("desk"),
+    "64_language_modelling": language_model_files("desk"),
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
     "67_attention_maps": {"attention_maps": TRIO},
