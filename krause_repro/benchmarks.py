@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .bench_attention import add_peak_memory, bench_attention, bench_grids, bench_scaling, bench_selection
+from .bench_attention import add_peak_memory, bench_attention, bench_gpu_attention, bench_grids, bench_scaling, bench_selection
 from .bench_generation import bench_generation
 from .bench_language import bench_language, bench_text
 from .bench_models import bench_images, bench_training
@@ -58,8 +58,9 @@ def format_rows(
             ratio, quartiles = f"{row['ratio']:.2f}", "–".join(f"{x:.2f}" for x in row["ratio_quartiles"])
         if row.get("peak_bytes") is not None:
             memory = f"{row['peak_bytes'] / 1e6:.1f}"
+        rates = f" {row['gigabytes_per_second']:>6.0f} GB/s {row['teraflops']:>6.1f} TFLOP/s" if "teraflops" in row else ""
         what = f"{row['case']:<40} {row.get('pass', ''):<19} {row['name']:<21}"
-        lines.append(f"{what} {1000 * row['seconds']:>9.1f} {ratio:>7}  {quartiles:<13} {memory:>8}".rstrip())
+        lines.append(f"{what} {1000 * row['seconds']:>9.1f} {ratio:>7}  {quartiles:<13} {memory:>8}{rates}".rstrip())
     return "\n".join(lines)
 
 # %% ../nbs/54_benchmarks.ipynb #86f9ca44
@@ -112,3 +113,4 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "lm": lambda: report_benchmark(bench_text),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }
+GPU_BENCHMARKS: dict[str, Callable[[], None]] = {"attention": lambda: report_benchmark(bench_gpu_attention)}

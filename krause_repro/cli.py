@@ -85,12 +85,24 @@ def train_recipe(
     restart: bool = False,  # train again even if there is a run
     source: str = None,  # folder with the data, if it is not found automatically
     unreadable: str = "stop",  # stop or skip: how to handle images that cannot be decoded
+    steps: int = None,  # only try this many steps on random data, and keep nothing
+    batch_size: int = None,  # with steps: examples per step; default: the recipe's
 ) -> None:
     "Train one recipe with one seed, or resume it. Also works under accelerate launch and torchrun."
     from krause_repro.recipes import get_recipe
 
     chosen = get_recipe(recipe).at(profile)
-    from krause_repro.training import train
+    if batch_size is not None and steps is None:
+        raise UserError("batch_size is for a dry run with steps; the batch size of a training run is the recipe's")
+    from krause_repro.training import dry_run, train
+
+    if steps is not None:
+        tried = dry_run(chosen, steps, batch_size)
+        memory = "" if tried["peak_bytes"] is None else f", {tried['peak_bytes'] / 2**30:.1f} GiB of GPU memory"
+        print(f"{tried['parameters']:,} parameters{memory}")
+        for step, (loss, seconds) in enumerate(zip(tried["losses"], tried["seconds"], strict=True), 1):
+            print(f"step {step}: loss {loss:.3f}, {seconds:.1f} s")
+        return
 
     print(f"Run: {train(chosen, seed=seed, restart=restart, source=source, unreadable=unreadable).path}")
 
@@ -172,15 +184,18 @@ def execute_book(
 def run_benchmark(
     name: str,  # a benchmark; an unknown name lists all
     threads: int = 2,  # of PyTorch
+    device: str = "cpu",  # cpu or cuda
 ) -> None:
     "Run a benchmark, print its results, and save them under runs/bench."
     import torch
-    from krause_repro.benchmarks import BENCHMARKS, benchmark_path
+    from krause_repro.benchmarks import BENCHMARKS, GPU_BENCHMARKS, benchmark_path
 
-    check_choice("name", name, BENCHMARKS)
-    check_output("results", benchmark_path(name))
+    check_choice("device", device, ("cpu", "cuda"))
+    benchmarks = BENCHMARKS if device == "cpu" else GPU_BENCHMARKS
+    check_choice("name", name, benchmarks)
+    check_output("results", benchmark_path(name if device == "cpu" else f"{name}-{device}"))
     torch.set_num_threads(threads)
-    BENCHMARKS[name]()
+    benchmarks[name]()
 
 # %% ../nbs/80_cli.ipynb #3406f501
 def prepare_kernels() -> None:
@@ -291,7 +306,7 @@ def usage() -> str:
 # %% ../nbs/80_cli.ipynb #99285fd9
 LIMITS = {  # minimum and maximum of every integer option
     **dict.fromkeys(("seed", "image_seed", "item_seed"), (0, 2**32 - 1)), "threads": (1, 1024),
-    **dict.fromkeys(("images", "batch", "tokens", "limit", "batch_size", "max_gen_toks"), (1, 2**31 - 1)),
+    **dict.fromkeys(("images", "batch", "tokens", "limit", "batch_size", "max_gen_toks", "steps"), (1, 2**31 - 1)),
 }
 
 

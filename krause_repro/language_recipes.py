@@ -212,7 +212,7 @@ class LanguageModelRecipe(Recipe):
 LM_PROFILES = {
     "desk": {
         "seeds": (0, 1, 2), "vocab_size": 4096, "context": 256, "width": 128, "depth": 6, "heads": 4, "mlp_width": 352, "dropout": 0.0,
-        "batch_size": 16, "per_device_batch_size": 16, "lr": 2e-3, "train_blocks": 24_000, "held_out": 256, "bf16": False,
+        "batch_size": 4, "per_device_batch_size": 4, "lr": 2e-3, "train_blocks": 24_000, "held_out": 256, "bf16": False,
     },
     "smoke": {
         "seeds": (0, 1), "vocab_size": 512, "context": 64, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "window": 8, "top_k": 4,

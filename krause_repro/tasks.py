@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from .branched_models import add_krause_branch
 from .checks import UserError, check_choice
 from .corpus import Corpus, load_corpus, textbooks
 from .generation_recipes import ImageGenerationRecipe
-from .image_data import Collator, Splits, TokenCollator, load_splits
+from .image_data import Collator, ImageSet, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import check_images
 from krause_repro.language_data import (
@@ -267,6 +268,28 @@ def _collate_blocks(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
     return (_collate_blocks,) * 2
+
+# %% ../nbs/34_tasks.ipynb #5e5e391b
+def random_splits(
+    recipe: TrainedRecipe,  # under its profile
+    count: int,  # training examples
+) -> Splits:
+    "Random images, or random tokens of full length, in the shape of a recipe's data."
+    draw = partial(torch.randint, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    if isinstance(recipe, (FineTuningRecipe, LanguageModelRecipe)):
+        scratch = isinstance(recipe, LanguageModelRecipe)
+        tokenizer = None if scratch else load_tokenizer(base_source(recipe))
+        tokens, length = (recipe.vocab_size, recipe.context) if scratch else (len(tokenizer), recipe.max_length)
+        ids = draw(tokens, (count, length))
+        train = [{"input_ids": row, "labels": row} for row in (ids if scratch else ids.tolist())]
+        return TextSplits(train, train[:1], train[:1], tokenizer=tokenizer)
+    if isinstance(recipe, ImageGenerationRecipe):
+        rows, columns, channels = recipe.image_shape
+        images, labels = draw(recipe.levels, (count, channels, rows, columns)), torch.zeros(count, dtype=torch.long)
+    else:
+        images, labels = draw(256, (count, recipe.channels, recipe.image_size, recipe.image_size)), draw(recipe.classes, (count,))
+    train = ImageSet(images.to(torch.uint8), labels)
+    return Splits(train, train, train)
 
 # %% ../nbs/34_tasks.ipynb #d07ff3db
 @dataclass(frozen=True)

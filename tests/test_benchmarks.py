@@ -516,3 +516,19 @@ def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
     decode, tokens = text_decoder(model, 8), torch.randint(model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
     decode()
     assert torch.equal(decode(), model.generate(tokens, max_new_tokens=3, do_sample=False)[:, -1:])
+
+
+def test_the_gpu_benchmark_compares_the_same_attention_and_needs_a_gpu():
+    case = AttentionCase("tiny", batch=1, heads=1, length=24, dim=16, window=8, top_k=4)
+    result = attention_benchmarks.bench_gpu_attention((case,), rounds=1, device="cpu")
+    names = [row["name"] for row in result["rows"] if row["pass"] == "forward"]
+    assert names == ["fused full", "Triton", "FlexAttention, window", "dense reference"]
+    for row in result["rows"]:
+        moved, operations = attention_benchmarks.attention_work(case, row["pass"], row["name"] == "fused full")
+        assert row["teraflops"] * row["seconds"] * 1e12 == pytest.approx(operations)
+        assert row["gigabytes_per_second"] * row["seconds"] * 1e9 == pytest.approx(moved)
+    contenders, tensors = attention_benchmarks.gpu_contenders(case), [*case.tensors()[:3], case.tensors()[4]]
+    torch.testing.assert_close(contenders["Triton"](*tensors), contenders["dense reference"](*tensors), atol=1e-5, rtol=1e-4)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device must be cpu"):
+            attention_benchmarks.bench_gpu_attention()

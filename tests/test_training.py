@@ -15,7 +15,16 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 
 from krause_repro import tasks, training
 from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
@@ -26,7 +35,7 @@ from krause_repro.records import InUse, damage, lock_path, locked, write_digests
 from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
 from krause_repro.swin import SwinBlock, SwinClassifier
 from krause_repro.tasks import process_count, save_model
-from krause_repro.training import PartCollator, build_trainer, device_options, part_of, train, training_arguments
+from krause_repro.training import PartCollator, build_trainer, device_options, dry_run, part_of, train, training_arguments
 from krause_repro.vision_transformer import Block, VisionTransformer
 
 STEPS = 4  # in an epoch of the `recipe` fixture
@@ -278,6 +287,42 @@ def test_channels_last_trains_the_same_model(name, tmp_path, monkeypatch):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
     filters = [parameter for parameter in model.parameters() if parameter.ndim == 4]
     assert filters and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
+
+
+TRIED = {  # paper recipes of every class, score and mixer; smaller only where the size does not matter for what could break
+    **dict.fromkeys(("kvit_b_rope/cifar10", "vit_t/cifar100", "kvit_s32/imagenet", "vit_s_post/cifar10", "softmax_s_local_top_k/cifar10",
+                     "convolution/cifar10", "ablation_random_local_top_k/fashion_mnist"), {"depth": 1}),
+    "kswin_t/cifar10": {"depths": (1, 1, 1, 1), "depth": 4, "width": 24, "heads": 3, "mlp_width": 96},
+    **dict.fromkeys(("karm/mnist", "larm/mnist", "arm/mnist"), {"depth": 1, "width": 32, "mlp_width": 64, "heads": 2}),
+    **{f"lm_{mixer}_{size}/fineweb_edu": {"depth": 1, "width": 48, "heads": 2, "mlp_width": 64, "context": 64, "vocab_size": 256}
+       for mixer, size in (("krause", "200m"), ("routing", "100m"), ("longformer", "100m"), ("top_k", "100m"))},
+}
+
+
+def test_paper_recipes_take_two_steps_on_random_data_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, change in TRIED.items():
+        recipe = replace(get_recipe(name).at("paper"), **change)
+        tried = dry_run(recipe, steps=2, batch_size=2)
+        assert len(tried["losses"]) == len(tried["seconds"]) == 2 and all(map(math.isfinite, tried["losses"])), name
+        assert tried["parameters"] == sum(p.numel() for p in tasks.task_of(recipe).build(recipe).parameters()), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_fine_tuning_uses_the_base_model(tmp_path):
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+    base.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a")), eos_token="</s>",
+                            pad_token="</s>").save_pretrained(tmp_path)
+    recipe = replace(get_recipe("krause_llama3_8b/flan").at("paper"), base=str(tmp_path), dataset="shakespeare", max_length=16)
+    tried = dry_run(recipe, batch_size=2)
+    assert all(map(math.isfinite, tried["losses"])) and tried["parameters"] > base.num_parameters()
+
+
+@pytest.mark.parametrize("given", [{"steps": 0}, {"steps": 1.5}, {"batch_size": 0}])
+def test_a_dry_run_of_nothing_is_refused(recipe, given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))} must be an integer"):
+        dry_run(recipe, **given)
 
 
 @pytest.mark.parametrize(("name", "block"), [("kvit_s16/imagenet", Block), ("kswin_t/cifar10", SwinBlock)])
