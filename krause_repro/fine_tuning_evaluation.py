@@ -394,21 +394,23 @@ def evaluate_language_models(
     }
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #aa41fee8
-def ngram_baseline(
+def ngram_baselines(
     recipe: LanguageModelRecipe,  # under its profile
     source: str | Path | None = None,  # the user's text or corpus
     order: int = 5,  # tokens of the longest n-grams
-) -> dict:  # "bits_per_token", "bits_per_byte", "ngram_order", "train_tokens", "test_tokens"
-    "Bits of the test text under a Kneser–Ney model of the training blocks that the models see."
-    corpus, splits = recipe_corpus(recipe, source), corpus_splits(recipe, source)
+) -> dict:  # "all" and "seen": "bits_per_token", "bits_per_byte", "train_tokens"; "ngram_order", "test_tokens"
+    "Bits of the test text under Kneser–Ney models of all training tokens, and of the blocks that the models see."
+    corpus, splits, length = recipe_corpus(recipe, source), corpus_splits(recipe, source), recipe.context
     chosen = sorted(getattr(splits.train, "indices", range(len(splits.train))))
-    length = recipe.context
-    text = corpus.tokens("train")[:length * (max(chosen) + 1)].reshape(-1, length)[chosen].reshape(-1)
-    judged, stride = text_blocks_of(recipe, corpus).indices, length - 1
-    found = KneserNey(text, corpus.vocab_size, order).bits(corpus.tokens("test"))[1:len(splits.test) * stride + 1]
-    bits = float(found.reshape(-1, stride)[judged].mean())
-    return {"bits_per_token": bits, "bits_per_byte": bits / corpus.bytes_per_token("test"), "ngram_order": order, "train_tokens": len(text),
-            "test_tokens": len(judged) * stride}
+    whole, judged = corpus.tokens("train"), text_blocks_of(recipe, corpus).indices
+    texts = {"all": whole, "seen": whole[:length * (chosen[-1] + 1)].reshape(-1, length)[chosen].reshape(-1)}
+
+    def measure(text):
+        found = KneserNey(text, corpus.vocab_size, order).bits(corpus.tokens("test"))[1:len(splits.test) * (length - 1) + 1]
+        bits = float(found.reshape(-1, length - 1)[judged].mean())
+        return {"bits_per_token": bits, "bits_per_byte": bits / corpus.bytes_per_token("test"), "train_tokens": len(text)}
+
+    return {**{name: measure(text) for name, text in texts.items()}, "ngram_order": order, "test_tokens": len(judged) * (length - 1)}
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #7526cee3
 def sample_text(
@@ -441,30 +443,32 @@ MIXER_LABELS = {  # by mixer: label and kind of colour
     "top_k": ("softmax, top-k", "softmax_local"), "longformer": ("softmax, window and global tokens", "softmax_local"),
     "routing": ("routing", "neutral"), "krause": ("softmax + Krause branch", "mixed"), "krause_only": ("Krause alone", "krause"),
 }
-TEXT_BITS = Measure("bits_per_byte", "test bits per byte", "bits per byte")
+TEXT_BITS = Measure("bits_per_token", "test bits per token", "bits per token")
 
 
 def language_model_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_language_models` if trained
-    ngram: dict | None,  # from `ngram_baseline`
-    flat_gain: float,  # fall of held-out bits per token over the last fifth from which on a model is undertrained
+    ngram: dict | None,  # from `ngram_baselines`
+    flat_gain: float,  # fall of held-out nats per token over the last fifth from which on a model is undertrained
 ) -> str:  # Markdown
     "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; dashes for models that are not trained."
     def row(m):
         if "bits_per_token" not in m:
             return m["label"], *(None,) * 9
         bits, gain = m["bits_per_token"], last_gain(m["curves"])
-        mark = " *(undertrained)*" if is_undertrained(m["curves"], flat_gain) else ""
-        below = f"{100 * (1 - bits['mean'] / ngram['bits_per_token']):.1f}" if ngram else None
+        mark = " *(undertrained)*" if is_undertrained(m["curves"], flat_gain / math.log(2)) else ""
+        below = f"{100 * (1 - bits['mean'] / ngram['all']['bits_per_token']):.1f}" if ngram else None
         seeds, gain = ", ".join(map(str, m["seeds"])), None if gain is None else f"{gain:+.3f}"
-        return (m["label"], f"{m['parameters']:,}", decimals(m["bits_per_byte"]) + mark, decimals(bits), f"{2 ** bits['mean']:.1f}", below,
-                seeds, f"{m['steps']:,}", gain, decimals(m["training_speed"], 0))
+        perplexity, speed = f"{2 ** bits['mean']:.1f}", decimals(m["training_speed"], 0)
+        return (m["label"], f"{m['parameters']:,}", decimals(m["bits_per_byte"]) + mark, decimals(bits), perplexity, below, seeds,
+                f"{m['steps']:,}", gain, speed)
 
     rows = [row(m) for m in models.values()]
-    if ngram:
-        cells = (f"{ngram['bits_per_byte']:.3f}", f"{ngram['bits_per_token']:.3f}", f"{2 ** ngram['bits_per_token']:.1f}")
-        rows.append((f"{ngram['ngram_order']}-gram model of the same training text", None, *cells, *(None,) * 5))
-    head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token", "below the n-gram model, %", "seeds",
+    for name, what in (("all", "all training tokens"), ("seen", "the tokens that the models see")) if ngram else ():
+        bits = ngram[name]["bits_per_token"]
+        cells = (f"{ngram[name]['bits_per_byte']:.3f}", f"{bits:.3f}", f"{2 ** bits:.1f}")
+        rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 5))
+    head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token", "below the 5-gram of all tokens, %", "seeds",
             "steps", "held-out bits per token fell over the last fifth", "tokens per second in training")
     return markdown_table(head, rows)
 

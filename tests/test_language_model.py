@@ -20,7 +20,7 @@ from krause_repro.corpus import train_tokenizer
 from krause_repro.fine_tuning_evaluation import (
     binned,
     evaluate_language_models,
-    ngram_baseline,
+    ngram_baselines,
     position_edges,
     sample_text,
     with_further_positions,
@@ -480,8 +480,9 @@ def check_evaluation(run, model):
     assert result["bits_per_byte"]["mean"] == pytest.approx(result["bits_per_token"]["mean"] / 4)
     assert len(result["gate"]["mean"]) == len(result["sigma"]["mean"]) == 1 and abs(result["gate"]["mean"][0] - 0.8) < 0.1
     assert result["curves"]["held_out"]["steps"] == [0, 1, 2, 3, 4]
-    baseline = ngram_baseline(run.recipe)
-    assert baseline["test_tokens"] == result["test_tokens"] and baseline["train_tokens"] == 64 * 64
+    baseline = ngram_baselines(run.recipe)
+    assert baseline["test_tokens"] == result["test_tokens"] and baseline["seen"]["train_tokens"] == 64 * 64
+    assert baseline["all"]["train_tokens"] == 72 * 64 and 0 < baseline["all"]["bits_per_byte"] < baseline["all"]["bits_per_token"]
     text = sample_text(run, "the", 5, seed=3)
     assert text.startswith("the") and text == sample_text(run, "the", 5, seed=3) != sample_text(run, "the", 5, seed=4)
     with pytest.raises(ValueError, match="prompt and tokens must fit into 64 positions"):
