@@ -25,6 +25,7 @@ from .llm_branch import branches, cache_argument
 from .native_decode import DecodeLinear
 from .packaged_data import smollm2_folder
 from .recipes import LANGUAGE_GOALS, LANGUAGE_SPEED, TEXT_GOALS, TEXT_SPEED, LanguageSpeedRecipe, TextSpeedRecipe, get_recipe
+from .ring_cache import CACHE_NAME
 from .statistics import markdown_table
 from .timing import compare, interleave, resident_bytes
 
@@ -237,11 +238,11 @@ def text_decoder(
     "A function that generates the next token greedily, after a context of random tokens."
     tokens = torch.randint(model.eval().config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
     out = model(tokens, use_cache=True)
-    held = {"token": out.logits[:, -1:].argmax(-1), "cache": out.past_key_values}
+    held = {"token": out.logits[:, -1:].argmax(-1), "cache": out[CACHE_NAME]}
 
     @torch.no_grad()
     def decode():
-        held["token"] = model(held["token"], past_key_values=held["cache"]).logits.argmax(-1)
+        held["token"] = model(held["token"], **{CACHE_NAME: held["cache"]}).logits.argmax(-1)
         return held["token"]
 
     return decode

@@ -468,8 +468,8 @@ def language_model_table(
         bits = ngram[name]["bits_per_token"]
         cells = (f"{ngram[name]['bits_per_byte']:.3f}", f"{bits:.3f}", f"{2 ** bits:.1f}")
         rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 5))
-    head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token", "below the 5-gram of all tokens, %", "seeds",
-            "steps", "held-out bits per token fell over the last fifth", "tokens per second in training")
+    head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token", "below the 5-gram of all tokens, %",
+            "seeds", "steps", "held-out bits per token fell over the last fifth", "tokens per second in training")
     return markdown_table(head, rows)
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #aaf9022b
