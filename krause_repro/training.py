@@ -225,7 +225,7 @@ def training_arguments(
     options = common | (kept if task.keeps_best else {}) | device | task.options(recipe, steps_per_epoch)
     if steps is not None:
         options |= {"max_steps": steps, "eval_on_start": False, "load_best_model_at_end": False}
-        options |= {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+        options |= {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "dataloader_num_workers": 0}
     return TrainingArguments(output_dir=str(folder), **options)
 
 # %% ../nbs/36_training.ipynb #8d7f6182
