@@ -25,6 +25,7 @@ from krause_repro.fine_tuning_evaluation import (
     sample_text,
     with_further_positions,
 )
+from krause_repro.language_benchmarks import run_model
 from krause_repro.language_model import (
     MIXERS,
     WINDOWED,
@@ -38,6 +39,7 @@ from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
 from krause_repro.ring_cache import RingLayer, cache_bytes
+from krause_repro.runs import open_run
 from krause_repro.sinks import evaluate_text_sinks, text_sink_profile, text_sink_table
 from krause_repro.training import train
 
@@ -485,6 +487,10 @@ def check_evaluation(run, model):
     assert baseline["all"]["train_tokens"] == 72 * 64 and 0 < baseline["all"]["bits_per_byte"] < baseline["all"]["bits_per_token"]
     text = sample_text(run, "the", 5, seed=3)
     assert text.startswith("the") and text == sample_text(run, "the", 5, seed=3) != sample_text(run, "the", 5, seed=4)
+    again, tokenizer = run_model(run)
+    assert torch.equal(again.head.weight, model.head.weight) and len(tokenizer) == 257
+    with pytest.raises(ValueError, match="holds a run of another recipe"):  # the recipe of this test has a name, but other settings
+        open_run(run.path)
     with pytest.raises(ValueError, match="prompt and tokens must fit into 64 positions"):
         sample_text(run, "the", 64)
 
