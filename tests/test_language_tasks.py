@@ -592,7 +592,8 @@ def test_ifeval_lets_a_model_write(word, accuracy, checkers, tokenizer):
     "Two items: one forbids commas, one more than 40 words. An empty answer follows neither."
     model = build(Writes, tokenizer)
     model.word, model.asked = tokenizer.convert_tokens_to_ids(word), []
-    result = evaluate_language(model, tokenizer, "ifeval", "local", limit=2, max_gen_toks=4, batch_size=2)["ifeval"]
+    items = {"ifeval": OWN["ifeval"][:2]}
+    result = evaluate_language(model, tokenizer, "ifeval", "local", max_gen_toks=4, batch_size=2, items=items)["ifeval"]
     assert (result["items"], result["instructions"], result["truncated"]) == (2, 2, 0)
     assert result["accuracy"] == result["instruction_accuracy"] == accuracy
     assert model.asked == [2] * (1 if word == "<eos>" else 4)
