@@ -26,7 +26,7 @@ endif
 .DEFAULT_GOAL := figures
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: figures book test test-thorough test-latest lock site help
+.PHONY: figures book test test-thorough test-latest lock site pdf help
 
 figures: $(INSTALLED)  ## execute the notebooks under PROFILE and build the page that shows every figure
 	$(COMMAND) data fashion_mnist
@@ -49,6 +49,13 @@ test-latest:  ## the tests with the newest release of every requirement, in an e
 
 site: $(INSTALLED)  ## build runs/PROFILE/site again from what has been executed
 	$(COMMAND) site --profile '$(PROFILE)'
+
+pdf: $(INSTALLED)  ## print the page of claims to runs/desk/claims.pdf; needs Chromium
+	$(COMMAND) run --profile desk --only 68
+	browser=$$(command -v chromium || command -v chromium-browser || command -v google-chrome) \
+		|| { echo 'make pdf needs chromium, chromium-browser or google-chrome' >&2; exit 1; }; \
+	"$$browser" --headless --no-sandbox --disable-gpu --no-pdf-header-footer \
+		--print-to-pdf='$(CURDIR)/runs/desk/claims.pdf' 'file://$(CURDIR)/runs/desk/site/68_claims.html'
 
 lock: $(INSTALLED)  ## resolve the requirements of settings.ini anew and write requirements-lock.txt
 	$(BIN)/python -m pip install 'uv>=0.9'

@@ -12,14 +12,24 @@ In reading order:
 - the measures: `statistics`, `frechet`, `evaluation`, `ablation`, `generation_evaluation`, `fine_tuning_evaluation`, `language_tasks`,
   `language_benchmarks`, `attention_analysis`, `sinks`
 - the benchmarks: `bench_attention`, `bench_models`, `bench_generation`, `bench_language`, `benchmarks`
-- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `report`, `cli`
+- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `claims`, `report`, `cli`
 """
-__version__ = "0.1.0"
-__all__ = ["CausalWindow", "Full", "GridWindow", "KrauseAttention", "krause_attention"]
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+
+__version__ = "0.2.0"
+__all__ = ["CausalWindow", "Full", "GridWindow", "KrauseAttention", "create_model", "krause_attention", "list_models"]
 
 _MODULES = {  # where the names above are, imported at their first use: PyTorch takes seconds
     "CausalWindow": "reference", "Full": "reference", "GridWindow": "reference",
-    "KrauseAttention": "attention", "krause_attention": "attention",
+    "KrauseAttention": "attention", "krause_attention": "attention", "create_model": "recipes", "list_models": "recipes",
+}
+_MODELS = {  # model types and the modules that register them with the auto classes of 🤗 Transformers
+    "krause_vision_transformer": "vision_transformer", "krause_swin": "swin", "krause_pixel_classifier": "baselines",
+    "krause_image_transformer": "image_transformer", "krause_language_model": "language_model",
+    "krause_repro_branch": "branched_models",
 }
 
 
@@ -27,11 +37,51 @@ def __getattr__(name):
     "Import a name of `__all__` from its module."
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value
 
 
 def __dir__():
     return sorted([*globals(), *__all__])
+
+
+class _LateConfigs(dict):
+    "Configurations by model type; those of this package are imported when they are asked for."
+
+    def __contains__(self, model_type):
+        return super().__contains__(model_type) or model_type in _MODELS
+
+    def __missing__(self, model_type):
+        import_module(f"{__name__}.{_MODELS[model_type]}")
+        return super().__getitem__(model_type)
+
+
+def _register(auto):
+    "Make the models known to the module of 🤗 Transformers that holds `AutoConfig`."
+    auto.CONFIG_MAPPING._extra_content = _LateConfigs(auto.CONFIG_MAPPING._extra_content)
+
+
+class _Registration(MetaPathFinder):
+    "Registers the models as soon as 🤗 Transformers is imported, which takes seconds and is not needed for everything here."
+
+    module = "transformers.models.auto.configuration_auto"
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _Registration.module in sys.modules:
+    _register(sys.modules[_Registration.module])
+else:
+    sys.meta_path.insert(0, _Registration())

@@ -336,19 +336,19 @@ class KrauseAttention(nn.Module):
         hidden: Tensor,  # (B, T, d)
         rotary: Callable[[Tensor], Tensor] | None = None,  # rotates queries and keys (B, H, T, D) by their positions
         output_weights: bool = False,  # also return the weights?
+        neighborhood: Neighborhood | None = None,  # for this call, as for images of another size; None: the layer's own
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, d) and (B, H, T, T) or None
         "Attend; returns the output and, when asked, the weights (before dropout)."
         _check_hidden(hidden, self.dim)
         split = (*hidden.shape[:2], self.heads, self.dim // self.heads)
         query, key, value = (p(hidden).view(split).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
-        if rotary is not None:
-            query, key = rotary(query), rotary(key)
-        dropout = self.dropout if self.training else 0.0
+        query, key = (query, key) if rotary is None else (rotary(query), rotary(key))
+        dropout, near = self.dropout if self.training else 0.0, self.neighborhood if neighborhood is None else neighborhood
         if output_weights:
-            weights, support = dense_attention_weights(query, key, self.neighborhood, self.top_k, self.score, self.sigma, None)
+            weights, support = dense_attention_weights(query, key, near, self.top_k, self.score, self.sigma, None)
             return self.o_proj(merge_heads(weighted_sum(weights, value, dropout, support))), weights
-        compute = choose_implementation("auto", self.neighborhood, self.top_k, device=hidden.device)
-        output = compute(query, key, value, self.neighborhood, self.top_k, score=self.score, sigma=self.sigma, dropout=dropout)
+        compute = choose_implementation("auto", near, self.top_k, device=hidden.device)
+        output = compute(query, key, value, near, self.top_k, score=self.score, sigma=self.sigma, dropout=dropout)
         return self.o_proj(merge_heads(output)), None
 
     def extra_repr(self) -> str:

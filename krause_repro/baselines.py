@@ -6,57 +6,57 @@
 __all__ = ['PixelClassifierConfig', 'PixelClassifier', 'nearest_classes']
 
 # %% ../nbs/14_baselines.ipynb #b8d58b69
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .checks import UserError, check_integer
-from .vision_transformer import check_pixels
+from .model_base import named_arguments
+from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_images, check_pixels, image_sides
 
 # %% ../nbs/14_baselines.ipynb #e7730c5b
-class PixelClassifierConfig(PreTrainedConfig):
+class PixelClassifierConfig(ImageConfig):
     "Settings of a baseline: softmax regression on pixels, or a convolutional network of a few stages."
 
     model_type = "krause_pixel_classifier"
 
-    image_size: int = 32  # pixels, square
-    num_channels: int = 3
     stages: list[int] | tuple[int, ...] | None = (48, 96, 192)  # channels of each stage; None: no hidden layer
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.stages = None if self.stages is None else list(self.stages)
-        for name in ("image_size", "num_channels"):
-            check_integer(name, getattr(self, name), 1)
+    def check(self):
+        check_images(self)
         for channels in self.stages or []:
             check_integer("stages", channels, 1)
-        if self.image_size >> len(self.stages or []) < 1:
-            raise UserError(f"stages must be at most {self.image_size.bit_length() - 1} for images of {self.image_size} pixels, each "
-                             f"halves them; got {len(self.stages)}")
+        side = min(image_sides(self.image_size))
+        if side >> len(self.stages or []) < 1:
+            raise UserError(f"stages must be at most {side.bit_length() - 1} for images of {side} pixels, each halves them; "
+                            f"got {len(self.stages)}")
 
 # %% ../nbs/14_baselines.ipynb #b6402fe8
-class PixelClassifier(PreTrainedModel):
+class PixelClassifier(ImageModel):
     "A linear map of all pixels, or convolution stages with a linear head."
 
     config_class = PixelClassifierConfig
     base_model_prefix = "pixel_classifier"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+    has_head = True
 
     def __init__(
         self,
         config: PixelClassifierConfig,
+        **others,  # refused with a `TypeError` that suggests the nearest setting
     ):
-        super().__init__(config)
+        super().__init__(config, **others)
         channels = [config.num_channels, *(config.stages or [])]
         layers = []
         for before, after in zip(channels, channels[1:], strict=False):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         pool = [nn.AdaptiveAvgPool2d(1)] if config.stages else []
         self.stages = nn.Sequential(*layers, *pool, nn.Flatten())
-        inputs = channels[-1] if config.stages else config.num_channels * config.image_size**2
+        inputs = channels[-1] if config.stages else config.num_channels * math.prod(image_sides(config.image_size))
         self.head = nn.Linear(inputs, config.num_labels)
         self.post_init()
 
@@ -68,21 +68,24 @@ class PixelClassifier(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02 if self.config.stages else 0.0)
             nn.init.zeros_(module.bias)
 
+    @named_arguments
     def forward(
         self,
-        pixel_values: Tensor,  # (B, C, image_size, image_size)
-        labels: Tensor | None = None,  # (B,) class indices or (B, classes) probabilities
-        return_dict: bool = True,
+        pixel_values: Tensor,  # (B, C, height, width)
+        labels: Tensor | None = None,  # see `vision_transformer.classification_loss`
+        return_dict: bool | None = None,  # False: a tuple; None: as the configuration says
+        num_items_in_batch: Tensor | int | None = None,  # labels in all batches of the step; None: those of this one
     ) -> ImageClassifierOutput:
-        "Class logits, and the cross-entropy if labels are given."
-        check_pixels(pixel_values, self.config)
-        logits = self.head(self.stages(pixel_values))
-        output = ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
-        return output if return_dict else output.to_tuple()
+        "Class logits, and the loss if labels are given."
+        check_pixels(pixel_values, self.config, None)
+        logits = self.head(self.stages(pixel_values.to(self.head.weight.dtype)))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
+        return self.pack(ImageClassifierOutput, None, None, self.flags(None, None, return_dict)[2], loss=loss, logits=logits)
 
 # %% ../nbs/14_baselines.ipynb #0f5a92cd
 AutoConfig.register(PixelClassifierConfig.model_type, PixelClassifierConfig, exist_ok=True)
 AutoModelForImageClassification.register(PixelClassifierConfig, PixelClassifier, exist_ok=True)
+AutoImageProcessor.register(PixelClassifierConfig, fast_image_processor_class=GreyImageProcessor, exist_ok=True)
 
 # %% ../nbs/14_baselines.ipynb #f96b0e35
 def nearest_classes(

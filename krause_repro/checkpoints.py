@@ -113,7 +113,7 @@ def _check_masks(
         name = f"blocks.{i}.attention.local_mask_buffer"
         if name not in state:
             continue
-        own = block.attention.neighborhood.mask(1 + module.side**2)
+        own = block.attention.neighborhood.mask(1 + math.prod(module.grid))
         if state[name].shape != own.shape or not bool((state[name].cpu().bool() == own).all()):
             raise UserError(f"{name} is not the neighbourhood of kind {kind!r} with this configuration ({block.attention.neighborhood})")
 

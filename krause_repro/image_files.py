@@ -29,6 +29,7 @@ from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
 from .checks import UserError, check_choice
+from .image_recipes import PIXELS
 from .records import cache_folder, disk_error, read_json, scratch_folder
 
 # %% ../nbs/27_image_files.ipynb #e8760a65
@@ -47,22 +48,18 @@ class DataSpec:
     folders: bool = False  # image files in train/<class>/ and val/<class>/
     bundled: bool = False  # made from data of scikit-learn
 
-# %% ../nbs/27_image_files.ipynb #51c45266
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
 # %% ../nbs/27_image_files.ipynb #061aa916
 DATA = {
     "fashion_mnist": DataSpec(
-        10, 1, 60_000, 10_000, (0.2860,), (0.3530,), "dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"
+        10, 1, 60_000, 10_000, *PIXELS["fashion_mnist"], "dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"
     ),
-    "cifar10": DataSpec(10, 3, 50_000, 10_000, CIFAR_MEAN, CIFAR_STD),
-    "cifar100": DataSpec(100, 3, 50_000, 10_000, CIFAR_MEAN, CIFAR_STD),
-    "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, IMAGENET_MEAN, IMAGENET_STD, folders=True),
-    "photographs": DataSpec(2, 3, 48, 16, IMAGENET_MEAN, IMAGENET_STD, folders=True),
-    "mnist": DataSpec(10, 1, 60_000, 10_000, (0.1307,), (0.3081,)),
-    "digits": DataSpec(10, 1, 1437, 360, (0.0192,), (0.0236,), bundled=True),  # levels 0…16, not scaled to 255
-    "photograph_tiles": DataSpec(2, 3, 416, 104, IMAGENET_MEAN, IMAGENET_STD, bundled=True),
+    "cifar10": DataSpec(10, 3, 50_000, 10_000, *PIXELS["cifar10"]),
+    "cifar100": DataSpec(100, 3, 50_000, 10_000, *PIXELS["cifar100"]),
+    "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, *PIXELS["imagenet"], folders=True),
+    "photographs": DataSpec(2, 3, 48, 16, *PIXELS["photographs"], folders=True),
+    "mnist": DataSpec(10, 1, 60_000, 10_000, *PIXELS["mnist"]),
+    "digits": DataSpec(10, 1, 1437, 360, *PIXELS["digits"], bundled=True),
+    "photograph_tiles": DataSpec(2, 3, 416, 104, *PIXELS["photograph_tiles"], bundled=True),
 }
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -20,6 +20,11 @@ from .vision_transformer import NORMS, POSITIONS, SIZES, VisionTransformerConfig
 
 # %% ../nbs/23_image_recipes.ipynb #e7917868
 IMAGE_DATASETS = ("fashion_mnist", "cifar10", "cifar100", "imagenet", "photographs", "mnist", "digits", "photograph_tiles")
+_CIFAR, _IMAGENET = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PIXELS = {  # mean and standard deviation of training pixels in [0, 1], per channel
+    "fashion_mnist": ((0.2860,), (0.3530,)), "cifar10": _CIFAR, "cifar100": _CIFAR, "imagenet": _IMAGENET, "photographs": _IMAGENET,
+    "mnist": ((0.1307,), (0.3081,)), "digits": ((0.0192,), (0.0236,)), "photograph_tiles": _IMAGENET,  # digits: levels 0…16 of 255
+}
 FOLDER_DATASETS = ("imagenet", "photographs")  # one folder per class; the other data sets are kept in memory
 AUGMENTATIONS = {  # crop and flip in the collator? erase in the collator?
     "crop_flip": (True, False), "crop_flip_erase": (True, True), "imagenet": (False, True), "imagenet_jitter": (False, True),
@@ -51,6 +56,15 @@ _CLASSIFICATION_FIELDS = {  # allowed values
     "cutmix_probability": or_none(SHARE), **dict.fromkeys(("cutmix_alpha", "mixup_alpha"), POSITIVE),
     "augmentation": one_of(*AUGMENTATIONS), "crop_padding": integers(0),
 }
+
+# %% ../nbs/23_image_recipes.ipynb #397804f8
+def image_config(
+    recipe: Recipe,  # with the fields of an `ImageClassificationRecipe`
+) -> dict[str, object]:
+    "The settings that all image classifiers have, for the model's configuration."
+    mean, std = PIXELS[recipe.dataset]
+    return {"image_size": recipe.image_size, "num_channels": recipe.channels, "num_labels": recipe.classes, "image_mean": mean,
+            "image_std": std}
 
 # %% ../nbs/23_image_recipes.ipynb #462f6fae
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class ImageClassificationRecipe(Recipe):
     def config(self) -> VisionTransformerConfig:
         "The configuration of the model."
         return VisionTransformerConfig(
-            image_size=self.image_size, patch_size=self.patch_size, num_channels=self.channels, num_labels=self.classes,
+            **image_config(self), patch_size=self.patch_size,
             hidden_size=self.width, num_hidden_layers=self.depth, num_attention_heads=self.heads, intermediate_size=self.mlp_width,
             attention_score=self.score, attention_radius=self.radius, attention_metric=self.metric, attention_top_k=self.top_k,
             sigma=self.sigma, learn_sigma=self.learn_sigma, norm=self.norm, positions=self.positions, dropout=self.dropout,
@@ -291,7 +305,7 @@ class PixelRecipe(ImageClassificationRecipe):
     @property
     def config(self) -> PixelClassifierConfig:
         "The configuration of the model."
-        return PixelClassifierConfig(image_size=self.image_size, num_channels=self.channels, num_labels=self.classes, stages=self.stages)
+        return PixelClassifierConfig(**image_config(self), stages=self.stages)
 
 # %% ../nbs/23_image_recipes.ipynb #a9b95099
 def baseline_recipes() -> dict[str, PixelRecipe]:
@@ -340,7 +354,7 @@ class SwinRecipe(ImageClassificationRecipe):
     def config(self) -> SwinClassifierConfig:
         "The configuration of the model."
         return SwinClassifierConfig(
-            image_size=self.image_size, patch_size=self.patch_size, num_channels=self.channels, num_labels=self.classes,
+            **image_config(self), patch_size=self.patch_size,
             embed_dim=self.width, depths=self.depths, num_heads=[self.heads * 2**stage for stage in range(len(self.depths))],
             window_size=self.window, mlp_ratio=self.mlp_width / self.width, attention_score=self.score, sigma=self.sigma,
             learn_sigma=self.learn_sigma, drop_path=self.drop_path, dropout=self.dropout, layer_norm_eps=self.layer_norm_eps,

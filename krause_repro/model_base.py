@@ -132,6 +132,30 @@ def named_arguments(
 
     return call
 
+# %% ../nbs/10_model_base.ipynb #f2c0dbf8
+README = """---
+library_name: transformers
+tags: [krause_repro]
+---
+A `{name}` of the package `krause_repro`, which must be imported before the auto classes of 🤗 Transformers load this folder:
+
+```python
+import krause_repro
+from {module} import {name}
+
+model = {name}.from_pretrained("this folder")
+```
+"""
+
+
+def write_readme(
+    folder: Path,  # of a saved model
+    kind: type,  # of the model
+) -> None:
+    "Say in README.md what to import, unless the file exists."
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(README.format(name=kind.__name__, module=kind.__module__), encoding="utf-8")
+
 # %% ../nbs/10_model_base.ipynb #b368294f
 class CheckedModel(PreTrainedModel):
     "A model that takes its settings from a configuration of its own class, and its weights from safetensors only."
@@ -154,6 +178,12 @@ class CheckedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             check_weights(Path(pretrained_model_name_or_path, options.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **options)
+
+    def save_pretrained(self, save_directory, is_main_process=True, **options):
+        "As in 🤗 Transformers, with a README.md that says what to import, unless the folder has one."
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        if is_main_process and Path(save_directory).is_dir():
+            write_readme(Path(save_directory), type(self))
 
     def to_empty(self, *, device, recurse=True):
         "As in PyTorch; also marks the parameters as uninitialised, so that `init_weights` fills them."

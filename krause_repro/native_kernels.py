@@ -233,8 +233,9 @@ def kernels_apply(
     query: Tensor,  # (B, H, Tq, D)
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> bool:
-    "Whether the kernels support this tensor: on a CPU, not float64, outside transforms, and without dropout inside `torch.compile`."
-    supported = query.device.type == "cpu" and query.dtype != torch.float64 and not transforms_active()
+    "Whether the kernels support this tensor: on a CPU, not float64, outside transforms and ONNX, no dropout inside `torch.compile`."
+    foreign = transforms_active() or torch.onnx.is_in_onnx_export()  # these know PyTorch's own operators alone
+    supported = query.device.type == "cpu" and query.dtype != torch.float64 and not foreign
     return supported and not (dropout and torch.compiler.is_compiling()) and kernels_available()
 
 

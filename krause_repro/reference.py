@@ -101,7 +101,11 @@ def common_centre(
         real = key_mask[:, None, first:first + 1, None]
         own = own.where(real, _real_key(key, key_mask, first))
         asked = asked.where(real, own)
-    middle = own.fmin(asked).clamp_min(0) + own.fmax(asked).clamp_max(0)  # of both and zero; ignores NaN
+    smaller, larger = torch.fmin, torch.fmax  # they ignore NaN
+    if torch.onnx.is_in_onnx_export():  # ONNX has neither
+        own, asked = own.where(~own.isnan(), asked), asked.where(~asked.isnan(), own)
+        smaller, larger = torch.minimum, torch.maximum
+    middle = smaller(own, asked).clamp_min(0) + larger(own, asked).clamp_max(0)  # of both and zero
     return middle.where(middle.abs() < torch.finfo(middle.dtype).max ** 0.25, 0)
 
 # %% ../nbs/02_reference.ipynb #92887a7d

@@ -395,9 +395,9 @@ def save_model(
     path: Path,  # the run directory
     weights: dict[str, torch.Tensor] | None = None,  # full state dict, if the model itself is sharded
 ) -> None:
-    "Write `config.json` and `model.safetensors`, each atomically."
+    "Write all files of the model, such as `config.json` and `model.safetensors`, each atomically."
     with scratch_folder(path) as aside:
         with disk_errors(path / "model.safetensors"):
             model.save_pretrained(aside, state_dict=weights)
-        for name in MODEL_FILES:
-            os.replace(aside / name, path / name)
+        for file in aside.iterdir():
+            os.replace(file, path / file.name)

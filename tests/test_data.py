@@ -22,7 +22,6 @@ from krause_repro.image_data import (
     split_held_out,
 )
 from krause_repro.image_files import (
-    CIFAR_MEAN,
     DATA,
     FASHION_MNIST_FILES,
     PHOTOGRAPH_CROP,
@@ -645,7 +644,7 @@ def test_training_without_mixing_smooths_the_labels_exactly():
         expected = [0.01] * 10
         expected[example["labels"]] = 0.91
         assert row.tolist() == pytest.approx(expected, abs=1e-6)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (CIFAR_MEAN, DATA["cifar10"].std))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (DATA["cifar10"].mean, DATA["cifar10"].std))
     for pixels, example in zip(batch["pixel_values"], given, strict=True):
         back = ((pixels * std + mean) * 255).round().to(torch.uint8)
         assert tuple(back.flatten().tolist()) in crops(example["pixel_values"], 1)
@@ -655,7 +654,7 @@ def test_every_batch_is_mixed_by_cutmix_or_mixup_in_the_recipes_share():
     recipe = replace(get_recipe("kvit_s/cifar10"), crop_padding=0)
     given = examples(2, recipe, lambda i: torch.full((3, 32, 32), 250 * i, dtype=torch.uint8))
     collate = Collator(recipe, training=True)
-    dark, bright = (((i * 250 / 255) - CIFAR_MEAN[0]) / DATA["cifar10"].std[0] for i in range(2))
+    dark, bright = (((i * 250 / 255) - DATA["cifar10"].mean[0]) / DATA["cifar10"].std[0] for i in range(2))
     torch.manual_seed(0)
     kinds = {"cut": 0, "mixed": 0, "neither": 0}
     for _ in range(300):

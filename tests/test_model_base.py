@@ -1,4 +1,4 @@
-"""What all models share: names that exist, flags, values that can be, graphs, meta tensors, and weights that are never a pickle."""
+"""What all models share: names, flags, values, graphs, meta tensors, weights that are never a pickle; what all image models share."""
 
 import json
 import pickle
@@ -8,10 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    pipeline,
+)
 
+from krause_repro.baselines import PixelClassifier
 from krause_repro.checks import check_names, check_weights, nearest_name
 from krause_repro.image_transformer import ATTENTIONS, ImageTransformer
 from krause_repro.model_base import COMMON_SETTINGS, CheckedConfig
@@ -423,3 +435,154 @@ def test_a_subclass_without_checks_of_its_own():
         width: int = 3
 
     assert Plain.settings() == ["width"] and Plain(width=4).width == 4 and Plain(num_labels=None).num_labels == 2
+
+
+# Image models
+
+
+IMAGES = {name: CASES[name] for name in ("kvit", "kswin")}
+each_image_model = pytest.mark.parametrize(("kind", "settings"), IMAGES.values(), ids=IMAGES)
+
+
+@each_image_model
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_pipeline_needs_the_folder_alone(kind, settings, channels, tmp_path):
+    "Grey images keep their levels exactly."
+    statistics = {"num_channels": channels, "image_mean": [0.4] * channels, "image_std": [0.2] * channels}
+    model = build(kind, settings | statistics)
+    side = model.config.image_size
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    assert f"import {kind.__name__}" in (tmp_path / "README.md").read_text()
+    level = torch.randint(256, (channels, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(level.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    pixels = (level / 255 - 0.4).unsqueeze(0) / 0.2
+    assert_close(AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values, pixels)
+    found = {each["label"]: each["score"] for each in pipeline("image-classification", str(tmp_path))(image, top_k=5)}
+    wanted = model(pixels).logits.softmax(-1)[0]
+    assert_close(torch.tensor([found[f"LABEL_{n}"] for n in range(5)]), wanted, rtol=0, atol=1e-6)
+
+
+def test_colours_become_grey_and_a_processor_of_the_users_stays(tmp_path):
+    model = build(VisionTransformer, VIT | {"num_channels": 1})
+    model.save_pretrained(tmp_path)
+    colours = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = AutoImageProcessor.from_pretrained(tmp_path)(colours, do_rescale=False, return_tensors="pt").pixel_values
+    assert_close(found[0], rgb_to_grayscale(colours))
+    (tmp_path / "preprocessor_config.json").write_text("the user's")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").read_text() == "the user's"
+    build(VisionTransformer, VIT | {"num_channels": 2}).save_pretrained(tmp_path / "two")
+    assert not (tmp_path / "two" / "preprocessor_config.json").exists()
+
+
+@each_image_model
+def test_auto_model_is_the_model_without_its_head(kind, settings, tmp_path):
+    model = build(kind, settings)
+    x = inputs(model)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert not hasattr(base, "head") and base.get_input_embeddings() is next(m for m in base.modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        output, states = base(x, output_hidden_states=True), model(x, output_hidden_states=True).hidden_states
+        assert_close(model.head(output.pooler_output), model(x).logits, rtol=0, atol=1e-6)
+        assert_close(output.last_hidden_state, model.norm(states[-1]), rtol=0, atol=1e-6)
+        assert all(map(torch.equal, output.hidden_states, states)) and isinstance(base(x, return_dict=False), tuple)
+    base.save_pretrained(tmp_path / "base")
+    again = kind.from_pretrained(tmp_path / "base", num_labels=3)
+    assert again.head.out_features == 3 and again.norm.weight.equal(model.norm.weight)
+
+
+@each_image_model
+def test_checkpointing_changes_no_gradient(kind, settings):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(kind, settings).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert sum(getattr(part, "gradient_checkpointing", False) for part in model.modules()) == sum(settings.get("depths", [1]))
+        x = inputs(model)
+        model(x, labels=targets(model, x), output_attentions=True).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+@each_image_model
+def test_parts_of_a_batch_add_up(kind, settings):
+    "With the number of all labels, as Trainer counts them, the losses of unequal parts sum to the loss of the whole batch."
+    model = build(kind, settings)
+    x = inputs(model, 3)
+    classes, shares = torch.tensor([1, -100, 4]), torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    for problem, labels in ((None, classes), (None, shares / shares.sum(1, keepdim=True)), ("regression", shares),
+                            ("multi_label_classification", shares.round())):
+        model.config.problem_type = problem
+        items = labels.ne(-100).sum()
+        parts = [model(x[part], labels=labels[part], num_items_in_batch=items).loss for part in (slice(2), slice(2, 3))]
+        assert_close(sum(parts), model(x, labels=labels).loss)
+        assert_close(model(x, labels=labels, num_items_in_batch=items.item()).loss, sum(parts))
+    model.loss_function = lambda labels, logits, config, num_items_in_batch: logits.sum()
+    assert model(x, labels=classes).loss.equal(model(x).logits.sum())
+
+
+@each_image_model
+def test_float32_pixels_enter_a_model_in_half_precision(kind, settings):
+    model = build(kind, settings)
+    x, exact = inputs(model), model(inputs(model)).logits
+    half = model.bfloat16()(x).logits
+    assert half.dtype == torch.bfloat16 and (half - exact).abs().max() < 0.05
+    assert_close(model.double()(x).logits.float(), build(kind, settings).bfloat16().double()(x.double()).logits.float())
+
+
+@each_image_model
+def test_a_model_on_several_devices(kind, settings, tmp_path):
+    model = build(kind, settings)
+    x = inputs(model)
+    model.save_pretrained(tmp_path)
+    places = {name.split(".")[0]: "cpu" for name, _ in model.named_parameters()} | {"norm": "disk"}
+    for device_map in ("auto", places):
+        again = auto(kind).from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "disk")
+        assert again(x).logits.equal(model(x).logits)
+
+
+@pytest.mark.parametrize("name", ["kvit", "vit", "kswin"])
+def test_gradients_of_each_image(name):
+    kind, settings = CASES[name]
+    model = build(kind, settings)
+    x = inputs(model, 3)
+    y, weights = targets(model, x), dict(model.named_parameters())
+
+    def loss(weights, x, y):
+        return torch.func.functional_call(model, weights, (x[None],), {"labels": y[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    for n in range(3):
+        wanted = torch.autograd.grad(loss(weights, x[n], y[n]), weights.values())
+        for (parameter, gradients), grad in zip(found.items(), wanted, strict=True):
+            assert_close(gradients[n], grad, rtol=1e-4, atol=1e-6, msg=lambda text, parameter=parameter: f"{parameter}: {text}")
+
+
+@pytest.mark.parametrize("name", ["kvit", "kswin"])
+def test_onnx_gets_standard_operators_alone(name, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    model = build(*CASES[name])
+    program = torch.export.export(model, (inputs(model),))
+    calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any(call.startswith("krause_repro") for call in calls) and not {"aten.fmin.default", "aten.fmax.default"} & calls
+    x = inputs(model, seed=3)
+    assert_close(program.module()(x).logits, model(x).logits, rtol=0, atol=1e-6)
+    with pytest.raises((AssertionError, RuntimeError), match="pixel_values"):  # a program is of one size
+        program.module()(x[..., :-2])
+
+
+def test_a_pixel_classifier_is_an_image_model(tmp_path):
+    model = PixelClassifier(PixelClassifier.config_class(image_size=(4, 6), stages=(8,), num_labels=5, image_mean=[0.5] * 3,
+                                                         image_std=[0.5] * 3)).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 4, 6)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).bfloat16()(x).logits.shape == (2, 5)
+    assert AutoImageProcessor.from_pretrained(tmp_path).size["width"] == 6
+    assert_close(model(x, labels=F.one_hot(torch.tensor([1, 2]), 5).float()).loss, model(x, labels=torch.tensor([1, 2])).loss)
+    with pytest.raises(ValueError, match=r"pixel_values must have shape \(B, 3, 4, 6\), got \(2, 3, 6, 4\)$"):
+        model(x.mT)
+    with pytest.raises(TypeError, match="takes no 'stage'"):
+        PixelClassifier.config_class(stage=(8,))

@@ -1,5 +1,6 @@
 """The project as a package: modules are what the notebooks export, metadata has one source, the commands exist."""
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -136,11 +137,44 @@ def test_the_package_exports_the_attention_and_imports_it_lazily():
     assert subprocess.run([sys.executable, "-c", count], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "0\n"
     import krause_repro
 
-    assert {"krause_attention", "KrauseAttention", "CausalWindow", "GridWindow", "Full"} == set(krause_repro.__all__)
+    assert set(krause_repro.__all__) == {
+        "CausalWindow", "Full", "GridWindow", "KrauseAttention", "create_model", "krause_attention", "list_models"}
     for name in krause_repro.__all__:
         assert getattr(krause_repro, name).__name__ == name and name in dir(krause_repro)
     with pytest.raises(AttributeError, match="has no attribute 'CausalWindwo'"):
         _ = krause_repro.CausalWindwo
+
+
+def test_auto_classes_know_the_models_once_the_package_is_imported(monkeypatch):
+    "And import them only when they are asked for: here in a second copy of Transformers' module, which nobody has imported yet."
+    import krause_repro
+
+    finder = krause_repro._Registration()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert finder.find_spec("transformers.models.auto") is None and finder in sys.meta_path
+    spec = finder.find_spec("transformers.models.auto.configuration_auto")
+    assert finder not in sys.meta_path
+    auto = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(auto)
+    late = auto.CONFIG_MAPPING._extra_content
+    assert "krause_swin" in auto.CONFIG_MAPPING and not list(late) and "nothing" not in auto.CONFIG_MAPPING
+    monkeypatch.setattr(krause_repro, "import_module", lambda name: late.__setitem__("krause_swin", name))
+    assert auto.CONFIG_MAPPING["krause_swin"] == "krause_repro.swin"
+
+
+def test_every_model_type_is_registered_by_its_module():
+    from transformers import AutoConfig, PreTrainedConfig
+
+    import krause_repro
+
+    for model_type, module in krause_repro._MODELS.items():
+        importlib.import_module(f"krause_repro.{module}")
+        assert AutoConfig.for_model(model_type).model_type == model_type
+    ours, rest = set(), [PreTrainedConfig]
+    while rest:
+        rest += (kind := rest.pop()).__subclasses__()
+        ours |= {kind.model_type} if kind.__module__ in {f"krause_repro.{module}" for module in krause_repro._MODELS.values()} else set()
+    assert {name for name in ours if name.startswith("krause")} == set(krause_repro._MODELS)
 
 
 PAGES = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -216,7 +250,7 @@ def test_make_passes_its_settings_on(arguments, commands):
 
 def test_make_help_lists_every_target():
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = ["figures", "book", "test", "test-thorough", "test-latest", "site", "lock", "help"]
+    targets = ["figures", "book", "test", "test-thorough", "test-latest", "site", "pdf", "lock", "help"]
     assert re.findall(r"^  ([a-z-]+) ", text, re.MULTILINE) == targets
 
 

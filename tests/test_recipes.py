@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from krause_repro.generation_recipes import generation_recipes
 from krause_repro.image_data import Collator
+from krause_repro.image_files import DATA
 from krause_repro.image_recipes import (
     CIFAR_CONTROLS,
     IMAGE_DATA,
@@ -40,7 +41,7 @@ from krause_repro.language_recipes import (
     textbook_recipes,
 )
 from krause_repro.recipe_base import PROFILES, published_tables
-from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, get_recipe
+from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
 from krause_repro.reference import SCORES
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
@@ -471,3 +472,30 @@ def test_on_cifar10_all_models_are_trained_alike_at_a_desk():
     for name, change in CIFAR_CONTROLS.items():
         changed = {key for key, value in asdict(RECIPES[name]).items() if value != kvit[key]}
         assert changed - {"name", "unpublished", "published"} == set(change)
+
+
+def test_models_are_made_by_name_as_in_timm():
+    assert {"kvit_s_cifar10", "kvit_t_fashion_mnist"} <= set(list_models("kvit*")) < set(list_models()) and list_models("kvit") == []
+    with torch.device("meta"):
+        paper = create_model("kvit_s_cifar10")
+        language = next(iter(language_model_recipes())).replace("/", "_")
+        names = ("vit_b16_imagenet", "kswin_t_cifar10", "convolution_cifar10", "karm_mnist", language)
+        made = [type(create_model(name, profile="smoke")).__name__ for name in names]
+    assert paper.num_parameters() == RECIPES["kvit_s/cifar10"].published["parameters"]
+    assert made == ["VisionTransformer", "SwinClassifier", "PixelClassifier", "ImageTransformer", "LanguageModel"]
+    model = create_model("kvit_s_cifar10", pretrained=False, num_classes=7, profile="smoke", sigma=1.5, image_size=48)
+    assert (model.head.out_features, model.config.num_labels, model.config.sigma, model.config.image_size) == (7, 7, 1.5, 48)
+    assert model.config.image_mean == list(DATA["cifar10"].mean) and model.config.image_std == list(DATA["cifar10"].std)
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), [
+    ({"name": "kvit_s_cifar"}, ValueError, "list_models.* got 'kvit_s_cifar'; did you mean kvit_s_cifar10"),
+    ({"name": 3}, ValueError, "got 3"), ({"pretrained": True}, ValueError, "pretrained must be False"),
+    ({"pretrained": 0}, ValueError, "pretrained must be True or False"), ({"num_classes": 0}, ValueError, "num_classes must be an integer"),
+    ({"name": "karm_mnist", "num_classes": 3}, ValueError, "num_classes must be None for karm_mnist"),
+    ({"profile": "large"}, ValueError, "profile must be"), ({"sigma": -1}, ValueError, "sigma must be"),
+    ({"sigmas": 1}, TypeError, "the nearest name is 'sigma'"),
+])
+def test_models_that_cannot_be_made(wrong, kind, message):
+    with pytest.raises(kind, match=message):
+        create_model(**{"name": "kvit_s_cifar10", **wrong})

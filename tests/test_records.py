@@ -1,5 +1,6 @@
 """Files are whole or absent, results know what they were made with, and nothing is made in silence."""
 
+import csv
 import json
 import math
 import multiprocessing
@@ -38,9 +39,19 @@ from krause_repro.records import (
     write_digests,
     write_json,
 )
-from krause_repro.results import check_train, load_or_compute, load_result, result_path, save_result, stale_recipes
+from krause_repro.results import (
+    check_train,
+    load_or_compute,
+    load_result,
+    result_path,
+    save_result,
+    stale_recipes,
+    table_lines,
+    write_table,
+)
 from krause_repro.statistics import summarise, summarise_curves
 
+ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")  # a process that has everything imported already
 SMOKE = [get_recipe(name).at("smoke") for name in ("kvit_t/fashion_mnist", "vit_t/fashion_mnist")]
 
@@ -453,3 +464,27 @@ def test_recipes_must_be_of_the_profile(tmp_path):
     with pytest.raises(ValueError, match="recipes must be under profile 'smoke', got .*'paper'"):
         obtain("always", make, tmp_path, [SMOKE[0], get_recipe("vit_t/fashion_mnist")])
     assert make.calls == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_the_table_has_every_summary_with_its_origin(tmp_path):
+    found = {"mean": 0.75, "sd": 0.25, "n": 2, "values": [0.5, 1.0]}
+    curve = {"mean": [0.1, 0.2], "sd": [0.0, 0.0]}
+    result = {"test_accuracy": found, "curves": {"loss": curve}, "recipes": {"m/d": {"lr": found}}, "seeds": [0, 1]}
+    save_result("b", result, "smoke", tmp_path)
+    save_result("a/one", {"models": [{"bits": {"mean": 2.0, "sd": None, "n": 1}}]}, "smoke", tmp_path)
+    with (tmp_path / "results" / "smoke" / "results.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["result"], line["quantity"], line["mean"]) for line in lines] == [
+        ("a/one", "models.0.bits", "2.0"), ("b", "test_accuracy", "0.75")]
+    assert lines[1] | {"values": "0.5 1.0", "recipes": "m/d", "seeds": "0 1", "sd": "0.25", "n": "2"} == lines[1]
+    saved = load_result("b", "smoke", tmp_path)
+    origin = {"commit": saved["commit"], "device": saved["device"], "torch": saved["versions"]["torch"]}
+    assert lines[1] | origin == lines[1]
+
+
+def test_the_committed_table_is_that_of_the_results(tmp_path):
+    folder = ROOT / "results" / "desk"
+    shutil.copytree(folder, tmp_path / "results" / "desk")
+    written = write_table("desk", tmp_path).read_text(encoding="utf-8")
+    assert len(list(table_lines(folder))) > 200
+    assert (folder / "results.csv").read_text(encoding="utf-8") == written

@@ -1,11 +1,25 @@
-"""The report shows every published number, ours where it exists, and the README shows the committed results."""
+"""The report shows every published number and ours of the same quantity; README and RESULTS.md show the committed results."""
 
 import json
+import re
 import shutil
+import subprocess
 
 import pytest
 
 from krause_repro import results
+from krause_repro.claims import (
+    CLAIMS,
+    DOES_NOT_HOLD,
+    HOLDS,
+    IN_PART,
+    NOT_SHOWN,
+    NOT_YET,
+    PLANNED_RESULTS,
+    claim_text,
+    planned_difference,
+    planned_results,
+)
 from krause_repro.recipe_base import published_tables
 from krause_repro.recipes import SINKS, get_recipe
 from krause_repro.records import project_root
@@ -13,17 +27,19 @@ from krause_repro.report import (
     CIFAR10_RESULTS,
     README_BLOCKS,
     README_RESULTS,
+    RESULT_SECTIONS,
+    ablation_section,
     block_marks,
     coverage,
     expected_results,
+    fine_tuning_section,
     format_published,
+    generation_section,
     missing_results,
     missing_table,
     our_results,
-    readme_ablation,
-    readme_fine_tuning,
-    readme_generation,
     report,
+    results_page,
     update_readme,
 )
 from krause_repro.results import load_result, result_path, save_result
@@ -39,32 +55,35 @@ def test_every_published_number_is_in_the_report():
                 assert format_published(value) in text
 
 
-def test_without_results_only_the_parameters_of_our_models_are_ours(tmp_path):
+def test_without_results_only_parameters_and_flops_are_ours(tmp_path):
     assert our_results("paper", tmp_path) == {}
-    assert coverage("paper", tmp_path)["ours"] == 26
-    rows = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KViT-T |")]
-    assert rows[0] == "| KViT-T | 93.81 | — | 5,362,774 | 5,362,774 | 0.25 | — |" and rows[-1] == "| KViT-T | 94.65 | — |"
+    assert coverage("paper", tmp_path) == {"published": 218, "measured": 0, "counted": 52}
+    text = report("paper", tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("| KViT-T |")]
+    assert rows[0] == "| KViT-T | 93.81 | 5,362,774 | 5,362,774 | 0.25 | 0.37 |" and rows[-1] == "| KViT-T | 94.65 |"
+    assert all(table["title"] in text.splitlines()[0] for table in published_tables().values()) and "—" not in text
 
 
 def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
     recipe, bits = get_recipe("karm/mnist"), summarise([0.56, 0.57])
-    result = {"recipes": {recipe.name: recipe.to_dict()}, "bits_per_dim": bits}
+    result = {"recipes": {recipe.name: recipe.to_dict()}, "bits_per_dim": bits, "parameters": 9_809_760}
     save_result("image_generation/karm", result, "paper", tmp_path)
     lines = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM |")]
-    assert lines[0] == "| KARM | 0.5652 | 0.5650 ± 0.0071 (2 seeds) | 105.6037 | — |" and lines[1].startswith("| KARM | 3.0032 | — |")
+    ours = "0.5650 ± 0.0071 (2 seeds; 9,809,760 parameters, 30 epochs)"
+    assert lines == [f"| KARM | 0.5652 | {ours} | 105.6037 |", "| KARM | 3.0032 | 4.524 |"]
     twice = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM (W=128, k=96) |")]
-    assert twice == ["| KARM (W=128, k=96) | 0.5652 | 0.5650 ± 0.0071 (2 seeds) |"] and coverage("paper", tmp_path)["ours"] == 28
+    assert twice == [f"| KARM (W=128, k=96) | 0.5652 | {ours} |"] and coverage("paper", tmp_path)["measured"] == 2
     colour = get_recipe("larm/cifar10")
-    result = {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2])}
+    result = {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2]), "parameters": 52_274_432}
     save_result("image_generation_colour/larm", result, "paper", tmp_path)
-    assert "| LARM | 3.1836 | 3.2000 (1 seed) | 14.4032 | — |" in report("paper", tmp_path)
+    assert "| LARM | 3.1836 | 3.2000 (1 seed; 52,274,432 parameters, 30 epochs) | 14.4032 |" in report("paper", tmp_path)
 
 
-def test_the_readme_counts_trained_generators(tmp_path):
-    assert readme_generation(tmp_path).startswith("0 of 6 models are trained") and "| KARM (Krause) | — |" in readme_generation(tmp_path)
+def test_the_results_count_trained_generators(tmp_path):
+    assert generation_section(tmp_path).startswith("0 of 6 models are trained") and "| KARM (Krause) | — |" in generation_section(tmp_path)
     karm, bits = get_recipe("karm/fashion_mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
     save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
-    assert "| counts, bigram | 3.900 | 3.800 |" in readme_generation(tmp_path)
+    assert "| counts, bigram | 3.900 | 3.800 |" in generation_section(tmp_path)
 
 
 def tuned(name, values):
@@ -83,12 +102,12 @@ def sinks_of(kinds):
     return {"sinks": {kind: told(*values) for kind, values in kinds.items()}, "uniform": flat}
 
 
-def test_the_readme_shows_what_is_tuned_and_the_answer_on_sinks(tmp_path):
-    text = readme_fine_tuning(tmp_path)
+def test_the_results_show_what_is_tuned_and_the_answer_on_sinks(tmp_path):
+    text = fine_tuning_section(tmp_path)
     assert text.startswith("0 of 4 models are fine-tuned.") and "Is the attention sink" not in text
     for kind, values in (("lora", [1.6, 1.7, 1.8]), ("krause", [1.5, 1.6, 1.7])):
         save_result(f"fine_tuning_questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
-    text = readme_fine_tuning(tmp_path)
+    text = fine_tuning_section(tmp_path)
     assert text.startswith("2 of 4 models are fine-tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
     assert "LoRA + Krause branch minus LoRA: -0.100 nats per token" in text and "| questions | LoRA | 2.500 | 1.700 ± 0.100 |" in text
     models = {"base": ("lora_smollm2/questions", {"softmax": (0.6, 0.5)}),
@@ -96,20 +115,20 @@ def test_the_readme_shows_what_is_tuned_and_the_answer_on_sinks(tmp_path):
     for file, (name, kinds) in models.items():
         recipes = {recipe.name: recipe.to_dict() for recipe in (SINKS.at("desk"), get_recipe(name).at("desk"))}
         save_result(f"sinks/{file}", {"recipes": recipes, **sinks_of(kinds)}, "desk", tmp_path)
-    text = readme_fine_tuning(tmp_path)
+    text = fine_tuning_section(tmp_path)
     assert "In the branch the sink is **there**" in text and "In the model as a whole the sink is **there**" in text
     lines = report("desk", tmp_path).splitlines()
-    other = "(another model: smollm2, 200 passages of 128 tokens)"
-    assert f"| Llama3-8B | 0.707 | 0.524 ± 0.010 {other} |" in lines
-    assert f"| Krause-Llama3-8B (Krause branch) | 0.364 | 0.122 ± 0.010 {other} |" in lines
+    assert "| Llama3-8B | 0.707 |" in lines and "| Krause-Llama3-8B (Krause branch) | 0.364 |" in lines
+    assert ("Ours, not comparable number by number: SmolLM2, 200 other passages of 128 tokens: 0.524 ± 0.010 for the base model, "
+            "0.122 ± 0.010 for the Krause branch (± over passages, first seed).") in lines
 
 
 def test_the_statement_on_speed_is_answered(tmp_path):
     rows = [{"pass": step, "name": name, "speed_ratio": ratio} for step, name, ratio in
             (("decode", "Krause", 0.8), ("decode", "Krause", 0.75), ("decode", "base", 1.0), ("prefill", "Krause", 0.5))]
-    assert "(ours: —)" in report("desk", tmp_path)
+    assert "Ours, not" not in report("desk", tmp_path)
     save_result("language_speed", {"rows": rows}, "desk", tmp_path)
-    assert "(ours: SmolLM2, decode: with a branch 0.75 to 0.80 times the tokens per second of the base model)" in report("desk", tmp_path)
+    assert "decoding: with a branch 0.75 to 0.80 times the tokens per second of the base model." in report("desk", tmp_path)
 
 
 def test_unknown_profiles_and_stale_results_are_refused(root_with_results):
@@ -127,6 +146,7 @@ def one_model(label, values):
     return {
         "label": label, "test_accuracy": accuracy, "held_out_accuracy": accuracy, "parameters": 123456, "paper": 94.65, "test_images": 10,
         "device": "CPU", "versions": {"torch": "0", "transformers": "0"},
+        "curves": {"epochs": [1, 4], "validation_accuracy": {"mean": [0.5, 0.5], "sd": [0, 0]}},
     }
 
 
@@ -163,22 +183,23 @@ def empty_readme():
 def test_our_numbers_stand_in_the_row_of_their_recipe(root_with_results):
     lines = report("desk", root_with_results).splitlines()
     ours = [line for line in lines if line.startswith("| KViT-T | 94.65 |")]
-    assert ours == ["| KViT-T | 94.65 | 55.00 ± 7.07 (2 seeds) |"]
+    assert ours == ["| KViT-T | 94.65 | 55.00 ± 7.07 (2 seeds; 123,456 parameters, 4 epochs) |"]
     before = coverage("desk", root_with_results / "elsewhere")
     after = coverage("desk", root_with_results)
-    assert after["ours"] == before["ours"] + 2 and after["published"] == before["published"]
+    assert after == before | {"measured": 2}
 
 
-def test_update_readme_replaces_the_block_and_nothing_else(committed, root_with_results):
-    readme = committed / "README.md"
+def test_update_readme_replaces_the_blocks_and_writes_the_results(committed, root_with_results):
+    readme, tables = committed / "README.md", committed / "RESULTS.md"
     update_readme(committed)
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{block_marks('results')[0]}\n") and text.endswith(f"{block_marks('performance')[1]}\nbetween")
-    assert "old" not in text and "55.00 ± 7.07" in text and text.count("between") == len(README_BLOCKS)
-    assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in text and "KViT processes 1.25 times as many images per second" in text
-    assert "takes 40 times as long" in text and "8.2 times the time forward, 8.2 forward + backward" in text and "gradients: 2.5 MB" in text
+    text, page = readme.read_text(encoding="utf-8"), tables.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{block_marks('findings')[0]}\n") and text.endswith(f"{block_marks('claims')[1]}\nbetween")
+    assert "\nold\n" not in text and text.count("between") == len(README_BLOCKS)
+    assert "55.00 ± 7.07" in page and re.findall("^## (.*)", page, re.MULTILINE) == list(RESULT_SECTIONS)
+    assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in page and "KViT processes 1.25 times as many images per second" in page
+    assert "takes 40 times as long" in page and "8.2 times the time forward, 8.2 forward + backward" in page and "gradients: 2.5 MB" in page
     update_readme(committed)
-    assert readme.read_text(encoding="utf-8") == text
+    assert readme.read_text(encoding="utf-8") == text and tables.read_text(encoding="utf-8") == page
 
 
 def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there():
@@ -198,9 +219,62 @@ def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there()
 def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
     opened, read = set(), results.read_json
     monkeypatch.setattr(results, "read_json", lambda path: opened.add(path) or read(path))
-    for make in README_BLOCKS.values():
+    for make in (*README_BLOCKS.values(), results_page):
         make()
-    assert {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened} == set(README_RESULTS)
+    planned = {folder for folder, *_ in PLANNED_RESULTS.values()}
+    folders = {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened}
+    assert folders - planned == set(README_RESULTS)
+
+
+def planned_runs(root, plan, values):
+    "Results of every model of a plan with all seeds; by recipe name: one number a seed."
+    folder, field, _ = PLANNED_RESULTS[plan]
+    for name in planned_results(plan, root)[0]["models"]:
+        recipe, numbers = get_recipe(name).at("desk"), summarise(values.get(name, [0.5, 0.51, 0.52]))
+        curves = {"epochs": [1, 20], "validation_accuracy": {"mean": [0.7, 0.7], "sd": [0, 0]}}
+        result = {"recipes": {name: recipe.to_dict()}, field: numbers, "seeds": [0, 1, 2], "curves": curves, "parameters": 7}
+        save_result(f"{folder}/{name.partition('/')[0]}", result, "desk", root)
+
+
+@pytest.mark.parametrize(("plan", "claim", "values", "verdict"), [
+    ("cifar10", "accuracy", {"kvit_s/cifar10": [0.55, 0.561, 0.57]}, HOLDS),
+    ("cifar10", "accuracy", {"kvit_s/cifar10": [0.45, 0.461, 0.47]}, IN_PART),  # Fashion-MNIST holds
+    ("cifar10", "accuracy", {}, IN_PART),
+    ("mnist", "bits", {"karm/mnist": [0.45, 0.461, 0.47]}, IN_PART),  # Fashion-MNIST holds against one of two rivals
+    ("mnist", "bits", {"karm/mnist": [0.55, 0.561, 0.57]}, IN_PART),
+    ("textbooks", "fine_tuning", {}, NOT_SHOWN),
+    ("textbooks", "fine_tuning", {"krause_smollm2/openstax": [0.45, 0.461, 0.47]}, IN_PART),
+    ("textbooks", "fine_tuning", {f"krause_{kind}smollm2/openstax": [0.55, 0.561, 0.57] for kind in ("", "near_base_")}, DOES_NOT_HOLD),
+])
+def test_a_verdict_follows_from_the_plan_once_its_seeds_are_finished(committed, plan, claim, values, verdict):
+    planned_runs(committed, plan, values)
+    assert CLAIMS[claim].judge(committed).verdict == verdict
+    assert "finished so far" not in claim_text(claim, committed)
+    folder, field, better = PLANNED_RESULTS[plan]
+    found, grid = planned_results(plan, committed)
+    first, second = found["comparisons"][0]
+    assert planned_difference(plan, found, {**grid, second: None}, first, second) is None
+    part = {**grid[first], "seeds": [0, 1], field: summarise([0.1, 0.2])}
+    assert planned_difference(plan, found, {**grid, first: part}, first, second) is None
+
+
+def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed):
+    for folder, *_ in PLANNED_RESULTS.values():
+        shutil.rmtree(committed / "results" / "desk" / folder, ignore_errors=True)
+    verdicts = {name: claim.judge(committed).verdict for name, claim in CLAIMS.items()}
+    assert [name for name, verdict in verdicts.items() if verdict == NOT_YET] == ["fine_tuning", "from_scratch"] and len(CLAIMS) == 12
+    assert verdicts["accuracy"] == verdicts["bits"] == IN_PART
+    page = json.loads((project_root() / "nbs" / "68_claims.ipynb").read_text(encoding="utf-8"))
+    named = re.findall(r"commit `([0-9a-f]{7})`", "\n".join("".join(cell["source"]) for cell in page["cells"]))
+
+    def git(*arguments):
+        done = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True, check=False)
+        return done.stdout.split() if done.returncode == 0 else []
+
+    if git("cat-file", "-t", "3600eaf") == ["commit"]:  # else a shallow clone, or none
+        plans = (f"results/plans/{plan}.json" for plan in ("cifar10", "mnist", "textbooks"))
+        first = {git("log", "--format=%h", "--abbrev=7", "--", plan)[-1] for plan in plans}
+        assert len(named) == 5 and first | {"3600eaf", "955f128"} == set(named)
 
 
 @pytest.mark.parametrize("name", [name for name in expected_results("desk") if name.partition("/")[0] in README_RESULTS])
@@ -267,14 +341,14 @@ def test_a_damaged_file_is_named(committed, name, text):
     assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
 
 
-def test_readme_ablation_counts_what_is_finished(tmp_path):
-    assert readme_ablation(tmp_path) == "No cell is finished."
+def test_the_results_count_finished_cells(tmp_path):
+    assert ablation_section(tmp_path) == "No cell is finished."
     made = {"test_images": 10_000, "device": "cpu", "versions": {"torch": "2.15.0"}}
     for name, values in (("kvit_t", [0.84, 0.85, 0.86]), ("ablation_krause_local_post", [0.82, 0.83, 0.84])):
         recipe = get_recipe(f"{name}/fashion_mnist").at("desk")
         result = {"recipes": {recipe.name: recipe.to_dict()}, "test_accuracy": summarise(values), **made}
         save_result(f"ablations/{name}", result, "desk", tmp_path)
-    text = readme_ablation(tmp_path)
+    text = ablation_section(tmp_path)
     assert text.startswith("2 of 21 cells are finished.") and "| RBF | window + top-k | 85.00 ± 1.00 | — |" in text
     assert "| KViT − KViT with the window alone | 1 | +2.00 | +2.00 to +2.00 | yes |" in text
     assert "| window + top-k − window | 1 | +2.00" in text and "dot product |" not in text.split("What counts")[1]
@@ -289,16 +363,30 @@ def test_update_readme_needs_its_marks(committed, text):
     assert readme.read_text(encoding="utf-8") == text
 
 
-def test_readme_shows_the_committed_desk_results():
+def test_readme_and_results_show_the_committed_desk_results():
     text = (project_root() / "README.md").read_text(encoding="utf-8")
     for name, make in README_BLOCKS.items():
         start, end = block_marks(name)
-        assert text.split(start)[1].split(end)[0].strip() == make().strip()
+        before, rest = text.split(start)
+        block, after = rest.split(end)
+        assert block.strip() == make().strip()
+        text = before + after
+    assert (project_root() / "RESULTS.md").read_text(encoding="utf-8") == results_page()
+    typed = re.sub(r"```.*?```|\]\(.*?\)|arXiv [\d.]+|Apache-2.0|Python [\d.]+", "", text, flags=re.DOTALL)
+    assert re.findall(r"\d+\.\d+|\d+ ?%", typed) == ["95%"]  # every other number is generated
+
+
+def test_readme_is_short():
+    text = (project_root() / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    table = text.split(block_marks("claims")[0])[1].split(block_marks("claims")[1])[0].strip().splitlines()
+    long = [cell for row in table[2:] for cell in row.strip("|").split("|") if len(cell.split()) > 12]
+    assert len(table) == 2 + len(CLAIMS) and not long
+    findings = text.split(block_marks("findings")[0])[1].split(block_marks("findings")[1])[0].strip().splitlines()
+    assert len(findings) == 5 and all(re.search(r" to |±", line) and "*But*" in line for line in findings)
 
 
 def test_readme_links_and_pictures_exist():
-    import re
-
     root = project_root()
     for target in re.findall(r"\]\(([^)#]+)\)", (root / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("https://") or (root / target).is_file(), target

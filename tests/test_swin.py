@@ -317,6 +317,25 @@ def test_problem_types_have_their_losses():
         build()(pixels, labels=torch.tensor([5, 0]))
 
 
+def test_other_sizes_of_images_are_torchvisions():
+    "Nothing depends on the size: the model trained at one size is that of another; torchvision's takes any size."
+    torch.manual_seed(0)
+    theirs = perturb(SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5), 0.05)
+    settings = {"patch_size": 4, "embed_dim": 16, "attention_score": "softmax", "image_size": 32}
+    ours = SwinClassifier(tiny(**settings)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    pixels = noise(2, 3, 24, 40)
+    other = SwinClassifier(tiny(**settings | {"image_size": (24, 40)})).eval()
+    other.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        for found in (ours(pixels, interpolate_pos_encoding=True), other(pixels)):
+            assert_close(found.logits, theirs(pixels), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True takes images of other sizes"):
+        ours(pixels)
+    with pytest.raises(ValueError, match="multiples of patch_size = 4"):
+        ours(pixels[..., 1:], interpolate_pos_encoding=True)
+
+
 def test_another_number_of_classes_changes_the_head_alone(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)

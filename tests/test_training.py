@@ -117,8 +117,8 @@ def spoil(recipe, source):
 def test_a_finished_run_is_whole(finished, recipe):
     assert finished.finished and finished.path.parts[-4:] == ("smoke", "kvit_t", "fashion_mnist", "seed-0")
     names = {path.name for path in finished.path.iterdir()}
-    assert names == {"recipe.json", "environment.json", "metrics.jsonl", "config.json", "model.safetensors", "digests.json", "checkpoints",
-                     "finished.json"}
+    assert names == {"recipe.json", "environment.json", "metrics.jsonl", "config.json", "model.safetensors", "README.md",
+                     "preprocessor_config.json", "digests.json", "checkpoints", "finished.json"}
     assert damage(finished.path) is None and not lock_path(finished.path).exists()
     saved = json.loads((finished.path / "recipe.json").read_text(encoding="utf-8"))
     assert saved == {"fingerprint": recipe.fingerprint, "seed": 0, "recipe": recipe.to_dict()}

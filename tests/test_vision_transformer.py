@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchvision.models import VisionTransformer as TorchvisionViT
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTModel
 
 from krause_repro.checkpoints import convert_vit, load_author_checkpoint, load_into, recognise, swin_config, vit_config
 from krause_repro.recipes import RECIPES
@@ -20,6 +20,7 @@ from krause_repro.vision_transformer import (
     VisionTransformer,
     VisionTransformerConfig,
     largest_radius,
+    resize_positions,
     rotary_table,
     rotate,
     top_k_schedule,
@@ -79,7 +80,7 @@ def test_defaults_are_the_small_model_and_sizes_are_the_papers():
 def test_saved_model_is_found_again_by_the_auto_class(tmp_path, changes):
     model = build(**changes)
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(again) is VisionTransformer and not again.training
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
@@ -258,7 +259,7 @@ def test_neighbourhood_of_a_config():
 @pytest.mark.parametrize("metric", ["manhattan", "chebyshev"])
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_the_largest_radius_is_the_smallest_that_reaches_everything(side, metric):
-    radius = largest_radius(side, metric)
+    radius = largest_radius(side, side, metric)
     assert GridWindow(side, side, radius, metric).mask(1 + side**2).all()
     assert radius == 0 or not GridWindow(side, side, radius - 1, metric).mask(1 + side**2).all()
     shape = {"image_size": 2 * side, "attention_metric": metric}
@@ -281,7 +282,7 @@ def test_channels_last_is_the_same_model(score):
 def test_rotary_scores_depend_on_the_offset_alone():
     side, dim = 5, 8
     query, key = torch.randn(2, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turned = [rotate(x.expand(1, 1, 1 + side**2, dim), side)[0, 0] for x in (query, key)]
+    turned = [rotate(x.expand(1, 1, 1 + side**2, dim), (side, side))[0, 0] for x in (query, key)]
     for one, x in zip(turned, (query, key), strict=True):
         assert_close(one.norm(dim=-1), x.norm().expand(1 + side**2), rtol=1e-6, atol=0)
         assert torch.equal(one[0], x)  # the CLS token is not turned
@@ -303,7 +304,7 @@ def test_rotary_model_trains_after_predicting():
     model = build(positions="rotary", hidden_size=24)
     with torch.inference_mode():
         predicted = model(images()).logits
-    assert not rotary_table(4, 12, torch.device("cpu")).is_inference()
+    assert not rotary_table(4, 4, 12, torch.device("cpu")).is_inference()
     logits = model(images()).logits
     assert_close(logits, predicted, rtol=0, atol=1e-6)
     logits.sum().backward()
@@ -466,6 +467,64 @@ def test_a_fixed_sigma_stays_fixed_when_loaded(tmp_path):
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+# Images of another size
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "hidden_size": 24, "attention_radius": 2},
+                                     {"attention_radius": None, "attention_top_k": None}, {"attention_random_seed": 3}])
+@pytest.mark.parametrize("size", [16, (6, 14)])
+def test_a_model_of_another_size(size, changes, tmp_path):
+    "By the call, by loading and by the auto class, to a model built at that size with resized positions, and saved again."
+    model, sides = build(**changes), size if isinstance(size, tuple) else (size, size)
+    pixels = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(5))
+    model.save_pretrained(tmp_path)
+    table = model.position_embedding.detach()[0, 1:].T.unflatten(1, (4, 4))[None]
+    table = F.interpolate(table, size=[side // 2 for side in sides], mode="bicubic").flatten(2).mT
+    wanted = VisionTransformer(tiny(**changes, image_size=size)).eval()
+    wanted.load_state_dict(model.state_dict() | {"position_embedding": torch.cat([model.position_embedding.detach()[:, :1], table], 1)})
+    logits = wanted(pixels).logits
+    assert_close(model(pixels, interpolate_pos_encoding=True).logits, logits, rtol=0, atol=1e-6)
+    for kind in (VisionTransformer, AutoModelForImageClassification):
+        again = kind.from_pretrained(tmp_path, image_size=size)
+        assert again(pixels).logits.equal(logits) and vision_neighborhood(again.config) == vision_neighborhood(wanted.config)
+    again.save_pretrained(tmp_path / "again")
+    saved = VisionTransformer.from_pretrained(tmp_path / "again")
+    assert saved(pixels).logits.equal(logits) and saved.config.image_size == again.config.image_size
+    assert again.set_image_size([8, 8]).config.image_size == 8 and again(images()).logits.shape == (2, 5)
+    assert model(images(), interpolate_pos_encoding=True).logits.equal(model(images()).logits)
+
+
+def test_positions_are_resized_as_in_transformers_vit():
+    settings = {"image_size": 8, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    theirs = ViTModel(ViTConfig(**settings)).embeddings
+    for height, width in ((16, 16), (6, 14), (8, 8)):
+        found = resize_positions(theirs.position_embeddings, (4, 4), (height // 2, width // 2))
+        tokens = torch.zeros(1, 1 + height * width // 4, 16)
+        assert_close(found, theirs.interpolate_pos_encoding(tokens, height, width), rtol=0, atol=1e-6)
+
+
+def test_sizes_that_cannot_be_are_named(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    for size, message in ((9, "image_size must be a multiple of patch_size = 2"), ((8, 9), "got \\[8, 9\\]"), ((8, 8, 8), "one side or"),
+                          ("8", "image_size must be"), (2, "attention_radius must be at most 0 on a grid of 1×1")):
+        with pytest.raises(ValueError, match=message):
+            VisionTransformer.from_pretrained(tmp_path, image_size=size)
+        with pytest.raises(ValueError, match=message):
+            model.set_image_size(size)
+    assert model.config.image_size == 8 and model(images()).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"sides that are multiples of patch_size = 2, got \(2, 3, 8, 9\)"):
+        model(torch.zeros(2, 3, 8, 9), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True takes images of other sizes"):
+        model(torch.zeros(2, 3, 8, 10))
+    for wrong in ({"image_mean": [0.5] * 3}, {"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": [0.5] * 3, "image_std": [0, 1, 1]}):
+        with pytest.raises(ValueError, match="image_mean|image_std"):
+            tiny(**wrong)
+    offloaded = VisionTransformer(tiny()).to("meta")
+    with pytest.raises(ValueError, match="image_size must be changed before weights are offloaded"):
+        offloaded.set_image_size(16)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 10), (2, 3, 16, 16), (2, 8, 8, 3)])
