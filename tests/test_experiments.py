@@ -79,6 +79,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
     "67_attention_maps": {"attention_maps": TRIO},
+    "68_claims": {},  # reads the results of the others
 }
 
 
