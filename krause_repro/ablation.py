@@ -26,6 +26,7 @@ def load_or_run_grid(
     runs: str | Path = "runs",  # folder of run directories, relative to the project
     root: Path | None = None,  # project folder
     summary: Callable[[list[Run]], dict] = evaluate_runs,  # from the runs of one recipe, one per seed, to its result
+    retrain: bool = True,  # under `always`; False: only summarise again
 ) -> dict[str, dict | None]:  # by recipe: result of `summary`, or None if there is none
     "The results of all models of an ablation, each loaded or computed as `train` says."
     cells = {}
@@ -36,7 +37,7 @@ def load_or_run_grid(
             continue
 
         def make(name=name):
-            return summary(train_seeds(name, profile, restart=train == "always", runs=runs, progress=False))
+            return summary(train_seeds(name, profile, restart=retrain and train == "always", runs=runs, progress=False))
 
         cells[name] = load_or_compute(file, profile, train, [recipe], make, root)
     return cells

@@ -9,6 +9,7 @@ __all__ = ['bench_language']
 import copy
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from peft import get_peft_model
@@ -18,11 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from .branched_models import add_krause_branch
 from .checks import UserError, check_integer
 from .flops import branch_macs
+from .language_model import LanguageModel
 from .language_models import load_language_model, lora_config
 from .llm_branch import branches, cache_argument
 from .native_decode import DecodeLinear
 from .packaged_data import smollm2_folder
-from .recipes import LANGUAGE_GOALS, LANGUAGE_SPEED, LanguageSpeedRecipe
+from .recipes import LANGUAGE_GOALS, LANGUAGE_SPEED, TEXT_GOALS, TEXT_SPEED, LanguageSpeedRecipe, TextSpeedRecipe, get_recipe
+from .ring_cache import CACHE_NAME
 from .statistics import markdown_table
 from .timing import compare, interleave, resident_bytes
 
@@ -198,3 +201,103 @@ def language_speed_table(
 
     head = ("what", "model", "tokens per second", "times the speed without a branch (quartiles)", "our target", "rounds")
     return markdown_table(head, map(cells, result["rows"]))
+
+# %% ../nbs/53_bench_language.ipynb #1373f156
+def text_model(
+    mixer: str,  # one of `language_model.MIXERS`
+    recipe: TextSpeedRecipe,
+) -> LanguageModel:
+    "An untrained model of the recipe's size with positions enough for all its measurements."
+    torch.manual_seed(0)
+    shape = replace(get_recipe(f"lm_{mixer}_100m/openstax").at(recipe.size), dropout=0.0,
+                    context=max(recipe.length, max(recipe.positions) + recipe.tokens + 8))
+    return LanguageModel(shape.config)
+
+
+def text_step(
+    model: LanguageModel,
+    length: int,  # tokens of the sequence
+) -> Callable[[], None]:
+    "A function that runs one training step on fixed random tokens."
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4)
+
+    def step():
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def text_decoder(
+    model: LanguageModel,
+    position: int,  # tokens of the context
+) -> Callable[[], Tensor]:  # that returns the token (1, 1)
+    "A function that generates the next token greedily, after a context of random tokens."
+    tokens = torch.randint(model.eval().config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
+    out = model(tokens, use_cache=True)
+    held = {"token": out.logits[:, -1:].argmax(-1), "cache": out[CACHE_NAME]}
+
+    @torch.no_grad()
+    def decode():
+        held["token"] = model(held["token"], **{CACHE_NAME: held["cache"]}).logits.argmax(-1)
+        return held["token"]
+
+    return decode
+
+# %% ../nbs/53_bench_language.ipynb #7156601b
+def bench_text(
+    recipe: TextSpeedRecipe = TEXT_SPEED,
+) -> dict:  # "rows" with "case", "pass", "name", seconds, ratios to `standard`, tokens per second; "notes"; "flat" ratios
+    "Times of a training step and of generated tokens by mixer, in turns."
+    steps = {mixer: text_step(text_model(mixer, recipe), recipe.length) for mixer in recipe.mixers}
+    case = f"1 × {recipe.length:,} tokens"
+    rows = [{"case": case, "pass": "training step", **row, "tokens_per_second": recipe.length / row["seconds"]}
+            for row in compare(interleave(steps, recipe.rounds, 1), recipe.mixers[0])]
+    del steps
+    decoders = {(mixer, place): text_decoder(text_model(mixer, recipe), place) for place in recipe.positions for mixer in recipe.mixers}
+    times = interleave(decoders, recipe.tokens, 4)
+    for place in recipe.positions:
+        seconds = {mixer: times[mixer, place] for mixer in recipe.mixers}
+        rows += [{"case": f"after {place:,} tokens", "pass": "generation", **row, "tokens_per_second": 1 / row["seconds"]}
+                 for row in compare(seconds, recipe.mixers[0])]
+    first, last = recipe.positions[0], recipe.positions[-1]
+    flat = {mixer: compare({"last": times[mixer, last], "first": times[mixer, first]}, "first")[0]["ratio"] for mixer in recipe.mixers}
+    return {"benchmark": "lm", "rows": rows, "flat": flat, "notes": text_speed_notes(rows, flat, recipe)}
+
+
+def text_speed_notes(
+    rows: list[dict],  # of `bench_text`
+    flat: dict[str, float],  # by mixer: time of a token at the last position by that at the first
+    recipe: TextSpeedRecipe,
+) -> list[str]:
+    "The project's three targets for Krause alone, met or missed, one sentence each."
+    found = {(row["pass"], row["case"]): row["ratio"] for row in rows if row["name"] == "krause_only"}
+    first, last = recipe.positions[0], recipe.positions[-1]
+    step, late = found["training step", f"1 × {recipe.length:,} tokens"], 1 / found["generation", f"after {last:,} tokens"]
+
+    def goal(name, value):
+        least = name == "generation"
+        met = value >= TEXT_GOALS[name] if least else value <= TEXT_GOALS[name]
+        return f"our target of {'≥' if least else '≤'} {TEXT_GOALS[name]:g} is {'met' if met else 'missed'}"
+
+    return [
+        f"a training step of krause_only takes {step:.2f} of the time of standard; {goal('training step', step)}",
+        f"a token of krause_only after {last:,} tokens takes {flat['krause_only']:.2f} of its time after {first:,}; "
+        f"{goal('flat', flat['krause_only'])}",
+        f"there krause_only generates {late:.2f} times the tokens per second of standard; {goal('generation', late)}"]
+
+# %% ../nbs/53_bench_language.ipynb #bbfecb79
+def text_speed_table(
+    result: dict,  # from `bench_text`
+) -> str:  # Markdown, with the notes
+    "Tokens per second by mixer, and time relative to standard."
+    def cells(row):
+        low, high = row["ratio_quartiles"]
+        ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        return f"{row['pass']}, {row['case']}", row["name"], f"{row['tokens_per_second']:,.0f}", ratio, row["rounds"]
+
+    head = ("what", "mixer", "tokens per second", "time relative to standard (quartiles)", "rounds")
+    return markdown_table(head, map(cells, result["rows"])) + "\n\n" + "\n".join(f"- {note}." for note in result["notes"])

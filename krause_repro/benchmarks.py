@@ -13,7 +13,7 @@ import torch
 
 from .bench_attention import add_peak_memory, bench_attention, bench_gpu_attention, bench_grids, bench_scaling, bench_selection
 from .bench_generation import bench_generation
-from .bench_language import bench_language
+from .bench_language import bench_language, bench_text
 from .bench_models import bench_images, bench_training
 from .checks import check_integer
 from .dynamics import flow, uniform_sphere
@@ -110,6 +110,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "training": lambda: report_benchmark(bench_training),
     "generation": lambda: report_benchmark(bench_generation),
     "language": lambda: report_benchmark(bench_language),
+    "lm": lambda: report_benchmark(bench_text),
     "dynamics": lambda: report_benchmark(bench_dynamics),
 }
 GPU_BENCHMARKS: dict[str, Callable[[], None]] = {"attention": lambda: report_benchmark(bench_gpu_attention)}

@@ -108,28 +108,37 @@ def train_recipe(
 
 # %% ../nbs/80_cli.ipynb #6f0ad705
 def sample_recipe(
-    recipe: str,  # a generator, such as karm/fashion_mnist
+    recipe: str,  # a generator, such as karm/fashion_mnist, or a language model from scratch, such as lm_krause_100m/shakespeare
     profile: str = "smoke",  # smoke, desk or paper
     seed: int = 0,  # seed of the finished run
-    images: int = 64,  # how many in all; existing ones are kept
-    image_seed: int = 0,  # seed of the images
+    images: int = 64,  # how many images in all; existing ones are kept
+    image_seed: int = 0,  # seed of the images, or of the text
     temperature: float = 1.0,  # > 0; below 1 sharpens the distribution
-    top_p: float = 1.0,  # ≤ 1, nucleus sampling: the smallest set of levels with this probability
+    top_p: float = 1.0,  # ≤ 1, nucleus sampling: the smallest set of levels or tokens with this probability
     batch: int = 32,  # images at a time
-    source: str = None,  # folder with the data, if it is not found automatically
+    source: str = None,  # folder with the data, or of the corpus, if it is not found automatically
+    prompt: str = None,  # text to be continued; default: the beginning of a document
+    tokens: int = 100,  # at most so many tokens of text
 ) -> None:
-    "Sample images from a trained generator; run it again to resume."
+    "Sample images from a trained generator, or a text from a language model. Run it again to resume images."
     from krause_repro.generation_recipes import ImageGenerationRecipe
+    from krause_repro.language_recipes import LanguageModelRecipe
     from krause_repro.recipes import get_recipe
 
     chosen = get_recipe(recipe).at(profile)
-    if not isinstance(chosen, ImageGenerationRecipe):
-        raise UserError(f"recipe {recipe!r} is not an image generator; choose one such as karm/fashion_mnist")
-    from krause_repro.generation_evaluation import save_image_grid, sample_run, samples_folder
+    if not isinstance(chosen, (ImageGenerationRecipe, LanguageModelRecipe)):
+        raise UserError(f"recipe {recipe!r} is not an image generator; choose one such as karm/fashion_mnist, or a model of text")
     from krause_repro.runs import Run, check_run, run_path
 
     run = Run(run_path(chosen, seed), chosen, seed)
     check_run(run)
+    if isinstance(chosen, LanguageModelRecipe):
+        from krause_repro.fine_tuning_evaluation import sample_text
+
+        print(sample_text(run, prompt or "", tokens, image_seed, temperature, top_p, source))
+        return
+    from krause_repro.generation_evaluation import sample_run, samples_folder, save_image_grid
+
     made = sample_run(run, images, image_seed, temperature, top_p, batch, interactive(), source)
     print(f"Images: {save_image_grid(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
 
@@ -231,14 +240,16 @@ def show_evaluation(
 
 # %% ../nbs/80_cli.ipynb #98012aac
 def evaluate_model(
-    model: str,  # a folder, a GGUF file, a name on the hub, or smollm2 (from a package)
-    tasks: str = None,  # comma-separated, such as boolq,cb; default: all of the paper's
+    model: str,  # a folder, a GGUF file, a name on the hub, smollm2 (from a package), or the directory of a run
+    tasks: str = None,  # comma-separated, such as boolq,cb or blimp,lambada; default: all of the paper's for fine-tuned models
     adapter: str = None,  # a folder with a trained adapter
-    source: str = "hub",  # of items: hub, local (a few test items of this package), a JSON file, or a folder of TASK.json
-    limit: int = None,  # maximum number of items per task
+    source: str = "hub",  # of items: hub, local (a few test items of this package), a JSON file, or a folder of items
+    limit: int = None,  # maximum number of items per task, drawn at random
+    item_seed: int = 0,  # seed of this draw
     batch_size: int = 8,  # prompts per batch
     anli_labels: str = "correct",  # correct or swapped
     max_gen_toks: int = 1280,  # maximum length of an IFEval answer, in tokens
+    corpus: str = None,  # text or corpus of a run from scratch, for its tokenizer, if it is not found automatically
     output: str = None,  # a JSON file for the results; default: only print them
 ) -> None:
     "Evaluate a language model on the paper's benchmarks, beside chance and constant answers."
@@ -246,16 +257,11 @@ def evaluate_model(
     from krause_repro.language_tasks import LANGUAGE_TASKS
 
     given = {"tasks": LANGUAGE_TASKS if tasks is None else tasks, "source": source, "batch_size": batch_size, "limit": limit,
-             "anli_labels": anli_labels, "max_gen_toks": max_gen_toks}
+             "anli_labels": anli_labels, "max_gen_toks": max_gen_toks, "item_seed": item_seed}
     check_evaluation_files(adapter, output)  # a large model takes minutes to load
     items = check_language_run(**given)
-    import torch
-    from krause_repro.packaged_data import pretrained_source
-    from krause_repro.language_models import load_language_model
-
-    network, tokenizer = load_language_model(pretrained_source(model), adapter)
+    network, tokenizer = load_evaluated(model, adapter, corpus)
     check_answers(lambda text: tokenizer.encode(text, add_special_tokens=False), items)
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
     results = {}
     try:
         for task in items:
@@ -263,6 +269,28 @@ def evaluate_model(
     finally:  # keep the results of the other tasks if one fails
         if results:
             show_evaluation(model, adapter, given, results, output)
+
+
+def load_evaluated(
+    model: str,  # as of `evaluate_model`
+    adapter: str | None,
+    corpus: str | None,
+) -> tuple[object, object]:
+    "The model, on the GPU if there is one, and its tokenizer. `adapter` and `corpus` are as in `evaluate_model`."
+    from krause_repro.runs import open_run
+
+    if (Path(model) / "recipe.json").is_file():
+        from krause_repro.language_benchmarks import run_model
+
+        if adapter is not None:
+            raise UserError(f"adapter must be left out for a run, {model}, got {adapter}")
+        return run_model(open_run(model), corpus)
+    from krause_repro.evaluation import on_device
+    from krause_repro.language_models import load_language_model
+    from krause_repro.packaged_data import pretrained_source
+
+    network, tokenizer = load_language_model(pretrained_source(model), adapter)
+    return on_device(network), tokenizer
 
 # %% ../nbs/80_cli.ipynb #8978db6f
 COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "sample": sample_recipe, "data": fetch_data,
@@ -277,9 +305,8 @@ def usage() -> str:
 
 # %% ../nbs/80_cli.ipynb #99285fd9
 LIMITS = {  # minimum and maximum of every integer option
-    "seed": (0, 2**32 - 1), "image_seed": (0, 2**32 - 1), "images": (1, 2**31 - 1), "batch": (1, 2**31 - 1), "threads": (1, 1024),
-    "limit": (1, 2**31 - 1), "batch_size": (1, 2**31 - 1), "max_gen_toks": (1, 2**31 - 1),
-    "steps": (1, 2**31 - 1),
+    **dict.fromkeys(("seed", "image_seed", "item_seed"), (0, 2**32 - 1)), "threads": (1, 1024),
+    **dict.fromkeys(("images", "batch", "tokens", "limit", "batch_size", "max_gen_toks", "steps"), (1, 2**31 - 1)),
 }
 
 

@@ -8,6 +8,7 @@ __all__ = ['test_accuracy', 'train_seeds', 'summarise_runs', 'evaluate_runs', 'a
 # %% ../nbs/42_evaluation.ipynb #2c570b24
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from .checks import UserError
 from .image_data import load_splits
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
+from .llm_branch import Bandwidth
 from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
 from .results import save_result
 from .runs import Run, check_run, run_path
 from krause_repro.statistics import (
-    corrected_difference, describe_difference, is_shown, markdown_table, paired_difference, percent, signed_interval, summarise,
+    corrected_difference, decimals, describe_difference, is_shown, markdown_table, paired_difference, percent, signed_interval, summarise,
     summarise_curves,
 )
 from .swin import WindowAttention
@@ -49,10 +51,11 @@ def finished_model(
 # %% ../nbs/42_evaluation.ipynb #747f3fce
 def cached_test(
     run: Run,  # finished
-    measure: Callable[[], dict],  # evaluates the model on the test images
+    measure: Callable[[], dict],  # evaluates the model on the test data
+    name: str = "test.json",  # of the file
 ) -> dict:
-    "Test metrics from `test.json` in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
-    path, weights = run.path / "test.json", run.path / "model.safetensors"
+    "Test metrics from a file in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
+    path, weights = run.path / name, run.path / "model.safetensors"
     model = file_digest(weights) if weights.is_file() else None
     record = read_json(path) if path.is_file() else {"model": ""}
     if not isinstance(record, dict):
@@ -117,7 +120,10 @@ def learned_sigma(
     run: Run,
 ) -> list[float] | None:  # one per layer; None without a Krause score
     "Bandwidth σ of each layer of the selected model, averaged over heads if each has its own."
-    layers = [module for module in run.model().modules() if isinstance(module, (KrauseAttention, WindowAttention, PixelAttention))]
+    modules = list(run.model().modules())
+    if bandwidths := [module for module in modules if isinstance(module, Bandwidth)]:  # of language models
+        return [module.log_sigma.exp().mean().item() for module in bandwidths]
+    layers = [module for module in modules if isinstance(module, (KrauseAttention, WindowAttention, PixelAttention))]
     return None if not layers or layers[0].sigma is None else [layer.sigma.mean().item() for layer in layers]
 
 
@@ -194,12 +200,16 @@ FLAT_GAIN, FLAT_SHARE = 0.005, 0.2  # gain of held-out accuracy; last part of th
 
 # %% ../nbs/42_evaluation.ipynb #689edff7
 def last_gain(
-    curves: dict,  # "epochs" and "validation_accuracy" with its "mean", from `training_curves`
+    curves: dict,  # from `training_curves`; or with "held_out", the "mean" loss over "epochs" or "steps"
     share: float = FLAT_SHARE,  # last part of the schedule
 ) -> float | None:  # None without an evaluation before that part
-    "Gain of mean held-out accuracy over the last part of the schedule."
-    epochs, values = curves["epochs"], curves["validation_accuracy"]["mean"]
-    before = [value for epoch, value in zip(epochs, values, strict=True) if epoch <= (1 - share) * epochs[-1] + 1e-6]
+    "Gain of mean held-out accuracy, or fall of mean held-out loss, over the last part of the schedule."
+    if "validation_accuracy" in curves:
+        times, values = curves["epochs"], curves["validation_accuracy"]["mean"]
+    else:
+        held_out = curves["held_out"]
+        times, values = held_out["epochs" if "epochs" in held_out else "steps"], [-loss for loss in held_out["mean"]]
+    before = [value for time, value in zip(times, values, strict=True) if time <= (1 - share) * times[-1] + 1e-6]
     return values[-1] - before[-1] if before else None
 
 
@@ -207,7 +217,7 @@ def is_undertrained(
     curves: dict,  # as for `last_gain`
     gain: float = FLAT_GAIN,  # gain from which on a model is undertrained
 ) -> bool:
-    "True if held-out accuracy was still rising when training stopped."
+    "True if held-out accuracy was still rising, or held-out loss still falling, when training stopped."
     found = last_gain(curves)
     return found is None or found >= gain
 
@@ -222,42 +232,76 @@ def read_plan(
     found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
     return {**plan, "commit": found.stdout.strip() or None}
 
+# %% ../nbs/42_evaluation.ipynb #c07d335f
+@dataclass(frozen=True)
+class Measure:
+    "A measure of models, and how tables show it."
+
+    field: str  # of a result, a summary over seeds
+    title: str  # of its column
+    unit: str  # of a difference
+    held_out: str | None = None  # field of the same measure on held-out data
+    scale: float = 1  # factor from the field to the unit
+    digits: int = 3  # decimals
+    trend: str = "fell"  # what it does in training
+    paper: str = "paper (its own size and training)"  # title of the column of published numbers
+
+
+ACCURACY = Measure("test_accuracy", "test accuracy, %", "points", "held_out_accuracy", 100, 2, "gained",
+                   "paper, % (its own size and training)")
+
 # %% ../nbs/42_evaluation.ipynb #5cbf14ca
 def planned_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
     plan: dict,  # from `read_plan`
+    measure: Measure = ACCURACY,  # what is compared
 ) -> str:  # Markdown
     "The planned comparisons with corrected intervals; dashes for models that are not trained."
+    scale, digits = measure.scale, measure.digits
+
     def row(first, second):
         label, missing = f"{models[first]['label']} − {models[second]['label']}", (None,) * 4
-        if not all("test_accuracy" in models[name] for name in (first, second)):
+        if not all(measure.field in models[name] for name in (first, second)):
             return label, *missing
-        found = corrected_difference(models[first], models[second], len(plan["comparisons"]))
+        found = corrected_difference(models[first], models[second], len(plan["comparisons"]), measure.field)
         if not found["seeds"]:
             return label, *missing
         verdict = "yes" if is_shown(found, plan["smallest_difference"]) else "not shown"
-        return label, ", ".join(map(str, found["seeds"])), f"{100 * found['mean']:+.2f}", signed_interval(found["interval"]), verdict
+        mean, interval = f"{scale * found['mean']:+.{digits}f}", signed_interval(found["interval"], scale, digits)
+        return label, ", ".join(map(str, found["seeds"])), mean, interval, verdict
 
-    head = ("difference", "seeds", "points", "95% interval, corrected", "counts?")
+    head = ("difference", "seeds", measure.unit, "95% interval, corrected", "counts?")
     note = f"Stated before the first run, in commit {str(plan['commit'])[:10]}: {plan['counts_as_a_difference']}."
     return markdown_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
 
 # %% ../nbs/42_evaluation.ipynb #26d8a7f3
 def trained_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
+    measure: Measure = ACCURACY,  # what is shown
+    flat_gain: float = FLAT_GAIN,  # gain over the last fifth from which on a model is undertrained
 ) -> str:  # Markdown
-    "Accuracies over seeds, with the gain at the end of training; dashes for models that are not trained."
-    def row(m):
-        if "test_accuracy" not in m:
-            return m["label"], *(None,) * 7
-        gain, minutes = last_gain(m["curves"]), ", ".join(f"{seconds / 60:.0f}" for seconds in m["seconds"]["values"])
-        mark = " *(undertrained)*" if is_undertrained(m["curves"]) else ""
-        return (m["label"], f"{m['parameters']:,}", percent(m["test_accuracy"]) + mark, ", ".join(map(str, m["seeds"])),
-                percent(m["held_out_accuracy"]), None if gain is None else f"{100 * gain:+.2f}", minutes, m["paper"] or None)
+    "A measure over seeds, with its gain at the end of training; dashes for models that are not trained."
+    def shown(m, field):
+        return decimals(m[field], measure.digits, measure.scale)
 
-    head = ("model", "parameters", "test accuracy, %", "seeds", "held-out accuracy, %", "gained over the last fifth, points",
-            "minutes per run", "paper, % (its own size and training)")
-    return markdown_table(head, map(row, models.values()))
+    def marked(m):
+        return shown(m, measure.field) + (" *(undertrained)*" if is_undertrained(m["curves"], flat_gain) else "")
+
+    def gained(m):
+        gain = last_gain(m["curves"])
+        return None if gain is None else f"{measure.scale * gain:+.{measure.digits}f}"
+
+    tuned = any(m.get("trainable") for m in models.values())
+    columns = {"trained parameters" if tuned else "parameters": lambda m: f"{m['trainable' if tuned else 'parameters']:,}",
+               measure.title: marked, "seeds": lambda m: ", ".join(map(str, m["seeds"]))}
+    if measure.held_out:
+        columns[measure.title.replace("test", "held-out")] = lambda m: shown(m, measure.held_out)
+    columns[f"{measure.trend} over the last fifth, {measure.unit}"] = gained
+    columns["minutes per run"] = lambda m: ", ".join(f"{seconds / 60:.0f}" for seconds in m["seconds"]["values"])
+    if any(m.get("paper") for m in models.values()):
+        columns[measure.paper] = lambda m: m.get("paper")
+    rows = [(m["label"], *(cell(m) if measure.field in m else None for cell in columns.values())) for m in models.values()]
+    return markdown_table(("model", *columns), rows)
 
 # %% ../nbs/42_evaluation.ipynb #ef91d947
 def altered_note(
@@ -280,6 +324,7 @@ def save_finished(
     runs: str | Path = "runs",  # folder of run directories, relative to the project
     source: str | Path | None = None,  # the user's data folder
     root: Path | None = None,  # project folder, for the result
+    summary: Callable[[list[Run], str | Path | None], dict] = evaluate_runs,  # from the runs and the data folder to the result
 ) -> Path:
     "Save the result of the finished seeds of a recipe. Raises `FileNotFoundError` if there are none."
     recipe = get_recipe(name).at(profile)
@@ -289,7 +334,7 @@ def save_finished(
         raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}")
     for run in finished:
         check_run(run)
-    result = {"recipes": {name: recipe.to_dict()}, **evaluate_runs(finished, source)}
+    result = {"recipes": {name: recipe.to_dict()}, **summary(finished, source)}
     return save_result(f"{experiment}/{name.partition('/')[0]}", result, profile, root)
 
 # %% ../nbs/42_evaluation.ipynb #e7f1a4d8

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from .checks import UserError
-from .evaluation import cached_test, curve, finished_model, provenance, summarise_sigma
+from .evaluation import Measure, cached_test, curve, finished_model, provenance, summarise_sigma
 from .frechet import class_features, frechet_distance
 from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, ImageSet, load_splits
@@ -261,6 +261,7 @@ GENERATOR_LABELS = {  # by model: label and kind of colour
     "karm_no_window": ("KARM without window", "krause_full"), "karm_no_top_k": ("KARM without top-k", "krause"),
     "karm_no_window_no_top_k": ("KARM without both", "krause_full"),
 }
+IMAGE_BITS = Measure("bits_per_dim", "test bits per dimension", "bits per dimension", "held_out_bits")
 CONTEXT_LABELS = {"order 0": "unigram", "order 1": "bigram", "order 2": "trigram"}
 
 

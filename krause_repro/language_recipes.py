@@ -230,6 +230,7 @@ LM_SIZES = {  # the published table, and what differs from the size of about 100
 }
 LM_ROWS = {"krause": "Krause", "window": "Window", "standard": "Standard", "top_k": "Top-k", "longformer": "Longformer",
            "routing": "Routing"}
+LM_MIXERS_BY_PROFILE = {"smoke": ("standard", "krause"), "desk": MIXERS, "paper": MIXERS}  # of the experiment
 LM_DATASET_BY_PROFILE = {"smoke": "shakespeare", "desk": "openstax", "paper": "fineweb_edu"}
 
 # %% ../nbs/25_language_recipes.ipynb #71e4bb16

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, check_images, image_tokens
@@ -63,6 +65,27 @@ def mean_bits(
     images, tokens = check_integer("images", images, 1), len(sums)
     return {"bits_per_dim": (sums[1:].sum() / (images * (tokens - 1))).item(), "bits_per_dim_all": (sums.sum() / (images * tokens)).item(),
             "images": images}
+
+# %% ../nbs/32_likelihood.ipynb #ca088e38
+@torch.no_grad()
+def position_nats(
+    model: PreTrainedModel,  # a causal language model
+    blocks: Dataset,  # of "input_ids" (T,)
+    batch: int = 16,  # blocks at a time
+) -> Tensor:  # (T − 1,) float64
+    "Mean cross-entropy in nats of the token at each position after the first, over all blocks."
+    total, count = 0, len(blocks)
+    if not count:
+        raise UserError("blocks must hold at least one block")
+    with evaluating(model):
+        for start in range(0, count, check_integer("batch", batch, 1)):
+            tokens = torch.stack([blocks[i]["input_ids"] for i in range(start, min(start + batch, count))]).to(model.device)
+            logits = model(tokens, use_cache=False).logits[:, :-1]
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+            total = total + nats.double().sum(0).cpu()
+    if not total.isfinite().all():
+        raise UserError("model gives a loss that is not finite: it may have diverged")
+    return total / count
 
 # %% ../nbs/32_likelihood.ipynb #cc26a46a
 def context_index(

@@ -335,6 +335,26 @@ LANGUAGE_SPEED = LanguageSpeedRecipe("language_speed", seeds=(0,), unpublished=(
 # %% ../nbs/26_recipes.ipynb #1c308b83
 LANGUAGE_GOALS = {"prefill": 0.75, "decode": 0.78, "training step": 1 / 1.6}  # minimum speed with a branch, relative to the base model
 
+# %% ../nbs/26_recipes.ipynb #cce75210
+@dataclass(frozen=True)
+class TextSpeedRecipe(Recipe):
+    "Speed of training and generation of language models from scratch by mixer; lengths and positions are ours."
+
+    mixers: tuple[str, ...] = ("standard", "krause", "window", "krause_only")
+    size: str = "desk"  # profile of the models' width and depth
+    length: int = 4096  # tokens of a training step
+    rounds: int = 5  # timed training steps
+    positions: tuple[int, ...] = (512, 8192)  # tokens before the timed ones in generation
+    tokens: int = 48  # timed tokens at each position
+
+    def changes(self, profile):
+        smoke = {"mixers": ("standard", "krause_only"), "size": "smoke", "length": 64, "rounds": 2, "positions": (8, 32), "tokens": 3}
+        return smoke if profile == "smoke" else {}
+
+
+TEXT_SPEED = TextSpeedRecipe("language_model_speed", seeds=(0,), unpublished=("mixers", "length", "rounds", "positions", "tokens"))
+TEXT_GOALS = {"training step": 0.8, "flat": 1.1, "generation": 2.0}  # at most, at most, at least: see `bench_language.text_speed_notes`
+
 # %% ../nbs/26_recipes.ipynb #b698a6f6
 @dataclass(frozen=True)
 class SinkRecipe(Recipe):

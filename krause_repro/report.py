@@ -20,13 +20,13 @@ from .checks import UserError
 from .claims import claims_table, findings, planned_results
 from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
+    FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
 from .flops import component_macs
 from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
-from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE
+from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import atomic_write, project_root, read_text
@@ -48,15 +48,19 @@ def expected_results(
 ) -> list[str]:
     "Names of all results of a profile, sorted by page."
     model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
+    scratch = [f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]]
     folders = {
         "image_classification_cifar10": CIFAR10_RESULTS if profile != "smoke" else [],
         "image_generation": [*GENERATOR_LABELS, "baselines"],
         "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
+        "image_generation_mnist": [*GENERATOR_LABELS, "baselines"] if profile != "smoke" else [],
+        "textbooks": [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
+        "language_models": [*scratch, "kneser_ney"], "language_model_sinks": scratch, "language_model_tasks": scratch,
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
-    files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "cost", "counting",
-             "training_profile", "attention_maps", "attention_maps/untrained"]
+    files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
+             "cost", "counting", "training_profile", "attention_maps", "attention_maps/untrained"]
     return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'plot_training_curves', 'plot_accuracy', 'plot_factors', 'plot_differences', 'plot_scaling', 'plot_ratios',
            'plot_bits', 'plot_bits_curves', 'plot_token_time', 'plot_samples', 'plot_completions', 'plot_sinks',
-           'plot_fine_tuning', 'plot_gate']
+           'plot_fine_tuning', 'plot_gate', 'plot_by_position', 'plot_groups']
 
 # %% ../nbs/57_result_figures.ipynb #6615f05b
 import re
@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .checks import UserError
 from krause_repro.drawing import (
-    COLOURS, WIDTH, check_same_length, draw_curve, draw_note, house_style, ink, kind_colour, label_lines, line_styles, new_figure,
-    plural, require_each, require_fields,
+    COLOURS, WIDTH, check_same_length, draw_curve, draw_legend, draw_note, house_style, ink, kind_colour, label_lines, line_styles,
+    new_figure, plural, require_each, require_fields,
 )
 from .figures import hide_axes, plot_by_layer
 
@@ -438,3 +438,42 @@ def plot_gate(
 ) -> Figure:
     "Weight of the softmax branch by layer: mean and standard deviation, the initial value dotted. The axis shows the range of the data."
     return plot_by_layer(data, "weight of the softmax branch", "at the start: {:g}", (0, (1, 1.5)), require_fields(data, "data", "over")[0])
+
+# %% ../nbs/57_result_figures.ipynb #53ff9828
+@house_style()
+def plot_by_position(
+    data: dict,  # {"series": [{"label", "kind", "positions": [n], "mean": [n], "sd": [n]}], "length": T, "seeds"}; in bits per token
+) -> Figure:
+    "Bits per token by position: mean and standard deviation over seeds, a vertical line at the training length."
+    series, length, seeds = require_fields(data, "data", "series", "length", "seeds")
+    fig, axes = new_figure(4.0)
+    ax = axes[0, 0]
+    entries = require_each(series, "data['series']", "positions")
+    for i, (style, (positions,)) in enumerate(zip(line_styles(series, "data['series']"), entries, strict=True)):
+        draw_curve(ax, positions, series[i], f"data['series'][{i}]", style)
+    ax.axvline(length, color=COLOURS["neutral"], linewidth=1, linestyle=(0, (1, 1.5)), label=f"training length, {length}")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.set(xlabel="position of the predicted token (last of its bin)", ylabel="bits per token")
+    draw_legend(fig, ax, f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
+    return fig
+
+# %% ../nbs/57_result_figures.ipynb #ed0ef0b1
+@house_style()
+def plot_groups(
+    data: dict,  # {"groups": [G names], "series": [{"label", "kind", "values": [G], in 0..1}], "chance": in 0..1, "metric"}
+) -> Figure:
+    "A dot for each model in each group, in percent, with chance as a line."
+    groups, series, chance, metric = require_fields(data, "data", "groups", "series", "chance", "metric")
+    values = [numbers for (numbers,) in require_each(series, "data['series']", "values")]
+    fig, axes = new_figure(1.4 + 0.42 * len(groups))
+    ax, markers = axes[0, 0], "osD^vP*X"
+    ax.axvline(100 * chance, color=COLOURS["neutral"], linewidth=1, linestyle="--", label=f"chance, {100 * chance:g}%")
+    for i, (style, numbers) in enumerate(zip(line_styles(series, "data['series']"), values, strict=True)):
+        check_same_length(f"data['series'][{i}]", groups=groups, values=numbers)
+        places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * 0.6 / len(series)
+        ax.plot(100 * np.asarray(numbers, float), places, markers[i % len(markers)], color=style["color"], label=style["label"],
+                markersize=5, markerfacecolor="white" if i % 2 else style["color"])
+    ax.set(ylim=(len(groups) - 0.5, -0.6), yticks=range(len(groups)), yticklabels=groups, xlabel=f"{metric} (%)", ylabel="group")
+    draw_legend(fig, ax, "one dot for each model, mean over seeds")
+    return fig

@@ -113,8 +113,10 @@ def save_result(
 # %% ../nbs/21_results.ipynb #e85c83e3
 RESULT_PAGES = {  # page by file name or folder
     "particles": "60", "image_classification": "61", "image_classification_cifar10": "61", "image_generation": "62",
-    "image_generation_colour": "62", "generation_speed": "62", "fine_tuning": "63", "sinks": "63", "language_tasks": "63",
-    "language_speed": "63", "ablations": "65", "cost": "66", "counting": "66", "training_profile": "66", "attention_maps": "67",
+    "image_generation_colour": "62", "image_generation_mnist": "62", "generation_speed": "62", "fine_tuning": "63", "textbooks": "63",
+    "sinks": "63", "language_tasks": "63", "language_speed": "63", "language_models": "64", "language_model_sinks": "64",
+    "language_model_tasks": "64", "language_model_speed": "64", "ablations": "65", "cost": "66", "counting": "66",
+    "training_profile": "66", "attention_maps": "67",
 }
 
 
@@ -187,13 +189,13 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
                 "batch dim length accuracy items truncated dropped response_tokens tokens operations context base_parameters "
                 "branch_parameters published largest_difference_softmax_gaussian beta dimension height width mechanism.query "
                 "mechanism.sigma mechanism.top_k rows.seconds rows.heads rows.rows entry_operations.rows rows.images rows.rounds swin.macs "
-                "letters.chance letters.constant branch.gate",
+                "letters.chance letters.constant branch.gate test_tokens test_blocks ngram_order train_tokens",
     "a number or null": "paper peak_bytes macro_f1 top_k resident_growth accuracy_stderr limit",
     "a number or a list of numbers": "mean steps threads",
     "a number or a list of numbers or null": "sd",
     "a number or a list of objects": "macs",
     "a number or an object": "images",
-    f"a number or {_SUMMARY}": "bits_per_dim bits_per_dim_all",
+    f"a number or {_SUMMARY}": "bits_per_dim bits_per_dim_all bits_per_token bits_per_byte",
     "a number or an object with all_layers, a summary": "first_all first_near first_far",
     "an object with all_layers, a summary": "first_is_most most most_later value_ratio",
     "a list of numbers": "values epochs positions milliseconds times radii seeds mechanism.score mechanism.weights",
@@ -207,15 +209,15 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "named numbers and texts": "versions goals dense local measured counter ptflops macs.base macs.branch",
     "an object": "recipes curves before data completions samples mechanism bifurcation selection scaling grids missing attention "
                  "runs data.held_out data.train",
-    "an object or null": "letters frechet",
+    "an object or null": "letters frechet phenomena",
     "named objects": "models surfaces bits sinks uniform quantities constant",
     "named lists of objects": "patience heads",
-    _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds final.order final.clusters "
-              "final.diameter final.closed",
+    _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds training_speed accuracies "
+              "standard_accuracies final.order final.clusters final.diameter final.closed",
     f"{_SUMMARY} or null": "letter_accuracy",
     _CURVE: "train_loss validation_accuracy training held_out entropy head_diversity distance cosine residual effective_rank "
             "mixed.gate order diameter clusters",
-    f"{_CURVE} or null": "sigma",
+    f"{_CURVE} or null": "sigma gate",
 }
 FIELD_KINDS = {field: kind for kind, fields in FIELDS.items() for field in fields.split()}
 

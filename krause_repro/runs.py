@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
 from .checks import UserError
+from .recipes import get_recipe
 from .records import DIGESTS, atomic_write, damage, project_root, read_json, write_digests
 from .tasks import TrainedRecipe, task_of
 
@@ -103,6 +104,20 @@ def _saved_recipe(run: Run) -> dict | None:
     if not isinstance(saved, dict) or not isinstance(saved.get("recipe"), dict) or not isinstance(saved.get("fingerprint"), str):
         raise UserError(f"{path} is damaged: it must hold a recipe and its fingerprint; {way_out}")
     return saved
+
+
+def open_run(
+    path: str | Path,  # a run directory
+) -> "Run":
+    "The run in a directory. Raises `UserError` or `FileNotFoundError` if there is none, or one of another recipe."
+    saved = read_json(Path(path) / "recipe.json")
+    try:
+        recipe, seed = get_recipe(saved["recipe"]["name"]).at(saved["recipe"]["profile"]), saved["seed"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{Path(path) / 'recipe.json'} is damaged: it must hold a recipe with its name and profile, and a seed") from error
+    run = Run(Path(path), recipe, seed)
+    check_run(run)
+    return run
 
 
 def check_run(

@@ -20,9 +20,10 @@ from transformers.trainer_utils import set_seed
 from .attention_analysis import attention_entropy, check_defined, check_numbers, collect_attention
 from .branched_models import add_krause_branch, recorded_branches
 from .checks import UserError, check_integer
-from .evaluation import finished_model, on_device
-from .fine_tuning_evaluation import FINE_TUNED_LABELS
+from .evaluation import finished_model, on_device, provenance
+from .fine_tuning_evaluation import FINE_TUNED_LABELS, text_blocks_of
 from .language_data import shakespeare_text, split_works, start_tokens, text_blocks
+from .language_model import LanguageModel, support_of
 from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, FineTuningRecipe
 from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
@@ -30,7 +31,7 @@ from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
 from .runs import Run, check_run, run_path
 from .statistics import decimals, markdown_table, summarise, summarise_curves
-from .tasks import base_model
+from .tasks import base_model, recipe_corpus
 
 # %% ../nbs/49_sinks.ipynb #fce3f3df
 def first_token_attention(
@@ -337,3 +338,79 @@ def sink_model(
         set_seed(recipe.seeds[0])  # for the initial weights of the gate
         add_krause_branch(model, **asdict(recipe.config))
     return on_device(model).eval()
+
+# %% ../nbs/49_sinks.ipynb #8ad1ce61
+def _support_shares(model, states):
+    "Of each layer: uniform attention on its support, and the weight of each visible key, (T,) or (B, T)."
+    for block, state in zip(model.blocks, states, strict=False):  # the last state is after the last layer
+        seen = support_of(block.attention, block.attention.project(block.norm1(state))[1])
+        count = seen.sum(-1)
+        share = 1 / count
+        yield (seen / count[..., None]).expand(len(state), -1, -1, -1) if seen.ndim == 4 else (seen / count[..., None])[None, None], (
+            share.mean(1) if share.ndim == 3 else share)
+
+
+@torch.no_grad()
+def text_sink_profile(
+    model: LanguageModel,
+    tokens: Tensor,  # (N, T) passages, T > W
+    window: int,  # W, which separates near and far queries
+    batch: int = 4,  # passages at a time
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:  # as `sink_profile`; first-token attention if uniform on the support
+    "Sink quantities of a language model from scratch. The one attention of a mixer is `softmax`, or `krause` for Krause alone."
+    kind, found, flat = "krause" if model.config.mixer == "krause_only" else "softmax", {}, []
+    for part in tokens.split(batch):
+        with recorded_branches() as records:
+            weights, states = collect_attention(model, states=True, input_ids=part.to(model.device), use_cache=False)
+        for i, (uniform, share) in enumerate(_support_shares(model, states)):
+            flat.append({name: value.mean().item() for name, value in first_token_attention(uniform.float(), window).items()})
+            kinds = {kind: (weights[i].float(), share.to(weights[i]), None)}
+            if records:
+                kinds = _attentions(weights[i], None, records[i], None, window)
+            for each, (values, uniform_share_, _) in kinds.items():
+                numbers = sink_quantities(values, window, uniform_share_)
+                numbers |= {"gate": records[i]["gate"].float().mean(1)} if each == "mixed" else {}
+                for name, value in numbers.items():
+                    found.setdefault(each, {}).setdefault(name, [[] for _ in model.blocks])[i].append(value)
+    profile = {each: {name: torch.stack([torch.cat(parts) for parts in rows]) for name, rows in quantities.items()}
+               for each, quantities in found.items()}
+    return profile, {name: sum(each[name] for each in flat) / len(flat) for name in flat[0]}
+
+# %% ../nbs/49_sinks.ipynb #1e709e8c
+TEXT_PASSAGES = 32  # evenly spaced blocks of the test split
+
+
+def evaluate_text_sinks(
+    runs: list[Run],  # of one recipe of a language model from scratch, one for each seed
+    source: str | Path | None = None,  # the user's text or corpus
+) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support"; and provenance
+    "First-token attention of language models from scratch on passages of the test text."
+    recipe = runs[0].recipe
+    blocks = text_blocks_of(recipe, recipe_corpus(recipe, source), 1, TEXT_PASSAGES)
+    tokens = torch.stack([blocks[i]["input_ids"] for i in range(min(len(blocks), TEXT_PASSAGES))])
+    found = [text_sink_profile(finished_model(run), tokens, recipe.window) for run in runs]
+    joined = {kind: {name: torch.cat([profile[kind][name] for profile, _ in found], 1) for name in quantities}
+              for kind, quantities in found[0][0].items()}
+    return {"sinks": summarise_sinks(joined), "uniform": {"support": found[0][1]}, "passages": len(tokens), **provenance(runs)}
+
+
+def text_sink_table(
+    models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_text_sinks` if measured
+) -> str:  # Markdown
+    "Attention on the first token of each model, beside that of uniform attention on its support; dashes for models not measured."
+    names = {"softmax": "", "krause": ", the branch", "mixed": ", the mixture"}
+
+    def rows(m):
+        if "sinks" not in m:
+            yield m["label"], *(None,) * 6
+            return
+        for kind, quantities in m["sinks"].items():
+            whole = {name: quantities[name]["all_layers"]["mean"] for name in ("first_all", "first_near", "first_is_most", "most_later")}
+            flat = {name: f"{m['uniform']['support'][name]:.3f}" if len(m["sinks"]) == 1 else None for name in ("first_all", "first_near")}
+            label = m["label"] + (names[kind] if len(m["sinks"]) > 1 else "")
+            yield (label, f"{whole['first_all']:.3f}", flat["first_all"], f"{whole['first_near']:.3f}", flat["first_near"],
+                   f"{100 * whole['first_is_most']:.0f}", f"{whole['most_later']:.1f}")
+
+    head = ("attention", "on the first token, all queries", "if uniform", "first W − 1 queries", "if uniform",
+            "passages in which it receives most, %", "most of a later token, times uniform")
+    return markdown_table(head, [row for m in models.values() for row in rows(m)])

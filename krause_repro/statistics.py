@@ -75,12 +75,13 @@ def describe_difference(
 
 # %% ../nbs/40_statistics.ipynb #e95a0c48
 def corrected_difference(
-    first: dict,  # "test_accuracy" with its "values", and "seeds"
+    first: dict,  # `field` with its "values", and "seeds"
     second: dict,  # the same for the other model
     comparisons: int,  # made together
+    field: str = "test_accuracy",  # what is compared
 ) -> dict:  # as `paired_difference`, with "seeds", those that both models have; interval None for fewer than two
     "The difference paired by seed with a Bonferroni-corrected 95% interval."
-    values = [dict(zip(model["seeds"], model["test_accuracy"]["values"], strict=True)) for model in (first, second)]
+    values = [dict(zip(model["seeds"], model[field]["values"], strict=True)) for model in (first, second)]
     seeds = sorted(values[0].keys() & values[1].keys())
     if not seeds:
         return {"values": [], "mean": None, "sd": None, "n": 0, "seeds": [], "interval": None}

@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from .branched_models import add_krause_branch
 from .checks import UserError, check_choice
-from .corpus import load_corpus, textbooks
+from .corpus import Corpus, load_corpus, textbooks
 from .generation_recipes import ImageGenerationRecipe
 from .image_data import Collator, ImageSet, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
@@ -232,15 +232,24 @@ def _language_collators(recipe: FineTuningRecipe, splits: TextSplits, channels_l
     return (ResponseCollator(splits.tokenizer, recipe.max_length),) * 2
 
 # %% ../nbs/34_tasks.ipynb #eb916c2a
+def recipe_corpus(
+    recipe: LanguageModelRecipe,
+    source: str | Path | None = None,  # the user's text, or the folder of a finished corpus
+) -> Corpus:
+    "The corpus of a recipe. Raises `UserError` for one of another tokenizer."
+    corpus = load_corpus(recipe.dataset, None if recipe.vocab_size == 50_257 else recipe.vocab_size, source)
+    if corpus.vocab_size != recipe.vocab_size:
+        raise UserError(f"vocab_size must be that of the corpus in {corpus.path}, {corpus.vocab_size}, got {recipe.vocab_size}")
+    return corpus
+
+
 def corpus_splits(
     recipe: LanguageModelRecipe,
     source: str | Path | None = None,  # the user's text, or the folder of a finished corpus
     unreadable: str = "stop",  # for images; unused
 ) -> TextSplits:
     "The packed blocks of a recipe. Raises `UserError` before training for a corpus of another tokenizer and for too few blocks."
-    corpus = load_corpus(recipe.dataset, None if recipe.vocab_size == 50_257 else recipe.vocab_size, source)
-    if corpus.vocab_size != recipe.vocab_size:
-        raise UserError(f"vocab_size must be that of the corpus in {corpus.path}, {corpus.vocab_size}, got {recipe.vocab_size}")
+    corpus = recipe_corpus(recipe, source)
     splits = {"train": 0, "validation": 1, "test": 1}  # tokens that consecutive blocks share
     train, held_out, test = (corpus.blocks(split, recipe.context, overlap=overlap) for split, overlap in splits.items())
     if not 0 < recipe.held_out <= len(held_out):

@@ -33,6 +33,7 @@ from krause_repro.bench_attention import (
 from krause_repro.bench_generation import bench_generation, generation_seconds
 from krause_repro.bench_language import (
     bench_language,
+    bench_text,
     benchmark_language_model,
     branch_memory,
     deployed_models,
@@ -40,6 +41,9 @@ from krause_repro.bench_language import (
     lora_step,
     prefill_and_decode,
     resident_growth,
+    text_decoder,
+    text_model,
+    text_speed_table,
 )
 from krause_repro.bench_models import bench_images, bench_training, forward_pass, training_step
 from krause_repro.benchmarks import BENCHMARKS, bench_cost, bench_dynamics, format_rows, report_benchmark
@@ -54,6 +58,7 @@ from krause_repro.recipes import (
     LANGUAGE_GOALS,
     LANGUAGE_SPEED,
     PASSES,
+    TEXT_SPEED,
     AttentionCase,
     GenerationCase,
     ImageCase,
@@ -498,6 +503,19 @@ def test_one_size_has_no_exponent():
 def test_benchmarks_are_callables_by_name():
     assert set(BENCHMARKS) >= {"attention", "selection", "scaling", "training-step", "generation", "language", "dynamics"}
     assert all(callable(make) for make in BENCHMARKS.values())
+
+
+def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
+    recipe = TEXT_SPEED.at("smoke")
+    result = bench_text(recipe)
+    assert [(row["pass"], row["name"]) for row in result["rows"]] == [
+        (kind, mixer) for kind in ("training step", "generation", "generation") for mixer in recipe.mixers]
+    assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "standard") and result["flat"].keys() == set(recipe.mixers)
+    assert len(result["notes"]) == 3 and "after 32 tokens | krause_only" in text_speed_table(result)
+    model = text_model("krause_only", recipe)
+    decode, tokens = text_decoder(model, 8), torch.randint(model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    decode()
+    assert torch.equal(decode(), model.generate(tokens, max_new_tokens=3, do_sample=False)[:, -1:])
 
 
 def test_the_gpu_benchmark_compares_the_same_attention_and_needs_a_gpu():

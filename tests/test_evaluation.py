@@ -25,6 +25,7 @@ from krause_repro.evaluation import (
     FLAT_GAIN,
     FLAT_SHARE,
     IMAGE_COMPARISONS,
+    Measure,
     accuracy_differences,
     accuracy_table,
     altered_note,
@@ -384,6 +385,28 @@ def test_the_plans_table_has_a_dash_for_what_is_not_trained_and_names_its_commit
     assert lines[3] == "| A − C | — | — | — | — |" and lines[4] == "| A − D | — | — | — | — |"
     small = planned_table(models, {**plan, "smallest_difference": 0.06}).splitlines()
     assert small[2].endswith("| not shown |")
+
+
+def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
+    falling = {"held_out": {"steps": [0, 5, 10], "mean": [3.0, 2.5, 2.25]}}
+    assert last_gain(falling) == pytest.approx(0.25) and is_undertrained(falling, 0.25) and not is_undertrained(falling, 0.26)
+    bits = Measure("bits", "test bits", "bits", "held_out_bits")
+    models = {"a": {"label": "A", "bits": summarise([1.0, 1.1]), "seeds": [0, 1]},
+              "b": {"label": "B", "bits": summarise([1.2, 1.3]), "seeds": [0, 1]}}
+    plan = {"comparisons": [["a", "b"]], "smallest_difference": 0.1, "commit": None, "counts_as_a_difference": "big"}
+    assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 0, 1 | -0.200 | -0.200 to -0.200 | yes |"
+    models["a"] |= {"trainable": 7, "held_out_bits": summarise([2.0]), "curves": falling, "seconds": {"values": [90]}}
+    lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
+    assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell over the last fifth, bits "
+                        "| minutes per run |")
+    assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 0, 1 | 2.000 | +0.250 | 2 |" and lines[3] == "| C |" + " — |" * 6
+
+
+@pytest.mark.parametrize("name", ["mnist", "textbooks", "language_models"])
+def test_other_plans_are_about_recipes_too(name):
+    plan = read_plan(name)
+    assert {each for pair in plan["comparisons"] for each in pair} <= set(plan["models"]) <= set(RECIPES)
+    assert all(RECIPES[each].at("desk").seeds == tuple(plan["seeds"]) for each in plan["models"]) and plan["flat_share"] == FLAT_SHARE
 
 
 def test_the_committed_plan_is_about_recipes():

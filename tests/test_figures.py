@@ -76,6 +76,9 @@ EXAMPLES = {
                    {"title": "plays", "ylabel": "nats", "baselines": [{"label": "base", "value": 2}], "series": [
                        {"label": "LoRA", "kind": "mixed", "steps": [0, 5, 9], **ONE_CURVE}, {**NAMED, "steps": [1, 2, 3], **CURVE}]}]},
     "plot_gate": {"layers": [1, 2, 3], "over": "2 seeds", "series": [{**NAMED, "initial": 0.8, **CURVE}]},
+    "plot_by_position": {"length": 2, "seeds": 2, "series": [{**NAMED, "positions": [1, 2, 4], **CURVE}]},
+    "plot_groups": {"groups": ["binding", "ellipsis"], "chance": 0.5, "metric": "accuracy", "series": [
+        {**NAMED, "values": [0.5, 0.7]}, {"label": "ARM", "kind": "softmax", "values": [0.6, 0.4]}]},
     "plot_token_time": {"made": "medians", "cases": [
         {"title": "short", "series": [{**NAMED, "positions": [1, 2], "milliseconds": [3, 4]}]},
         {"title": "long", "series": [{"label": "ARM", "kind": "softmax", "positions": [9], "milliseconds": [3]}]}]},

@@ -1,8 +1,10 @@
 """The language model from scratch: no look into the future, caches equal to the whole pass, references, counts, and named errors."""
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,16 @@ from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 
 from krause_repro import tasks as training_tasks
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
+from krause_repro.corpus import train_tokenizer
+from krause_repro.fine_tuning_evaluation import (
+    binned,
+    evaluate_language_models,
+    ngram_baselines,
+    position_edges,
+    sample_text,
+    with_further_positions,
+)
+from krause_repro.language_benchmarks import run_model
 from krause_repro.language_model import (
     MIXERS,
     UNPACKED,
@@ -24,9 +36,12 @@ from krause_repro.language_model import (
     language_cache,
     mixer_weights,
 )
+from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
 from krause_repro.ring_cache import RingLayer, cache_bytes
+from krause_repro.runs import open_run
+from krause_repro.sinks import evaluate_text_sinks, text_sink_profile, text_sink_table
 from krause_repro.training import train
 
 PARITY = Path(__file__).parent / "parity" / "krause_lm_attention.safetensors"
@@ -391,16 +406,58 @@ def test_helpers_refuse_what_they_cannot_use():
     assert_close(fused_attention(x[:, :, -2:], x, x), fused_attention(x, x, x)[:, :, -2:])
 
 
+# Evaluation
+
+def test_positions_are_repeated_from_the_last_trained_one_and_nothing_before_changes():
+    model, ids = small("window"), tokens(2, 24)
+    longer = with_further_positions(model, 40)
+    assert torch.equal(longer(ids[:, :23]).logits, model(ids[:, :23]).logits) and model.config.positions == 24
+    weight = longer.position_embedding.weight
+    assert weight.shape == (40, 32) and torch.equal(weight[22:], weight[22].expand(18, -1))
+    assert longer(tokens(1, 40)).logits.shape == (1, 40, 19)
+
+
+def test_bits_by_position_are_means_of_the_models_own_loss():
+    model, ids = small("krause"), tokens(5, 24)
+    nats = position_nats(model, [{"input_ids": row} for row in ids], batch=2)
+    assert_close(nats.mean().float(), model(ids, labels=ids).loss)
+    edges = position_edges(24)
+    assert edges == sorted(set(edges)) and edges[-1] == 47 and {23, 26} <= set(edges)
+    assert_close(torch.tensor(binned(torch.arange(1.0, 48), [1, 3, 47])), torch.tensor([1.0, 2.5, 25.5]))
+
+
+@each_mixer
+def test_the_first_tokens_attention_is_the_maps_own_and_its_baseline_the_supports(mixer):
+    model, ids = small(mixer), tokens(3, 24)
+    profile, uniform = text_sink_profile(model, ids, window=6, batch=2)
+    kinds = {"krause": {"softmax", "krause", "mixed"}, "krause_only": {"krause"}}.get(mixer, {"softmax"})
+    assert profile.keys() == kinds and profile[next(iter(kinds))]["first_all"].shape == (2, 3)
+    with torch.no_grad():
+        maps = model(ids, output_attentions=True).attentions
+    one = "krause" if mixer == "krause_only" else "softmax"
+    assert_close(profile[one]["first_all"], torch.stack([each[..., 0].mean(1)[:, 1:].mean(1) for each in maps]))
+    share = 1 / torch.arange(2, 25) if mixer in ("standard", "standard_wide", "top_k", "krause") else None
+    share = (1 / torch.arange(2, 7)).sum().div(23).expand(23) if mixer in WINDOWED else share
+    if share is not None:
+        assert abs(uniform["first_all"] - share.mean().item()) < 1e-6
+
+
 # Training
 
 
 class RandomCorpus:
     "Random tokens in the place of a corpus."
 
-    path, tokenizer = Path("corpus"), None
+    path = Path("corpus")
 
     def __init__(self, vocab_size=512):
-        self.vocab_size = vocab_size
+        self.vocab_size, self.tokenizer = vocab_size, train_tokenizer(["the other then"], 257)
+
+    def bytes_per_token(self, split):
+        return 4.0
+
+    def tokens(self, split):
+        return np.concatenate([block["input_ids"].numpy() for block in self.blocks(split, 64, int(split != "train"))])
 
     def blocks(self, split, length, overlap=0):
         assert overlap == (split != "train")
@@ -438,6 +495,32 @@ def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, s
     rates = [line["learning_rate"] for line in whole.metrics() if "learning_rate" in line]
     assert rates[0] == recipe.lr and recipe.lr / 10 < rates[-1] < rates[1] < recipe.lr  # no warm-up: 5% of four steps is none
     assert whole.summary()["parameters"] == one.num_parameters() and whole.summary()["data"]["train"] == {"items": 64, "tokens": 4096}
+    if mixer == "krause":
+        check_evaluation(whole, one)
+
+
+def check_evaluation(run, model):
+    "The result of a run, from its model's own loss, and a sample of text."
+    result, blocks = evaluate_language_models([run]), RandomCorpus().blocks("test", 64, 1)
+    sinks = evaluate_text_sinks([run])
+    assert sinks["passages"] == 32 and sinks["sinks"]["mixed"]["gate"]["n"] == 32 and "| softmax + Krause" not in text_sink_table({})
+    ids = torch.stack([blocks[i * 72 // 64]["input_ids"] for i in range(64)])
+    assert result["bits_per_token"]["mean"] == pytest.approx(model(ids, labels=ids).loss.item() / math.log(2), rel=1e-5)
+    assert (result["test_blocks"], result["test_tokens"]) == (64, 64 * 63) and result["training_speed"]["mean"] > 0
+    assert result["bits_per_byte"]["mean"] == pytest.approx(result["bits_per_token"]["mean"] / 4)
+    assert len(result["gate"]["mean"]) == len(result["sigma"]["mean"]) == 1 and abs(result["gate"]["mean"][0] - 0.8) < 0.1
+    assert result["curves"]["held_out"]["steps"] == [0, 1, 2, 3, 4]
+    baseline = ngram_baselines(run.recipe)
+    assert baseline["test_tokens"] == result["test_tokens"] and baseline["seen"]["train_tokens"] == 64 * 64
+    assert baseline["all"]["train_tokens"] == 72 * 64 and 0 < baseline["all"]["bits_per_byte"] < baseline["all"]["bits_per_token"]
+    text = sample_text(run, "the", 5, seed=3)
+    assert text.startswith("the") and text == sample_text(run, "the", 5, seed=3) != sample_text(run, "the", 5, seed=4)
+    again, tokenizer = run_model(run)
+    assert torch.equal(again.head.weight, model.head.weight) and len(tokenizer) == 257
+    with pytest.raises(ValueError, match="holds a run of another recipe"):  # the recipe of this test has a name, but other settings
+        open_run(run.path)
+    with pytest.raises(ValueError, match="prompt and tokens must fit into 64 positions"):
+        sample_text(run, "the", 64)
 
 
 def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):

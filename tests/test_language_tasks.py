@@ -37,13 +37,16 @@ from krause_repro.language_benchmarks import (
     macro_f1,
     swap_labels,
 )
+from krause_repro.language_model import LanguageModel, LanguageModelConfig
 from krause_repro.language_tasks import (
+    CONTINUATION_TASKS,
     LANGUAGE_TASKS,
     check_items,
     hub_answers,
     hub_items,
     language_items,
     read_task_items,
+    task_choices,
     task_config,
     task_file,
     task_prompt,
@@ -147,7 +150,7 @@ def test_prompts_are_the_papers_to_the_letter(task, item, prompt):
 
 
 def test_task_files_name_the_usual_data():
-    assert sorted(path.stem for path in task_file("cb").parent.glob("*.yaml")) == sorted(CHOICE_TASKS)
+    assert sorted(path.stem for path in task_file("cb").parent.glob("*.yaml")) == sorted((*CHOICE_TASKS, *CONTINUATION_TASKS))
     found = {task: task_config(task) for task in LANGUAGE_TASKS}
     assert {config["num_fewshot"] for config in found.values()} == {0}
     assert {config["target_delimiter"] for task, config in found.items() if task != "ifeval"} == {""}
@@ -316,10 +319,13 @@ def test_an_evaluation_leaves_no_trace(tiny, tokenizer, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_limit_takes_the_first_items_and_one_has_no_error(tiny, tokenizer):
+def test_limit_draws_items_by_their_seed_and_one_has_no_error(tiny, tokenizer):
     result = evaluate_language(tiny, tokenizer, "cb", "local", limit=1)["cb"]
-    assert (result["items"], result["accuracy_stderr"]) == (1, None)
-    assert [sum(row) for row in result["counts"]] == [1, 0, 0]
+    assert (result["items"], result["accuracy_stderr"], result["item_seed"]) == (1, None, 0)
+    drawn = [language_items(["cb"], "local", 4, seed)["cb"] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and all(item in OWN["cb"] for item in drawn[2])
+    places = [OWN["cb"].index(item) for item in drawn[0]]
+    assert places == sorted(places) and len(set(places)) == 4 and language_items(["cb"], "local", 999)["cb"] == OWN["cb"]
 
 
 def test_items_may_come_from_a_file_or_a_folder(tiny, tokenizer, tmp_path):
@@ -586,7 +592,8 @@ def test_ifeval_lets_a_model_write(word, accuracy, checkers, tokenizer):
     "Two items: one forbids commas, one more than 40 words. An empty answer follows neither."
     model = build(Writes, tokenizer)
     model.word, model.asked = tokenizer.convert_tokens_to_ids(word), []
-    result = evaluate_language(model, tokenizer, "ifeval", "local", limit=2, max_gen_toks=4, batch_size=2)["ifeval"]
+    items = {"ifeval": OWN["ifeval"][:2]}
+    result = evaluate_language(model, tokenizer, "ifeval", "local", max_gen_toks=4, batch_size=2, items=items)["ifeval"]
     assert (result["items"], result["instructions"], result["truncated"]) == (2, 2, 0)
     assert result["accuracy"] == result["instruction_accuracy"] == accuracy
     assert model.asked == [2] * (1 if word == "<eos>" else 4)
@@ -667,7 +674,8 @@ def test_the_table_says_what_the_items_were(told, tokenizer):
     results = evaluate_language(answers, tokenizer, "anli_r1,cb", "local", limit=4, anli_labels="swapped")
     assert [(r["source"], r["limit"], r.get("anli_labels")) for r in results.values()] == [("local", 4, "swapped"), ("local", 4, None)]
     assert language_table({"A": results}).splitlines()[0] == (
-        "items: local; at most 4 of each task; ANLI labels: swapped; local items were written for testing and mean nothing")
+        "items: local; at most 4 of each task, drawn at random; ANLI labels: swapped; "
+        "local items were written for testing and mean nothing")
     mine = {task: {**result, "source": "mine.json", "limit": None} for task, result in results.items()}
     assert language_table({"A": mine}).splitlines()[0] == "items: mine.json; ANLI labels: swapped"
 
@@ -732,7 +740,7 @@ def test_a_task_that_fails_does_not_lose_the_others(branch, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--tasks", "boolq,lambada"], "'lambada' is not a language benchmark"),
+    (["--tasks", "boolq,winogrande"], "'winogrande' is not a language benchmark"),
     (["--tasks", "cb", "--source", "nowhere.json"], "there is no file nowhere.json"),
     (["--tasks", "cb", "--source", "local", "--limit", "0"], "limit must be an integer"),
     (["--limit", "few"], "krause-repro evaluate --help"),
@@ -761,3 +769,104 @@ def test_the_command_refuses_an_output_before_it_loads_a_model(output, message, 
     (tmp_path / "file").touch()
     assert cli.main(["evaluate", "model", "--tasks", "cb", "--source", "local", "--output", str(tmp_path / output)]) == 2
     assert message in capsys.readouterr().err and branch == []
+
+
+# Continuations
+
+TEXTS = language_items(list(CONTINUATION_TASKS), "local")
+
+
+class Letters:
+    "A tokenizer of letters, with a start token."
+
+    def __new__(cls):
+        letters = ["<s>", *sorted({letter for items in TEXTS.values() for letter in json.dumps(items, ensure_ascii=False)} | {"\n"})]
+        plain = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, "<s>"))
+        plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="<s>", unk_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def speller():
+    "A language model from scratch over letters, and its tokenizer."
+    tokenizer = Letters()
+    torch.manual_seed(2)
+    config = LanguageModelConfig(vocab_size=len(tokenizer), positions=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=16, mixer="window", initializer_range=0.5)
+    return LanguageModel(config).eval(), tokenizer
+
+
+@torch.no_grad()
+def summed(model, ids, first):
+    "Log-probability of the tokens from the index `first` on."
+    logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(logs[i - 1, ids[i]].item() for i in range(first, len(ids)))
+
+
+def test_texts_are_scored_by_their_summed_log_probability(speller):
+    model, tokenizer = speller
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    found = evaluate_language(model, tokenizer, CONTINUATION_TASKS, "local", batch_size=3)
+    pairs = [[encode(item[f"sentence_{kind}"]) for kind in ("good", "bad")] for item in TEXTS["blimp"]]
+    for field, start in (("accuracy", []), ("standard_accuracy", [0])):  # from the second token on; whole, after the start token
+        right = [summed(model, start + good, 1) > summed(model, start + bad, 1) for good, bad in pairs]
+        assert found["blimp"][field] == pytest.approx(sum(right) / len(right))
+    assert found["blimp"]["phenomena"].keys() == {"anaphor_agreement", "subject_verb_agreement"}
+    assert {name: score["items"] for name, score in found["blimp"]["paradigms"].items()}.popitem()[1] == 2
+    for task in ("hellaswag", "cbt", "piqa_continuation"):
+        right, right_by_byte = [], []
+        for item in TEXTS[task]:
+            prompt, choices = encode(task_prompt(task, item)), task_choices(task, item)
+            sums = [summed(model, prompt + encode(f" {choice}"), len(prompt)) for choice in choices]
+            gold = item["options"].index(item["answer"]) if task == "cbt" else item.get("gold", item.get("label"))
+            right.append(max(range(len(sums)), key=sums.__getitem__) == gold)
+            by_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
+            right_by_byte.append(max(range(len(sums)), key=by_byte.__getitem__) == gold)
+        assert found[task]["accuracy"] == pytest.approx(sum(right) / len(right))
+        assert found[task]["standard_accuracy"] == pytest.approx(sum(right_by_byte) / len(right_by_byte))
+        chance = sum(1 / len(task_choices(task, item)) for item in TEXTS[task]) / len(TEXTS[task])
+        assert found[task]["chance"]["accuracy"] == pytest.approx(chance)
+    table = language_table({"letters": found})
+    assert "| blimp, lm-eval's scoring | letters | 4 |" in table and "| lambada | chance | 3 | 0.00 | — |" in table
+
+
+def test_the_last_word_must_be_the_most_likely_one_token_by_token(speller):
+    model, tokenizer = speller
+    found = evaluate_language(model, tokenizer, "lambada", "local")["lambada"]
+    totals = []
+    for item in TEXTS["lambada"]:
+        text, word = item["text"].rsplit(" ", 1)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        totals.append(summed(model, prompt + tokenizer.encode(f" {word}", add_special_tokens=False), len(prompt)))
+    assert found["perplexity"] == pytest.approx(math.exp(-sum(totals) / len(totals)), rel=1e-4) and found["accuracy"] == 0
+    model.config.positions = 8  # longer texts are cut from the left
+    try:
+        assert evaluate_language(model, tokenizer, "lambada", "local")["lambada"]["truncated"] == 3
+    finally:
+        model.config.positions = 512
+
+
+def test_the_rest_of_the_sentence_belongs_to_each_candidate():
+    item = TEXTS["cbt"][0]
+    assert task_choices("cbt", item)[1] == "fox went back thirsty ."
+    assert task_prompt("cbt", item).endswith(" to drink. One day the river was dry , and the")
+
+
+def test_files_as_published_are_read(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "blimp").mkdir()
+    for number, item in enumerate(TEXTS["blimp"][:2]):
+        (tmp_path / "blimp" / f"{number}.jsonl").write_text(json.dumps({**item, "pairID": "0"}) + "\n", encoding="utf-8")
+    plain = [{name: value for name, value in item.items() if name != "label"} for item in OWN["piqa"]]
+    (tmp_path / "piqa" / "valid.jsonl").write_text("\n".join(map(json.dumps, plain)), encoding="utf-8")
+    (tmp_path / "piqa" / "valid-labels.lst").write_text("\n".join(str(item["label"]) for item in OWN["piqa"]), encoding="utf-8")
+    (tmp_path / "boolq.jsonl").write_text("\n".join(json.dumps({
+        "query": f"Passage: {item['passage']}\nQuestion: {item['question']}?", "choices": ["no", "yes"], "gold": item["label"]})
+        for item in OWN["boolq"]), encoding="utf-8")
+    assert language_items(["blimp", "piqa", "piqa_continuation", "boolq"], tmp_path) == {
+        "blimp": TEXTS["blimp"][:2], "piqa": OWN["piqa"], "piqa_continuation": OWN["piqa"], "boolq": OWN["boolq"]}
+    (tmp_path / "piqa" / "valid-labels.lst").write_text("0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="valid-labels.lst must hold a label for each of"):
+        language_items(["piqa"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="lambada.json or lambada_test.jsonl"):
+        language_items(["lambada"], tmp_path)

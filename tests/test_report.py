@@ -207,7 +207,9 @@ def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there()
     committed = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json")}
     missing = {name for names in missing_results("desk").values() for name in names}
     assert committed | missing == set(expected_results("desk")) and not committed & missing
-    assert {name.partition("/")[0] for name in missing} <= {"image_classification_cifar10"}
+    assert {name.partition("/")[0] for name in missing} <= {
+        "image_classification_cifar10", "image_generation_mnist", "textbooks", "language_models", "language_model_sinks",
+        "language_model_tasks", "language_model_speed"}  # trained or measured one by one
     text = missing_table("desk")
     assert text.startswith(f"{len(committed)} of {len(expected_results('desk'))} result files exist under the desk profile.")
     plan = json.loads((project_root() / "results" / "plans" / "cifar10.json").read_text(encoding="utf-8"))
