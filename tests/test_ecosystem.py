@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from krause_repro.branched_models import add_krause_branch, load_with_branch
 from krause_repro.transformers_attention import configure_krause, load_krause
@@ -118,3 +121,20 @@ def test_a_model_is_as_transformers_expects(kind, check, tmp_path):
         pytest.skip(reason)
     with torch.enable_grad() if check is checkpointed else torch.no_grad():
         check(kind, tmp_path)
+
+
+def test_lm_eval_reads_a_saved_folder(tmp_path):
+    "`lm_eval --model hf --model_args pretrained=FOLDER,attn_implementation=krause`"
+    model = build("llama")
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 60)}}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    lm = HFLM.create_from_arg_string(f"pretrained={tmp_path},attn_implementation=krause", {"device": "cpu", "batch_size": 2})
+    asked = [("w5 w9 w3 w7 w4 w8 w20", " w11 w12"), ("w6", " w13")]
+    scores = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)], disable_tqdm=True)
+    for (context, answer), (score, _) in zip(asked, scores, strict=True):
+        ids = torch.tensor([[int(word[1:]) for word in (context + answer).split()]])
+        with torch.no_grad():
+            known = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+        assert score == pytest.approx(float(known[-len(answer.split()):].sum()), abs=1e-4)
