@@ -224,7 +224,7 @@ def krause_attention_forward(
     if (own := kwargs.get("sliding_window")) is not None:
         window = min(window, own)
     if window > layer_windows(module.config)[getattr(module, "layer_idx", None) or 0]:
-        raise UserError(f"{type(module).__name__} has a sliding window that it does not pass to its attention function, which 'krause' needs")
+        raise UserError(f"{type(module).__name__} has a sliding window that it does not pass to its attention function, as it must")
     _check_request(module, query, attention_mask, kwargs)
     used = key.shape[2] if attention_mask is None else attention_mask.shape[1]  # without the unused slots of a static cache
     reach = slice(max(0, used - query.shape[2] - window + 1), used)  # earlier keys are outside every window
