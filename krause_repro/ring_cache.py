@@ -40,6 +40,7 @@ class _RingStorage(CacheLayerMixin):
         self.window = check_integer("window", window, 1)
         self.cumulative_length = 0  # tokens seen
         self._lent = False  # is the ring part of an autograd graph? Then it must not be modified
+        self.record_past, self._overwritten = False, None  # keys and values since the last `crop`, in time order
 
     def __repr__(self):
         return f"{type(self).__name__}(window={self.window})"
@@ -70,9 +71,69 @@ class _RingStorage(CacheLayerMixin):
         if self._lent or frozen and not torch.is_inference_mode_enabled():
             self.keys, self.values, self._lent = self.keys.clone(), self.values.clone(), False
 
+# %% ../nbs/07_ring_cache.ipynb #91c7b3d4
+class _RingRecord(_RingStorage):
+    "A ring that can go back to tokens it has overwritten since the last `crop`."
+
+    def _record(self, key_states: Tensor, value_states: Tensor) -> None:
+        "Keep the tokens that the new ones push out of the window."
+        new, length = key_states.shape[2], self.cumulative_length
+        first = max(0, length - self.window)
+        slots = torch.arange(first, max(first, min(length, length + new - self.window)), device=self.keys.device) % self.window
+        former, passing = self._overwritten or (None, None), slice(0, max(0, new - self.window))
+        self._overwritten = tuple(
+            torch.cat([*([] if old is None else [old]), held[:, :, slots], states[:, :, passing]], 2)
+            for old, held, states in zip(former, (self.keys, self.values), (key_states, value_states), strict=True))
+
+    def _restore(self, length: int) -> None:
+        "Write back what tokens after the first `length` have overwritten, and forget the record."
+        oldest = max(0, self.cumulative_length - self.window)
+        slots = torch.arange(max(0, length - self.window), min(oldest, length), device=self.keys.device) % self.window
+        self._own()
+        stop = -max(0, oldest - length) or None  # a whole window may be taken back
+        for held, old in zip((self.keys, self.values), self._overwritten, strict=True):
+            kept = old[:, :, :stop]
+            held[:, :, slots] = kept[:, :, kept.shape[2] - len(slots):]
+        self._overwritten = None
+
+    @property
+    def is_croppable(self) -> bool:
+        "Can `crop` go back at any length? Only while overwritten tokens are recorded."
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        "Keep overwritten tokens until the next `crop`, as assisted decoding needs: W and the draft's keys."
+        self.record_past = True
+
+    def crop(
+        self,
+        tokens_to_remove: int,  # ≤ 0: minus the number of last tokens to remove
+    ) -> None:
+        """Remove the last tokens and end the record of overwritten ones.
+
+        A `ValueError` if the ring has overwritten tokens that would be needed again and has not recorded them.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.cumulative_length:
+            raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
+        length, recorded = self.cumulative_length + tokens_to_remove, 0 if self._overwritten is None else self._overwritten[0].shape[2]
+        if tokens_to_remove and max(0, self.cumulative_length - self.window) - max(0, length - self.window) > recorded:
+            raise UserError(
+                f"a RingLayer of {self.window} slots cannot remove {-tokens_to_remove} of {self.cumulative_length} tokens: it has "
+                f"recorded {recorded} overwritten ones; call activate_past_recording() before them, or use DynamicCache"
+            )
+        if tokens_to_remove and recorded:
+            self._restore(length)
+        self.cumulative_length, self._overwritten = length, None
+
+# %% ../nbs/07_ring_cache.ipynb #3af58c60
+class _RingWriter(_RingRecord):
+    "The ring, written and read in time order."
+
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         "Write the last tokens, W at most, into their slots."
         new = key_states.shape[2]
+        if self.record_past:
+            self._record(key_states, value_states)
         self._own()
         self.cumulative_length += new
         kept = min(new, self.window)
@@ -91,15 +152,14 @@ class _RingStorage(CacheLayerMixin):
         return [held[:, :, oldest + 1:], held[:, :, :oldest]]
 
 # %% ../nbs/07_ring_cache.ipynb #243f195f
-class _RingAttention(_RingStorage):
+class _RingAttention(_RingWriter):
     "A ring that new tokens are written to and attend to."
 
     def update(
         self,
         key_states: Tensor,  # (B, H, T, D), the new tokens' keys
         value_states: Tensor,  # (B, H, T, Dv)
-        *args,
-        **kwargs,
+        *args, **kwargs,
     ) -> tuple[Tensor, Tensor]:  # keys and values that the new tokens may attend to
         """Store the new tokens and return the keys and values that they may attend to.
 
@@ -141,9 +201,14 @@ class _RingAttention(_RingStorage):
         operator: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, the number of slots in use
     ) -> Tensor | None:  # the operator's result
         "Let an operator write one token into an initialized ring and attend to it; None means it wrote nothing."
+        if self.record_past:
+            before = self._overwritten
+            self._record(self.keys[:, :, :1], self.values[:, :, :1])  # one token; it is not recorded itself
         self._own()
         slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
         output = operator(self.keys, self.values, slot, held)
+        if self.record_past and output is None:
+            self._overwritten = before
         self.cumulative_length += output is not None  # a declined or failed step does not count
         return output
 
@@ -175,17 +240,7 @@ class RingLayer(_RingAttention):
         "Empty the cache; the next update may have another batch."
         self.keys = self.values = None
         self.is_initialized, self.cumulative_length, self._lent = False, 0, False
-
-    def crop(
-        self,
-        tokens_to_remove: int,  # ≤ 0: minus the number of last tokens to remove
-    ) -> None:
-        "Remove the last tokens; a `ValueError` if the ring has already overwritten tokens that would be needed again."
-        if tokens_to_remove > 0 or -tokens_to_remove > self.cumulative_length:
-            raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
-        if tokens_to_remove and self.cumulative_length > self.window:
-            raise UserError(f"a RingLayer of {self.window} slots cannot be cropped after {self.cumulative_length} tokens; use DynamicCache")
-        self.cumulative_length += tokens_to_remove
+        self.record_past, self._overwritten = False, None
 
     def batch_select_indices(
         self,
@@ -195,6 +250,8 @@ class RingLayer(_RingAttention):
         if self.is_initialized:
             self.keys, self.values = self.keys[indices.to(self.keys.device)], self.values[indices.to(self.values.device)]
             self._lent = False
+            if self._overwritten is not None:
+                self._overwritten = tuple(x[indices.to(x.device)] for x in self._overwritten)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # (B,) which sequence each one continues
         "Reorder the batch, for beam search."
@@ -207,6 +264,17 @@ class RingLayer(_RingAttention):
         "Repeat every sequence of the batch `repeats` times."
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+# %% ../nbs/07_ring_cache.ipynb #52e17fd9
+def layer_windows(
+    config: PreTrainedConfig,  # of a decoder, with `krause_window`
+) -> list[int]:  # one for each layer
+    "The window of each layer: the smaller one of Krause Attention's and the layer's own sliding window."
+    window, own = config.krause_window, getattr(config, "sliding_window", None)
+    if own is None or not hasattr(type(config), "sliding_window"):  # an entry that the model does not know has no effect
+        return [window] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [min(window, own) if kind == "sliding_attention" else window for kind in kinds]
 
 # %% ../nbs/07_ring_cache.ipynb #d34c64a7
 class RingCache(Cache):
@@ -223,7 +291,10 @@ class RingCache(Cache):
         attention = config._attn_implementation  # None before a model is built
         if getattr(config, "krause_sigma", None) is not None and attention not in (None, "krause"):
             raise UserError(f"config must be of a model that attends with 'krause', got {attention!r}; use DynamicCache()")
-        super().__init__(layers=[RingLayer(window) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[RingLayer(own) for own in layer_windows(config)])
+        if len({layer.window for layer in self.layers}) > 1:  # transformers asks a layer of each type for the sizes of its mask
+            for layer in self.layers:
+                layer.is_sliding = layer.window < window
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         "`RingLayer.update` of one layer."

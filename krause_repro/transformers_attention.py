@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function, sliding_window_overlay
 from transformers.utils.output_capturing import _active_collector
 
 from .attention import krause_attention, krause_attention_weights
 from .checks import UserError, check_integer, check_names, check_positive, check_weights, values_known
 from .reference import CausalWindow
-from .ring_cache import ring_positions
+from .ring_cache import layer_windows, ring_positions
 
 # %% ../nbs/08_transformers_attention.ipynb #bf99dd85
 class KrauseSettings(NamedTuple):
@@ -93,9 +93,12 @@ def configure_krause(
 
 # %% ../nbs/08_transformers_attention.ipynb #e8534fa5
 _OTHER_PATTERN = (
-    "attn_implementation='krause' has its own causal window and supports no other pattern: no sliding_window or bidirectional "
-    "layers, no cross-attention, no custom mask functions"
+    "attn_implementation='krause' has its own causal window and supports no other pattern: no bidirectional layers, "
+    "no cross-attention, no custom mask functions"
 )
+
+
+_SLIDING = sliding_window_causal_mask_function(1)
 
 
 def ensure(
@@ -108,6 +111,16 @@ def ensure(
             torch._assert_async(condition, message)
     elif not condition:
         raise UserError(message)
+
+
+def _sliding_window(mask_function):
+    "The window of a mask function for layers with a sliding window; None for any other function."
+    if getattr(mask_function, "__code__", None) is not _SLIDING.__code__:
+        return None
+    overlay, *rest = mask_function.__closure__[0].cell_contents
+    if rest != [causal_mask_function] or getattr(overlay, "__code__", None) is not sliding_window_overlay(1).__code__:
+        return None
+    return overlay.__closure__[0].cell_contents
 
 
 def _packed_by(mask_function, batch_size, queries, past, window, device, custom):
@@ -142,9 +155,14 @@ def krause_mask(
 ) -> Tensor | None:  # (B, keys in use) bool, False = padding; of packed sequences (B, T) integers; None if there is neither within reach
     "The mask function of `attn_implementation='krause'`: padding or packed sequences. The attention adds window and causality."
     window, past = krause_settings(config).window, int(q_offset)
+    if not torch.compiler.is_compiling() and (own := _sliding_window(mask_function)) is not None and not kwargs.get("use_vmap"):
+        window, mask_function = min(window, own), causal_mask_function
+    elif torch.compiler.is_compiling():
+        window = min(layer_windows(config))
     config.attn_implementation = "krause"  # transformers drops it on loading; restores it for saving
     total = past + q_length
-    segment_ids = _packed_by(mask_function, batch_size, q_length, past, window, device, kwargs.get("use_vmap"))
+    smallest = min(layer_windows(config))  # only inside it is a function checked: every layer sees that far
+    segment_ids = _packed_by(mask_function, batch_size, q_length, past, smallest, device, kwargs.get("use_vmap"))
     if attention_mask is not None and attention_mask.shape != (batch_size, total):
         raise UserError(
             f"attention_mask must be of shape ({batch_size}, {total}), one column for each token so far, got {tuple(attention_mask.shape)}"
@@ -165,7 +183,7 @@ def krause_mask(
     return None if free <= 0 and values_known(within_reach) and within_reach.all() else padding
 
 # %% ../nbs/08_transformers_attention.ipynb #c7f579b9
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices",
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices",
                "cu_seqlens")
 
 
@@ -232,6 +250,10 @@ def krause_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:  # (B, Tq, H, Dv), and the weights (B, H, T, T) if the model returns attentions
     "The attention function of `attn_implementation='krause'` (paper, Section 4, with a causal window)."
     sigma, window, top_k = krause_settings(module.config)
+    if (own := kwargs.get("sliding_window")) is not None:
+        window = min(window, own)
+    if window > layer_windows(module.config)[getattr(module, "layer_idx", None) or 0]:
+        raise UserError(f"{type(module).__name__} has a sliding window that it does not pass to its attention function")
     _check_request(module, query, attention_mask, kwargs)
     used = key.shape[2] if attention_mask is None else attention_mask.shape[1]  # without the unused slots of a static cache
     key_mask, segment_ids = split_mask(attention_mask)

@@ -1,6 +1,7 @@
 """The ring: what it returns at every step, in which order, for how much memory, and what it refuses."""
 
 import copy
+import random
 
 import hypothesis.strategies as st
 import pytest
@@ -280,8 +281,37 @@ def test_the_last_tokens_can_be_taken_back_while_nothing_is_forgotten():
     assert torch.equal(layer.update(keys[:, :, 10:14], values[:, :, 10:14])[0], wanted)
     layer.crop(0)
     for remove in (-1, 1, -8):
-        with pytest.raises(ValueError, match="crop|tokens_to_remove"):
+        with pytest.raises(ValueError, match="cannot remove|tokens_to_remove"):
             layer.crop(remove)
+    assert not layer.is_croppable
+
+
+@pytest.mark.parametrize("dim", [8, 16])  # the second is for an operator
+@pytest.mark.parametrize("window", [1, 4, 6])
+def test_recorded_tokens_can_be_taken_back_at_any_length(window, dim):
+    "Drafts of random lengths, of which random parts are rejected, against a ring that never saw the rejected ones."
+    draw, (keys, values) = random.Random(window), states(length=60, dim=dim)
+    query, wrong = states(heads=4, length=60, dim=dim, seed=1)[0], torch.full((2, 2, 1, dim), 9.0)
+    layer, length = RingLayer(window), 0
+    layer.activate_past_recording()
+    expected = reference_attention(query, keys, values, CausalWindow(window), 3, sigma=2.0)
+    with torch.no_grad():
+        while length < 45:
+            good, bad, by_one = draw.randint(1, 9), draw.randint(0, 9), draw.random() < 0.5
+            got = [layer.attend(query[:, :, new], keys[:, :, new], values[:, :, new], 3, 2.0)
+                   for new in ([slice(i, i + 1) for i in range(length, length + good)] if by_one else [slice(length, length + good)])]
+            assert_close(torch.cat(got, 2), expected[:, :, length:length + good], **SINGLE)
+            for draft in [1] * bad if by_one else [bad] * (bad > 0):
+                layer.update(*[wrong.expand(-1, -1, draft, -1)] * 2)
+            again = draw.randint(0, good)
+            layer.crop(-bad - again)
+            length += good - again
+            assert layer.is_croppable and layer.get_seq_length() == length
+    layer.update(*[wrong.expand(-1, -1, 3, -1)] * 2)
+    layer.crop(-3)
+    with pytest.raises(ValueError, match="recorded 0 overwritten"):
+        layer.crop(-1)
+    layer.reset()
     assert not layer.is_croppable
 
 

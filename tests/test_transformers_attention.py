@@ -17,8 +17,10 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     DynamicCache,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     StaticCache,
     Trainer,
@@ -34,7 +36,7 @@ from transformers.masking_utils import (
     or_masks,
     packed_sequence_mask_function,
     remap_positions_for_packed_sequence,
-    sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
 
 from krause_repro.reference import Neighborhood, attention_weights, reference_attention
@@ -52,17 +54,17 @@ from krause_repro.transformers_attention import (
 NAMES = ("llama", "qwen2", "gpt2")
 WINDOW, TOP_K, SIGMA, VOCABULARY = 5, 3, 3.0, 60
 CLOSE = {"rtol": 0, "atol": 1e-5}
+SIZE = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32,
+        "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2}
 
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
 def tiny_config(name, **options):
     "Two layers, four heads of eight dimensions; Llama and Qwen2 with two key heads."
-    size = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32,
-            "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2}
     if name == "gpt2":
-        return GPT2Config(**size, **options)
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[name](**size, num_key_value_heads=2, intermediate_size=48, **options)
+        return GPT2Config(**SIZE, **options)
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[name](**SIZE, num_key_value_heads=2, intermediate_size=48, **options)
 
 
 def make(config, **options):
@@ -412,11 +414,7 @@ def test_other_ways_of_generation_are_the_same_or_refused(models, kind):
                 call()
         return
     for options in goes_back:
-        if kind == "ring":
-            with pytest.raises(ValueError, match="a cache that can be cropped"):
-                continued(model, prompt, **options, **ring())
-        else:
-            assert torch.equal(continued(model, prompt, **options), expected)
+        assert torch.equal(continued(model, prompt, **options, **ring()), expected)
     for options in ({"repetition_penalty": 1.3}, {"guidance_scale": 1.5, "negative_prompt_ids": prompt[:, :4]}):
         without = continued(model, prompt, use_cache=False, **options)
         assert torch.equal(continued(model, prompt, **options, **ring()), without)
@@ -690,7 +688,7 @@ def packed_by_transformers(positions):
     return and_masks(remap_positions_for_packed_sequence(causal_mask_function, positions), packed)
 
 
-ALONE = packed_by_transformers(torch.arange(12).expand(2, -1)), sliding_window_causal_mask_function(WINDOW)
+ALONE = packed_by_transformers(torch.arange(12).expand(2, -1)), and_masks(causal_mask_function, sliding_window_overlay(WINDOW))
 
 
 @pytest.mark.parametrize(("pattern", "segments"), [
@@ -698,7 +696,7 @@ ALONE = packed_by_transformers(torch.arange(12).expand(2, -1)), sliding_window_c
     (packed_by_transformers(torch.arange(12).remainder(7).expand(2, -1)), [0] * 7 + [1] * 5),
     (packed_by_transformers(torch.stack([torch.arange(12), torch.arange(12).remainder(11)])), [0] * 12),
     (chunked_causal_mask_function(6, torch.zeros(2, dtype=torch.long)), [0] * 6 + [1] * 6),
-    (sliding_window_causal_mask_function(WINDOW - 1), None), (bidirectional_mask_function, None),
+    (and_masks(causal_mask_function, sliding_window_overlay(WINDOW - 1)), None), (bidirectional_mask_function, None),
     (or_masks(causal_mask_function, blockwise_overlay(torch.arange(24).view(2, 12) // 2)), None),
 ])
 def test_a_mask_function_is_a_pattern_of_packed_sequences_or_refused(pattern, segments, monkeypatch):
@@ -873,15 +871,47 @@ def test_attention_in_both_directions_is_refused(name):
         make(config)(text())
 
 
-def test_sliding_window_layers_are_refused():
-    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    assert "sliding_attention" in config.layer_types
-    model = make(configure_krause(config, SIGMA, WINDOW))
-    for options in ({}, {"use_cache": False}):
-        with pytest.raises(ValueError, match="no sliding_window"):
-            model(text(), **options)
-    with pytest.raises(ValueError, match="supports no other pattern"):
-        mask_of(q_length=12, kv_length=12, mask_function=sliding_window_causal_mask_function(16))
+def explicit_smaller(module, query, key, value, attention_mask, sliding_window=None, **options):
+    "As `explicit`, in the smaller of the two windows."
+    window = Band(min(WINDOW, sliding_window or WINDOW))
+    return reference_attention(query, key, value, window, TOP_K, sigma=SIGMA, key_mask=attention_mask).transpose(1, 2), None
+
+
+AttentionInterface.register("explicit_smaller", explicit_smaller)
+AttentionMaskInterface.register("explicit_smaller", lambda attention_mask=None, **options: attention_mask)
+SLIDING = {
+    "qwen2": lambda sliding: tiny_config("qwen2", use_sliding_window=True, sliding_window=sliding, max_window_layers=1),
+    "mistral": lambda sliding: MistralConfig(**SIZE, num_key_value_heads=2, intermediate_size=48, sliding_window=sliding),
+    "gemma3": lambda sliding: Gemma3TextConfig(**SIZE, head_dim=8, num_key_value_heads=2, intermediate_size=48, sliding_window=sliding,
+                                               layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("sliding", [2, 4, 16])
+@pytest.mark.parametrize("name", SLIDING)
+def test_the_smaller_window_holds(name, sliding):
+    model = make(configure_krause(SLIDING[name](sliding), SIGMA, WINDOW, TOP_K))
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("explicit_smaller")
+    tokens, padded = padded_left(text(), (14, 9))
+    with torch.no_grad():
+        for ids, options in ((text(), {}), (tokens, padded)):
+            expected = other(ids, use_cache=False, **options).logits
+            real = options.get("attention_mask", torch.ones_like(ids)).bool()
+            assert_close(model(ids, use_cache=False, **options).logits[real], expected[real], **CLOSE)
+            for kind in ("dynamic", "static", "ring"):
+                cache, got = CACHES[kind](model.config), []
+                for new in (slice(0, 7), slice(7, 8), slice(8, 11), *(slice(i, i + 1) for i in range(11, ids.shape[1]))):
+                    part = {} if not options else {"attention_mask": options["attention_mask"][:, :new.stop],
+                                                   "position_ids": options["position_ids"][:, new]}
+                    got.append(model(ids[:, new], cache=cache, **part).logits)
+                assert_close(torch.cat(got, 1)[real], expected[real], **CLOSE, msg=kind)
+
+
+def test_a_sliding_window_that_the_attention_is_not_told_is_refused():
+    config = configure_krause(SLIDING["mistral"](3), SIGMA, WINDOW)
+    with pytest.raises(ValueError, match="has a sliding window that it does not pass"):
+        krause_attention_forward(SimpleNamespace(config=config, is_causal=True, layer_idx=1), *torch.zeros(3, 1, 2, 7, 8), None)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
