@@ -53,6 +53,8 @@ class _LateConfigs(dict):
 
     def __missing__(self, model_type):
         import_module(f"{__name__}.{_MODELS[model_type]}")
+        if not super().__contains__(model_type):
+            raise KeyError(model_type)
         return super().__getitem__(model_type)
 
 

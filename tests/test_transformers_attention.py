@@ -867,7 +867,7 @@ def test_cross_attention_is_refused():
 def test_attention_in_both_directions_is_refused(name):
     config = configure_krause(tiny_config(name), SIGMA, WINDOW)
     config.is_causal = False
-    with pytest.raises(ValueError, match="no sliding_window or bidirectional"):
+    with pytest.raises(ValueError, match="no bidirectional layers"):
         make(config)(text())
 
 
