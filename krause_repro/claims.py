@@ -57,7 +57,7 @@ CLAIMS: dict[str, Claim] = {}  # filled below, claim by claim
 #| code-fold: true
 PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
     "cifar10": ("image_classification_cifar10", "test_accuracy", 1), "mnist": ("image_generation_mnist", "bits_per_dim", -1),
-    "textbooks": ("fine_tuning_openstax", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
+    "textbooks": ("textbooks", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
 }
 
 
@@ -550,7 +550,7 @@ def _judge_from_scratch(root):
     verdict = _of_pairs([each["verdict"] for each in found.values()])
     return Finding(verdict, f"fewer bits than {wins} of {len(found)} rivals, 2M parameters", tuple(evidence))
 
-CLAIMS["from_scratch"] = Claim("Better language models from scratch", _published_means, "19_language_model", _judge_from_scratch)
+CLAIMS["from_scratch"] = Claim("Better language models from scratch", _published_means, "64_language_modelling", _judge_from_scratch)
 
 # %% ../nbs/68_claims.ipynb #195dcd66
 #| code-fold: true

@@ -272,9 +272,9 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
         return done.stdout.split() if done.returncode == 0 else []
 
     if git("cat-file", "-t", "3600eaf") == ["commit"]:  # else a shallow clone, or none
-        plans = (f"results/plans/{plan}.json" for plan in ("cifar10", "mnist", "textbooks"))
+        plans = (f"results/plans/{plan}.json" for plan in PLANNED_RESULTS)
         first = {git("log", "--format=%h", "--abbrev=7", "--", plan)[-1] for plan in plans}
-        assert len(named) == 5 and first | {"3600eaf", "955f128"} == set(named)
+        assert len(named) == 6 and first | {"3600eaf", "955f128"} == set(named)
 
 
 @pytest.mark.parametrize("name", [name for name in expected_results("desk") if name.partition("/")[0] in README_RESULTS])
