@@ -604,7 +604,7 @@ def test_a_model_is_saved_whole_or_not_at_all(recipe, tmp_path, monkeypatch):
     first, second = VisionTransformer(recipe.config), VisionTransformer(recipe.config)
     save_model(first, tmp_path)
     before = contents(tmp_path)
-    assert {path.name for path in before} == {"config.json", "model.safetensors"}
+    assert {path.name for path in before} == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
 
     def half(self, folder, **_):
         (training.Path(folder) / "model.safetensors").write_bytes(b"half")
