@@ -403,11 +403,11 @@ def plot_sinks(
 # %% ../nbs/57_result_figures.ipynb #57ca90e3
 @house_style()
 def plot_fine_tuning(
-    data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "differences": rows, "contrast": text, "seeds"}, see above
+    data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "seeds"}, with or without "differences", "contrast"
 ) -> Figure:
     "Held-out loss over steps, a panel for each data set, and the final differences by seed. Bands are one standard deviation."
-    panels, differences, contrast, seeds = require_fields(data, "data", "panels", "differences", "contrast", "seeds")
-    fig, axes = new_figure(3.4, 1, len(panels) + 1)
+    (panels, seeds), compared = require_fields(data, "data", "panels", "seeds"), bool({"differences", "contrast"} & data.keys())
+    fig, axes = new_figure(3.4, 1, len(panels) + compared)
     entries = require_each(panels, "data['panels']", "title", "ylabel", "series", "baselines")
     for p, (title, ylabel, series, baselines) in enumerate(entries):
         ax, where = axes[0, p], f"data['panels'][{p}]"
@@ -420,6 +420,11 @@ def plot_fine_tuning(
         ax.set(title=title, xlabel="step", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
     label_lines(axes[0, len(panels) - 1])
+    curves = f"curves: mean over {plural(seeds, 'seed')}, band of one standard deviation"
+    if not compared:
+        draw_note(fig, curves)
+        return fig
+    differences, contrast = require_fields(data, "data", "differences", "contrast")
     ax, rows = axes[0, -1], require_each(differences, "data['differences']", "label", "values", "mean", "interval")
     ax.axhline(0, color=COLOURS["neutral"], linewidth=1)
     for place, (_, values, mean, interval) in enumerate(rows):
@@ -428,7 +433,7 @@ def plot_fine_tuning(
         ax.plot(place, mean, "o", markersize=7, color="#000000")
     ax.set(title="at the end, by seed", ylabel=contrast, xlim=(-0.6, len(rows) - 0.4), xticks=range(len(rows)),
            xticklabels=[label for label, *_ in rows], xlabel="data")
-    draw_note(fig, f"curves: mean over {plural(seeds, 'seed')}, band of one standard deviation; circles: seeds, with mean and 95% interval")
+    draw_note(fig, f"{curves}; circles: seeds, with mean and 95% interval")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #f60e29a7
