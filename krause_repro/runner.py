@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -339,6 +339,15 @@ def attempt(
     return skipped if because else run_page(page, output, *given)
 
 
+def finished(
+    futures: Iterable[Future],
+) -> list[Future]:  # at least one
+    "Wait until some have finished. By polling: a signal that another thread receives does not end a wait of the main thread."
+    while not (done := [future for future in futures if future.done()]):
+        time.sleep(0.05)
+    return done
+
+
 def run_pages(
     pages: list[Page],  # to execute, in order
     outputs: Path,  # the folder of executed copies
@@ -364,7 +373,7 @@ def run_pages(
                 because, output = failed_need(page.stem, failed), outputs / f"{page.stem}.ipynb"
                 running[pool.submit(attempt, page, because, output, parameters[page.stem], root, kernels)] = page
             bar.set_description_str(f"{done}/{len(pages)} {', '.join(page.stem for page in running.values())}")
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for future in finished(running):
                 page, record, done = running.pop(future), future.result(), done + 1
                 bar.update(weight[page.stem])
                 if record["status"] != "ok":
