@@ -340,7 +340,7 @@ def attempt(
 
 
 def finished(
-    futures: Iterable[Future],
+    futures: Iterable[Future],  # not empty
 ) -> list[Future]:  # at least one
     "Wait until some have finished. By polling: a signal that another thread receives does not end a wait of the main thread."
     while not (done := [future for future in futures if future.done()]):
