@@ -84,8 +84,7 @@ def planned_difference(
     pair, field, better = [results.get(first), results.get(second)], *PLANNED_RESULTS[name][1:]
     if not all(result and set(plan["seeds"]) <= set(result["seeds"]) for result in pair):
         return None
-    models = [{"test_accuracy": result[field], "seeds": result["seeds"]} for result in pair]
-    found = corrected_difference(*models, len(plan["comparisons"]))
+    found = corrected_difference(*pair, len(plan["comparisons"]), field)
     shown = is_shown(found, plan["smallest_difference"])
     return {**found, "verdict": (HOLDS if better * found["mean"] > 0 else DOES_NOT_HOLD) if shown else NOT_SHOWN}
 

@@ -155,13 +155,13 @@ def krause_mask(
 ) -> Tensor | None:  # (B, keys in use) bool, False = padding; of packed sequences (B, T) integers; None if there is neither within reach
     "The mask function of `attn_implementation='krause'`: padding or packed sequences. The attention adds window and causality."
     window, past = krause_settings(config).window, int(q_offset)
+    smallest = min(layer_windows(config))  # only inside it is a function checked: every layer sees that far
     if not torch.compiler.is_compiling() and (own := _sliding_window(mask_function)) is not None and not kwargs.get("use_vmap"):
         window, mask_function = min(window, own), causal_mask_function
     elif torch.compiler.is_compiling():
-        window = min(layer_windows(config))
+        window = smallest
     config.attn_implementation = "krause"  # transformers drops it on loading; restores it for saving
     total = past + q_length
-    smallest = min(layer_windows(config))  # only inside it is a function checked: every layer sees that far
     segment_ids = _packed_by(mask_function, batch_size, q_length, past, smallest, device, kwargs.get("use_vmap"))
     if attention_mask is not None and attention_mask.shape != (batch_size, total):
         raise UserError(
