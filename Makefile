@@ -40,10 +40,10 @@ book: $(INSTALLED)  ## execute the committed notebooks in place (desk results, n
 test: $(INSTALLED)  ## ruff and the tests
 	$(COMMAND) data fashion_mnist
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 test-thorough: $(INSTALLED)  ## the tests with twenty times as many random examples, drawn anew
-	KRAUSE_TEST_EXAMPLES=20 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --timeout=3600
+	KRAUSE_TEST_EXAMPLES=20 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal --timeout=3600
 
 test-latest:  ## the tests with the newest release of every requirement, in an environment of its own
 	$(MAKE) test VENV='$(VENV)-latest' LOCK=

@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch._subclasses import FakeTensor
+
+if TYPE_CHECKING:  # the command line starts without PyTorch
+    from torch import Tensor
 
 # %% ../nbs/01_checks.ipynb #e5a1c0de
 class UserError(ValueError):
@@ -39,9 +40,10 @@ def check_integer(
     least: int,  # smallest value allowed
 ) -> int:
     "Return `value` as an `int`, or raise a `ValueError` that names the argument and what is allowed. NumPy's integers are integers."
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)) or value < least:
+    symbolic = not isinstance(value, Integral) and type(value).__name__ == "SymInt"  # a size that `torch.export` leaves open
+    if isinstance(value, bool) or not (isinstance(value, Integral) or symbolic) or value < least:
         raise UserError(f"{name} must be an integer ≥ {least}, got {value!r}")
-    return value if type(value) in (int, torch.SymInt) else int(value)
+    return value if symbolic or type(value) is int else int(value)
 
 # %% ../nbs/01_checks.ipynb #254af52d
 def check_fraction(
@@ -136,9 +138,12 @@ def check_flag(
 
 # %% ../nbs/01_checks.ipynb #7f24e50b
 def values_known(
-    x: Tensor,  # of any kind
+    x: "Tensor",  # of any kind
 ) -> bool:
     "Whether the values of a tensor can be read: not while tracing, inside a transform, or on the meta device."
+    import torch
+    from torch._subclasses import FakeTensor
+
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not (traced or x.is_meta or isinstance(x, FakeTensor))
 

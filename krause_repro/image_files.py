@@ -148,7 +148,8 @@ def find_source(
         places.insert(0, Path(spec.package_folder))
     if source is not None:
         base = Path(source)
-        places = [base, *([base / IDX_FOLDERS[name]] if name in IDX_FOLDERS else []), *([base / name] if name in LABEL_COLUMNS else [])]
+        idx = [base / IDX_FOLDERS[name], base / "raw"] if name in IDX_FOLDERS else []
+        places = [base, *idx, *([base / name] if name in LABEL_COLUMNS else [])]
     for place in places:
         if _holds(name, place):
             return place

@@ -24,8 +24,6 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from .checks import UserError
 
 # %% ../nbs/20_records.ipynb #4b18e05e
@@ -398,6 +396,8 @@ def git_state(
 # %% ../nbs/20_records.ipynb #a2ef4018
 def environment() -> dict[str, object]:
     "Package versions, git commit, device and threads, stored with every run and result."
+    import torch
+
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     return {**git_state(), "device": device, "threads": torch.get_num_threads(), "versions": package_versions()}

@@ -84,6 +84,7 @@ def test_torchvisions_layout_is_found(small, source, no_downloads, monkeypatch):
     for stem in FASHION_MNIST_FILES:
         (raw / stem).symlink_to(source / stem)
     assert find_source("fashion_mnist") == find_source("fashion_mnist", no_downloads) == fetch("fashion_mnist") == raw
+    assert find_source("fashion_mnist", raw.parent) == raw
     assert len(load("fashion_mnist", "test")) == 10_000
 
 

@@ -197,20 +197,19 @@ def test_what_is_not_published_is_ours(name):
     assert {"radius", "metric", "top_k", "sigma", "lr", "batch_size", "drop_path"} <= set(UNPUBLISHED)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_ours_names_fields(name):
-    recipe = RECIPES[name]
-    assert set(recipe.unpublished) <= {field.name for field in fields(recipe)}
-    if isinstance(recipe, ParticleRecipe):
-        fields_of_ours = {"particles", "sigma", "radius", "step", "duration", "integrator", "starts"}
-        assert set(recipe.unpublished) == set(PARTICLE_FIELDS) >= fields_of_ours
+def test_ours_names_fields():
+    for name, recipe in RECIPES.items():
+        assert set(recipe.unpublished) <= {field.name for field in fields(recipe)}, name
+        if isinstance(recipe, ParticleRecipe):
+            fields_of_ours = {"particles", "sigma", "radius", "step", "duration", "integrator", "starts"}
+            assert set(recipe.unpublished) == set(PARTICLE_FIELDS) >= fields_of_ours
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_frozen(name):
-    with pytest.raises(FrozenInstanceError):
-        RECIPES[name].seeds = (1,)
-    assert hash(RECIPES[name]) == hash(replace(RECIPES[name]))
+def test_recipes_are_frozen():
+    for name, recipe in RECIPES.items():
+        with pytest.raises(FrozenInstanceError):
+            recipe.seeds = (1,)
+        assert hash(recipe) == hash(replace(recipe)), name
 
 
 @pytest.mark.parametrize("name", IMAGE_RECIPES)
@@ -311,16 +310,14 @@ def test_at():
         recipe.at("full")
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_profile_keeps_what_makes_the_model_its_own(name):
-    recipe = RECIPES[name]
-    kept = {"name", "published", "unpublished", "dataset", "score", "radius", "metric", "top_k", "norm", "positions", "sigma", "classes",
-            "image_size", "patch_size", "dimension", "step"}
-    if isinstance(recipe, LanguageModelRecipe):
-        kept -= {"top_k"}  # a share of the context
-    for profile in ("smoke", "desk"):
-        before, after = asdict(recipe), asdict(recipe.at(profile))
-        assert {key: after[key] for key in kept & set(after)} == {key: before[key] for key in kept & set(before)}
+def test_a_profile_keeps_what_makes_the_model_its_own():
+    always = {"name", "published", "unpublished", "dataset", "score", "radius", "metric", "norm", "positions", "sigma", "classes",
+              "image_size", "patch_size", "dimension", "step"}
+    for name, recipe in RECIPES.items():
+        kept = always if isinstance(recipe, LanguageModelRecipe) else always | {"top_k"}  # there, a share of the context
+        for profile in ("smoke", "desk"):
+            before, after = asdict(recipe), asdict(recipe.at(profile))
+            assert {key: after[key] for key in kept & set(after)} == {key: before[key] for key in kept & set(before)}, name
 
 
 def test_particles_are_fewer_in_smoke_alone():

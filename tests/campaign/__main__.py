@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> int:
     "Try it, and print the tables."
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tests find one another's helpers, as under pytest
     from tests.campaign import damage, kills, places, processes, rivals
 
     torch.set_num_threads(1)  # before any work: the processes are forks of this one

@@ -133,7 +133,7 @@ class Command:
 
 def shell(project: Path, *arguments: str, launcher: tuple[str, ...] = (), **variables: str | None) -> tuple[int, str]:
     "The same in a new interpreter with other environment variables (None: without), and its exit code and output."
-    wanted = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    wanted = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **variables}
     environment = {name: value for name, value in (os.environ | wanted).items() if value is not None}
     command = [sys.executable, *launcher, "-m", "tests.campaign.command", *arguments]
     done = subprocess.run(command, cwd=project, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
