@@ -6,6 +6,9 @@
 __all__ = ['site']
 
 # %% ../nbs/59_website.ipynb #4cb557bd
+import base64
+import binascii
+import hashlib
 import importlib.util
 import json
 import math
@@ -70,6 +73,8 @@ def plain_notebook(
     "The notebook without attachments and metadata, except whether a cell is folded."
     cells = []
     for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and re.search(r"^#\| *hide *$", "".join(cell["source"]), re.MULTILINE):
+            continue
         kept = {key: cell[key] for key in ("cell_type", "source", "outputs", "execution_count") if key in cell} | {"metadata": {}}
         if cell["cell_type"] == "code" and folded("".join(cell["source"]), tools):
             kept["metadata"] = {"fold": True}
@@ -193,30 +198,66 @@ def with_code(
 
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
-# %% ../nbs/59_website.ipynb #1c6f9ad4
-def site_row(
-    folder: Path,  # the site's folder, into which the page is written
-    page: Page,  # a page of the book
-    mathjax: str | None,  # where the page finds MathJax
-) -> dict[str, object]:
-    "Write the HTML of a page that was executed under this profile, and return its row of the index."
+# %% ../nbs/59_website.ipynb #8bad0bbc
+def findings(
+    root: Path,  # the project's folder
+) -> object | None:  # safe HTML
+    "The section Findings of the README as HTML; None without it."
+    from markupsafe import Markup
+
+    readme = root / "README.md"
+    section = re.search(r"^## Findings\n.*?(?=^## |\Z)", readme.read_text(encoding="utf-8") if readme.is_file() else "", re.M | re.S)
+    if section is None:
+        return None
+    text = re.sub(r"<!--.*?-->", "", section[0], flags=re.S)
+    html = page_exporter().environment.filters["markdown2html"](text)
+    return Markup(re.sub(r'href="(?:\./)?nbs/(\d\d_\w+)\.ipynb', r'href="\1.html', html))
+
+
+def image_files(
+    html: str,  # a page
+    folder: Path,  # the site's folder
+) -> str:
+    "The page with its embedded images as files, which are named by their content and loaded when they come into view."
     from krause_repro.records import atomic_write
 
+    def moved(match):
+        try:
+            content = base64.b64decode(match[2].replace("\n", ""), validate=True)
+        except (binascii.Error, ValueError):  # not an image: left as it is, the browser shows its text
+            return match[0]
+        name = f"images/{hashlib.sha256(content).hexdigest()[:16]}.{match[1].split('+')[0]}"
+        with atomic_write(folder / name) as temporary:
+            temporary.write_bytes(content)
+        return f'src="{name}"'
+
+    html = re.sub(r'src="data:image/(png|jpeg|svg\+xml);base64,([^"]*)"', moved, html)
+    return html.replace("<img ", '<img loading="lazy" ')
+
+# %% ../nbs/59_website.ipynb #1c6f9ad4
+def site_row(
+    folder: Path,  # the site's folder
+    page: Page,  # a page of the book
+    mathjax: str | None,  # where the page finds MathJax
+    committed: Path | None = None,  # the notebook that stands in for a page that was not executed
+) -> dict[str, object]:
+    "The row of the index and, as `html`, the page without its sidebar."
     path, html = folder / "notebooks" / f"{page.stem}.ipynb", folder / f"{page.stem}.html"
     row = {"page": page, "part": PARTS.get(page.number[0], ""), "subtitle": with_code(page.subtitle), "status": "not run", "error": None,
            "seconds": None, "executed": "", "commit": "", "link": None}
-    if not path.is_file():
+    given = path.is_file()
+    if not given and (committed is None or not committed.is_file()):
         return row
+    path = path if given else committed
     try:
         _, record = read_copy(path)
         text = notebook_html(path, mathjax)
     except (OSError, ValueError) as error:
         html.unlink(missing_ok=True)
         return {**row, "status": "damaged", "error": first_line(str(error).replace(f"{folder}/", ""))}
-    with atomic_write(html) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return {**row, "status": record.get("status", "ok"), "error": record.get("error"), "seconds": record.get("seconds"),
-            "executed": record.get("executed", ""), "commit": (record.get("commit") or "")[:9], "link": quote(html.name)}
+    row["html"] = image_files(text, folder)
+    return {**row, "status": record.get("status", "ok") if given else "committed", "error": record.get("error"), "seconds": record.get("seconds"),
+            "executed": record.get("executed", ""), "commit": (record.get("commit") or "")[:9], "link": quote(html.name), "link_path": html.name}
 
 # %% ../nbs/59_website.ipynb #e80b52a9
 def mark_needs(
@@ -254,6 +295,62 @@ def site_facts(
     return [("notebooks", f"{len(done)} of {len(rows)} executed"), ("total time", duration(sum(row["seconds"] for row in done))),
             ("commit", commit), ("device", str(now["device"])), ("threads", str(now["threads"])), ("versions", versions)]
 
+# %% ../nbs/59_website.ipynb #608ab496
+def copy_frame(
+    folder: Path,  # the site's folder
+    rows: list[dict[str, object]],  # of `site_row`
+) -> None:
+    "Write the style sheet, the script and the search data, and copy the interactive pages."
+    from krause_repro.records import atomic_write
+    from pygments.formatters import HtmlFormatter
+
+    templates = files("krause_repro").joinpath("templates")
+    light, dark = (HtmlFormatter(style=style).get_style_defs(within) for style, within in (
+        ("default", ".highlight"), ("github-dark", '[data-theme="dark"] .highlight')))
+    pages = [{"title": row["page"].title, "link": row["link"], "text": plain_text(row["html"]).lower()} for row in rows if row["link"]]
+    texts = {"site.css": "\n".join((light, dark, templates.joinpath("site.css").read_text(encoding="utf-8"))),
+             "site.js": templates.joinpath("site.js").read_text(encoding="utf-8"), "search.js": f"const SEARCH = {json.dumps(pages)};\n"}
+    for name, text in texts.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    for source in templates.joinpath("interactive").iterdir():
+        copy_file(Path(str(source)), folder / "interactive" / source.name)
+
+
+def plain_text(
+    html: str,  # a page
+) -> str:
+    "The text of the page's Markdown cells, for the search."
+    from html import unescape
+
+    cells = re.findall(r'<div class="text_cell_render[^>]*>(.*?)</div>', html, re.DOTALL)
+    return unescape(re.sub(r"<[^>]+>", " ", " ".join(cells)))
+
+# %% ../nbs/59_website.ipynb #0b9b4368
+def write_pages(
+    folder: Path,  # the site's folder
+    rows: list[dict[str, object]],  # of `site_row`; their `html` is removed
+    templates: object,  # the Jinja environment
+) -> object:  # safe HTML
+    "Write every page with its sidebar and the links to its neighbours; return the sidebar of the index."
+    from itertools import groupby
+
+    from krause_repro.records import atomic_write
+    from markupsafe import Markup, escape
+
+    linked = [row for row in rows if row["link"]]
+    parts = [(part, list(group)) for part, group in groupby(linked, key=lambda row: row["part"])]
+    sidebar = templates.get_template("sidebar.html.j2")
+    for i, row in enumerate(linked):
+        near = [(linked[i - 1], "←") if i else None, (linked[i + 1], "→") if i + 1 < len(linked) else None]
+        steps = "".join(f'<a href="{each[0]["link"]}">{each[1]} {escape(each[0]["page"].title)}</a>' if each else "<span></span>" for each in near)
+        head, body = row.pop("html").split("<!-- sidebar -->", 1)
+        body, end = body.rsplit("<!-- steps -->", 1)
+        page = "".join((head, sidebar.render(parts=parts, here=row["link"]), body, f'<nav class="steps">{steps}</nav>', end))
+        with atomic_write(folder / row["link_path"]) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    return Markup(sidebar.render(parts=parts, here="index.html"))
+
 # %% ../nbs/59_website.ipynb #ec703833
 def site(
     profile: str = "smoke",  # "smoke", "desk" or "paper"
@@ -272,11 +369,16 @@ def site(
     check_paths(pages)
     folder.mkdir(parents=True, exist_ok=True)
     mathjax = copy_mathjax(folder)
-    rows = [site_row(folder, page, mathjax) for page in pages]
+    committed = root / "nbs" if profile == "desk" else None
+    rows = [site_row(folder, page, mathjax, committed and committed / f"{page.stem}.ipynb") for page in pages]
     mark_needs(rows)
     links = {row["page"].stem: row["link"] for row in rows if row["link"]}
-    text = Environment(loader=PackageLoader("krause_repro"), autoescape=True).get_template("index.html.j2").render(
+    templates = Environment(loader=PackageLoader("krause_repro"), autoescape=True)
+    copy_frame(folder, rows)
+    sidebar = write_pages(folder, rows, templates)
+    text = templates.get_template("index.html.j2").render(
         profile=profile, meaning=MEANING[profile], report=links.get("70_report"), facts=site_facts(rows, root), rows=rows,
+        sidebar=sidebar, findings=findings(root), interactive=[path.stem for path in sorted((folder / "interactive").glob("*.html"))],
         links=links, figures=paired_figures(profile, root, folder))
     with atomic_write(folder / "index.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
