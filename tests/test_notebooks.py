@@ -90,6 +90,13 @@ def test_a_page_exports_to_the_module_of_its_name(path):
 
 
 @each_page
+def test_a_page_first_installs_the_package_where_it_is_missing(path):
+    url = re.search(r"^git_url = (\S+)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert source(code_cells(path)[0]) == '#| hide\nfrom importlib.util import find_spec\nif find_spec("krause_repro") is None:\n' \
+        f'    get_ipython().run_line_magic("pip", "install -q git+{url}")'
+
+
+@each_page
 def test_experiments_have_one_parameters_cell_and_other_pages_none(path):
     tagged = [source(cell) for cell in load(path)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     assert tagged == (['profile = "desk"\ntrain = "never"'] if path.stem[0] in "67" else [])
