@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from .checks import UserError
 from krause_repro.llm_branch import (
-    PROJECTIONS, REFUSED, Bandwidth, BranchSettings, KrauseBranch, TokenGate, attention_layers, branch_config, branch_records, branches,
+    PROJECTIONS, REPLACED, Bandwidth, BranchSettings, KrauseBranch, TokenGate, attention_layers, branch_config, branch_records, branches,
     is_unmodified, krause_branch_forward, mix_outputs, note_padding,
 )
 from .native_decode import DecodeLinear, native_branch_step, native_rotation, rotation_applies
@@ -263,8 +263,8 @@ def add_krause_branch(
     decoder._krause_hook = decoder.register_forward_pre_hook(note_padding, with_kwargs=True)
     _own_config(model)
     model.config.krause_branch, model.config.__class__ = asdict(settings), config_with_branch(type(model.config))
-    for name, refusal in REFUSED.items():
-        setattr(model, name, refusal)
+    for name, method in REPLACED.items():
+        setattr(model, name, partial(method, model))
     _disable_compile(model)
     return model
 
@@ -283,7 +283,7 @@ def remove_krause_branch(
     for layer in parts[1:]:
         if hasattr(layer, "krause_branch"):
             del layer.krause_branch
-    for owner, name in ((decoder, "krause_window"), (decoder, "krause_ignores_cache"), *((model, name) for name in REFUSED),
+    for owner, name in ((decoder, "krause_window"), (decoder, "krause_ignores_cache"), *((model, name) for name in REPLACED),
                         (model.config, "krause_branch")):
         vars(owner).pop(name, None)
     model.config.__class__ = getattr(type(model.config), "krause_base", type(model.config))

@@ -122,7 +122,7 @@ def fused_attention(
     new, length = query.shape[2], key.shape[2]
     if mask is None and 1 < new < length:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and new > 1)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
 
 
 def causal_segments(
@@ -409,6 +409,7 @@ class LanguageModelParts(CheckedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean; Trainer must not scale it by the number of tokens
     _no_split_modules = ["LanguageBlock"]
+    _input_embed_layer = "token_embedding"
     _tied_weights_keys = {"head.weight": "token_embedding.weight"}
     _keep_in_fp32_modules_strict = ["bandwidth", "token_gate", "clusters"]
 
@@ -431,6 +432,10 @@ class LanguageModelParts(CheckedModel):
     def get_output_embeddings(self) -> nn.Linear:
         "The head, which shares its weights with the embeddings."
         return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:  # of `resize_token_embeddings`
+        "Replace the head."
+        self.head = new_embeddings
 
     def _set_gradient_checkpointing(self, enable=True, *args, **kwargs):
         if enable and self.config.mixer == "routing":

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import banded_attention, krause_attention_weights
@@ -230,15 +230,18 @@ def mix_outputs(
     return module.krause_branch(output[0], **_by_name(module, args, kwargs)), *output[1:]
 
 # %% ../nbs/15_llm_branch.ipynb #971ac05b
-_NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) needs a cache that can be rolled back, and "
-                "the ring of a Krause branch has overwritten the tokens it would return to; call generate without it")
+_NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) is not exact with ignore_cache=True, where the "
+                "branch sees only the tokens of a step; call generate without it")
 _NO_PAGING = ("continuous batching (generate_batch, cache_implementation='paged') keeps keys in pages of its own, and a Krause branch "
               "keeps its ring in the model's cache; use generate")
 
 
-def _refuse_assistance(*args, **kwargs):
-    "Replaces the method with which `generate` starts assisted decoding."
-    raise UserError(_NO_ROLLBACK)
+def _recorded_candidates(model, *args, model_kwargs, **kwargs):
+    "Replaces the method with which `generate` starts assisted decoding: rings will record what they overwrite."
+    if model.get_decoder().krause_ignores_cache:
+        raise UserError(_NO_ROLLBACK)
+    take_cache(dict(model_kwargs)).krause_records = True
+    return type(model)._get_candidate_generator(model, *args, model_kwargs=model_kwargs, **kwargs)
 
 
 def _refuse_paging(*args, **kwargs):
@@ -246,44 +249,53 @@ def _refuse_paging(*args, **kwargs):
     raise UserError(_NO_PAGING)
 
 
-REFUSED = {"_get_candidate_generator": _refuse_assistance, "init_continuous_batching": _refuse_paging}  # methods of a model with a branch
+REPLACED = {"_get_candidate_generator": _recorded_candidates, "init_continuous_batching": _refuse_paging}  # methods of a model with a branch
 
 # %% ../nbs/15_llm_branch.ipynb #35173593
-@lru_cache
+class _WithRing:
+    "What a cache layer does to the `krause_ring` beside it: it is reset, cropped, reordered and repeated with the layer."
+
+    # is_compileable is unchanged: it decides how masks of a static cache are made; generation_config disables compilation
+
+    @property
+    def is_croppable(self):
+        return super().is_croppable and self.krause_ring.is_croppable
+
+    def reset(self):
+        super().reset()
+        self.krause_ring.reset()
+
+    def activate_past_recording(self):
+        getattr(super(), "activate_past_recording", lambda: None)()
+        self.krause_ring.activate_past_recording()
+
+    def crop(self, tokens_to_remove):
+        self.krause_ring.crop(tokens_to_remove)  # first: it may refuse
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.krause_ring.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.krause_ring.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.krause_ring.batch_repeat_interleave(repeats)
+
+
 def _layer_with_ring(kind):
-    "A subclass of a cache layer with a `krause_ring`, which is reset, cropped, reordered and repeated with it."
+    "The subclass of a kind of cache layer that has a ring."
+    if kind not in _KINDS:
+        _KINDS[kind] = type("LayerWithRing", (_WithRing, kind), {"_layer_type": None})  # must not be registered in place of `kind`
+    return _KINDS[kind]
 
-    class LayerWithRing(kind):
-        is_croppable = False  # the ring cannot restore overwritten tokens
-        _layer_type = None  # must not be registered in place of `kind`
-        # is_compileable is unchanged: it decides how masks of a static cache are made; generation_config disables compilation
 
-        def reset(self):
-            super().reset()
-            self.krause_ring.reset()
-
-        def activate_past_recording(self):
-            raise UserError(_NO_ROLLBACK)
-
-        def crop(self, tokens_to_remove):
-            if tokens_to_remove and self.krause_ring.get_seq_length() > self.krause_ring.window:
-                raise UserError(_NO_ROLLBACK)
-            self.krause_ring.crop(tokens_to_remove)
-            super().crop(tokens_to_remove)
-
-        def reorder_cache(self, beam_idx):
-            super().reorder_cache(beam_idx)
-            self.krause_ring.reorder_cache(beam_idx)
-
-        def batch_select_indices(self, indices):
-            super().batch_select_indices(indices)
-            self.krause_ring.batch_select_indices(indices)
-
-        def batch_repeat_interleave(self, repeats):
-            super().batch_repeat_interleave(repeats)
-            self.krause_ring.batch_repeat_interleave(repeats)
-
-    return LayerWithRing
+_KINDS = {}
+for _kind in (DynamicLayer, DynamicSlidingWindowLayer):  # in advance: no class can be made while a model is compiled
+    _layer_with_ring(_kind)
 
 
 def ring_of(
@@ -294,8 +306,15 @@ def ring_of(
     "The ring of a layer of the cache, created at its first use."
     layer = cache.layers[layer_idx]
     if not hasattr(layer, "krause_ring"):
-        layer.krause_ring = RingLayer(window)
-        layer.__class__ = _layer_with_ring(type(layer))
+        ring = RingLayer(window)
+        if getattr(cache, "krause_records", False):
+            ring.activate_past_recording()
+        kind = _layer_with_ring(type(layer))
+        cache.layers[layer_idx] = kept = kind.__new__(kind)
+        for name, value in vars(layer).items():
+            setattr(kept, name, value)
+        kept.krause_ring = ring
+        return ring
     return layer.krause_ring
 
 # %% ../nbs/15_llm_branch.ipynb #f2fef4d1

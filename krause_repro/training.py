@@ -95,6 +95,8 @@ class _SlicingTrainer(Trainer):
     def __init__(self, *arguments, eval_collator, **keywords):
         super().__init__(*arguments, **keywords)
         self.eval_collator = eval_collator
+        if self.model.main_input_name == "pixel_values":  # parts of a batch of images are weighted by `_weight`, not summed
+            self.model_accepts_loss_kwargs = False
 
     def _loader(self, dataset: Dataset, workers: int, **options: object) -> DataLoader:
         "A data loader that accelerate does not shard."

@@ -354,9 +354,24 @@ class ImageModel(CheckedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch, the labels in all batches of a step
     has_head = False  # of the classifiers: without one, the model ends with its last tokens
     _keys_to_ignore_on_load_unexpected = (r"^head\.",)  # of a classifier that is loaded without its head
     _loss_function = staticmethod(classification_loss)
+
+    @classmethod
+    def check_options(cls, config: ImageConfig, options: dict):
+        "Raise a `ValueError` unless the settings among the options of `from_pretrained` fit those of the configuration."
+        given = {name: options[name] for name in cls.config_class.settings() if name in options}
+        cls.config_class.from_dict(config.to_dict() | given)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **options):
+        "As in 🤗 Transformers; settings are checked before weights are read."
+        stored = None if config is not None else stored_config(cls.config_class, pretrained_model_name_or_path, options)
+        if stored is not None:
+            cls.check_options(stored, options)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
 
     def save_pretrained(self, save_directory, is_main_process=True, **options):
         "As in 🤗 Transformers, with the model's image processor, unless the folder has one."
@@ -439,6 +454,8 @@ class ResizableModel(ImageModel):
         wanted = config.image_size if isinstance(config, cls.config_class) else options.get("image_size")
         stored = None if wanted is None else stored_config(cls.config_class, pretrained_model_name_or_path, options)
         changed = stored is not None and image_sides(stored.image_size) != image_sides(wanted)
+        if changed:
+            cls.check_options(stored if config is None else config, options)
         if changed and config is None:
             del options["image_size"]
         elif changed:

@@ -1074,20 +1074,42 @@ def test_columns_of_padding_are_those_of_the_keys():
     assert padding_of_keys(padding[:, :3], 2, 1, 4)[0].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("length", [3, 12])
-def test_assisted_decoding_is_refused_before_it_begins(length):
-    model, ids = small(), tokens(length, batch=1)
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    ran = model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    for wanted in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": small(branch=False)}):
-        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that can be rolled back, and the ring .* has overwritten"):
-            model.generate(ids, **options, **wanted)
-    ran.remove()
-    cache = model(tokens(9), use_cache=True).cache
-    for goes_back in (cache.activate_past_recording, lambda: cache.crop(-1)):
-        with pytest.raises(ValueError, match="assisted decoding .* needs a cache that can be rolled back"):
-            goes_back()
-    assert remove_krause_branch(model).generate(ids, prompt_lookup_num_tokens=3, **options).shape == (1, length + 12)
+def test_a_cache_goes_back_as_far_as_its_rings_have_recorded():
+    model, ids = small().double(), tokens(16)
+    with torch.no_grad():
+        whole, cache = model(ids).logits, model(ids[:, :9], use_cache=True).cache
+        assert not cache.is_croppable
+        with pytest.raises(ValueError, match="cannot remove 1 of 9 tokens: it has recorded 0 overwritten ones"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        assert cache.is_croppable
+        for rejected in (4, 1, 3):
+            model(torch.cat([ids[:, 9:10], tokens(rejected)], 1), cache=cache)
+            cache.crop(-rejected - 1)
+        assert_close(model(ids[:, 9:], cache=cache).logits, whole[:, 9:], rtol=0, atol=1e-12)
+
+
+def test_assisted_decoding_of_a_branch_without_a_cache_is_refused_before_it_begins():
+    model = add_krause_branch(small(branch=False), ignore_cache=True)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="assisted decoding .* is not exact with ignore_cache=True"):
+        model.generate(tokens(9, batch=1), prompt_lookup_num_tokens=3, max_new_tokens=12, do_sample=False)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_steps_with_a_branch_compile_into_one_graph(cached):
+    torch.manual_seed(0)
+    model = add_krause_branch(LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 1})).eval(), **BRANCH)
+    ids, cache, parts = tokens(11, batch=1), None, []
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for part in ids.split([9, 1, 1] if cached else [11], 1):
+            output = step(part, past_key_values=cache, use_cache=cached)
+            cache = output.get("past_key_values", output.get("cache"))
+            parts.append(output.logits)
+        assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-5)
+    torch.compiler.reset()
 
 
 def test_a_short_cache_goes_back():
