@@ -230,7 +230,7 @@ def mix_outputs(
     return module.krause_branch(output[0], **_by_name(module, args, kwargs)), *output[1:]
 
 # %% ../nbs/15_llm_branch.ipynb #971ac05b
-_NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) is not exact with ignore_cache=True, where the "
+_NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) is not exact with ignore_cache=True, where "
                 "branch sees only the tokens of a step; call generate without it")
 _NO_PAGING = ("continuous batching (generate_batch, cache_implementation='paged') keeps keys in pages of its own, and a Krause branch "
               "keeps its ring in the model's cache; use generate")
@@ -249,7 +249,8 @@ def _refuse_paging(*args, **kwargs):
     raise UserError(_NO_PAGING)
 
 
-REPLACED = {"_get_candidate_generator": _recorded_candidates, "init_continuous_batching": _refuse_paging}  # methods of a model with a branch
+# methods of a model with a branch
+REPLACED = {"_get_candidate_generator": _recorded_candidates, "init_continuous_batching": _refuse_paging}
 
 # %% ../nbs/15_llm_branch.ipynb #35173593
 class _WithRing:

@@ -379,16 +379,19 @@ def package_versions() -> dict[str, str]:
     return found
 
 # %% ../nbs/20_records.ipynb #456c8f3f
+_OUTPUTS = ("--", ":/", ":(top,exclude)results", ":(top,exclude)figures")  # no result depends on these
+
+
 def git_state(
     root: Path | None = None,  # a folder of the repository; by default the project's root
 ) -> dict[str, object]:
-    "The current commit, and whether tracked files are modified (`dirty`); None outside a repository."
+    "The current commit, and whether tracked files other than results and figures are modified (`dirty`); None outside a repository."
     def git(*arguments):
         done = subprocess.run(["git", *arguments], cwd=root or project_root(), capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", *_OUTPUTS)
     except FileNotFoundError:
         commit, changes = None, None
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}

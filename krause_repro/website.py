@@ -123,8 +123,9 @@ def output_html(
     image: Path,  # the file for its image, in a folder of the site
 ) -> object:  # safe HTML
     "A PNG image as a file, else Markdown, else text."
+    from markupsafe import Markup
+
     from krause_repro.records import atomic_write
-    from markupsafe import Markup, escape
 
     data = {kind: "".join(value) for kind, value in output.get("data", {}).items() if kind in ("image/png", "text/markdown", "text/plain")}
     if "image/png" in data:
@@ -263,7 +264,8 @@ def site_row(
     except (OSError, ValueError) as error:
         html.unlink(missing_ok=True)
         return {**row, "status": "damaged", "error": first_line(str(error).replace(f"{folder}/", ""))}
-    shown = {field: record.get(field) for field in ("error", "seconds")} | {field: record.get(field) or "" for field in ("executed", "profile")}
+    shown = {field: record.get(field) for field in ("error", "seconds")}
+    shown |= {field: record.get(field) or "" for field in ("executed", "profile")}
     return row | shown | {"cells": cells, "status": record.get("status", "ok") if path == copy else "committed",
                           "commit": (record.get("commit") or "")[:9], "link": quote(html.name), "file": html}
 
@@ -374,7 +376,8 @@ def api_entry(
     doc = ast.get_docstring(node) if documented else None
     skipped = range(node.body[0].lineno, node.body[0].end_lineno + 1) if doc else ()
     code = "\n".join(lines[i - 1] for i in range(first, end + 1) if i not in skipped)
-    return {"name": name, "code": code_html(textwrap.dedent(code).strip()), "doc": with_code(re.sub(r"(?<!\n)\n(?!\n)", " ", doc or "")), "methods": methods}
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", doc or "")
+    return {"name": name, "code": code_html(textwrap.dedent(code).strip()), "doc": with_code(text), "methods": methods}
 
 
 def module_api(
@@ -424,7 +427,8 @@ def write_pages(
         write(row["file"], "notebook", title=row["page"].title, here=row["link"], row=row, before=before, after=after, mathjax=mathjax,
               api=links.get(row["page"].name))
     for api in apis:
-        write(folder / api["link"], "api", title=f"krause_repro.{api['name']}", here="api.html", module=api, notebook=by_name.get(api["name"]))
+        of = by_name.get(api["name"])
+        write(folder / api["link"], "api", title=f"krause_repro.{api['name']}", here="api.html", module=api, notebook=of)
     if apis:
         write(folder / "api.html", "api", title="The library", here="api.html")
     links = {row["page"].stem: row["link"] for row in linked}
@@ -452,5 +456,6 @@ def site(
     apis = [api for path in sorted((root / "krause_repro").glob("[!_]*.py")) if (api := module_api(path))]
     write_pages(folder, rows, apis, {
         "profile": profile, "meaning": MEANING[profile], "facts": site_facts(rows, root), "rows": rows,
-        "findings": readme_section(root, "Findings"), "claims": readme_section(root, "Claims"), "figures": paired_figures(profile, root, folder)})
+        "findings": readme_section(root, "Findings"), "claims": readme_section(root, "Claims"),
+        "figures": paired_figures(profile, root, folder)})
     return folder / "index.html"

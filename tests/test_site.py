@@ -36,8 +36,9 @@ addEventListener("load", async () => {
     const search = text.getElementById("search");
     search.value = "top-k";
     search.dispatchEvent(new inner.Event("input"));
-    answers[page] = { errors, grounds, width: root.scrollWidth, found: [...text.querySelectorAll("#found a")].map(link => link.getAttribute("href")),
-                      folded: !text.getElementById("pages").open, contents: text.querySelectorAll("#contents a").length };
+    answers[page] = { errors, grounds, width: root.scrollWidth,
+      found: [...text.querySelectorAll("#found a")].map(link => link.getAttribute("href")),
+      folded: !text.getElementById("pages").open, contents: text.querySelectorAll("#contents a").length };
     frame.remove();
   }
   document.getElementById("answer").textContent = JSON.stringify(answers);
