@@ -286,7 +286,7 @@ class _WithRing:
         super().batch_repeat_interleave(repeats)
         self.krause_ring.batch_repeat_interleave(repeats)
 
-
+# %% ../nbs/15_llm_branch.ipynb #91a2a57d
 def _layer_with_ring(kind):
     "The subclass of a kind of cache layer that has a ring."
     if kind not in _KINDS:

@@ -104,7 +104,7 @@ def markdown_html(
     html = re.sub(r'href="(?:\./)?(?:nbs/)?(\d\d_\w+)\.ipynb', r'href="\1.html', html)
     return Markup(html.replace("<img ", '<img loading="lazy" '))
 
-
+# %% ../nbs/59_website.ipynb #d768c9c2
 def code_html(
     source: str,  # Python
 ) -> object:  # safe HTML
