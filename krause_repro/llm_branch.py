@@ -285,7 +285,7 @@ class _WithRing:
         super().batch_repeat_interleave(repeats)
         self.krause_ring.batch_repeat_interleave(repeats)
 
-
+# %% ../nbs/15_llm_branch.ipynb #0af9fb45
 def _layer_with_ring(kind):
     "The subclass of a kind of cache layer that has a ring."
     if kind not in _KINDS:
