@@ -30,8 +30,8 @@ class Fault:
 
 
 FAULTS = [
-    Fault("window one token too long", "(age >= 0) & (age < window)", "(age >= 0) & (age <= window)", "attention"),
-    Fault("band lets the next token through", "(age >= 0) & (age < window)", "(age >= -1) & (age < window)", "attention"),
+    Fault("window one token too long", "return (age >= 0) & (age < window)", "return (age >= 0) & (age <= window)", "attention"),
+    Fault("band lets the next token through", "return (age >= 0) & (age < window)", "return (age >= -1) & (age < window)", "attention"),
     Fault("ties at the k-th place dropped", "survivors = candidates <= candidates.topk(", "survivors = candidates < candidates.topk(",
           "attention"),
     Fault("top-k before the window", "candidates = energy if allowed is None else energy.masked_fill(~allowed, torch.inf)",
@@ -69,7 +69,7 @@ FAULTS = [
           "fine_tuning"),
     Fault("a process trains on another's part", "slice(count * rank // processes, count * (rank + 1) // processes)",
           "slice(0, count // processes)", "training"),
-    Fault("confidence radius strict", "heard = (distances(x) <= reach)", "heard = (distances(x) < reach)", "dynamics"),
+    Fault("confidence radius strict", "attended = (distances(x) <= reach)", "attended = (distances(x) < reach)", "dynamics"),
     Fault("cross term of the Fréchet distance", "- 2 * inner).item()", "- inner).item()", "frechet sample_quality"),
     Fault("entropy of the wrong sign", "return -torch.xlogy(weights, weights).sum(-1)",
           "return torch.xlogy(weights, weights).sum(-1)", "analysis"),
