@@ -244,7 +244,7 @@ def plot_bits(
     "Bits per dimension, or `quantity`: seeds as circles, mean as a dot with a bar of one standard deviation; baselines dashed."
     rows, baselines = require_fields(data, "data", "rows", "baselines")
     labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
-    fig, axes = new_figure(1.6 + 0.42 * len(rows))
+    fig, axes = new_figure(1.8 + 0.42 * len(rows))
     ax = axes[0, 0]
     seen = [x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3)]
     for label, value in require_each(baselines, "data['baselines']", "label", "value"):
@@ -255,8 +255,8 @@ def plot_bits(
     low, high = min(seen), max(seen)
     room = 0.08 * (high - low) + 0.01
     ax.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=labels, ylabel="model",
-           xlabel=f"{data.get('quantity', 'bits per dimension of the test images')}, less is better\n"
-                  f"circle: one seed; dot and bar: mean ± standard deviation; dashed: {data.get('dashed', 'count baselines')}")
+           xlabel=f"{data.get('quantity', 'bits per dimension of the test images')}, less is better")
+    draw_note(fig, f"circle: one seed; dot and bar: mean ± standard deviation\ndashed: {data.get('dashed', 'count baselines')}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #a5b3c4e6
