@@ -48,7 +48,7 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 NOT_APPLICABLE = {  # of all models also: slow and fast initialisation, torchscript, sdpa and flash kernels, head masks
     ("branch", "attentions"): "its layers return the base's weights; recorded_branches gives the branch's",
     **{(kind, "embedded"): "it takes tokens only, whose range is checked" for kind in MIXED},
-    ("llama", "exported"): "as Qwen2's; with one length in test_transformers_attention",
+    ("llama", "exported"): "its code is Qwen2's; with one length in test_transformers_attention",
     ("krause", "assisted"): "its cache of all positions cannot be cropped, which transformers says",
     **{(kind, "padded"): "it has no padding; an attention_mask with zeros is refused" for kind in MIXED},
 }
@@ -183,11 +183,11 @@ def exported(kind, folder):
 CHECKS = (saved, resized, ties, checkpointed, attentions, embedded, padded, beams, assisted, tuple_output, exported)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("kind", KINDS)
+APPLICABLE = [(kind, check) for kind in KINDS for check in CHECKS if (kind, check.__name__) not in NOT_APPLICABLE]
+
+
+@pytest.mark.parametrize(("kind", "check"), APPLICABLE, ids=[f"{kind}-{check.__name__}" for kind, check in APPLICABLE])
 def test_a_model_is_as_transformers_expects(kind, check, tmp_path):
-    if reason := NOT_APPLICABLE.get((kind, check.__name__)):
-        pytest.skip(reason)
     with torch.enable_grad() if check is checkpointed else torch.no_grad():
         check(kind, tmp_path)
 
@@ -225,7 +225,7 @@ def each_alone(kind, folder):
     assert_close(torch.cat([model(each[None]).logits for each in x]), model(x).logits, **CLOSE)
 
 
-IMAGE_NOT_APPLICABLE = ("resized", "ties", "embedded", "padded", "beams", "assisted")  # of tokens and generation
+# Not applicable, as they are about tokens and generation: resized, ties, embedded, padded, beams, assisted.
 IMAGE_CHECKS = (saved, checkpointed, attention_maps, another_head, each_alone, tuple_output)  # export and flags: test_model_base
 
 
