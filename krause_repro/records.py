@@ -149,15 +149,22 @@ def copy_file(
     return target
 
 # %% ../nbs/20_records.ipynb #7ca0a5c8
+def write_text(
+    path: str | Path,  # file to write
+    text: str,  # its content
+) -> None:
+    "Write text to `path` atomically."
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(
     path: str | Path,  # file to write
     value: object,  # JSON-serialisable; NaN and infinities raise `ValueError`
     indent: int | None = 1,  # spaces of indentation; None writes one line
 ) -> Path:
     "Write `value` as JSON to `path` atomically."
-    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
     return Path(path)
 
 # %% ../nbs/20_records.ipynb #fb4d99de

@@ -29,7 +29,7 @@ from .image_recipes import IMAGE_DATA, row_name
 from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
-from .records import atomic_write, project_root, read_text
+from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path, stale_recipes
 from .sinks import branch_files, sink_answer, sink_models
 from .statistics import MIN_EFFECT, decimals, markdown_table
@@ -488,8 +488,7 @@ def update_readme(
         before, rest = text.split(start)
         text = f"{before}{start}\n{make(root)}\n{end}{rest.split(end)[1]}"
     for file, content in ((path.with_name("RESULTS.md"), results_page(root)), (path, text)):
-        with atomic_write(file) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(file, content)
     return path
 
 # %% ../nbs/70_report.ipynb #6095e563

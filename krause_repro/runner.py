@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .checks import UserError, did_you_mean
-from .records import copy_file
+from .records import atomic_write, copy_file, git_state, locked, project_root, remove_leftovers
 
 # %% ../nbs/58_runner.ipynb #10b4482f
 @dataclass(frozen=True)
@@ -84,8 +84,6 @@ def notebooks(
     nbs: str | Path | None = None,  # the folder of notebooks; the project's by default
 ) -> list[Page]:
     "The pages of the book in reading order. Raises `FileNotFoundError` if there is none, `ValueError` for a damaged one."
-    from krause_repro.records import project_root
-
     folder = Path(nbs or project_root() / "nbs")
     pages = [read_page(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
     if not pages:
@@ -255,8 +253,6 @@ def run_page(
     kernels: Kernels,  # to which its kernel is added
 ) -> dict[str, object]:
     "Execute one page and record status, error, duration, time and commit in the copy; no copy if the kernels were ended."
-    from krause_repro.records import git_state, atomic_write
-
     start = time.perf_counter()
     with atomic_write(output) as temporary:
         error = execute(page.path, temporary, parameters, kernels)
@@ -389,8 +385,6 @@ def site_folder(
     root: str | Path | None = None,  # the project's folder
 ) -> Path:
     "Folder of a run's site and executed notebooks."
-    from krause_repro.records import project_root
-
     return Path(root or project_root()).resolve() / "runs" / profile / "site"
 
 # %% ../nbs/58_runner.ipynb #0b98d0d2
@@ -439,8 +433,6 @@ def run(
     A page that fails does not stop the others, except as in `NEEDS`. Raises, before any work, `ValueError` for an unknown profile, page or
     `train` and for a folder that is not writable, and `InUse` while another process runs the same profile.
     """
-    from krause_repro.records import locked, project_root, remove_leftovers
-
     train, root = settled_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
     if only is None and profile != "smoke":
@@ -489,8 +481,6 @@ def book(
     a folder that is not writable, and `InUse` while another process executes pages of the desk profile.
     """
     from krause_repro.drawing import figure_folder
-    from krause_repro.records import locked, project_root, remove_leftovers
-
     root = Path(root or project_root()).resolve()
     chosen, records = select(notebooks(root / "nbs"), only), []
     check_paths(chosen)

@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .checks import UserError
-from .records import copy_file
+from .records import atomic_write, copy_file, disk_errors, environment, project_root, scratch_folder, write_text
 from .runner import Page, check_paths, failed_need, first_line, notebooks, read_notebook, settled_train, site_folder
 
 # %% ../nbs/59_website.ipynb #d130634f
@@ -31,8 +31,6 @@ def copy_mathjax(
     folder: Path,  # the site's folder
 ) -> str:
     "Copy MathJax into the site once and return its relative URL; its public one if jupyter-server-mathjax is not installed."
-    from krause_repro.records import disk_errors, scratch_folder
-
     package = importlib.util.find_spec("jupyter_server_mathjax")
     if package is None:
         return f"https://cdnjs.cloudflare.com/ajax/libs/mathjax/2.7.7/{MATHJAX}"
@@ -125,8 +123,6 @@ def output_html(
     "A PNG image as a file, else Markdown, else text."
     from markupsafe import Markup
 
-    from krause_repro.records import atomic_write
-
     data = {kind: "".join(value) for kind, value in output.get("data", {}).items() if kind in ("image/png", "text/markdown", "text/plain")}
     if "image/png" in data:
         try:
@@ -166,13 +162,13 @@ def read_copy(
 
 # %% ../nbs/59_website.ipynb #b2d90f67
 def page_cells(
-    path: Path,  # an executed notebook
+    notebook: dict,  # of `read_copy`
+    path: Path,  # its file
     folder: Path,  # the site's folder, into which its images are written
 ) -> list[dict[str, object]]:
     "The cells of an executed notebook as HTML. ValueError for a damaged one."
     import nbformat
 
-    notebook, _ = read_copy(path)
     try:
         plain = plain_notebook(notebook)
         nbformat.validate(plain)
@@ -259,8 +255,8 @@ def site_row(
     if not path.is_file():
         return row
     try:
-        _, record = read_copy(path)
-        cells = page_cells(path, folder)
+        notebook, record = read_copy(path)
+        cells = page_cells(notebook, path, folder)
     except (OSError, ValueError) as error:
         html.unlink(missing_ok=True)
         return {**row, "status": "damaged", "error": first_line(str(error).replace(f"{folder}/", ""))}
@@ -296,8 +292,6 @@ def site_facts(
     root: Path,  # the project's folder
 ) -> list[tuple[str, str]]:
     "The head of the index: number of executed notebooks, total time, and the environment."
-    from krause_repro.records import environment
-
     now = environment()
     done = [row for row in rows if row["seconds"] is not None]
     commit = (now["commit"] or "none")[:9] + (" with uncommitted changes" if now["dirty"] else "")
@@ -344,16 +338,6 @@ def copy_frame(
         back = '<main>\n<p><a href=../index.html>Krause attention, reproduced</a></p>'
         write_text(folder / "interactive" / source.name, text.replace("<main>", back, 1))
 
-
-def write_text(
-    path: Path,  # a file of the site
-    text: str,  # its content
-) -> None:
-    "Write a text file whole."
-    from krause_repro.records import atomic_write
-
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 # %% ../nbs/59_website.ipynb #c93f5b12
 def api_entry(
@@ -444,8 +428,6 @@ def site(
 
     A damaged copy or figure is marked as such; the others are shown.
     """
-    from krause_repro.records import project_root
-
     settled_train(profile)
     root = Path(root or project_root()).resolve()
     folder, pages = site_folder(profile, root), notebooks(root / "nbs")

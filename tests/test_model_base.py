@@ -562,9 +562,10 @@ def test_gradients_of_each_image(name):
             assert_close(gradients[n], grad, rtol=1e-4, atol=1e-6, msg=lambda text, parameter=parameter: f"{parameter}: {text}")
 
 
-def test_onnx_gets_standard_operators_alone(monkeypatch):
+@pytest.mark.parametrize("name", ["kvit", "kswin"])
+def test_onnx_gets_standard_operators_alone(name, monkeypatch):
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    model = build(*CASES["kswin"])
+    model = build(*CASES[name])
     program = torch.export.export(model, (inputs(model),))
     calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any(call.startswith("krause_repro") for call in calls) and not {"aten.fmin.default", "aten.fmax.default"} & calls
