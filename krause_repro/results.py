@@ -54,19 +54,15 @@ def result_path(
 
 # %% ../nbs/21_results.ipynb #dd94e7eb
 def summaries(
-    value: object,  # a result, or part of it
+    value: dict | list,  # a result, or part of it
     place: str = "",  # its path in the result
 ) -> Iterator[tuple[str, dict]]:  # path, and mean, sd, n and values
     "All numbers of a result that are summaries over seeds, in order."
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return
-    if _number(value.get("mean")):
+    if isinstance(value, dict) and _number(value.get("mean")):
         yield place, value
         return
-    for field, each in value.items():
-        if field != "recipes":
+    for field, each in value.items() if isinstance(value, dict) else enumerate(value):
+        if field != "recipes" and isinstance(each, (dict, list)):
             yield from summaries(each, f"{place}.{field}" if place else str(field))
 
 
@@ -246,6 +242,8 @@ def check_fields(
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{file}: {place} is {value}, not a finite number; {remedy}")
     if isinstance(value, list):
+        if all(type(each) is int or type(each) is float and math.isfinite(each) for each in value):
+            return value  # most lists by far: curves
         return [check_fields(each, file, remedy, f"{place}[{i}]") for i, each in enumerate(value)]
     if not isinstance(value, dict):
         return value

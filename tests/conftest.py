@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 
+gc.disable()  # while all is imported; `libraries` enables it
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers share the cores
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU it interprets its kernels
@@ -33,6 +34,7 @@ def libraries():
     transformers.utils.logging.disable_progress_bar()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

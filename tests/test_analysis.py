@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cases import over
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -362,8 +363,8 @@ def spoilt(x, value):
     return x
 
 
-@pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize(("change", "message"), [
+@over("name", MEASURES)
+@over(("change", "message"), [
     (lambda x: spoilt(x, math.nan), "must be finite, and 1 of [0-9]+ numbers are NaN or infinite"),
     (lambda x: spoilt(x, math.inf), "must be finite"),
     (lambda x: x[:0], "no dimension of 0"), (lambda x: x[0], "must be a floating tensor"),

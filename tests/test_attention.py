@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import over
 from hypothesis import given
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -372,8 +373,8 @@ def test_gradients_with_empty_rows_are_finite():
 # Edges
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 3, 4, 9])
-@pytest.mark.parametrize("length", [1, 3, 4, 5])
+@over("top_k", [None, 1, 3, 4, 9])
+@over("length", [1, 3, 4, 5])
 def test_lengths_around_the_window(length, top_k):
     query, key, value = tensors(length, (2, 2, length, 3))
     expected = oracle(query, key, CausalWindow(4), top_k, sigma=1.2) @ value
@@ -390,10 +391,10 @@ def test_rows_with_fewer_candidates_than_k_keep_them_all(implementation):
     assert (weights > 0).sum(-1).flatten().tolist() == [3, 4, 3, 4, 4, 4, 3, 4, 3]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize(("neighborhood", "implementation"), EACH_WAY)
-@pytest.mark.parametrize("as_tensor", [False, True])
+@over("dtype", [torch.float32, torch.float64])
+@over("top_k", [None, 3])
+@over(("neighborhood", "implementation"), EACH_WAY)
+@over("as_tensor", [False, True])
 def test_sigma_tiny_and_huge(neighborhood, implementation, top_k, dtype, as_tensor):
     leaves = [tensor.requires_grad_() for tensor in tensors(1, (2, 2, 7, 4), dtype=dtype)]
     reference = oracle(*(leaf.double() for leaf in leaves[:2]), neighborhood, top_k, sigma=1.0)
@@ -407,9 +408,9 @@ def test_sigma_tiny_and_huge(neighborhood, implementation, top_k, dtype, as_tens
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize(
+@over("dtype", [torch.float16, torch.bfloat16])
+@over("top_k", [None, 3])
+@over(
     ("neighborhood", "implementation"),
     [(Full(), "reference"), (CausalWindow(5), "reference"), (CausalWindow(5), "banded"), (GridWindow(3, 4, 1), "reference"),
      (GridWindow(3, 4, 1), "gathered")],
@@ -450,8 +451,8 @@ def test_inputs_need_not_be_contiguous(neighborhood):
     assert_close(output, oracle(query, key, neighborhood, 3, sigma=1.0) @ value, **EXACT)
 
 
-@pytest.mark.parametrize(("neighborhood", "implementation"), EACH_WAY)
-@pytest.mark.parametrize("top_k", [None, 2])
+@over(("neighborhood", "implementation"), EACH_WAY)
+@over("top_k", [None, 2])
 def test_huge_and_zero_vectors(neighborhood, implementation, top_k):
     query, key, value = tensors(0, (1, 2, 7, 4), dtype=torch.float32)
     query, key = 1e4 * query, 1e4 * key
@@ -576,8 +577,8 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("derivative", DERIVATIVES)
-@pytest.mark.parametrize(
+@over("derivative", DERIVATIVES)
+@over(
     ("neighborhood", "top_k"), [(CausalWindow(3), None), (CausalWindow(3), 2), (GridWindow(2, 2, 1), 3), (Full(), None), (Full(), 3)]
 )
 def test_every_kind_of_derivative_is_that_of_the_reference(neighborhood, top_k, derivative):
@@ -727,7 +728,7 @@ def test_numpy_numbers_are_numbers():
     assert type(check_fraction("x", np.float32(0.5))) is float
 
 
-@pytest.mark.parametrize("change", [
+@over("change", [
     {"top_k": np.True_}, {"top_k": np.float64(2)}, {"top_k": np.int64(0)}, {"top_k": torch.tensor(2)}, {"sigma": np.float32("nan")},
     {"sigma": np.True_}, {"sigma": np.array([1.0, 1.0])}, {"sigma": torch.tensor([1, 2])}, {"sigma": 1j}, {"dropout": np.float32("nan")},
     {"dropout": np.float64(1)},
@@ -737,8 +738,8 @@ def test_what_is_no_number_is_named(change):
         krause_attention(**BASE | change)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.bool])
-@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(2), GridWindow(2, 2, 1)])
+@over("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.bool])
+@over("neighborhood", [Full(), CausalWindow(2), GridWindow(2, 2, 1)])
 def test_the_type_of_a_tensor_is_named(neighborhood, dtype):
     tensor = torch.zeros(1, 2, 5, 4, dtype=dtype)
     with pytest.raises(ValueError, match=f"query must be a floating tensor.*got {dtype}"):
@@ -756,9 +757,9 @@ def test_what_is_no_tensor_is_named():
             krause_attention(**BASE | {name: array})
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), CausalWindow(70), GridWindow(2, 2, 1)])
+@over("top_k", [None, 2])
+@over("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@over("neighborhood", [Full(), CausalWindow(3), CausalWindow(70), GridWindow(2, 2, 1)])
 def test_an_empty_batch_is_a_result(neighborhood, dtype, top_k):
     query = torch.zeros(0, 4, 5, 8, dtype=dtype, requires_grad=True)
     key, value = torch.zeros(0, 2, 5, 8, dtype=dtype), torch.zeros(0, 2, 5, 3, dtype=dtype)
@@ -789,7 +790,7 @@ BASE = dict(zip(("query", "key", "value"), tensors(0, (1, 2, 5, 3), dtype=torch.
 WINDOWED = {"neighborhood": CausalWindow(3)}
 
 
-@pytest.mark.parametrize(
+@over(
     ("change", "message"),
     [
         ({"query": torch.randn(2, 5, 3)}, r"query must have four dimensions.*\(2, 5, 3\)"),
@@ -881,7 +882,7 @@ def test_weights_check_their_arguments_too():
         attention_weights(BASE["query"], BASE["key"], Full(), score="cosine")
 
 
-@pytest.mark.parametrize(
+@over(
     ("build", "message"),
     [
         (lambda: CausalWindow(0), "size must be an integer ≥ 1, got 0"),
@@ -970,9 +971,9 @@ def project(layer, hidden, heads):
     return F.linear(hidden, layer.weight, layer.bias).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("sigma_per", ["head", "layer"])
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("neighborhood", [Full(), CausalWindow(3), GridWindow(2, 3, 1)])
+@over("sigma_per", ["head", "layer"])
+@over("score", SCORES)
+@over("neighborhood", [Full(), CausalWindow(3), GridWindow(2, 3, 1)])
 def test_module_is_projections_around_attention(neighborhood, score, sigma_per):
     torch.manual_seed(0)
     module = KrauseAttention(8, 2, neighborhood, 3, score=score, sigma=1.7, sigma_per=sigma_per).double()
@@ -1092,8 +1093,8 @@ def test_forward_derivatives_are_those_of_the_definition(support, top_k):
     assert_close(torch.func.vmap(slope("auto"))(sigmas), torch.func.vmap(slope("reference"))(sigmas), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
+@over("way", WAYS)
+@over(("support", "top_k"), SUPPORTS)
 def test_a_value_that_is_no_number_reaches_those_who_weigh_it_and_no_gradient_of_others(support, top_k, way):
     query, key, value = small_three()
     weights = krause_attention_weights(query, key, 1.0, support, top_k)
@@ -1122,8 +1123,8 @@ def test_padding_that_was_never_written_does_not_count(support, top_k, way):
     assert clean.isfinite().all()
 
 
-@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
-@pytest.mark.parametrize("way", WAYS)
+@over(("support", "top_k"), SUPPORTS)
+@over("way", WAYS)
 def test_distances_are_as_exact_far_from_the_origin(support, top_k, way):
     query, key, value = small_three(dtype=torch.float64)
     query, key = ((x.float() + 1000).double() - 1000 for x in (query, key))  # what float32 can hold there

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import over
 
 from krause_repro.dynamics import (
     INTEGRATORS,
@@ -383,7 +384,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("call", "error", "names"), REFUSED.values(), ids=REFUSED)
+@over(("call", "error", "names"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_by_name(call, error, names):
     with pytest.raises(error, match=names):
         call()

@@ -48,7 +48,10 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 NOT_APPLICABLE = {  # of all models also: slow and fast initialisation, torchscript, sdpa and flash kernels, head masks
     ("branch", "attentions"): "its layers return the base's weights; recorded_branches gives the branch's",
     **{(kind, "embedded"): "it takes tokens only, whose range is checked" for kind in MIXED},
-    ("llama", "exported"): "its code is Qwen2's; with one length in test_transformers_attention",
+    **{(kind, "exported"): "its attention is Qwen2's, which is exported; with one length in test_transformers_attention"
+       for kind in ("llama", "gpt2")},
+    ("krause only", "exported"): "krause, which is exported, contains it",
+    ("qwen2", "assisted"): "its code is Llama's",
     ("krause", "assisted"): "its cache of all positions cannot be cropped, which transformers says",
     **{(kind, "padded"): "it has no padding; an attention_mask with zeros is refused" for kind in MIXED},
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import over
 
 from krause_repro import evaluation
 from krause_repro.ablation import (
@@ -179,7 +180,7 @@ def test_seeds_must_be_paired():
         paired_difference([], [])
 
 
-@pytest.mark.parametrize("freedom", range(1, 13))
+@over("freedom", range(1, 13))
 def test_student_quantiles(freedom):
     "Integrate the density of Student's t: 97.5% lies below the quantile that an interval uses."
     found = paired_difference([float(i * i) for i in range(freedom + 1)], [0.0] * (freedom + 1))

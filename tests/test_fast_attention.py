@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
 import torch.nn.functional as F
+from cases import over
 from fresh import run_fresh
 from hypothesis import HealthCheck, given, settings
 from torch.autograd import forward_ad
@@ -87,7 +88,7 @@ WAYS = {
     "reference": reference_attention, "banded_tiles": banded_tiles, "native_band": native_band, "gathered_rows": gathered_rows,
     "native_lists": native_lists, "sdpa": sdpa_attention, "flex": flex_attention,
 }
-CAUSAL = [pytest.param("native_band", marks=needs_kernels), "banded_tiles", "sdpa"]
+CAUSAL = [*(["native_band"] if NATIVE else []), "banded_tiles", "sdpa"]
 ROUNDINGS = 8  # of the result's scale
 
 
@@ -415,25 +416,25 @@ def test_gradients_lose_no_more_than_twice_the_dense_ones(problem):
 
 
 EACH_WAY = [  # implementation, neighbourhood of twelve tokens, top-k; without FlexAttention
-    pytest.param(name, neighborhood, top_k, marks=needs_kernels if name.startswith("native") else [])
+    (name, neighborhood, top_k)
     for neighborhood in (CausalWindow(5), GridWindow(3, 4, 1, cls_token=False), Full()) for top_k in (None, 3)
     for name, applies in {
         "reference": True, "banded_tiles": isinstance(neighborhood, CausalWindow), "native_band": isinstance(neighborhood, CausalWindow),
         "gathered_rows": isinstance(neighborhood, GridWindow), "native_lists": isinstance(neighborhood, GridWindow), "sdpa": top_k is None,
-    }.items() if applies
+    }.items() if applies and (NATIVE or not name.startswith("native"))
 ]
-each_way = pytest.mark.parametrize(("name", "neighborhood", "top_k"), EACH_WAY)
-fast_ways = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if way.values[0] != "reference"])
-AS_FLEX = [pytest.param("flex", neighborhood, top_k) for neighborhood in (CausalWindow(5), Full()) for top_k in (None, 3)]
-with_flex = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [*EACH_WAY, *AS_FLEX])
-with_key_mask = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [
-    way for way in EACH_WAY if way.values[0] not in ("gathered_rows", "native_lists")
+each_way = over(("name", "neighborhood", "top_k"), EACH_WAY)
+fast_ways = over(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if way[0] != "reference"])
+AS_FLEX = [("flex", neighborhood, top_k) for neighborhood in (CausalWindow(5), Full()) for top_k in (None, 3)]
+with_flex = over(("name", "neighborhood", "top_k"), [*EACH_WAY, *AS_FLEX])
+with_key_mask = over(("name", "neighborhood", "top_k"), [
+    way for way in EACH_WAY if way[0] not in ("gathered_rows", "native_lists")
 ])
-each_way_that_drops = pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if way.values[0] != "sdpa"])
+each_way_that_drops = over(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if way[0] != "sdpa"])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sigma", [0.5, 2.0])
+@over("dtype", [torch.bfloat16, torch.float16])
+@over("sigma", [0.5, 2.0])
 @fast_ways
 def test_gradients_in_half_precision_lose_no_more_than_twice_the_dense_ones(name, neighborhood, top_k, sigma, dtype):
     tensors, incoming = three(0, (2, 4, 12, 32), dtype=dtype), normal(9, 2, 4, 12, 32, dtype=dtype)
@@ -452,8 +453,8 @@ def test_gradients_in_half_precision_lose_no_more_than_twice_the_dense_ones(name
         assert loss <= 2 * dense_loss, what
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize(("name", "neighborhood", "top_k"), [
+@over("score", SCORES)
+@over(("name", "neighborhood", "top_k"), [
     *itertools.product(["banded_tiles"], [CausalWindow(4)], [None, 3]),
     *itertools.product(["gathered_rows"], [GridWindow(2, 3, 1), GridWindow(1, 7, 2, cls_token=False)], [None, 3]),
     *itertools.product(["sdpa"], [CausalWindow(4), GridWindow(2, 3, 1), Full()], [None]),
@@ -470,7 +471,7 @@ def test_gradcheck(name, neighborhood, top_k, score):
     assert torch.autograd.gradcheck(output, (*leaves, sigma), check_forward_ad=True, fast_mode=True)  # along random directions
 
 
-@pytest.mark.parametrize("score", ["krause", "softmax"])
+@over("score", ["krause", "softmax"])
 @fast_ways
 def test_second_derivatives_are_those_of_the_reference(name, neighborhood, top_k, score):
     found = []
@@ -496,7 +497,7 @@ def test_second_derivatives_with_dropout_are_refused(name, neighborhood):
 
 
 @fast_ways
-@pytest.mark.parametrize("needed", range(4))
+@over("needed", range(4))
 def test_one_gradient_may_be_asked_for_alone(name, neighborhood, top_k, needed):
     leaves = [*three(0, (1, 2, 12, 5)), torch.tensor([0.9, 1.4])]
 
@@ -519,7 +520,7 @@ def laid_out(x, order):
     return x.permute(order).contiguous().permute([order.index(n) for n in range(4)])
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(10, torch.float32), (16, torch.bfloat16)])
+@over(("dim", "dtype"), [(10, torch.float32), (16, torch.bfloat16)])
 @fast_ways
 def test_the_layout_in_memory_does_not_matter(name, neighborhood, top_k, dim, dtype):
     tensors, incoming = three(0, (2, 3, 12, dim), dtype=dtype), normal(9, 2, 3, 12, dim, dtype=dtype)
@@ -563,7 +564,7 @@ def test_one_candidate_is_copied(name, neighborhood, top_k):
     assert_close(attend_by(name, *token, one, top_k, sigma=1.0), value[:, :, :1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in [*EACH_WAY, *AS_FLEX] if way.values[2]])
+@over(("name", "neighborhood", "top_k"), [way for way in [*EACH_WAY, *AS_FLEX] if way[2]])
 def test_k_of_one_is_the_nearest_and_k_of_all_is_no_choice(name, neighborhood, top_k):
     query, key, value = three(0, (2, 2, 12, 5))
     distance = torch.cdist(query.double(), key.double()).masked_fill(~neighborhood.mask(12), torch.inf)
@@ -574,15 +575,15 @@ def test_k_of_one_is_the_nearest_and_k_of_all_is_no_choice(name, neighborhood, t
         assert_close(attend_by(name, query, key, value, neighborhood, many, sigma=1.0), every, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if isinstance(way.values[1], CausalWindow)])
+@over(("name", "neighborhood", "top_k"), [way for way in EACH_WAY if isinstance(way[1], CausalWindow)])
 def test_a_window_may_be_longer_than_the_sequence(name, neighborhood, top_k):
     tensors = three(0, (1, 2, 12, 5))
     whole = attend_by(name, *tensors, CausalWindow(12), top_k, sigma=1.0)
     assert torch.equal(attend_by(name, *tensors, CausalWindow(10**9), top_k, sigma=1.0), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("as_tensor", [False, True])
+@over("dtype", [torch.float32, torch.bfloat16])
+@over("as_tensor", [False, True])
 @each_way
 def test_sigma_tiny_and_huge(name, neighborhood, top_k, as_tensor, dtype):
     tensors = three(1, (2, 2, 12, 4), dtype=dtype)
@@ -597,10 +598,10 @@ def test_sigma_tiny_and_huge(name, neighborhood, top_k, as_tensor, dtype):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize(("name", "neighborhood", "top_k", "dtype"), [
-    pytest.param(*way.values, dtype, marks=way.marks)
+@over(("name", "neighborhood", "top_k", "dtype"), [
+    (*way, dtype)
     for way in EACH_WAY for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if way.values[0] not in ("gathered_rows", "native_lists") and (way.values[0], dtype) != ("native_band", torch.float64)
+    if way[0] not in ("gathered_rows", "native_lists") and (way[0], dtype) != ("native_band", torch.float64)
 ])
 def test_rows_without_candidates_are_zero(name, neighborhood, top_k, dtype):
     key_mask = torch.ones(3, 12, dtype=torch.bool)
@@ -615,7 +616,7 @@ def test_rows_without_candidates_are_zero(name, neighborhood, top_k, dtype):
     assert not gradients[0].transpose(1, 2)[empty].any() and not any(x.transpose(1, 2)[~key_mask].any() for x in gradients[1:3])
 
 
-@pytest.mark.parametrize(("where", "bad"), [("query", math.nan), ("query", math.inf), ("key", math.nan), ("key", -math.inf)])
+@over(("where", "bad"), [("query", math.nan), ("query", math.inf), ("key", math.nan), ("key", -math.inf)])
 @with_flex
 def test_a_bad_vector_spoils_the_rows_that_consider_it(name, neighborhood, top_k, where, bad):
     tensors = three(0, (2, 2, 12, 16))
@@ -629,7 +630,7 @@ def test_a_bad_vector_spoils_the_rows_that_consider_it(name, neighborhood, top_k
     assert_close(output[~spoiled], good[~spoiled], rtol=0, atol=0 if name.startswith("native") else 1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@over("bad", [math.nan, math.inf, -math.inf])
 @with_key_mask
 def test_a_bad_key_that_is_padding_does_not_matter(name, neighborhood, top_k, bad):
     query, key, value = three(0, (2, 2, 12, 16))
@@ -662,7 +663,7 @@ def test_minus_zero_is_zero(name, neighborhood, top_k):
         assert_close(output[0, 0], allowed @ value[0, 0] / allowed.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("shift", [0.0, 3.0])
+@over("shift", [0.0, 3.0])
 @with_flex
 def test_autocast_costs_no_more_than_it_costs_the_reference(name, neighborhood, top_k, shift):
     "Scores stay in single precision under autocast; what a model's projections give it is in half precision."
@@ -966,7 +967,7 @@ def test_dropout_follows_the_seed(name, neighborhood, top_k):
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("score", ["krause", "softmax"])
+@over("score", ["krause", "softmax"])
 @each_way
 def test_gradients_are_of_the_dropped_forward(name, neighborhood, top_k, score):
     "The mask is read off the unit vectors; then the reference in float64 says what the gradients are."
@@ -1051,7 +1052,7 @@ def test_compiled_is_eager():
 # What is not finite, and where it may not go
 
 
-@pytest.mark.parametrize(("sigma", "bad"), [(2.0, math.nan), (2.0, -math.inf), (0.02, math.nan), (0.02, math.inf)])
+@over(("sigma", "bad"), [(2.0, math.nan), (2.0, -math.inf), (0.02, math.nan), (0.02, math.inf)])
 @with_flex
 def test_a_bad_value_reaches_the_rows_that_keep_its_key(name, neighborhood, top_k, sigma, bad):
     "Also with weights that are too small for a float."
@@ -1091,7 +1092,7 @@ def test_no_gradient_passes_through_what_a_bad_value_spoils(name, neighborhood, 
     assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@over("dtype", [torch.float32, torch.bfloat16])
 @with_key_mask
 def test_padding_that_was_never_written_does_not_matter(name, neighborhood, top_k, dtype):
     key_mask = torch.ones(2, 12, dtype=torch.bool)
@@ -1118,8 +1119,8 @@ def test_a_dropped_value_does_not_count(name, neighborhood, top_k):
     assert torch.equal(output.isnan().any(-1), kept) and 0 < kept.sum() < kept.numel()
 
 
-@pytest.mark.parametrize("name", ["reference", *CAUSAL])
-@pytest.mark.parametrize("window", [1, 3, 70, 200])
+@over("name", ["reference", *CAUSAL])
+@over("window", [1, 3, 70, 200])
 def test_a_future_of_nan_changes_nothing(name, window):
     now, tensors = 75, three(0, (1, 2, 100, 16))
     later = [x.clone() for x in tensors]
@@ -1133,7 +1134,7 @@ def test_a_future_of_nan_changes_nothing(name, window):
         assert torch.autograd.grad(output.sum(), leaves[0])[0][:, :, :now + 1].isfinite().all()
 
 
-@pytest.mark.parametrize("far", [0, 10, 100])
+@over("far", [0, 10, 100])
 @with_flex
 def test_a_common_offset_costs_no_precision(name, neighborhood, top_k, far):
     query, key, value = three(0, (1, 2, 12, 16))
@@ -1261,8 +1262,8 @@ def test_an_operator_reads_nothing_beside_its_tensors(change, message):
 # Packed sequences
 
 
-@pytest.mark.parametrize("name", ["reference", *CAUSAL])
-@pytest.mark.parametrize(("window", "keys", "queries", "padded"), [(9, 90, 90, True), (40, 200, 130, False), (300, 90, 90, False)])
+@over("name", ["reference", *CAUSAL])
+@over(("window", "keys", "queries", "padded"), [(9, 90, 90, True), (40, 200, 130, False), (300, 90, 90, False)])
 def test_packed_sequences_are_the_sequences_alone(name, window, keys, queries, padded):
     "A reference of one sequence after the other, in float64; heads are grouped, and there may be a past and padding."
     generator, past, top_k = torch.Generator().manual_seed(keys), keys - queries, None if name == "sdpa" else 5
@@ -1293,8 +1294,8 @@ def test_packed_sequences_are_the_sequences_alone(name, window, keys, queries, p
         assert_close(one.double(), other, rtol=0, atol=2e-5 * (1 + other.abs().max().item()))
 
 
-@pytest.mark.parametrize("name", ["reference", *CAUSAL])
-@pytest.mark.parametrize("factor", [-3.0, torch.nan, torch.inf])
+@over("name", ["reference", *CAUSAL])
+@over("factor", [-3.0, torch.nan, torch.inf])
 def test_nothing_of_a_sequence_reaches_another(name, factor):
     segment_ids, top_k = torch.tensor([[2] * 13 + [3] * 10 + [7] * 17]), None if name == "sdpa" else 4
     here, others = slice(13, 23), [*range(13), *range(23, 40)]

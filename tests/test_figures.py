@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.colors
 import numpy as np
 import pytest
+from cases import over
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -139,7 +140,7 @@ def test_plot_draws_labels_its_axes_and_changes_nothing_global(name):
         assert all(labels), f"{name}: an axis with ticks has no label"
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@over("name", EXAMPLES)
 def test_plot_names_each_missing_key(name):
     for key in EXAMPLES[name]:
         data = {k: v for k, v in EXAMPLES[name].items() if k != key}
@@ -149,7 +150,7 @@ def test_plot_names_each_missing_key(name):
         PLOTS[name]([1, 2])
 
 
-@pytest.mark.parametrize(
+@over(
     ("name", "path", "value", "message"),
     [
         ("plot_bifurcation", ["opinions"], [[0.1]], r"data has lists of different lengths.*radii"),
@@ -367,9 +368,8 @@ def test_committed_figures_are_small_and_come_in_pairs():
     assert {path.stem for path in folder.glob("*.webp") if path.stat().st_size < 2_000_000} == {"particles_circle", "particles_sphere"}
 
 
-@pytest.mark.parametrize("name", ["plot_bifurcation", "plot_attention_maps"])
-def test_same_numbers_give_the_same_bytes(tmp_path, name):
-    fig, shown = draw(name), draw(name)
+def test_same_numbers_give_the_same_bytes(tmp_path):
+    fig, shown = draw("plot_bifurcation"), draw("plot_bifurcation")
     shown._repr_png_()
     saved = [[path.read_bytes() for path in drawing.save_figure(one, "a_name", profile="smoke", root=tmp_path, **SAVE)]
              for one in (fig, fig, shown)]
@@ -413,7 +413,7 @@ def numbers(value, path=()):
         yield path
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@over("name", EXAMPLES)
 def test_no_plot_draws_what_is_no_number(name):
     for wrong in (float("nan"), float("-inf")):
         for path in [*numbers(EXAMPLES[name])][:40]:

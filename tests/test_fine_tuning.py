@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import over
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from test_language_data import byte_tokenizer
@@ -116,8 +117,8 @@ def test_recipes_are_the_papers():
         assert list(RECIPES[name].published.values())[1:] == rows[row]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("name", [name for name in fine_tuning_recipes() if name.startswith("krause_")])
+@over("profile", PROFILES)
+@over("name", [name for name in fine_tuning_recipes() if name.startswith("krause_")])
 def test_the_two_models_differ_by_their_branch(name, profile):
     one, two = (asdict(RECIPES[each].at(profile)) for each in (name, name.replace("krause_", "lora_", 1)))
     assert {key for key in one if one[key] != two[key]} - {"published"} == {"name", "branch"}

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import over
 from fresh import run_fresh
 from ptflops import get_model_complexity_info
 from torchvision.models import VisionTransformer as TorchvisionTransformer
@@ -100,13 +101,13 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@over("name", CONFIGS)
 def test_the_formula_is_what_pytorchs_counter_sees(name):
     assert measured_macs(CONFIGS[name]) == component_macs(CONFIGS[name])
 
 
-@pytest.mark.parametrize("projections", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
+@over("projections", [True, False])
+@over("name", CONFIGS)
 def test_the_other_formula_is_what_ptflops_counts(name, projections):
     assert sum(counter_macs(CONFIGS[name], projections).values()) == ptflops_macs(CONFIGS[name], projections)
 
@@ -137,7 +138,7 @@ def test_the_rows_of_three_tables_are_counted():
     assert {get_recipe(name).published["table"] for name in COUNTED} == {"table1_cifar10", "table2_cifar100", "table3_imagenet"}
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@over("name", COUNTED)
 def test_printed_numbers_come_out_with_the_projections_of_vit_and_without_those_of_kvit(name):
     row, other = count_row(name, measure=False), {"krause": "with", "softmax": "without"}
     choice = {"krause": "without", "softmax": "with"}[row["score"]]
@@ -197,10 +198,8 @@ def test_rounding_is_to_the_second_decimal():
 
 def test_swin_saves_by_its_padding_whatever_the_score():
     with torch.device("meta"):  # products are counted by their shapes
-        macs = {(score, padded): swin_row("S", score, padded)["macs"] for score in ("krause", "softmax") for padded in (True, False)}
-        assert swin_row("T", "softmax", True)["model"] == "Swin-T"
-    assert macs["krause", True] == macs["softmax", True] and macs["krause", False] == macs["softmax", False]
-    assert as_printed(macs["softmax", True], 0.38) and 0.174e9 < macs["softmax", False] < 0.176e9  # the paper prints 0.38 and 0.18
+        krause, softmax, bare = (swin_row("S", *how)["macs"] for how in (("krause", True), ("softmax", True), ("krause", False)))
+    assert krause == softmax and as_printed(softmax, 0.38) and 0.174e9 < bare < 0.176e9  # the paper prints 0.38 and 0.18
 
 
 def test_the_counter_counts_products_only():
@@ -208,8 +207,8 @@ def test_the_counter_counts_products_only():
     assert counted_macs(lambda: (a @ b).softmax(-1) + 1)["Global"] == 60
 
 
-@pytest.mark.parametrize("count", [token_count, component_macs, measured_macs, counter_macs, ptflops_macs, attention_pairs])
-@pytest.mark.parametrize("config", [None, {"hidden_size": 8}, SwinClassifierConfig(), COST])
+@over("count", [token_count, component_macs, measured_macs, counter_macs, ptflops_macs, attention_pairs])
+@over("config", [None, {"hidden_size": 8}, SwinClassifierConfig(), COST])
 def test_what_is_no_vision_transformer_is_refused(count, config):
     with pytest.raises(TypeError, match="config must be a VisionTransformerConfig, got"):
         count(config)

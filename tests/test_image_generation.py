@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from cases import over
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -86,8 +87,8 @@ def test_published_settings_are_exact(model, data, expected, table):
     assert recipe.config.attention == GENERATORS[model] and recipe.config.tokens == math.prod(expected["image_shape"])
 
 
-@pytest.mark.parametrize("profile", ["smoke", "desk", "paper"])
-@pytest.mark.parametrize("data", GENERATION_DATA)
+@over("profile", ["smoke", "desk", "paper"])
+@over("data", GENERATION_DATA)
 def test_models_of_one_data_set_differ_by_their_attention_alone(data, profile):
     ours = {name: asdict(recipe.at(profile)) for name, recipe in generation_recipes().items() if name.endswith(f"/{data}")}
     karm = ours[f"karm/{data}"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import over
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -184,11 +185,11 @@ def test_krause_forgets_what_has_left_all_windows():
 # Caches
 
 
-@pytest.mark.parametrize("settings", [
+@over("settings", [
     {}, {"attention_window": None}, {"attention_top_k": None}, {"attention_window": None, "attention_top_k": None}, {"start_token": True},
 ])
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("cuts", [list(range(1, 20)), [7], [3, 4, 11], [10, 11, 12, 13]])
+@over("attention", ATTENTIONS)
+@over("cuts", [list(range(1, 20)), [7], [3, 4, 11], [10, 11, 12, 13]])
 def test_parts_through_a_cache_equal_the_whole(attention, cuts, settings):
     model, images = small(attention, **settings), tokens()
     with torch.no_grad():
@@ -267,7 +268,7 @@ def test_loss_is_the_mean_over_all_but_the_first_token_and_trains_everything(att
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("settings", "message"), [
+@over(("settings", "message"), [
     ({"attention": "sparse"}, "attention must be one of krause, softmax, linear"), ({"image_shape": (28, 28)}, "image_shape must be"),
     ({"image_shape": (28, 0, 1)}, "image_shape must be"), ({"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 256"),
     ({"attention_window": 0}, "attention_window must be"), ({"attention_top_k": 0}, "attention_top_k must be"),

@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from cases import over
 from fresh import run_fresh
 from hypothesis import given
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -465,7 +466,7 @@ def test_a_worked_answer_must_end_in_one_of_the_choices(questions, target):
         question_answers(questions(files))
 
 
-@pytest.mark.parametrize(("text", "letter"), [
+@over(("text", "letter"), [
     ("The answer is (C).", "C"), ("so the answer is (J)", "J"), ("The answer is: (A)", "A"), ("The answer is\n(B).", "B"),
     ("The answer is (A). Wait. The answer is (D).\n\nQ:", "D"), ("The answer is (K).", None), ("The answer is (a).", None),
     ("The answer is A.", None), ("The answer is a dog (B).", None), ("(B)", None), ("", None), ("The answer is (AB).", None),
@@ -744,7 +745,7 @@ def test_texts_are_cut_at_their_marker():
         assert torch.equal(value, ResponseCollator(BYTES)(texts)[key])
 
 
-@pytest.mark.parametrize("item", [
+@over("item", [
     {"text": "no marker"}, {"text": f"a{MARKER}b{MARKER}c"}, {"text": "### Response:\nx"}, {"text": 5},
     {"text": None, "inputs": "a", "targets": "b"}, {"inputs": "a"}, {"targets": "a"}, {"inputs": "a", "targets": None},
     {"inputs": ["a"], "targets": "b"}, {},

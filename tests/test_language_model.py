@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import over
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -365,7 +366,7 @@ def test_settings_that_cannot_be(settings, message):
         LanguageModelConfig(**{**SIZES, **settings})
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@over(("arguments", "message"), [
     ({"input_ids": torch.tensor([[0, 19]])}, "input_ids must be tokens of the vocabulary, 0 to 18, got 0 to 19"),
     ({"input_ids": torch.tensor([[-1, 2]])}, "input_ids must be tokens of the vocabulary"),
     ({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, "input_ids must end within the model's 24 positions, got 25 tokens after 0"),

@@ -15,6 +15,7 @@ import huggingface_hub.constants as hub
 import lm_eval.evaluator
 import pytest
 import torch
+from cases import over
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
@@ -134,7 +135,7 @@ def no_questions_to_the_machine(monkeypatch):
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
 
-@pytest.mark.parametrize(("task", "item", "prompt"), [
+@over(("task", "item", "prompt"), [
     ("boolq", {"passage": "Ice floats.", "question": "does ice float"},
      "Passage: Ice floats.\nQuestion: does ice float?\n\n### Response:\n"),
     *((task, RAIN, PAIR.format(**RAIN)) for task in MEANINGS),
@@ -402,7 +403,7 @@ def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, toke
         evaluate_language(tiny, tokenizer, "cb", "local")
 
 
-@pytest.mark.parametrize(("options", "message"), [
+@over(("options", "message"), [
     ({"tasks": "boolq,winogrande"}, "'winogrande' is not a language benchmark, the nearest is"),
     ({"tasks": "bolq"}, "'bolq' is not a language benchmark, the nearest is 'boolq'; allowed: boolq, cb, anli_r1"),
     ({"tasks": ["mmlu-pro"]}, "'mmlu-pro' is not a language benchmark, the nearest is 'mmlu_pro'"),
@@ -461,7 +462,7 @@ def test_logits_that_are_infinite_choose_nothing():
         language_benchmarks._given({"filtered_resps": [(-math.inf, False), (-math.inf, False)]})
 
 
-@pytest.mark.parametrize("call", [
+@over("call", [
     lambda: count_scores([[0, 0], [0, 0]]), lambda: count_scores([[math.nan, 1], [0, 1]]), lambda: count_scores([[-1, 3], [0, 1]]),
     lambda: macro_f1([]), lambda: chance_scores([], []), lambda: constant_scores([0, 0]), lambda: language_table({}),
     lambda: language_table({"none": {}}), lambda: swap_labels({}), lambda: choice_accuracy(None, None, []),

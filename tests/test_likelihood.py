@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from cases import over
 from hypothesis import given, settings
 from test_training import by_two
 
@@ -165,7 +166,7 @@ def test_a_place_before_the_image_is_a_context_of_its_own():
     assert context_index(torch.tensor([[1, 0, 2]]), (1, 2), 3).tolist() == [[3 * 4 + 3, 1 * 4 + 3, 0 * 4 + 1]]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@over(("arguments", "message"), [
     ({"levels": 1}, "levels"), ({"offsets": (0,)}, "offsets"), ({"offsets": (1, 1)}, "different and few"),
     ({"offsets": (1, 2, 3), "levels": 256}, "different and few"), ({"train": torch.full((2, 3), 4)}, "levels 0…3, got 4…4"),
     ({"held_out": torch.zeros(2, 3)}, "tokens must be integers"), ({"train": torch.zeros(0, 3, dtype=torch.long)}, "N ≥ 1"),

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from cases import over
 from fresh import run_fresh
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -421,7 +422,7 @@ def test_a_damaged_configuration_of_a_saved_model_is_named(tmp_path, change):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@over(("arguments", "message"), [
     ({"window": 0}, "window must be an integer ≥ 1, got 0"), ({"window": 2.5}, "window must be an integer"),
     ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"), ({"window": 8, "top_k": 9}, "top_k must be at most window = 8, got 9"),
     ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_init": 1.0}, "gate_init must be between 0 and 1"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import over
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -104,8 +105,8 @@ def test_a_language_attention_without_biases_loads_with_zeros():
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("prefix", [None, "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("kind", WINDOWS)
+@over("prefix", [None, "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@over("kind", WINDOWS)
 def test_window_attention_gives_the_authors_numbers(kind, prefix):
     path, tensors, config = parity(kind)
     attention = load_author_checkpoint(kind, path if prefix is None else author_state(tensors, prefix), **config)
@@ -128,8 +129,8 @@ def author_swin(score="krause"):
     return model, {name: t.view(16, 16) if name.endswith("position_index") else t for name, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "state.", "module.", "state._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize(("kind", "score"), [("kswin", "krause"), ("swin_baseline", "softmax")])
+@over("prefix", ["", "state.", "module.", "state._orig_mod.", "_orig_mod.module."])
+@over(("kind", "score"), [("kswin", "krause"), ("swin_baseline", "softmax")])
 def test_whole_swin_loads_by_torchvisions_names(kind, score, prefix):
     model, state = author_swin(score)
     pixels = torch.randn(2, 3, 16, 16)
@@ -146,7 +147,7 @@ def test_a_torchvision_swin_is_the_baseline():
         assert_close(load_author_checkpoint("swin_baseline", other.state_dict(), **SWIN)(pixels).logits, other(pixels), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
+@over(
     ("kind", "change", "message"),
     [
         ("swin_baseline", {}, "not in this model: features.1.0.attn.log_sigma.*and 1 more"),
@@ -217,7 +218,7 @@ def test_unknown_kind_lists_the_kinds():
         load_author_checkpoint("karn", {})
 
 
-@pytest.mark.parametrize(
+@over(
     ("kind", "change", "message"),
     [
         ("kvit_4neighbour", {"window_size": 3}, "config does not fit kind 'kvit_4neighbour'.*window_size"),
@@ -287,7 +288,7 @@ def test_a_pickle_is_never_opened(name, tmp_path):
     assert "weights_only" not in str(error.value) and not mark.exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over("kind", KINDS)
 def test_a_state_of_odd_shapes_is_refused_by_name(kind):
     if kind in ("kswin", "swin_baseline"):
         state, config = author_swin("krause" if kind == "kswin" else "softmax")[1], SWIN

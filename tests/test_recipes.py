@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import over
 from torch.optim import AdamW
 from transformers import AutoModelForImageClassification
 
@@ -90,7 +91,7 @@ def test_published_settings_are_exact(name):
     assert set(RECIPES[name].unpublished) == {"held_out"}
 
 
-@pytest.mark.parametrize(("dataset", "row"), ROWS)
+@over(("dataset", "row"), ROWS)
 def test_every_row_has_a_recipe_with_its_numbers(dataset, row):
     recipe = RECIPES[row_name(dataset, row[0])]
     assert (recipe.name, recipe.profile, recipe.dataset) == (row_name(dataset, row[0]), "paper", dataset)
@@ -191,7 +192,7 @@ def test_parse_row():
     assert row_name("imagenet", "ViT-B/16 (RoPE)") == "vit_b16_rope/imagenet"
 
 
-@pytest.mark.parametrize("name", sorted(set(IMAGE_RECIPES) - KNOWN - set(photograph_recipes())))
+@over("name", sorted(set(IMAGE_RECIPES) - KNOWN - set(photograph_recipes())))
 def test_what_is_not_published_is_ours(name):
     assert set(RECIPES[name].unpublished) >= {*(UNPUBLISHED_SWIN if isinstance(RECIPES[name], SwinRecipe) else UNPUBLISHED), "held_out"}
     assert {"radius", "metric", "top_k", "sigma", "lr", "batch_size", "drop_path"} <= set(UNPUBLISHED)
@@ -212,7 +213,7 @@ def test_recipes_are_frozen():
         assert hash(recipe) == hash(replace(recipe)), name
 
 
-@pytest.mark.parametrize("name", IMAGE_RECIPES)
+@over("name", IMAGE_RECIPES)
 def test_every_profile_makes_a_model_that_fits_its_data(name):
     for profile in PROFILES:
         recipe = RECIPES[name].at(profile)
@@ -418,7 +419,7 @@ def test_every_field_of_every_recipe_has_its_rule():
     assert all(set(recipe.allowed) == {field.name for field in fields(recipe)} for recipe in RECIPES.values())
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
+@over(("name", "change", "message"), [
     ("kvit_t/fashion_mnist", {"epochs": 2, "warmup_epochs": 3}, "warmup_epochs must be at most epochs = 2, got 3"),
     ("kvit_t/fashion_mnist", {"width": 192, "heads": 5}, "heads must divide width = 192, got 5"),
     ("particles/circle", {"top_k": 201}, "top_k must be at most particles = 200, got 201"),

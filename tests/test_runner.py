@@ -12,6 +12,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from krause_repro import cli, runner, website
@@ -635,7 +636,8 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
 def test_without_home_and_in_another_locale(tmp_path):
     project = new_project(tmp_path / "Größe σ")
     write_page(project, "00_σ", code("print('σ ≥ 1')"))
-    bare = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    bare = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii",
+            "MPLCONFIGDIR": matplotlib.get_cachedir()}  # or else matplotlib looks for all fonts again
     program = Path(sys.executable).parent / "krause-repro"
     done = subprocess.run([program, "run"], cwd=project, env=bare, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and "00_\\u03c3 ... ok" in done.stdout, done

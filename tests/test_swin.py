@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import over
 from torch.testing import assert_close
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, swin_s, swin_t
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -58,8 +59,8 @@ def noise(*shape, seed=1, dtype=torch.float32):
 # torchvision
 
 
-@pytest.mark.parametrize("size", [(8, 8), (12, 8), (10, 7), (5, 9), (4, 4), (4, 8), (3, 2), (1, 1)])
-@pytest.mark.parametrize("shift", [0, 2])
+@over("size", [(8, 8), (12, 8), (10, 7), (5, 9), (4, 4), (4, 8), (3, 2), (1, 1)])
+@over("shift", [0, 2])
 def test_softmax_layer_is_torchvisions(shift, size):
     ours = layer(shift=shift, score="softmax", pad_small_maps=True)
     theirs = ShiftedWindowAttention(8, [4, 4], [shift, shift], 2).eval()
@@ -438,7 +439,7 @@ def test_defaults_are_the_small_window_model_of_cifar():
 # Refusals
 
 
-@pytest.mark.parametrize(
+@over(
     ("changes", "message"),
     [
         ({"attention_score": "cosine"}, "attention_score must be one of krause, softmax, softmax_key_norm, got 'cosine'"),

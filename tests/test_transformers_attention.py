@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import over
 from torch.testing import assert_close
 from transformers import (
     AttentionInterface,
@@ -186,14 +187,14 @@ CACHES = {
     "ring": RingCache,
     "static": lambda config: StaticCache(config=config, max_cache_len=40),
 }
-each_cache = pytest.mark.parametrize("kind", CACHES)
+each_cache = over("kind", CACHES)
 STEPS = {"token by token": [1] * 26, "prompt, then tokens": [14] + [1] * 12, "pieces": [3, 1, 7, 2, 1, 1, 11],
          "short prompt": [2] + [1] * 24, "one piece": [26], "exactly the window": [5, 1, 5, 5, 1, 1, 8]}
 
 
 @each_model
 @each_cache
-@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+@over("steps", STEPS.values())
 def test_a_cache_changes_nothing(models, name, kind, steps):
     model, tokens = models[name], text()
     cache, outputs, start = CACHES[kind](model.config), [], 0
@@ -206,8 +207,8 @@ def test_a_cache_changes_nothing(models, name, kind, steps):
 
 @each_model
 @each_cache
-@pytest.mark.parametrize("padding", ["left", "anywhere"])
-@pytest.mark.parametrize("steps", [[9] + [1] * 17, [3, 1, 7, 2, 1, 1, 11], [1] * 26], ids=["prompt", "pieces", "token by token"])
+@over("padding", ["left", "anywhere"])
+@over("steps", [[9] + [1] * 17, [3, 1, 7, 2, 1, 1, 11], [1] * 26])
 def test_a_cache_changes_nothing_under_padding(models, name, kind, steps, padding):
     model = models[name]
     tokens, options = padded_left(text(batch=3), [26, 13, 20])
@@ -546,7 +547,7 @@ def test_a_softmax_model_can_be_switched(name):
         assert not torch.allclose(model(text()).logits, krause)
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
+@over(("name", "value", "message"), [
     ("sigma", 0, "sigma must be a number > 0"), ("sigma", float("nan"), "sigma must be a number > 0"), ("sigma", True, "sigma"),
     ("sigma", float("inf"), "sigma must be"), ("sigma", "2.5", "sigma must be"), ("sigma", -1.0, "sigma must be"),
     ("window", 0, "window must be an integer ≥ 1"), ("window", 2.0, "window must be"), ("window", True, "window must be"),

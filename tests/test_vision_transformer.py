@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import over
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torchvision.models import VisionTransformer as TorchvisionViT
@@ -58,7 +59,7 @@ def test_every_row_of_tables_1_to_3_states_its_parameters():
     assert len(PUBLISHED) == 8 + 8 + 10
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@over("name", PUBLISHED)
 def test_published_parameter_counts(name):
     with torch.device("meta"):
         model = VisionTransformer(RECIPES[name].config)
@@ -140,8 +141,8 @@ NAMES = {  # names of the released autoregressive and language models
 }
 
 
-@pytest.mark.parametrize("asked", ["kvit_5x5", "vit_baseline", "kswin", "swin_baseline"])
-@pytest.mark.parametrize("given", ARCHITECTURES)
+@over("asked", ["kvit_5x5", "vit_baseline", "kswin", "swin_baseline"])
+@over("given", ARCHITECTURES)
 def test_a_checkpoint_of_another_architecture_is_told_what_it_is(given, asked):
     said = ARCHITECTURES[given]
     state = {f"module.{key.removeprefix('state.')}": t for key, t in load_file(PARITY / f"{given}.safetensors").items() if "state." in key}
@@ -353,7 +354,7 @@ def test_problem_types_have_their_losses():
     assert_close(one(x, labels=height.unsqueeze(1)).loss, one(x, labels=height).loss)
 
 
-@pytest.mark.parametrize(("problem", "labels", "message"), [
+@over(("problem", "labels", "message"), [
     (None, torch.tensor([5, 0]), "labels must be classes from 0 to 4, or −100 for none, got 5"), (None, torch.tensor([-1, 0]), "got -1"),
     (None, torch.tensor([[3], [0]]), r"labels must be integers of shape \(2,\) or floating point of shape \(2, 5\) for single_label"),
     (None, torch.tensor([0.0, 1.0]), "got torch.float32"), (None, torch.tensor([True, False]), "got torch.bool"),
@@ -430,7 +431,7 @@ def test_a_fixed_sigma_stays_fixed_when_loaded(tmp_path):
     assert_close(loaded.blocks[0].attention.sigma, torch.tensor([3.0]))
 
 
-@pytest.mark.parametrize(
+@over(
     ("changes", "message"),
     [
         ({"attention_score": "cosine"}, "attention_score must be one of krause, softmax, softmax_key_norm, got 'cosine'"),
