@@ -3,19 +3,17 @@
 The interpreter executes each operation with NumPy, some milliseconds for a tile; so the cases are small and few.
 """
 
-import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from krause_repro.attention import krause_attention
+from krause_repro.bench_attention import _Build, _kernel_resources
 from krause_repro.reference import SCORES, CausalWindow, Full, GridWindow, attention_weights, reference_attention
-from krause_repro.triton_kernels import INTERPRETED, _blocks, triton, triton_attention
+from krause_repro.triton_kernels import _KERNELS, INTERPRETED, _blocks, triton, triton_attention
 
 if triton is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -250,73 +248,44 @@ def test_without_triton_the_error_names_the_package(monkeypatch):
 
 # Ahead of time
 
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from krause_repro.triton_kernels import _KERNELS, _blocks, _options, _power_of_two
-
-TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-POINTERS = {"tau": "*fp32", "saved": "*fp32", "delta": "*fp32", "dtau": "*fp32", "support": "*u8"}
-TENSORS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def resources(name, capability, dtype, dim, window, single_row, packed=False):
-    kernel, size = _KERNELS[name], max(16, _power_of_two(dim))
-    tile, groups, chunks = _blocks(window, True, single_row)
-    known = {"SCORE": 0, "WINDOW": True, "MASKED": 2 * packed, "TOP_K": True, "D": size, "V": size, "CHUNKS": chunks, **tile, **groups}
-    types, fixed, aligned = {}, {}, {}
-    for place, argument in enumerate(kernel.arg_names):
-        if argument in known:
-            types[argument], fixed[place,] = "constexpr", known[argument]
-        elif argument[0] == "s" and argument[1:] in TENSORS:
-            types[argument], fixed[place, 3] = ("i32", "i32", "i32", "constexpr"), 1
-            aligned |= {(place, n): [["tt.divisibility", 16]] for n in range(3)}
-        else:
-            pointers = POINTERS | {"mask": "*i32" if packed else "*u8"}
-            types[argument] = TYPES[dtype] if argument in TENSORS else pointers.get(argument, "i32")
-            if argument in (*TENSORS, "dim", "value_dim"):
-                aligned[place,] = [["tt.divisibility", 16]]
-    options = _options(name, size, window, dtype == "float32")
-    built = triton.compile(ASTSource(kernel, types, fixed, aligned), GPUTarget("cuda", capability, 32), options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(built.asm["cubin"])
-        usage = subprocess.run([TOOL, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return [int(re.search(rf"{what}:(\\d+)", usage)[1]) for what in ("REG", "STACK")] + [built.metadata.shared]
-
-
-print(json.dumps([resources(*job) for job in json.loads(sys.argv[1])]))
-"""
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have on an A100 and an H100
-KERNELS = ("select", "forward", "query_gradient", "key_gradients")
-BLOCK_SIZES = (32, 256, 512, 1024)  # windows with different block sizes
 
 
-def jobs(thorough):
-    "Kernel, target, dtype, head dimension, window, one row?"
-    if not thorough:
-        return [[name, 80 if n % 2 else 90, "bfloat16", 64 if n < 2 else 128, 256, False] for n, name in enumerate(KERNELS)]
-    every = [[name, target, dtype, dim, window, False] for name in KERNELS for target in SHARED for dtype in ("bfloat16", "float32")
-             for dim in (16, 64, 128, 256) for window in BLOCK_SIZES if window == 256 or dim in (64, 128)]
-    every += [[name, 90, "bfloat16", 64, 256, False, True] for name in KERNELS]
-    return every + [[name, 90, "bfloat16", dim, 256, True] for name in KERNELS[:2] for dim in (64, 128)]
+def check_resources(builds):
+    for build, (registers, spilled, shared) in zip(builds, _kernel_resources(builds), strict=True):
+        print(build, registers, spilled, shared)
+        assert registers <= 255 and shared <= SHARED[build.target], (build, registers, shared)
+        exact = build.dim in (64, 128) and (build.dtype != torch.float32 or build.dim == 64)
+        assert spilled <= (0 if exact else 400), (build, spilled)
 
 
-def test_kernels_compile_for_gpus_without_spills(tmp_path):
-    "In a process without the interpreter, and with an empty cache."
-    work = jobs(THOROUGH)
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(work)], env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    for (name, target, dtype, dim, window, single, *packed), (registers, spilled, shared) in zip(work, found, strict=True):
-        assert registers <= 255 and shared <= SHARED[target], (name, target, dtype, dim, window)
-        if dtype != "float32" and dim in (64, 128):
-            assert spilled <= 32 * bool(packed), (name, target, dtype, dim, window, single, spilled)
+def test_kernels_compile_for_gpus_without_spills(tmp_path, monkeypatch):
+    "The two with most numbers in registers: all energies of a block, and two sums for each key."
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    check_resources([_Build("select", 90), _Build("key_gradients", 80, dim=128, mask=torch.int32)])
+
+
+@pytest.mark.skipif(not THOROUGH, reason="a quarter of an hour; make test-thorough")
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", _KERNELS)
+def test_every_kernel_compiles_for_gpus_without_spills(name, dim, target, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    one = _Build(name, target, dim)
+    jobs = [replace(one, window=window) for window in (32, 256, 512, 1024)] + [replace(one, dtype=torch.float32)]
+    jobs += [replace(one, dtype=torch.float32, window=1024), replace(one, mask=torch.int32)]
+    if dim in (64, 128):
+        for window in (256, 512, 1024):
+            changes = [{"mask": torch.bool}, {"mask": torch.int32}, {"grid": True}, {"group": 2}, {"mask": torch.int32, "group": 4}]
+            jobs += [replace(one, window=window, **change) for change in changes]
+        jobs += [replace(one, score=1), replace(one, score=2, mask=torch.int32), replace(one, score=2), replace(one, length=4095)]
+        jobs += [replace(one, dtype=torch.float16)]
+    if name == "select":  # all its numbers of chunks
+        reached = {str(_blocks(n, True)[:2]): n for n in range(1, 1025)} if dim in (64, 128) else {}
+        jobs += [replace(one, window=n) for n in reached.values()] + [replace(one, selects=False)]
+    if name in ("select", "forward"):
+        jobs += [replace(one, single_row=True, window=window) for window in (256, 1024)]
+    check_resources(list(dict.fromkeys(jobs)))
 
 
 def test_tiles_hold_every_energy_of_a_block():
