@@ -288,6 +288,9 @@ GPU_CASES = tuple(
     AttentionCase(f"T = {length:,}, W = 256{f', k = {k}' if k else ''}", batch=1, heads=16, length=length, dim=64, window=256, top_k=k)
     for length in (2048, 8192, 32_768) for k in (None, 192))
 
+RATES = ("gigabytes_per_second", "teraflops")
+CARDS = {"A100": (2039, 312), "H100": (3350, 989), "H200": (4800, 989)}  # GB/s and dense bfloat16 TFLOP/s of the SXM cards, by the vendor
+
 
 def gpu_contenders(
     case: AttentionCase,
@@ -369,9 +372,11 @@ def bench_gpu_attention(
                 peaks[name] = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
             for row in compare(seconds, BASELINE):
                 moved, operations = attention_work(case, step, row["name"] == BASELINE)
-                rates = {"gigabytes_per_second": moved / row["seconds"] / 1e9, "teraflops": operations / row["seconds"] / 1e12}
+                rates = dict(zip(RATES, (moved / row["seconds"] / 1e9, operations / row["seconds"] / 1e12), strict=True))
                 rows.append({"case": case.title, **case.shape, "pass": step, **row, **rates, "peak_bytes": peaks[row["name"]]})
-    return {"benchmark": "attention-cuda", "rows": rows, "card": torch.cuda.get_device_name() if device == "cuda" else None}
+    card = torch.cuda.get_device_name() if device == "cuda" else None
+    limits = next((dict(zip(RATES, limit, strict=True)) for name, limit in CARDS.items() if name in str(card)), None)
+    return {"benchmark": "attention-cuda", "rows": rows, "card": card, "limits": limits}
 
 
 def _reset_peak(device):

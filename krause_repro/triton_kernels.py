@@ -415,10 +415,10 @@ def _blocks(reach, windowed, single_row=False, large=False):
     return tile, {"A": first, "B": _power_of_two(max(chunks - first, 1))}, chunks
 
 
-def _options(name, size, reach, large, masked):
+def _options(name, size, reach, large):
     "Warps, pipeline stages and registers of a kernel for a padded head dimension; `large`: float32, or a head dimension above 128."
     many = size > 64 or large or name == "key_gradients" or reach > 256
-    limit = {"maxnreg": 255} if many and (large or masked or name == "key_gradients") else {}  # ptxas would spill to stay at 128
+    limit = {"maxnreg": 255} if many else {}  # else ptxas spills a few numbers to stay at 128
     return {"num_warps": 8 if many else 4, "num_stages": 1, **limit}
 
 # %% ../nbs/05_triton_kernels.ipynb #3b583619
@@ -435,7 +435,7 @@ class _Launch:
         tile, groups, chunks = _blocks(reach, windowed, single_row, large)
         self.blocks, self.programs = -(-query.shape[2] // tile["ROWS"]), query.shape[0] * query.shape[1]
         self.key_block = min(tile["N"], 32)  # of the key gradients, which hold two sums for each key
-        self.options = max(sizes.values()), reach, large, key_mask is not None
+        self.options = max(sizes.values()), reach, large
         marks = key_mask is not None and key_mask.dtype == torch.int32  # of packed sequences, see `_allowed`
         self.known = {
             "mask": query if key_mask is None else key_mask.contiguous().view(torch.int32 if marks else torch.uint8),  # any without a mask
