@@ -30,7 +30,7 @@ from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import CIFAR_CASE, COST, PASSES, AttentionCase, CostRecipe, GridCase
 from .reference import CausalWindow, GridWindow, reference_attention
 from .timing import compare, compare_in_pairs, fitted_exponent, in_turns, interleave, peak_beyond, summarise_times
-from .triton_kernels import _KERNELS, _Launch, _options, triton_attention
+from .triton_kernels import _Launch, _options, triton_attention
 
 # %% ../nbs/50_bench_attention.ipynb #8e5014fc
 BASELINE = "fused full"

@@ -288,7 +288,8 @@ def test_every_kernel_compiles_for_gpus_without_spills(name, dim, target, tmp_pa
     if dim in (64, 128):
         changes = [{"mask": torch.bool}, {"mask": torch.int32}, {"grid": True}, {"group": 2}, {"mask": torch.int32, "group": 4}, {"score": 2}]
         jobs += [replace(one, window=window, **change) for change in changes for window in (256, 1024)]
-        jobs += [replace(one, score=1), replace(one, score=2, mask=torch.int32), replace(one, length=4095), replace(one, dtype=torch.float16)]
+        jobs += [replace(one, score=1), replace(one, score=2, mask=torch.int32),
+                 replace(one, length=4095), replace(one, dtype=torch.float16)]
     if name == "select":  # all its numbers of chunks
         reached = {str(_blocks(n, True)[:2]): n for n in range(32, 1025)} if dim in (64, 128) else {}
         jobs += [replace(one, window=n) for n in reached.values()] + [replace(one, selects=False)]
