@@ -6,15 +6,17 @@
 __all__ = ['bench_attention', 'bench_grids', 'bench_selection', 'bench_scaling', 'bench_gpu_attention']
 
 # %% ../nbs/50_bench_attention.ipynb #44c3e6d9
+import inspect
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import CIFAR_CASE, COST, PASSES, AttentionCase, CostRecipe, GridCase
 from .reference import CausalWindow, GridWindow, reference_attention
 from .timing import compare, compare_in_pairs, fitted_exponent, in_turns, interleave, peak_beyond, summarise_times
-from .triton_kernels import triton_attention
+from .triton_kernels import _Launch, _options, triton_attention
 
 # %% ../nbs/50_bench_attention.ipynb #8e5014fc
 BASELINE = "fused full"
@@ -286,6 +288,9 @@ GPU_CASES = tuple(
     AttentionCase(f"T = {length:,}, W = 256{f', k = {k}' if k else ''}", batch=1, heads=16, length=length, dim=64, window=256, top_k=k)
     for length in (2048, 8192, 32_768) for k in (None, 192))
 
+RATES = ("gigabytes_per_second", "teraflops")
+CARDS = {"A100": (2039, 312), "H100": (3350, 989), "H200": (4800, 989)}  # GB/s and dense bfloat16 TFLOP/s of the SXM cards, by the vendor
+
 
 def gpu_contenders(
     case: AttentionCase,
@@ -367,9 +372,11 @@ def bench_gpu_attention(
                 peaks[name] = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
             for row in compare(seconds, BASELINE):
                 moved, operations = attention_work(case, step, row["name"] == BASELINE)
-                rates = {"gigabytes_per_second": moved / row["seconds"] / 1e9, "teraflops": operations / row["seconds"] / 1e12}
+                rates = dict(zip(RATES, (moved / row["seconds"] / 1e9, operations / row["seconds"] / 1e12), strict=True))
                 rows.append({"case": case.title, **case.shape, "pass": step, **row, **rates, "peak_bytes": peaks[row["name"]]})
-    return {"benchmark": "attention-cuda", "rows": rows, "card": torch.cuda.get_device_name() if device == "cuda" else None}
+    card = torch.cuda.get_device_name() if device == "cuda" else None
+    limits = next((dict(zip(RATES, limit, strict=True)) for name, limit in CARDS.items() if name in str(card)), None)
+    return {"benchmark": "attention-cuda", "rows": rows, "card": card, "limits": limits}
 
 
 def _reset_peak(device):
@@ -378,3 +385,80 @@ def _reset_peak(device):
         return 0
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
+
+# %% ../nbs/50_bench_attention.ipynb #aea502b9
+_COMPILE = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+sys.path.insert(0, sys.argv[1])
+import kernels
+
+
+class Absent:
+    "The driver of a GPU that is not there; a device is its architecture."
+    def get_current_device(self): return target
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", target, 32)
+
+
+triton.runtime.driver.set_active(Absent())
+tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+found = []
+for name, target, arguments, options in json.load(sys.stdin):
+    given = {name: MockTensor(value) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+             for name, value in arguments.items()}
+    built = getattr(kernels, f"_{name}").warmup(grid=(1,), **given, **options)
+    path = Path(tempfile.mkdtemp(dir=sys.argv[1])) / "kernel.cubin"
+    path.write_bytes(built.asm["cubin"])
+    usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found.append([int(re.search(rf"{what}:(\\d+)", usage)[1]) for what in ("REG", "STACK")] + [built.metadata.shared])
+print(json.dumps(found))
+"""
+
+# %% ../nbs/50_bench_attention.ipynb #ef347131
+@dataclass(frozen=True)
+class _Build:
+    "A kernel, a target, and what the block sizes and the generated code depend on."
+
+    name: str
+    target: int
+    dim: int = 64
+    window: int = 256
+    dtype: torch.dtype = torch.bfloat16
+    score: int = 0
+    selects: bool = True
+    group: int = 1
+    mask: torch.dtype | None = None  # bool: padding; int32: packed sequences
+    grid: bool = False
+    single_row: bool = False
+    length: int = 4096
+
+    def launch(self):
+        "Arguments, tensors as their dtypes, and options of the kernel in a call of the operators."
+        length = self.window if self.grid else self.length
+        asked, seen = (torch.empty(2, heads, n, self.dim, dtype=self.dtype, device="meta")
+                       for heads, n in ((4, 1 if self.single_row else length), (4 // self.group, length)))
+        mask = None if self.mask is None else torch.empty(2, length, dtype=self.mask, device="meta")
+        support = torch.empty(length, length, dtype=torch.bool, device="meta") if self.grid else None
+        launch = _Launch(asked, seen, seen, mask, support, self.window, self.selects * self.window * 3 // 4, self.score, self.single_row)
+        tensors = dict.fromkeys(("q", "out", "grad", "dq"), asked) | dict.fromkeys(("k", "v", "dk", "dv"), seen)
+        tensors |= dict.fromkeys(("tau", "saved", "delta", "dtau"), torch.empty(1, device="meta"))
+        arguments = {name: str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else value
+                     for name, value in launch.arguments(self.name, **tensors).items()}
+        return self.name, self.target, arguments, _options(self.name, *launch.options)
+
+# %% ../nbs/50_bench_attention.ipynb #ebdbdcfc
+def _kernel_resources(builds):
+    "Registers of a thread, bytes it spills and shared memory of a program, in a process without the interpreter and without PyTorch."
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(inspect.getfile(_Launch)).read_text()
+        (Path(folder) / "kernels.py").write_text(text[text.index("try:\n    import triton"):text.index("class _Launch")])
+        done = subprocess.run([sys.executable, "-c", _COMPILE, folder], input=json.dumps([build.launch() for build in builds]),
+                              env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    if done.returncode:
+        raise UnavailableError(f"the kernels do not compile: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)

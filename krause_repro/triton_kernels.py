@@ -176,10 +176,7 @@ def _threshold(a, b, lowest, count, wanted, top_k):
     low = _unrank(_rank(lowest) - 1)
     high = _row_max(tl.where(a <= MAX, a, lowest[:, None]), tl.where(b <= MAX, b, lowest[:, None]))
     below, above, sides = tl.zeros_like(count), count, tl.zeros_like(count)
-    guess = lowest + mean
-    threshold = high
-    searching = wanted
-    step = 0
+    guess, threshold, searching, step = lowest + mean, high, wanted, 0
     while tl.max(searching.to(tl.int32), 0) > 0:
         guess = tl.where((guess > low) & (guess < high), guess, _line(low, high, below, above, top_k))
         r, s = _rank(low), _rank(high)
@@ -260,9 +257,8 @@ def _select(q, k, mask, support, saved, sq, sk, heads, group, queries, keys, dim
     lowest = tl.where(some, lowest, 0.0)
     threshold = tl.full((M,), MAX, tl.float32)
     if TOP_K:
-        tile_a = tl.reshape(tile_a, (M, A * N))
-        tile_b = tl.reshape(tile_b, (M, B * N))
-        threshold = _threshold(tile_a, tile_b, lowest, finite, some & (finite > top_k), top_k)
+        groups = tl.reshape(tile_a, (M, A * N)), tl.reshape(tile_b, (M, B * N))
+        threshold = _threshold(groups[0], groups[1], lowest, finite, some & (finite > top_k), top_k)
     at = saved + (b * heads + h).to(tl.int64) * queries + rows
     size = tl.num_programs(1).to(tl.int64) * queries
     tl.store(at, lowest, valid)
@@ -368,8 +364,7 @@ def _key_gradients(q, k, v, grad, tau, mask, support, saved, delta, dk, dv, sq, 
     real = _real_keys(j, keys, mask, MASKED)
     key = _finite(_load(k, j, sk, real, dim, D))
     value = _finite(_load(v, j, sv, real, value_dim, V))
-    low = 0
-    high = queries
+    low, high = 0, queries
     if WINDOW:
         low = tl.maximum(start - offset, 0)
         high = tl.minimum(start + N - 1 - offset + window, queries)
@@ -409,9 +404,9 @@ def _power_of_two(n):
     return 1 << (n - 1).bit_length()
 
 
-def _blocks(reach, windowed, single_row=False):
-    "Rows and keys of a tile, its two groups of chunks and their number, for rows that reach that many keys."
-    rows = 1 if single_row else min(16 if reach > 256 else 32, reach)
+def _blocks(reach, windowed, single_row=False, large=False):
+    "Rows and keys of a tile, its two groups of chunks and their number, for rows that reach that many keys; `large`: as in `_options`."
+    rows = 1 if single_row else min(16 if reach > 256 or large else 32, reach)
     span = reach + rows - 1 if windowed else reach
     width = 64 if span > 528 else 32 if span > 32 else 16
     chunks = -(-span // width)
@@ -420,10 +415,11 @@ def _blocks(reach, windowed, single_row=False):
     return tile, {"A": first, "B": _power_of_two(max(chunks - first, 1))}, chunks
 
 
-def _options(name, size, reach, single):
-    "Warps and pipeline stages of a kernel for a padded head dimension; `single`: float32."
-    many = size > 64 or single or name == "key_gradients" or reach > 256
-    return {"num_warps": 8 if many else 4, "num_stages": 1}
+def _options(name, size, reach, large):
+    "Warps, pipeline stages and registers of a kernel for a padded head dimension; `large`: float32, or a head dimension above 128."
+    many = size > 64 or large or name == "key_gradients" or reach > 256
+    limit = {"maxnreg": 255} if many else {}  # else ptxas spills a few numbers to stay at 128
+    return {"num_warps": 8 if many else 4, "num_stages": 1, **limit}
 
 # %% ../nbs/05_triton_kernels.ipynb #3b583619
 _KERNELS = {"select": _select, "forward": _forward, "query_gradient": _query_gradient, "key_gradients": _key_gradients}
@@ -434,26 +430,30 @@ class _Launch:
 
     def __init__(self, query, key, value, key_mask, support, window, top_k, score, single_row=False):
         windowed, reach = support is None, min(window, key.shape[2])
-        self.tile, groups, chunks = _blocks(reach, windowed, single_row)
-        self.blocks, self.programs = -(-query.shape[2] // self.tile["ROWS"]), query.shape[0] * query.shape[1]
         sizes = {"D": max(16, _power_of_two(query.shape[3])), "V": max(16, _power_of_two(value.shape[3]))}
-        self.options = max(sizes.values()), reach, query.dtype == torch.float32
+        large = query.dtype == torch.float32 or max(sizes.values()) > 128
+        tile, groups, chunks = _blocks(reach, windowed, single_row, large)
+        self.blocks, self.programs = -(-query.shape[2] // tile["ROWS"]), query.shape[0] * query.shape[1]
+        self.key_block = min(tile["N"], 32)  # of the key gradients, which hold two sums for each key
+        self.options = max(sizes.values()), reach, large
         marks = key_mask is not None and key_mask.dtype == torch.int32  # of packed sequences, see `_allowed`
         self.known = {
             "mask": query if key_mask is None else key_mask.contiguous().view(torch.int32 if marks else torch.uint8),  # any without a mask
             "support": query if windowed else support.contiguous().view(torch.uint8), "heads": query.shape[1],
             "group": query.shape[1] // key.shape[1], "queries": query.shape[2], "keys": key.shape[2], "dim": query.shape[3],
             "value_dim": value.shape[3], "window": reach, "top_k": top_k, "SCORE": score, "WINDOW": windowed,
-            "MASKED": marks + (key_mask is not None), "TOP_K": 0 < top_k < reach, "CHUNKS": chunks, **self.tile, **groups, **sizes,
+            "MASKED": marks + (key_mask is not None), "TOP_K": 0 < top_k < reach, "CHUNKS": chunks, **tile, **groups, **sizes,
         }
 
-    def __call__(self, name, grid, **tensors):
-        "Run a kernel on a grid of programs; a tensor `x` brings its strides as `sx`."
+    def arguments(self, name, **tensors):
+        "Arguments of a kernel by name; a tensor `x` brings its strides as `sx`."
         strides = {f"s{name}": x.stride() for name, x in tensors.items() if x.ndim == 4}
-        given = {**self.known, **tensors, **strides}
-        kernel = _KERNELS[name]
-        arguments = {each: given[each] for each in kernel.arg_names}
-        kernel[grid](**arguments, **_options(name, *self.options))
+        given = {**self.known, **tensors, **strides} | ({"N": self.key_block} if name == "key_gradients" else {})
+        return {each: given[each] for each in _KERNELS[name].arg_names}
+
+    def __call__(self, name, grid, **tensors):
+        "Run a kernel on a grid of programs."
+        _KERNELS[name][grid](**self.arguments(name, **tensors), **_options(name, *self.options))
 
 # %% ../nbs/05_triton_kernels.ipynb #31527cc2
 def _interpreted(*tensors):
@@ -497,7 +497,7 @@ def _gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, tau: Ten
     delta, dtau = saved.new_empty(saved.shape[1:]), saved.new_empty(*q.shape[:2], launch.blocks)
     inputs = {"q": q, "k": k, "v": v, "grad": g, "tau": tau.float().contiguous(), "saved": saved, "delta": delta}
     launch("query_gradient", (launch.blocks, launch.programs), **inputs, dq=dq, dtau=dtau)
-    blocks = -(-k.shape[2] // launch.tile["N"])
+    blocks = -(-k.shape[2] // launch.key_block)
     launch("key_gradients", (blocks, k.shape[0] * k.shape[1]), **inputs, dk=dk, dv=dv)
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dtau.sum((0, 2)).to(tau.dtype)
 

@@ -3,19 +3,18 @@
 The interpreter executes each operation with NumPy, some milliseconds for a tile; so the cases are small and few.
 """
 
-import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from krause_repro.attention import krause_attention
+from krause_repro.bench_attention import _Build, _kernel_resources
 from krause_repro.reference import SCORES, CausalWindow, Full, GridWindow, attention_weights, reference_attention
-from krause_repro.triton_kernels import INTERPRETED, _blocks, triton, triton_attention
+from krause_repro.triton_kernels import _KERNELS, INTERPRETED, _blocks, triton, triton_applies, triton_attention
 
 if triton is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -125,9 +124,9 @@ def test_ties_are_all_kept(top_k=3):
 
 @works
 def test_the_future_and_what_is_out_of_the_window_change_no_bit():
-    case = Case(offset=50.0, heads=(1, 1), lengths=(12, 12), neighborhood=CausalWindow(5), top_k=3)
+    case = Case(offset=50.0, heads=(1, 1), lengths=(12, 12), neighborhood=CausalWindow(6), top_k=3)  # two blocks
     tensors, sigma = case.tensors(), torch.tensor([3.0], device=DEVICE)
-    for rows, hidden in ((slice(None, 7), slice(7, None)), (slice(9, None), slice(None, 5))):
+    for rows, hidden in ((slice(None, 8), slice(8, None)), (slice(9, None), slice(None, 4))):
         incoming = torch.zeros(1, 1, 12, 10, device=DEVICE)
         incoming[:, :, rows] = 1
         changed = [x.clone() for x in tensors]
@@ -143,64 +142,63 @@ def test_the_future_and_what_is_out_of_the_window_change_no_bit():
 
 
 @works
-@pytest.mark.parametrize("factor", [-3.0, torch.nan])
-def test_nothing_of_a_packed_sequence_reaches_another(factor):
+def test_nothing_of_a_packed_sequence_reaches_another():
     segment_ids = torch.tensor([[0] * 4 + [1] * 4 + [2] * 3], device=DEVICE)
     here, others, results = slice(4, 8), [0, 1, 2, 3, 8, 9, 10], []
-    for by in (1.0, factor):
+    for by in (1.0, -3.0, torch.nan):
         leaves = [normal(n, 1, 1, 11, 16) + 2 for n in range(3)]
         for x in leaves:
             x[:, :, here] *= by
             x.requires_grad_()
-        output = triton_attention(*leaves, CausalWindow(5), 3, sigma=2.0, segment_ids=segment_ids)[:, :, others]
+        output = triton_attention(*leaves, CausalWindow(6), 3, sigma=2.0, segment_ids=segment_ids)[:, :, others]
         results.append([output, *(x[:, :, others] for x in torch.autograd.grad(output.square().sum(), leaves))])
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    for plain, *changed in zip(*results, strict=True):
+        assert all(torch.equal(plain, x) for x in changed)
 
 
 @works
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_vector_spoils_the_rows_that_consider_it_and_a_bad_value_those_that_keep_it(bad):
     query, key, value = (normal(n, 1, 1, 12, 16) for n in range(3))
-    good = triton_attention(query, key, value, CausalWindow(5), 3, sigma=2.0)
+    good = triton_attention(query, key, value, CausalWindow(6), 3, sigma=2.0)
     broken = key.clone()
     broken[:, :, 6, 3] = bad
-    output = triton_attention(query, broken, value, CausalWindow(5), 3, sigma=2.0)
-    spoiled = CausalWindow(5).mask(12, DEVICE)[:, 6]
+    output = triton_attention(query, broken, value, CausalWindow(6), 3, sigma=2.0)
+    spoiled = CausalWindow(6).mask(12, DEVICE)[:, 6]
     assert torch.equal(output[0, 0].isnan().all(-1), spoiled) and torch.equal(output[0, 0, ~spoiled], good[0, 0, ~spoiled])
     broken = value.clone()
     broken[:, :, 6] = bad
     broken.requires_grad_()
-    output = triton_attention(query, key, broken, CausalWindow(5), 3, sigma=2.0)
-    kept = attention_weights(query, key, CausalWindow(5), 3, sigma=2.0)[0, 0, :, 6] > 0
+    output = triton_attention(query, key, broken, CausalWindow(6), 3, sigma=2.0)
+    kept = attention_weights(query, key, CausalWindow(6), 3, sigma=2.0)[0, 0, :, 6] > 0
     assert torch.equal(~output[0, 0].isfinite().all(-1), kept) and torch.equal(output[0, 0, ~kept], good[0, 0, ~kept])
     (gradient,) = torch.autograd.grad(output[0, 0, ~kept].sum(), broken)
     assert gradient.isfinite().all()
 
 
 @works
-@pytest.mark.parametrize("sigma", [1e-30, 1e30])
-def test_sigma_tiny_and_huge(sigma):
-    query, key, value = (normal(n, 1, 2, 7, 4) for n in range(3))
-    weights = attention_weights(query.double(), key.double(), CausalWindow(4), 2, sigma=1.0)
-    expected = (weights == weights.amax(-1, keepdim=True)).double() if sigma < 1 else (weights > 0) / (weights > 0).sum(-1, keepdim=True)
-    leaves = [x.requires_grad_() for x in (query, key, value, torch.full((2,), sigma, device=DEVICE))]
-    output = triton_attention(*leaves[:3], CausalWindow(4), 2, sigma=leaves[3])
+def test_sigma_tiny_and_huge():
+    query, key, value = (normal(n, 1, 2, 6, 4) for n in range(3))
+    weights = attention_weights(query.double(), key.double(), CausalWindow(6), 2, sigma=1.0)
+    nearest, kept = (weights == weights.amax(-1, keepdim=True))[:, :1], (weights > 0)[:, 1:]
+    expected = torch.cat([nearest, kept / kept.sum(-1, keepdim=True)], 1)
+    leaves = [x.requires_grad_() for x in (query, key, value, torch.tensor([1e-30, 1e30], device=DEVICE))]
+    output = triton_attention(*leaves[:3], CausalWindow(6), 2, sigma=leaves[3])
     assert_close(output.double(), expected.double() @ value.double(), rtol=0, atol=1e-6)
     assert all(x.isfinite().all() for x in torch.autograd.grad(output.square().sum(), leaves))
 
 
 @works
 def test_rows_without_candidates_are_zero_and_strides_do_not_matter():
-    query, key, value = (normal(n, 2, 1, 6, 12) for n in range(3))
-    real = torch.ones(2, 6, dtype=torch.bool, device=DEVICE)
-    real[0], real[1, :3] = False, False
+    query, key, value = (normal(n, 2, 1, 4, 12) for n in range(3))
+    real = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
+    real[0], real[1, :2] = False, False
     def results(move):
         leaves = [move(x).detach().requires_grad_() for x in (query, key, value)]
-        output = triton_attention(*leaves, CausalWindow(3), 2, sigma=1.5, key_mask=real)
+        output = triton_attention(*leaves, CausalWindow(4), 2, sigma=1.5, key_mask=real)
         return [output, *torch.autograd.grad(output.square().sum(), leaves)]
     plain = results(lambda x: x)
-    assert not plain[0][0].any() and not plain[0][1, :, :3].any() and plain[0][1, :, 3:].any(-1).all()
+    assert not plain[0][0].any() and not plain[0][1, :, :2].any() and plain[0][1, :, 2:].any(-1).all()
     assert all(x.isfinite().all() for x in plain)
     for one, other in zip(plain, results(lambda x: x.mT.repeat_interleave(2, -1)[..., ::2].mT), strict=True):
         assert torch.equal(one, other)
@@ -241,6 +239,17 @@ def test_what_the_kernels_cannot_do_is_refused_by_name(arguments, options, messa
         krause_attention(x, x, x, 1.0, neighborhood, 2, implementation="triton", **options)
 
 
+def test_auto_takes_the_kernels_for_tensors_of_a_gpu():
+    "Fake tensors, which need no device."
+    with FakeTensorMode():
+        tensors = [torch.empty(1, 2, 7, 16, device="cuda", requires_grad=True) for _ in range(3)]
+        for options, taken in (({}, True), ({"implementation": "triton"}, True), ({"dropout": 0.1}, False)):
+            output = krause_attention(*tensors, 8.0, CausalWindow(4), 2, **options)
+            assert ("triton_forward" in output.grad_fn.name()) == taken
+        assert triton_applies(*tensors, GridWindow(2, 3, 1)) and not triton_applies(*tensors, Full())
+        assert not triton_applies(*(x.double() for x in tensors), CausalWindow(4))
+
+
 def test_without_triton_the_error_names_the_package(monkeypatch):
     monkeypatch.setattr("krause_repro.triton_kernels.triton", None)
     x = normal(0, 1, 1, 4, 4)
@@ -250,73 +259,43 @@ def test_without_triton_the_error_names_the_package(monkeypatch):
 
 # Ahead of time
 
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from krause_repro.triton_kernels import _KERNELS, _blocks, _options, _power_of_two
-
-TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-POINTERS = {"tau": "*fp32", "saved": "*fp32", "delta": "*fp32", "dtau": "*fp32", "support": "*u8"}
-TENSORS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def resources(name, capability, dtype, dim, window, single_row, packed=False):
-    kernel, size = _KERNELS[name], max(16, _power_of_two(dim))
-    tile, groups, chunks = _blocks(window, True, single_row)
-    known = {"SCORE": 0, "WINDOW": True, "MASKED": 2 * packed, "TOP_K": True, "D": size, "V": size, "CHUNKS": chunks, **tile, **groups}
-    types, fixed, aligned = {}, {}, {}
-    for place, argument in enumerate(kernel.arg_names):
-        if argument in known:
-            types[argument], fixed[place,] = "constexpr", known[argument]
-        elif argument[0] == "s" and argument[1:] in TENSORS:
-            types[argument], fixed[place, 3] = ("i32", "i32", "i32", "constexpr"), 1
-            aligned |= {(place, n): [["tt.divisibility", 16]] for n in range(3)}
-        else:
-            pointers = POINTERS | {"mask": "*i32" if packed else "*u8"}
-            types[argument] = TYPES[dtype] if argument in TENSORS else pointers.get(argument, "i32")
-            if argument in (*TENSORS, "dim", "value_dim"):
-                aligned[place,] = [["tt.divisibility", 16]]
-    options = _options(name, size, window, dtype == "float32")
-    built = triton.compile(ASTSource(kernel, types, fixed, aligned), GPUTarget("cuda", capability, 32), options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(built.asm["cubin"])
-        usage = subprocess.run([TOOL, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return [int(re.search(rf"{what}:(\\d+)", usage)[1]) for what in ("REG", "STACK")] + [built.metadata.shared]
-
-
-print(json.dumps([resources(*job) for job in json.loads(sys.argv[1])]))
-"""
 SHARED = {80: 166_912, 90: 232_448}  # bytes a program may have on an A100 and an H100
-KERNELS = ("select", "forward", "query_gradient", "key_gradients")
-BLOCK_SIZES = (32, 256, 512, 1024)  # windows with different block sizes
 
 
-def jobs(thorough):
-    "Kernel, target, dtype, head dimension, window, one row?"
-    if not thorough:
-        return [[name, 80 if n % 2 else 90, "bfloat16", 64 if n < 2 else 128, 256, False] for n, name in enumerate(KERNELS)]
-    every = [[name, target, dtype, dim, window, False] for name in KERNELS for target in SHARED for dtype in ("bfloat16", "float32")
-             for dim in (16, 64, 128, 256) for window in BLOCK_SIZES if window == 256 or dim in (64, 128)]
-    every += [[name, 90, "bfloat16", 64, 256, False, True] for name in KERNELS]
-    return every + [[name, 90, "bfloat16", dim, 256, True] for name in KERNELS[:2] for dim in (64, 128)]
+def check_resources(builds):
+    for build, (registers, spilled, shared) in zip(builds, _kernel_resources(builds), strict=True):
+        print(build, registers, spilled, shared)
+        assert registers <= 255 and shared <= SHARED[build.target], (build, registers, shared)
+        wide = build.dim * build.dtype.itemsize  # bytes of a vector
+        assert spilled <= (0 if wide <= 256 else 400 if wide <= 512 else 4096), (build, spilled)
 
 
-def test_kernels_compile_for_gpus_without_spills(tmp_path):
-    "In a process without the interpreter, and with an empty cache."
-    work = jobs(THOROUGH)
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, json.dumps(work)], env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    for (name, target, dtype, dim, window, single, *packed), (registers, spilled, shared) in zip(work, found, strict=True):
-        assert registers <= 255 and shared <= SHARED[target], (name, target, dtype, dim, window)
-        if dtype != "float32" and dim in (64, 128):
-            assert spilled <= 32 * bool(packed), (name, target, dtype, dim, window, single, spilled)
+def test_kernels_compile_for_gpus_without_spills(tmp_path, monkeypatch):
+    "The two with most numbers in registers: all energies of a block, and two sums for each key."
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    check_resources([_Build("select", 90), _Build("key_gradients", 80, dim=128, mask=torch.int32)])
+
+
+@pytest.mark.skipif(not THOROUGH, reason="a quarter of an hour; make test-thorough")
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", _KERNELS)
+def test_every_kernel_compiles_for_gpus_without_spills(name, dim, target, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    one = _Build(name, target, dim)
+    jobs = [replace(one, window=window) for window in (32, 256, 512, 1024)] + [replace(one, mask=torch.int32)]
+    jobs += [replace(one, dtype=torch.float32, window=window) for window in (256, 1024)]
+    if dim in (64, 128):
+        changes = [{"mask": torch.bool}, {"mask": torch.int32}, {"grid": True}, {"group": 2}, {"mask": torch.int32, "group": 4}, {"score": 2}]
+        jobs += [replace(one, window=window, **change) for change in changes for window in (256, 1024)]
+        jobs += [replace(one, score=1), replace(one, score=2, mask=torch.int32),
+                 replace(one, length=4095), replace(one, dtype=torch.float16)]
+    if name == "select":  # all its numbers of chunks
+        reached = {str(_blocks(n, True)[:2]): n for n in range(32, 1025)} if dim in (64, 128) else {}
+        jobs += [replace(one, window=n) for n in reached.values()] + [replace(one, selects=False)]
+    if name in ("select", "forward"):
+        jobs += [replace(one, single_row=True, window=window) for window in (256, 1024)]
+    check_resources(list(dict.fromkeys(jobs)))
 
 
 def test_tiles_hold_every_energy_of_a_block():
@@ -352,3 +331,12 @@ def test_on_a_gpu_auto_takes_the_kernels_and_two_runs_are_equal():
         assert "triton_forward" in str(output.grad_fn.name())
         runs.append([output, *torch.autograd.grad(output.float().square().sum(), leaves)])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@gpu
+@pytest.mark.gpu
+def test_on_a_gpu_gradients_are_the_slopes_of_the_output():
+    "In float32, whose differences need large steps; without top-k, whose selection such a step may change."
+    leaves = [x.requires_grad_() for x in (*(normal(n, 1, 2, 12, 8) for n in range(3)), torch.tensor([2.0, 3.0], device=DEVICE))]
+    torch.autograd.gradcheck(lambda q, k, v, sigma: triton_attention(q, k, v, CausalWindow(5), sigma=sigma), leaves,
+                             eps=1e-2, atol=1e-2, rtol=1e-2)
