@@ -286,7 +286,8 @@ def test_every_kernel_compiles_for_gpus_without_spills(name, dim, target, tmp_pa
     jobs = [replace(one, window=window) for window in (32, 256, 512, 1024)] + [replace(one, mask=torch.int32)]
     jobs += [replace(one, dtype=torch.float32, window=window) for window in (256, 1024)]
     if dim in (64, 128):
-        changes = [{"mask": torch.bool}, {"mask": torch.int32}, {"grid": True}, {"group": 2}, {"mask": torch.int32, "group": 4}, {"score": 2}]
+        changes = [{"mask": torch.bool}, {"mask": torch.int32}, {"grid": True}, {"group": 2}, {"score": 2},
+                   {"mask": torch.int32, "group": 4}]
         jobs += [replace(one, window=window, **change) for change in changes for window in (256, 1024)]
         jobs += [replace(one, score=1), replace(one, score=2, mask=torch.int32),
                  replace(one, length=4095), replace(one, dtype=torch.float16)]
