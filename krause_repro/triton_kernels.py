@@ -418,8 +418,7 @@ def _blocks(reach, windowed, single_row=False, large=False):
 def _options(name, size, reach, large):
     "Warps, pipeline stages and registers of a kernel for a padded head dimension; `large`: float32, or a head dimension above 128."
     many = size > 64 or large or name == "key_gradients" or reach > 256
-    limit = {"maxnreg": 255} if many else {}  # else ptxas spills a few numbers to stay at 128
-    return {"num_warps": 8 if many else 4, "num_stages": 1, **limit}
+    return {"num_warps": 8 if many else 4, "num_stages": 1, "maxnreg": 255}  # else ptxas spills a few numbers to stay at 128
 
 # %% ../nbs/05_triton_kernels.ipynb #3b583619
 _KERNELS = {"select": _select, "forward": _forward, "query_gradient": _query_gradient, "key_gradients": _key_gradients}
