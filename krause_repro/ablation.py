@@ -9,9 +9,10 @@ __all__ = ['plain_answers']
 from collections.abc import Callable
 from pathlib import Path
 
-from .evaluation import evaluate_runs, train_seeds
+from .evaluation import evaluate_runs, read_plan, train_seeds
 from .image_recipes import SUPPORTS, ablation_name
 from .recipes import get_recipe
+from .records import project_root
 from .reference import SCORES
 from .results import check_train, load_or_compute, result_path
 from .runs import Run
@@ -41,6 +42,24 @@ def load_or_run_grid(
 
         cells[name] = load_or_compute(file, profile, train, [recipe], make, root)
     return cells
+
+# %% ../nbs/43_ablation.ipynb #99d7374a
+PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
+    "cifar10": ("image_classification_cifar10", "test_accuracy", 1), "mnist": ("image_generation_mnist", "bits_per_dim", -1),
+    "textbooks": ("textbooks", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
+}
+
+
+def planned_results(
+    plan: str,  # name of the file under `results/plans`
+    root: Path | None,  # the project's folder
+    profile: str = "desk",  # or "smoke", "paper"
+) -> tuple[dict | None, dict[str, dict | None]]:  # the plan, None without one; results by recipe, None where missing
+    "A plan and the results of its models."
+    if not ((root or project_root()) / "results" / "plans" / f"{plan}.json").is_file():
+        return None, {}
+    found = read_plan(plan, root)
+    return found, load_or_run_grid(PLANNED_RESULTS[plan][0], found["models"], profile, "never", root=root)
 
 # %% ../nbs/43_ablation.ipynb #07b26bf0
 def factor_effect(

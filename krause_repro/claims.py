@@ -13,13 +13,12 @@ from pathlib import Path
 
 from scipy.stats import t as student
 
-from .ablation import ABLATION_CELLS, ablation_names, averaged_effects, load_or_run_grid
+from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
 from .bench_attention import scaling_series
 from .drawing import plural
-from .evaluation import is_undertrained, read_plan
+from .evaluation import is_undertrained
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
-from .records import project_root
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_models, sink_verdict, window_effect
 from krause_repro.statistics import (
@@ -55,24 +54,6 @@ CLAIMS: dict[str, Claim] = {}  # filled below, claim by claim
 
 # %% ../nbs/68_claims.ipynb #fdbc9644
 #| code-fold: true
-PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
-    "cifar10": ("image_classification_cifar10", "test_accuracy", 1), "mnist": ("image_generation_mnist", "bits_per_dim", -1),
-    "textbooks": ("textbooks", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
-}
-
-
-def planned_results(
-    plan: str,  # name of the file under `results/plans`
-    root: Path | None,  # the project's folder
-    profile: str = "desk",  # or "smoke", "paper"
-) -> tuple[dict | None, dict[str, dict | None]]:  # the plan, None without one; results by recipe, None where missing
-    "A plan and the results of its models."
-    if not ((root or project_root()) / "results" / "plans" / f"{plan}.json").is_file():
-        return None, {}
-    found = read_plan(plan, root)
-    return found, load_or_run_grid(PLANNED_RESULTS[plan][0], found["models"], profile, "never", root=root)
-
-
 def planned_difference(
     name: str,  # of the plan
     plan: dict,  # from `read_plan`
@@ -127,6 +108,13 @@ def _pending(results: dict[str, dict | None], field: str, scale: float = 1, digi
              for name, result in results.items() if result]
     return "; ".join(found) or "none"
 
+
+def _so_far(plan: str, root: Path | None, labels: dict[str, str], scale: float = 1, digits: int = 2) -> str:
+    "Means of models of a plan that has not all its seeds."
+    field, results = PLANNED_RESULTS[plan][1], planned_results(plan, root)[1]
+    means = [f"{label} {scale * results[name][field]['mean']:.{digits}f}".strip() for name, label in labels.items() if results.get(name)]
+    return f"unfinished: {', '.join(means)}" if means else "not finished"
+
 # %% ../nbs/68_claims.ipynb #2e54cc04
 #| code-fold: true
 def claim_text(
@@ -180,6 +168,9 @@ def _published_lead() -> str:
     return f"ahead in {len(ahead)} of {len(leads)} pairs, by {_span(ahead, 1, ' to ')} points"
 
 
+_CIFAR10 = {"kvit_s/cifar10": "", "vit_s/cifar10": "ViT", "vit_s_post/cifar10": "post-norm"}  # and how the table names them
+
+
 def _judge_accuracy(root):
     models = load_result("image_classification", "desk", root)["models"]
     values = {name.partition("/")[0]: model["test_accuracy"]["values"] for name, model in models.items()}
@@ -200,7 +191,7 @@ def _judge_accuracy(root):
         evidence.append(f"Softmax regression on the pixels of CIFAR-10: {percent(baseline['test_accuracy'])}.")
     rising = [name for name, model in {**models, **results}.items() if model and is_undertrained(model["curves"])]
     evidence.append(f"Undertrained by the rule of notebook 61: {', '.join(rising) or 'none'}.")
-    ours = f"Fashion-MNIST {_effect(fashion)}; CIFAR-10 {_effect(cifar) if cifar else 'not finished'}"
+    ours = f"Fashion-MNIST {_effect(fashion)}; CIFAR-10 {_effect(cifar) if cifar else _so_far('cifar10', root, _CIFAR10, 100, 1)}"
     return Finding(_together(cifar and cifar["verdict"], other), ours, tuple(evidence))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
@@ -544,7 +535,8 @@ def _judge_from_scratch(root):
     if not found or not all(found.values()):
         done = sum(map(bool, results.values()))
         evidence.append(f"{done} of {len(results)} planned models are trained." if results else "No desk results yet.")
-        return Finding(NOT_YET, "no results yet", tuple(evidence))
+        labels = {"lm_krause_100m/openstax": "bits per token", "lm_standard_100m/openstax": "standard"}
+        return Finding(NOT_YET, _so_far("language_models", root, labels), tuple(evidence))
     wins = sum(each["verdict"] == HOLDS for each in found.values())
     verdict = _of_pairs([each["verdict"] for each in found.values()])
     return Finding(verdict, f"fewer bits than {wins} of {len(found)} rivals, 2M parameters", tuple(evidence))
@@ -584,7 +576,8 @@ def findings(
     ratios = " and ".join(f"{1 / row['ratio']:.2f}" for row in _generation_speeds(root).values())
     return "\n".join([
         f"- **Accuracy.** On Fashion-MNIST KViT minus ViT is {_effect(lead)} points, {plural(lead['n'], 'seed')}. *But* post-norm "
-        f"alone gives {_effect(norm)}, and the models are small (width {recipe.width}, {recipe.epochs} epochs){rising}.",
+        f"alone gives {_effect(norm)}, and the models are small (width {recipe.width}, {recipe.epochs} epochs){rising}. "
+        f"KViT on {CLAIMS['accuracy'].judge(root).ours.partition('; ')[2]}.",
         f"- **What helps.** The window: {_effect(effects['window'])} points. Top-k: {_effect(effects['top-k'])}. Distance, not dot "
         f"product: {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* softmax on the window "
         f"minus KViT is {_effect(control)}: {'a difference' if is_shown(control) else 'no difference is shown'}.",

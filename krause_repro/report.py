@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from krause_repro.ablation import (
-    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, single_changes,
+    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, planned_results, single_changes,
 )
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
-from .claims import claims_table, findings, planned_results
+from .claims import claims_table, findings
 from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,

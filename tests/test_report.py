@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from krause_repro import results
+from krause_repro.ablation import PLANNED_RESULTS, planned_results
 from krause_repro.claims import (
     CLAIMS,
     DOES_NOT_HOLD,
@@ -15,10 +16,8 @@ from krause_repro.claims import (
     IN_PART,
     NOT_SHOWN,
     NOT_YET,
-    PLANNED_RESULTS,
     claim_text,
     planned_difference,
-    planned_results,
 )
 from krause_repro.recipe_base import published_tables
 from krause_repro.recipes import SINKS, get_recipe
