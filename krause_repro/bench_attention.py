@@ -455,8 +455,9 @@ class _Build:
 def _kernel_resources(builds):
     "Registers of a thread, bytes it spills and shared memory of a program, in a process without the interpreter and without PyTorch."
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(inspect.getfile(_Launch)).read_text()
-        (Path(folder) / "kernels.py").write_text(text[text.index("try:\n    import triton"):text.index("class _Launch")])
+        text = Path(inspect.getfile(_Launch)).read_text(encoding="utf-8")
+        kernels = text[text.index("try:\n    import triton"):text.index("class _Launch")]
+        (Path(folder) / "kernels.py").write_text(kernels, encoding="utf-8")
         done = subprocess.run([sys.executable, "-c", _COMPILE, folder], input=json.dumps([build.launch() for build in builds]),
                               env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     if done.returncode:

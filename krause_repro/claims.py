@@ -109,9 +109,8 @@ def _pending(results: dict[str, dict | None], field: str, scale: float = 1, digi
     return "; ".join(found) or "none"
 
 
-def _so_far(plan: str, root: Path | None, labels: dict[str, str], scale: float = 1, digits: int = 2) -> str:
+def _so_far(results: dict[str, dict | None], field: str, labels: dict[str, str], scale: float = 1, digits: int = 2) -> str:
     "Means of models of a plan that has not all its seeds."
-    field, results = PLANNED_RESULTS[plan][1], planned_results(plan, root)[1]
     means = [f"{label} {scale * results[name][field]['mean']:.{digits}f}".strip() for name, label in labels.items() if results.get(name)]
     return f"unfinished: {', '.join(means)}" if means else "not finished"
 
@@ -168,7 +167,12 @@ def _published_lead() -> str:
     return f"ahead in {len(ahead)} of {len(leads)} pairs, by {_span(ahead, 1, ' to ')} points"
 
 
-_CIFAR10 = {"kvit_s/cifar10": "", "vit_s/cifar10": "ViT", "vit_s_post/cifar10": "post-norm"}  # and how the table names them
+def _on_cifar10(root):
+    "The plan, its results, KViT minus ViT (None before all seeds are finished), and the numbers for a cell of the table."
+    plan, results = planned_results("cifar10", root)
+    found = planned_difference("cifar10", plan, results, "kvit_s/cifar10", "vit_s/cifar10") if plan else None
+    labels = {"kvit_s/cifar10": "", "vit_s/cifar10": "ViT", "vit_s_post/cifar10": "post-norm"}
+    return plan, results, found, f"CIFAR-10 {_effect(found) if found else _so_far(results, 'test_accuracy', labels, 100, 1)}"
 
 
 def _judge_accuracy(root):
@@ -177,8 +181,7 @@ def _judge_accuracy(root):
     fashion, norms, norm = (paired_difference(values[a], values[b]) for a, b in (("kvit_t", "vit_t"), ("kvit_t", "vit_t_post"),
                                                                               ("vit_t_post", "vit_t")))
     other = (HOLDS if fashion["mean"] > 0 else DOES_NOT_HOLD) if is_shown(fashion) else NOT_SHOWN
-    plan, results = planned_results("cifar10", root)
-    cifar = planned_difference("cifar10", plan, results, "kvit_s/cifar10", "vit_s/cifar10") if plan else None
+    plan, results, cifar, numbers = _on_cifar10(root)
     evidence = [
         f"Fashion-MNIST, {_size('kvit_t/fashion_mnist')}: KViT − ViT {_effect(fashion)} points, {plural(fashion['n'], 'seed')}. "
         f"With equal norms {_effect(norms)}; of post-norm alone {_effect(norm)}.",
@@ -191,8 +194,7 @@ def _judge_accuracy(root):
         evidence.append(f"Softmax regression on the pixels of CIFAR-10: {percent(baseline['test_accuracy'])}.")
     rising = [name for name, model in {**models, **results}.items() if model and is_undertrained(model["curves"])]
     evidence.append(f"Undertrained by the rule of notebook 61: {', '.join(rising) or 'none'}.")
-    ours = f"Fashion-MNIST {_effect(fashion)}; CIFAR-10 {_effect(cifar) if cifar else _so_far('cifar10', root, _CIFAR10, 100, 1)}"
-    return Finding(_together(cifar and cifar["verdict"], other), ours, tuple(evidence))
+    return Finding(_together(cifar and cifar["verdict"], other), f"Fashion-MNIST {_effect(fashion)}; {numbers}", tuple(evidence))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
 
@@ -536,7 +538,7 @@ def _judge_from_scratch(root):
         done = sum(map(bool, results.values()))
         evidence.append(f"{done} of {len(results)} planned models are trained." if results else "No desk results yet.")
         labels = {"lm_krause_100m/openstax": "bits per token", "lm_standard_100m/openstax": "standard"}
-        return Finding(NOT_YET, _so_far("language_models", root, labels), tuple(evidence))
+        return Finding(NOT_YET, _so_far(results, "bits_per_token", labels), tuple(evidence))
     wins = sum(each["verdict"] == HOLDS for each in found.values())
     verdict = _of_pairs([each["verdict"] for each in found.values()])
     return Finding(verdict, f"fewer bits than {wins} of {len(found)} rivals, 2M parameters", tuple(evidence))
@@ -577,7 +579,7 @@ def findings(
     return "\n".join([
         f"- **Accuracy.** On Fashion-MNIST KViT minus ViT is {_effect(lead)} points, {plural(lead['n'], 'seed')}. *But* post-norm "
         f"alone gives {_effect(norm)}, and the models are small (width {recipe.width}, {recipe.epochs} epochs){rising}. "
-        f"KViT on {CLAIMS['accuracy'].judge(root).ours.partition('; ')[2]}.",
+        f"KViT on {_on_cifar10(root)[-1]}.",
         f"- **What helps.** The window: {_effect(effects['window'])} points. Top-k: {_effect(effects['top-k'])}. Distance, not dot "
         f"product: {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* softmax on the window "
         f"minus KViT is {_effect(control)}: {'a difference' if is_shown(control) else 'no difference is shown'}.",

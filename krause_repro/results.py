@@ -54,14 +54,15 @@ def result_path(
 
 # %% ../nbs/21_results.ipynb #dd94e7eb
 def summaries(
-    value: dict | list,  # a result, or part of it
+    value: object,  # a result, or part of it
     place: str = "",  # its path in the result
 ) -> Iterator[tuple[str, dict]]:  # path, and mean, sd, n and values
     "All numbers of a result that are summaries over seeds, in order."
     if isinstance(value, dict) and _number(value.get("mean")):
         yield place, value
         return
-    for field, each in value.items() if isinstance(value, dict) else enumerate(value):
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for field, each in parts:
         if field != "recipes" and isinstance(each, (dict, list)):
             yield from summaries(each, f"{place}.{field}" if place else str(field))
 

@@ -384,7 +384,7 @@ REFUSED = {
 }
 
 
-@over(("call", "error", "names"), REFUSED.values(), ids=REFUSED)
+@over(("call", "error", "names"), REFUSED.values())
 def test_bad_input_is_refused_by_name(call, error, names):
     with pytest.raises(error, match=names):
         call()

@@ -7,6 +7,8 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
+from cases import over
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(path for path in (ROOT / "krause_repro").glob("*.py") if not path.name.startswith("_"))
@@ -17,25 +19,7 @@ OWN_CLASSES = {node.name for path in MODULES for node in ast.parse(path.read_tex
 PRIVATE_PATH = re.compile(r"(?<![\w.~-])/(?:work|home|root|tmp|mnt|Users)/")
 
 
-def each(paths):
-    "Make one test of a check of one path: all paths that fail are named."
-    def of(check):
-        def test():
-            failed = []
-            for path in paths:
-                try:
-                    check(path)
-                except Exception as error:
-                    failed.append(f"{path.name}: {type(error).__name__}: {error}")
-            assert not failed, "\n".join(failed)
-
-        test.__name__, test.__doc__ = check.__name__, check.__doc__
-        return test
-
-    return of
-
-
-each_page, each_module = each(PAGES), each(MODULES)
+each_page, each_module = over("path", PAGES), over("path", MODULES)
 
 
 @cache

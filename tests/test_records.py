@@ -480,6 +480,8 @@ def test_the_table_has_every_summary_with_its_origin(tmp_path):
     saved = load_result("b", "smoke", tmp_path)
     origin = {"commit": saved["commit"], "device": saved["device"], "torch": saved["versions"]["torch"]}
     assert lines[1] | origin == lines[1]
+    (tmp_path / "results" / "smoke" / "c.json").write_text("null", encoding="utf-8")  # no result: told when it is loaded
+    assert len(list(table_lines(tmp_path / "results" / "smoke"))) == len(lines)
 
 
 def test_the_committed_table_is_that_of_the_results(tmp_path):

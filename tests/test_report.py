@@ -21,7 +21,7 @@ from krause_repro.claims import (
 )
 from krause_repro.recipe_base import published_tables
 from krause_repro.recipes import SINKS, get_recipe
-from krause_repro.records import environment, project_root, write_json
+from krause_repro.records import project_root
 from krause_repro.report import (
     CIFAR10_RESULTS,
     README_BLOCKS,
@@ -232,8 +232,7 @@ def planned_runs(root, plan, values):
         recipe, numbers = get_recipe(name).at("desk"), summarise(values.get(name, [0.5, 0.51, 0.52]))
         curves = {"epochs": [1, 20], "validation_accuracy": {"mean": [0.7, 0.7], "sd": [0, 0]}}
         result = {"recipes": {name: recipe.to_dict()}, field: numbers, "seeds": [0, 1, 2], "curves": curves, "parameters": 7}
-        place = f"{folder}/{name.partition('/')[0]}"
-        write_json(result_path(place, "desk", root), {"name": place, "profile": "desk", **environment(), **result})
+        save_result(f"{folder}/{name.partition('/')[0]}", result, "desk", root)
 
 
 @pytest.mark.parametrize(("plan", "claim", "values", "verdict"), [
