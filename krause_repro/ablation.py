@@ -45,7 +45,7 @@ def load_or_run_grid(
 
 # %% ../nbs/43_ablation.ipynb #99d7374a
 PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
-    "cifar10": ("image_classification_cifar10", "test_accuracy", 1), "mnist": ("image_generation_mnist", "bits_per_dim", -1),
+    "cifar10": ("image_classification", "test_accuracy", 1), "mnist": ("image_generation", "bits_per_dim", -1),
     "textbooks": ("textbooks", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
 }
 
@@ -87,6 +87,7 @@ ABLATION_CONTROLS = {
     "random places": "ablation_random_local/fashion_mnist", "random places + top-k": "ablation_random_local_top_k/fashion_mnist",
     "window + top-k, σ fixed": "ablation_fixed_sigma/fashion_mnist",
 }
+ABLATION_BASELINE = "softmax_regression/fashion_mnist"
 SCORE_LABELS = {"softmax": "dot product", "softmax_key_norm": "dot product + key norm", "krause": "RBF"}
 SUPPORT_LABELS = {"full": "full", "local": "window", "local_top_k": "window + top-k"}
 FACTORS = (  # position in a cell, first and second level
@@ -100,10 +101,10 @@ def ablation_names(
 ) -> list[str]:
     "The recipes of notebook 65 under a profile; under smoke a few that cover every code path."
     if profile != "smoke":
-        return [*ABLATION_CELLS.values(), *ABLATION_CONTROLS.values()]
+        return [*ABLATION_CELLS.values(), *ABLATION_CONTROLS.values(), ABLATION_BASELINE]
     few = [name for (score, support, norm), name in ABLATION_CELLS.items()
            if score != "softmax_key_norm" and support != "local" and norm == "post"]
-    return [*few, ABLATION_CONTROLS["random places + top-k"]]
+    return [*few, ABLATION_CONTROLS["random places + top-k"], ABLATION_BASELINE]
 
 # %% ../nbs/43_ablation.ipynb #36b9122a
 def _values(results, *names):
@@ -176,6 +177,7 @@ def cell_table(
     rows = [(SCORE_LABELS[score], SUPPORT_LABELS[support], accuracy(name), accuracy(ABLATION_CELLS[score, support, "pre"]))
             for (score, support, norm), name in ABLATION_CELLS.items() if norm == "post"]
     rows += [("RBF", label, accuracy(name), "not trained") for label, name in ABLATION_CONTROLS.items()]
+    rows.append(("softmax regression on pixels, %", None, accuracy(ABLATION_BASELINE), None))
     return markdown_table(("score", "support", "post-norm, %", "pre-norm, %"), rows)
 
 # %% ../nbs/43_ablation.ipynb #6253058f

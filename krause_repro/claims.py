@@ -6,7 +6,6 @@
 __all__ = ['claims_table', 'findings']
 
 # %% ../nbs/68_claims.ipynb #27e0c83e
-#| code-fold: true
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from scipy.stats import t as student
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
 from .bench_attention import scaling_series
 from .drawing import plural
-from .evaluation import is_undertrained
+from .evaluation import CLASSIFIER_LABELS, is_undertrained
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
@@ -26,7 +25,6 @@ from krause_repro.statistics import (
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
-#| code-fold: true
 HOLDS, IN_PART, DOES_NOT_HOLD = "holds", "holds in part", "does not hold"
 NOT_SHOWN, NOT_YET = "not shown", "not yet tested here"
 
@@ -53,7 +51,6 @@ class Claim:
 CLAIMS: dict[str, Claim] = {}  # filled below, claim by claim
 
 # %% ../nbs/68_claims.ipynb #fdbc9644
-#| code-fold: true
 def planned_difference(
     name: str,  # of the plan
     plan: dict,  # from `read_plan`
@@ -84,7 +81,6 @@ def _of_pairs(verdicts: list[str]) -> str:
     return IN_PART if HOLDS in verdicts else DOES_NOT_HOLD if DOES_NOT_HOLD in verdicts else NOT_SHOWN
 
 # %% ../nbs/68_claims.ipynb #35026648
-#| code-fold: true
 def _span(values, digits: int = 0, to: str = "–") -> str:
     "The range of numbers, or the number if there is only one."
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
@@ -115,7 +111,6 @@ def _so_far(results: dict[str, dict | None], field: str, labels: dict[str, str],
     return f"unfinished: {', '.join(means)}" if means else "not finished"
 
 # %% ../nbs/68_claims.ipynb #2e54cc04
-#| code-fold: true
 def claim_text(
     name: str,  # key of `CLAIMS`
     root: Path | None = None,  # the project's folder
@@ -126,7 +121,6 @@ def claim_text(
     return "\n".join([*(f"- {line}" for line in lines), "", f"**Verdict: {found.verdict}.**"])
 
 # %% ../nbs/68_claims.ipynb #018d02a6
-#| code-fold: true
 def _judge_clusters(root):
     result = load_result("particles", "desk", root)
     ends, untruncated = {}, {}
@@ -157,7 +151,6 @@ CLAIMS["clusters"] = Claim(
 )
 
 # %% ../nbs/68_claims.ipynb #3895a78c
-#| code-fold: true
 def _published_lead() -> str:
     leads = []
     for table in ("table1_cifar10", "table2_cifar100", "table3_imagenet", "table12_fashion_mnist"):
@@ -168,38 +161,36 @@ def _published_lead() -> str:
 
 
 def _on_cifar10(root):
-    "The plan, its results, KViT minus ViT (None before all seeds are finished), and the numbers for a cell of the table."
+    "The plan, its results, KViT minus ViT and minus ViT with post-norm (None before all seeds are finished)."
     plan, results = planned_results("cifar10", root)
-    found = planned_difference("cifar10", plan, results, "kvit_s/cifar10", "vit_s/cifar10") if plan else None
+    rivals = ("vit_s/cifar10", "vit_s_post/cifar10")
+    return plan, results, *(planned_difference("cifar10", plan, results, "kvit_s/cifar10", rival) if plan else None for rival in rivals)
+
+
+def _cifar10_so_far(results):
     labels = {"kvit_s/cifar10": "", "vit_s/cifar10": "ViT", "vit_s_post/cifar10": "post-norm"}
-    return plan, results, found, f"CIFAR-10 {_effect(found) if found else _so_far(results, 'test_accuracy', labels, 100, 1)}"
+    return f"CIFAR-10 {_so_far(results, 'test_accuracy', labels, 100, 1)}"
 
 
 def _judge_accuracy(root):
-    models = load_result("image_classification", "desk", root)["models"]
-    values = {name.partition("/")[0]: model["test_accuracy"]["values"] for name, model in models.items()}
-    fashion, norms, norm = (paired_difference(values[a], values[b]) for a, b in (("kvit_t", "vit_t"), ("kvit_t", "vit_t_post"),
-                                                                              ("vit_t_post", "vit_t")))
-    other = (HOLDS if fashion["mean"] > 0 else DOES_NOT_HOLD) if is_shown(fashion) else NOT_SHOWN
-    plan, results, cifar, numbers = _on_cifar10(root)
+    plan, results, cifar, post = _on_cifar10(root)
+    numbers = f"CIFAR-10 {_effect(cifar)}" if cifar else _cifar10_so_far(results)
     evidence = [
-        f"Fashion-MNIST, {_size('kvit_t/fashion_mnist')}: KViT − ViT {_effect(fashion)} points, {plural(fashion['n'], 'seed')}. "
-        f"With equal norms {_effect(norms)}; of post-norm alone {_effect(norm)}.",
-        f"CIFAR-10, {_size('kvit_s/cifar10')}: {_effect(cifar)} points, seeds {', '.join(map(str, cifar['seeds']))}, corrected for "
-        f"{len(plan['comparisons'])} comparisons." if cifar else
+        f"CIFAR-10, {_size('kvit_s/cifar10')}: KViT − ViT {_effect(cifar)} points; with equal norms {_effect(post)}; seeds "
+        f"{', '.join(map(str, cifar['seeds']))}, corrected for {len(plan['comparisons'])} comparisons." if cifar and post else
         f"CIFAR-10, finished so far: {_pending(results, 'test_accuracy', 100, 2)}. No verdict before all seeds are.",
     ]
-    baseline = load_result("image_classification_cifar10/softmax_regression", "desk", root, missing_ok=True)
-    if baseline:
-        evidence.append(f"Softmax regression on the pixels of CIFAR-10: {percent(baseline['test_accuracy'])}.")
-    rising = [name for name, model in {**models, **results}.items() if model and is_undertrained(model["curves"])]
+    for name in ("softmax_regression", "convolution"):
+        baseline = load_result(f"image_classification/{name}", "desk", root, missing_ok=True)
+        if baseline:
+            evidence.append(f"{CLASSIFIER_LABELS['desk'][f'{name}/cifar10'][0].capitalize()}: {percent(baseline['test_accuracy'])}.")
+    rising = [name for name, model in results.items() if model and is_undertrained(model["curves"])]
     evidence.append(f"Undertrained by the rule of notebook 61: {', '.join(rising) or 'none'}.")
-    return Finding(_together(cifar and cifar["verdict"], other), f"Fashion-MNIST {_effect(fashion)}; {numbers}", tuple(evidence))
+    return Finding(cifar["verdict"] if cifar else NOT_YET, numbers, tuple(evidence))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
 
 # %% ../nbs/68_claims.ipynb #63283f38
-#| code-fold: true
 PARTS = {"distance": "RBF − dot product", "window": "window − full", "top-k": "window + top-k − window"}
 
 
@@ -250,7 +241,6 @@ def _published_parts() -> str:
 CLAIMS["parts"] = Claim("Distance, window and top-k each help", _published_parts, "65_ablations", _judge_parts)
 
 # %% ../nbs/68_claims.ipynb #b4d3820d
-#| code-fold: true
 def _published_saving() -> list[float]:
     "Published reductions of FLOPs, KViT against ViT, in percent."
     savings = []
@@ -282,7 +272,6 @@ def _judge_flops(root):
 CLAIMS["flops"] = Claim("KViT needs fewer FLOPs", lambda: f"{_span(_published_saving(), 0, ' to ')}% fewer", "66_cost", _judge_flops)
 
 # %% ../nbs/68_claims.ipynb #1a26959e
-#| code-fold: true
 LINEAR = 1.1  # largest exponent of the length that is called linear
 
 
@@ -310,7 +299,6 @@ def _judge_linear(root):
 CLAIMS["linear"] = Claim("Cost is linear in the sequence length", lambda: "O(N·W·d) instead of O(N²·d)", "66_cost", _judge_linear)
 
 # %% ../nbs/68_claims.ipynb #018cae24
-#| code-fold: true
 def _unpaired(first: dict, second: dict, seeds: int) -> dict:  # "mean" and "interval"
     "Difference in the last layer between two curves over layers of equally many seeds, with its 95% interval (Welch)."
     (a, s), (b, t) = ((each["mean"][-1], each["sd"][-1] ** 2 / seeds) for each in (first, second))
@@ -342,7 +330,6 @@ def _judge_heads(root):
 CLAIMS["heads"] = Claim("Diverse heads, tokens in several groups", lambda: "heat maps of a few images", "67_attention_maps", _judge_heads)
 
 # %% ../nbs/68_claims.ipynb #c2c336f3
-#| code-fold: true
 def _sink_numbers(root):
     "By file of a model with a branch: attention on token 0, and whether the sink is there in branch and model."
     recipe, models = SINKS.at("desk"), sink_models("desk")
@@ -395,19 +382,27 @@ def _published_sinks() -> str:
 CLAIMS["sinks"] = Claim("No attention sinks", _published_sinks, "63_llm_finetuning", _judge_sinks)
 
 # %% ../nbs/68_claims.ipynb #55d60a5a
-#| code-fold: true
+def _earlier_bits(root):
+    "KARM minus ARM and minus LARM on Fashion-MNIST, in bits per dimension; empty before all are trained."
+    names = [f"{model}/fashion_mnist" for model in ("karm", "arm", "larm")]
+    grid = load_or_run_grid("image_generation_fashion_mnist", names, "desk", "never", root=root)
+    if not all(grid.values()):
+        return {}
+    karm, *rivals = (result["bits_per_dim"]["values"] for result in grid.values())
+    return {rival: paired_difference(karm, bits) for rival, bits in zip(("arm", "larm"), rivals, strict=True)}
+
+
+def _mnist_so_far(results):
+    return f"MNIST {_so_far(results, 'bits_per_dim', {f'{model}/mnist': model.upper() for model in ('karm', 'arm', 'larm')}, 1, 3)}"
+
+
 def _judge_bits(root):
-    rivals = ("arm", "larm")
-    grid = load_or_run_grid("image_generation", [f"{model}/fashion_mnist" for model in ("karm", *rivals)], "desk", "never", root=root)
     plan, results = planned_results("mnist", root)
-    evidence, fashion, own = [], {}, {}
-    if all(grid.values()):
-        bits = {name.partition("/")[0]: result["bits_per_dim"]["values"] for name, result in grid.items()}
-        fashion = {rival: paired_difference(bits["karm"], bits[rival]) for rival in rivals}
-        evidence += [f"Fashion-MNIST, {_size('karm/fashion_mnist')}: KARM − {rival.upper()} {_effect(each, 1, 3)} bits per dimension, "
-                     f"{plural(each['n'], 'seed')}." for rival, each in fashion.items()]
+    fashion, own = _earlier_bits(root), {}
+    evidence = [f"Fashion-MNIST, {_size('karm/fashion_mnist')}: KARM − {rival.upper()} {_effect(each, 1, 3)} bits per dimension, "
+                f"{plural(each['n'], 'seed')}." for rival, each in fashion.items()]
     if plan:
-        own = {rival: planned_difference("mnist", plan, results, "karm/mnist", f"{rival}/mnist") for rival in rivals}
+        own = {rival: planned_difference("mnist", plan, results, "karm/mnist", f"{rival}/mnist") for rival in ("arm", "larm")}
         evidence += [f"MNIST, {_size('karm/mnist')}: KARM − {rival.upper()} {_effect(each, 1, 3)} bits per dimension, corrected."
                      for rival, each in own.items() if each]
         if not all(own.values()):
@@ -418,8 +413,8 @@ def _judge_bits(root):
     done = own and all(own.values())
     shown = own if done else fashion
     ours = ("MNIST " if done else "Fashion-MNIST ") + ", ".join(f"{rival.upper()} {_effect(each, 1, 2)}" for rival, each in shown.items())
-    return Finding(_together(_of_pairs([each["verdict"] for each in own.values()]) if done else None, other), ours if shown else
-                   "not finished", tuple(evidence))
+    return Finding(_together(_of_pairs([each["verdict"] for each in own.values()]) if done else None, other),
+                   ours if shown else _mnist_so_far(results), tuple(evidence))
 
 def _published_bits() -> str:
     def less(table):
@@ -431,7 +426,6 @@ def _published_bits() -> str:
 CLAIMS["bits"] = Claim("KARM needs fewer bits than ARM and LARM", _published_bits, "62_image_generation", _judge_bits)
 
 # %% ../nbs/68_claims.ipynb #ef5e75bb
-#| code-fold: true
 def _published_speed() -> str:
     rows = [{row[0]: row[2] for row in published_tables()[table]["rows"]} for table in
             ("table4_mnist_generation", "table5_cifar10_generation")]
@@ -459,7 +453,6 @@ def _judge_generation_speed(root):
 CLAIMS["generation_speed"] = Claim("KARM generates faster than ARM", _published_speed, "62_image_generation", _judge_generation_speed)
 
 # %% ../nbs/68_claims.ipynb #2d946b9f
-#| code-fold: true
 def _published_benchmarks() -> str:
     "Of the first numbers of Table 6, how many are higher with a branch than with LoRA alone."
     rows = {row[0]: row[1:] for row in published_tables()["table6_llama"]["rows"]}
@@ -499,7 +492,6 @@ def _judge_fine_tuning(root):
 CLAIMS["fine_tuning"] = Claim("A Krause branch improves fine-tuning", _published_benchmarks, "63_llm_finetuning", _judge_fine_tuning)
 
 # %% ../nbs/68_claims.ipynb #b57988ce
-#| code-fold: true
 LEAST_SPEED = 0.99  # "under 1%"
 
 
@@ -520,7 +512,6 @@ CLAIMS["branch_speed"] = Claim(
 )
 
 # %% ../nbs/68_claims.ipynb #30703c4d
-#| code-fold: true
 def _published_means() -> str:
     rows = {row[0]: sum(row[1:]) / len(row[1:]) for row in published_tables()["lm_100m"]["rows"]}
     rival = max((name for name in rows if name != "Krause"), key=rows.get)
@@ -546,7 +537,6 @@ def _judge_from_scratch(root):
 CLAIMS["from_scratch"] = Claim("Better language models from scratch", _published_means, "64_language_modelling", _judge_from_scratch)
 
 # %% ../nbs/68_claims.ipynb #195dcd66
-#| code-fold: true
 def claims_table(
     root: Path | None = None,  # the project's folder
     pages: str = "",  # prefix of the links to notebooks
@@ -558,35 +548,38 @@ def claims_table(
     return markdown_table(("claim", "paper", "ours, desk size", "verdict", "notebook"), rows)
 
 # %% ../nbs/68_claims.ipynb #d903ae62
-#| code-fold: true
+def _accuracy_finding(root):
+    plan, results, lead, norm = _on_cifar10(root)
+    if not (lead and norm):
+        return f"KViT on {_cifar10_so_far(results)}."
+    recipe = get_recipe("kvit_s/cifar10").at("desk")
+    rising = " and were still improving" if any(model and is_undertrained(model["curves"]) for model in results.values()) else ""
+    return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, KViT minus a ViT with KViT's norm {_effect(norm)}, "
+            f"{plural(len(lead['seeds']), 'seed')}; a difference counts from {100 * plan['smallest_difference']:g} point on. *But* the "
+            f"models are small (width {recipe.width}, {recipe.epochs:g} epochs){rising}.")
+
+
 def findings(
     root: Path | None = None,  # the project's folder
 ) -> str:  # a Markdown list
     "Five findings with effect, interval and caveat, computed from the desk results."
-    models = load_result("image_classification", "desk", root)["models"]
-    values = {name.partition("/")[0]: model["test_accuracy"]["values"] for name, model in models.items()}
-    lead, norm = (paired_difference(values[a], values[b]) for a, b in (("kvit_t", "vit_t"), ("vit_t_post", "vit_t")))
-    recipe, generator = get_recipe("kvit_t/fashion_mnist").at("desk"), get_recipe("karm/fashion_mnist").at("desk")
+    generator = get_recipe("karm/fashion_mnist").at("desk")
     results, effects = _effects(root)
     control = _window_control(results)
     linear, flops, removed = (CLAIMS[name].judge(root) for name in ("linear", "flops", "sinks"))
-    grid = load_or_run_grid("image_generation", [f"{model}/fashion_mnist" for model in ("karm", "arm", "larm")], "desk", "never", root=root)
-    karm, *rivals = (result["bits_per_dim"]["values"] for result in grid.values())
-    arm, larm = (_effect(paired_difference(karm, rival), 1, 2) for rival in rivals)
+    arm, larm = (_effect(each, 1, 2) for each in _earlier_bits(root).values())
     sinks = next(n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch")
-    rising = " and were still improving" if any(is_undertrained(model["curves"]) for model in models.values()) else ""
     ratios = " and ".join(f"{1 / row['ratio']:.2f}" for row in _generation_speeds(root).values())
     return "\n".join([
-        f"- **Accuracy.** On Fashion-MNIST KViT minus ViT is {_effect(lead)} points, {plural(lead['n'], 'seed')}. *But* post-norm "
-        f"alone gives {_effect(norm)}, and the models are small (width {recipe.width}, {recipe.epochs} epochs){rising}. "
-        f"KViT on {_on_cifar10(root)[-1]}.",
-        f"- **What helps.** The window: {_effect(effects['window'])} points. Top-k: {_effect(effects['top-k'])}. Distance, not dot "
-        f"product: {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* softmax on the window "
-        f"minus KViT is {_effect(control)}: {'a difference' if is_shown(control) else 'no difference is shown'}.",
+        f"- **Accuracy.** {_accuracy_finding(root)}",
+        f"- **What helps.** On Fashion-MNIST the window gives {_effect(effects['window'])} points, top-k {_effect(effects['top-k'])}, "
+        f"distance instead of dot product {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. "
+        f"*But* softmax on the window minus KViT is {_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown.",
         f"- **Cost.** Linear cost *{linear.verdict}*: {linear.ours}. The published {_span(_published_saving(), 0, ' to ')}% fewer FLOPs: "
         f"*{flops.verdict}* ({flops.ours}). *But* times are of one CPU.",
-        f"- **Images.** KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}; KARM generates {ratios} times "
-        f"as fast. *But* KARM minus LARM is {larm}, and training lasts {generator.epochs:g} epoch of {generator.train_images:,} images.",
+        f"- **Images.** On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}; KARM "
+        f"generates {ratios} times as fast. *But* KARM minus LARM is {larm}, and training lasts {generator.epochs:g} epoch of "
+        f"{generator.train_images:,} images. {_mnist_so_far(planned_results('mnist', root)[1])}.",
         f"- **Attention sinks.** Removal *{removed.verdict}*: a query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in "
         f"the Krause branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. "
         "*But* this is one seed of SmolLM2-135M.",

@@ -309,11 +309,14 @@ class PixelRecipe(ImageClassificationRecipe):
 
 # %% ../nbs/23_image_recipes.ipynb #a9b95099
 def baseline_recipes() -> dict[str, PixelRecipe]:
-    "Softmax regression and a convolutional network on CIFAR-10 (ours)."
-    vit = image_classification_recipes()["vit_s/cifar10"]
-    common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}, "unpublished": (*UNPUBLISHED, "held_out", "stages")}
-    stages = {"softmax_regression/cifar10": None, "convolution/cifar10": (48, 96, 192)}
-    return {name: PixelRecipe(**{**common, "name": name, "stages": each}) for name, each in stages.items()}
+    "Softmax regression and a convolutional network on CIFAR-10, and softmax regression on Fashion-MNIST (ours)."
+    stages = {"softmax_regression/cifar10": None, "convolution/cifar10": (48, 96, 192), "softmax_regression/fashion_mnist": None}
+    vits, recipes = {"cifar10": "vit_s/cifar10", "fashion_mnist": "vit_t/fashion_mnist"}, {}
+    for name, each in stages.items():
+        vit = image_classification_recipes()[vits[name.partition("/")[2]]]
+        common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}}
+        recipes[name] = PixelRecipe(**{**common, "name": name, "stages": each, "unpublished": (*UNPUBLISHED, "held_out", "stages")})
+    return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #4052b462
 @dataclass(frozen=True)

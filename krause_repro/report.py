@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from krause_repro.ablation import (
-    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, planned_results, single_changes,
+    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, single_changes,
 )
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
 from .claims import claims_table, findings
-from .evaluation import IMAGE_COMPARISONS, accuracy_differences, accuracy_table
+from .evaluation import CLASSIFIER_LABELS, altered_note, planned_table, read_plan, trained_table
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
@@ -30,15 +30,13 @@ from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFI
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
-from .results import load_or_compute, load_result, result_command, result_page, result_path, stale_recipes
+from .results import load_or_compute, load_result, result_command, result_page, result_path
 from .sinks import branch_files, sink_answer, sink_models
 from .statistics import MIN_EFFECT, decimals, markdown_table
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
-CIFAR10_RESULTS = ("kvit_s", "vit_s", "vit_s_post", "softmax_s_local", "kvit_s_local", "softmax_s_local_top_k", "kvit_s_full",
-                   "softmax_regression", "convolution", "nearest_neighbours")  # those of results/plans/cifar10.json
-README_RESULTS = ("image_classification", "ablations", "image_generation", "image_generation_colour", "generation_speed",
+README_RESULTS = ("ablations", "image_generation_fashion_mnist", "image_generation_colour", "generation_speed",
                   "fine_tuning_questions", "fine_tuning_shakespeare", "sinks", "language_speed", "cost", "counting", "particles",
                   "attention_maps")  # files and folders
 
@@ -50,16 +48,16 @@ def expected_results(
     model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     scratch = [f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]]
     folders = {
-        "image_classification_cifar10": CIFAR10_RESULTS if profile != "smoke" else [],
+        "image_classification": [*(name.partition("/")[0] for name in CLASSIFIER_LABELS[profile]), "nearest_neighbours"],
         "image_generation": [*GENERATOR_LABELS, "baselines"],
         "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
-        "image_generation_mnist": [*GENERATOR_LABELS, "baselines"] if profile != "smoke" else [],
+        "image_generation_fashion_mnist": GENERATOR_LABELS if profile == "desk" else [],
         "textbooks": [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
         "language_models": [*scratch, "kneser_ney"], "language_model_sinks": scratch, "language_model_tasks": scratch,
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
-    files = ["particles", "image_classification", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
+    files = ["particles", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
              "cost", "counting", "training_profile", "attention_maps", "attention_maps/untrained"]
     return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
 
@@ -113,10 +111,8 @@ def our_results(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict]:
     "The results of a profile by recipe; empty without results. Raises `ValueError` for stale ones."
-    planned = [planned_results(plan, root, profile)[1] for plan in ("cifar10", "mnist")]
-    grids = [*planned, generator_results(profile, root), colour_results(profile, root)]
-    found = {name: result for grid in grids for name, result in grid.items() if result}
-    return {**classifier_results(profile, root), **found}
+    grids = [classifier_results(profile, root), generator_results(profile, root), colour_results(profile, root)]
+    return {name: result for grid in grids for name, result in grid.items() if result}
 
 # %% ../nbs/70_report.ipynb #fe6b3a8a
 def generator_results(
@@ -164,17 +160,8 @@ def classifier_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict]:
-    "The image classification results of a profile by recipe; empty without results."
-    if not result_path("image_classification", check_profile(profile), root).is_file():
-        return {}
-    result = load_result("image_classification", profile, root)
-    stale = stale_recipes(result, [get_recipe(name).at(profile) for name in result["recipes"]])
-    if stale:
-        raise UserError(
-            f"the {profile} results are stale, made with other versions of {', '.join(stale)}; "
-            f"make them again with: make figures PROFILE={profile} TRAIN=missing"
-        )
-    return result["models"]
+    "The image classification results of a profile by recipe; None for a missing one."
+    return load_or_run_grid("image_classification", list(CLASSIFIER_LABELS[check_profile(profile)]), profile, "never", root=root)
 
 # %% ../nbs/70_report.ipynb #9ddf40ff
 @lru_cache(maxsize=64)
@@ -302,14 +289,13 @@ def classification_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The desk results as RESULTS.md shows them, with the profile, seeds and versions they come from."
-    result, count = load_result("image_classification", "desk", root), coverage("desk", root)
-    models = result["models"]
-    one = next(iter(models.values()))
-    made = f"{one['device']}, torch {one['versions']['torch']}, transformers {one['versions']['transformers']}"
+    results, count = classifier_results("desk", root), coverage("desk", root)
+    finished = [result for result in results.values() if result]
+    made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
+    models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
     return "\n\n".join([
-        f"Fashion-MNIST, desk profile, {one['test_images']:,} test images, {one['test_accuracy']['n']} seeds "
-        f"(mean ± standard deviation; {made}):",
-        accuracy_table(models), accuracy_differences(models, IMAGE_COMPARISONS),
+        f"{len(finished)} of {len(results)} models are trained. CIFAR-10, desk profile, all test images (mean ± standard deviation{made}):",
+        trained_table(models), planned_table(models, read_plan("cifar10")), altered_note(models),
         f"Of the {count['published']} published numbers collected here, {count['measured']} have a measured one of ours beside them, for a "
         f"smaller model; {count['counted']} parameter counts and FLOPs were counted at the paper's size.",
     ])
@@ -390,13 +376,13 @@ def generation_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The generators of notebook 62 as RESULTS.md shows them, beside count baselines; a dash for a model without a result."
-    results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/fashion_mnist").at("desk")
+    results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/mnist").at("desk")
     known = result_path(file, "desk", root).is_file()
     baselines = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if known else {}
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
-    note = (f"{len(finished)} of {len(results)} models are trained. Fashion-MNIST, 784 tokens of 256 levels, desk profile: "
-            f"{karm.train_images:,} training images, {_times(karm.epochs)}, all test images, {_seeds(len(karm.seeds))}{made}:")
+    note = (f"{len(finished)} of {len(results)} models are trained. MNIST, 784 tokens of 256 levels, desk profile: all training images "
+            f"but {karm.held_out:,} held out, {_times(karm.epochs)}, all test images{made}:")
     speed = load_result("generation_speed", "desk", root) if result_path("generation_speed", "desk", root).is_file() else None
     return "\n\n".join([note, bits_table(results, baselines), *(_speed_lines(speed) if speed else [])])
 

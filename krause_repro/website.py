@@ -47,7 +47,7 @@ PARTS = {  # headings of the index, by the first digit of a page's number
     "0": "The idea", "1": "The models", "2": "The tools", "3": "The tools", "4": "Measures, benchmarks, figures and the book",
     "5": "Measures, benchmarks, figures and the book", "6": "The experiments", "7": "The report", "8": "The command line",
 }
-TOOLS = "234578"  # groups of pages whose exported code is folded
+TOOLS = "2345678"  # groups of pages whose exported code is folded
 MEANING = {
     "smoke": "A smoke run trains tiny models from scratch to test every step; its numbers are meaningless.",
     "desk": "A desk run uses real data and models that two CPU cores train in hours; they are smaller than the paper's.",

@@ -23,12 +23,10 @@ from krause_repro.ablation import (
     single_changes,
 )
 from krause_repro.evaluation import (
+    CLASSIFIER_LABELS,
     FLAT_GAIN,
     FLAT_SHARE,
-    IMAGE_COMPARISONS,
     Measure,
-    accuracy_differences,
-    accuracy_table,
     altered_note,
     curve,
     evaluate_runs,
@@ -48,7 +46,7 @@ from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.results import save_result
 from krause_repro.runs import Run
-from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, percent, summarise
+from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, summarise
 
 
 @pytest.fixture(scope="module")
@@ -203,27 +201,6 @@ def test_student_quantiles(freedom):
 )
 def test_a_difference_in_words(first, second, expected):
     assert expected in describe_difference("A", "B", paired_difference(first, second))
-
-
-def model(label, values, paper):
-    "What is kept of a model's runs, as far as the tables need it."
-    return {"label": label, "parameters": 12345, "test_accuracy": summarise(values), "held_out_accuracy": summarise([0.5]), "paper": paper}
-
-
-def test_accuracy_table_and_differences():
-    models = {"a": model("KViT", [0.5, 0.75, 1.0], 94.65), "b": model("ViT", [0.25, 0.25, 0.75], None)}
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in accuracy_table(models).splitlines()]
-    assert {len(row) for row in rows} == {6} and rows[0][0] == "model" and set(rows[1]) == {"---"}
-    assert rows[2] == ["KViT", "12,345", "75.00 ± 25.00", "3", "50.00", "94.65"]
-    assert rows[3] == ["ViT", "12,345", "41.67 ± 28.87", "3", "50.00", "—"]
-    lines = accuracy_differences(models, (("a", "b"), ("b", "a"))).splitlines()
-    assert lines[0].startswith("- KViT minus ViT: +33.33 points") and lines[1].startswith("- ViT minus KViT: -33.33 points")
-    assert percent(summarise([0.125])) == "12.50"
-
-
-def test_comparisons_are_of_recipes_trained_alike():
-    names = {name for pair in IMAGE_COMPARISONS for name in pair}
-    assert names <= set(RECIPES) and ("kvit_t/fashion_mnist", "vit_t/fashion_mnist") in IMAGE_COMPARISONS
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -415,6 +392,8 @@ def test_the_committed_plan_is_about_recipes():
     assert {name for pair in plan["comparisons"] for name in pair} <= set(plan["models"]) and set(plan["models"]) <= set(RECIPES)
     assert (plan["flat_gain"], plan["flat_share"]) == (FLAT_GAIN, FLAT_SHARE) and plan["smallest_difference"] == MIN_EFFECT
     assert all(RECIPES[name].at("desk").seeds == tuple(plan["seeds"]) for name in plan["models"])
+    compared = {*plan["models"], *(name for name in plan["baselines"] if "/" in name)}
+    assert set(CLASSIFIER_LABELS["desk"]) == set(CLASSIFIER_LABELS["paper"]) == compared and set(CLASSIFIER_LABELS["smoke"]) <= set(RECIPES)
 
 
 def test_a_table_of_trained_models_says_which_stopped_too_early_and_what_is_missing():
