@@ -27,7 +27,8 @@ PIXELS = {  # mean and standard deviation of training pixels in [0, 1], per chan
 }
 FOLDER_DATASETS = ("imagenet", "photographs")  # one folder per class; the other data sets are kept in memory
 AUGMENTATIONS = {  # crop and flip in the collator? erase in the collator?
-    "crop_flip": (True, False), "crop_flip_erase": (True, True), "imagenet": (False, True), "imagenet_jitter": (False, True),
+    "none": (False, False), "crop_flip": (True, False), "crop_flip_erase": (True, True), "imagenet": (False, True),
+    "imagenet_jitter": (False, True),
 }
 COUNTS = dict.fromkeys(("width", "depth", "heads", "mlp_width", "batch_size", "held_out"), integers(1))
 TRAINING = {"epochs": POSITIVE, "lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "bf16": FLAG}
@@ -315,6 +316,8 @@ def baseline_recipes() -> dict[str, PixelRecipe]:
     for name, each in stages.items():
         vit = image_classification_recipes()[vits[name.partition("/")[2]]]
         common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}}
+        if vit.dataset == "fashion_mnist":  # augmentation would cost a linear model several points
+            common |= {"augmentation": "none", "label_smoothing": 0.0, "mixup_alpha": None}
         recipes[name] = PixelRecipe(**{**common, "name": name, "stages": each, "unpublished": (*UNPUBLISHED, "held_out", "stages")})
     return recipes
 

@@ -592,7 +592,7 @@ def examples(count, recipe, image=None):
 def test_augmentation_must_be_known():
     assert {recipe.augmentation for recipe in RECIPES.values() if hasattr(recipe, "augmentation")} == set(AUGMENTATIONS)
     for training in (True, False):
-        with pytest.raises(ValueError, match="augmentation must be one of crop_flip, crop_flip_erase, .*got 'crop'"):
+        with pytest.raises(ValueError, match="augmentation must be one of none, crop_flip, crop_flip_erase, .*got 'crop'"):
             Collator(replace(get_recipe("kvit_s/cifar10"), augmentation="crop"), training)
 
 
