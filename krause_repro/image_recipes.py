@@ -317,7 +317,7 @@ def baseline_recipes() -> dict[str, PixelRecipe]:
         vit = image_classification_recipes()[vits[name.partition("/")[2]]]
         common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}}
         if vit.dataset == "fashion_mnist":  # augmentation would cost a linear model several points
-            common |= {"augmentation": "none", "label_smoothing": 0.0, "mixup_alpha": None}
+            common |= {"augmentation": "none", "label_smoothing": 0.0}
         recipes[name] = PixelRecipe(**{**common, "name": name, "stages": each, "unpublished": (*UNPUBLISHED, "held_out", "stages")})
     return recipes
 
