@@ -347,7 +347,7 @@ def test_the_results_count_finished_cells(tmp_path):
         result = {"recipes": {recipe.name: recipe.to_dict()}, "test_accuracy": summarise(values), **made}
         save_result(f"ablations/{name}", result, "desk", tmp_path)
     text = ablation_section(tmp_path)
-    assert text.startswith("2 of 21 cells are finished.") and "| RBF | window + top-k | 85.00 ± 1.00 | — |" in text
+    assert text.startswith("2 of 22 cells are finished.") and "| RBF | window + top-k | 85.00 ± 1.00 | — |" in text
     assert "| KViT − KViT with the window alone | 1 | +2.00 | +2.00 to +2.00 | yes |" in text
     assert "| window + top-k − window | 1 | +2.00" in text and "dot product |" not in text.split("What counts")[1]
 
