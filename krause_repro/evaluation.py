@@ -24,7 +24,9 @@ from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
 from .results import save_result
 from .runs import Run, check_run, run_path
-from .statistics import corrected_difference, decimals, is_shown, markdown_table, signed_interval, summarise, summarise_curves
+from krause_repro.statistics import (
+    corrected_difference, decimals, finished_table, is_shown, markdown_table, signed_interval, summarise, summarise_curves,
+)
 from .swin import WindowAttention
 from .training import build_trainer, train
 
@@ -243,7 +245,7 @@ def planned_table(
     plan: dict,  # from `read_plan`
     measure: Measure = ACCURACY,  # what is compared
 ) -> str:  # Markdown
-    "The planned comparisons with corrected intervals; dashes for models that are not trained."
+    "The planned comparisons with corrected intervals; those without two trained models are named below."
     scale, digits = measure.scale, measure.digits
 
     def row(first, second):
@@ -259,7 +261,7 @@ def planned_table(
 
     head = ("difference", "seeds", measure.unit, "95% interval, corrected", "counts?")
     note = f"Stated before the first run, in commit {str(plan['commit'])[:10]}: {plan['counts_as_a_difference']}."
-    return markdown_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
+    return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
 
 # %% ../nbs/42_evaluation.ipynb #26d8a7f3
 def trained_table(
@@ -267,7 +269,7 @@ def trained_table(
     measure: Measure = ACCURACY,  # what is shown
     flat_gain: float = FLAT_GAIN,  # gain over the last fifth from which on a model is undertrained
 ) -> str:  # Markdown
-    "A measure over seeds, with its gain at the end of training; dashes for models that are not trained."
+    "A measure over seeds, with its gain at the end of training; models that are not trained are named below."
     def shown(m, field):
         return decimals(m[field], measure.digits, measure.scale)
 
@@ -288,7 +290,7 @@ def trained_table(
     if any(m.get("paper") for m in models.values()):
         columns[measure.paper] = lambda m: m.get("paper")
     rows = [(m["label"], *(cell(m) if measure.field in m else None for cell in columns.values())) for m in models.values()]
-    return markdown_table(("model", *columns), rows)
+    return finished_table(("model", *columns), rows)
 
 # %% ../nbs/42_evaluation.ipynb #ef91d947
 def altered_note(

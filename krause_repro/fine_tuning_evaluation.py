@@ -35,7 +35,9 @@ from .recipe_base import plain
 from .records import read_json, write_json
 from .runs import Run
 from .sampling import check_sampling
-from .statistics import decimals, describe_difference, markdown_table, paired_difference, percent, summarise, summarise_curves
+from krause_repro.statistics import (
+    decimals, describe_difference, finished_table, markdown_table, paired_difference, percent, summarise, summarise_curves,
+)
 from .tasks import base_model, base_source, corpus_splits, recipe_corpus
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #17fd8d8a
@@ -451,7 +453,7 @@ def language_model_table(
     ngram: dict | None,  # from `ngram_baselines`
     flat_gain: float,  # fall of held-out nats per token over the last fifth from which on a model is undertrained
 ) -> str:  # Markdown
-    "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; dashes for models that are not trained."
+    "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; models that are not trained are named below."
     def row(m):
         if "bits_per_token" not in m:
             return m["label"], *(None,) * 9
@@ -470,7 +472,7 @@ def language_model_table(
         rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 5))
     head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token", "below the 5-gram of all tokens, %",
             "seeds", "steps", "held-out bits per token fell over the last fifth", "tokens per second in training")
-    return markdown_table(head, rows)
+    return finished_table(head, rows)
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #aaf9022b
 def position_table(

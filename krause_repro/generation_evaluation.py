@@ -30,7 +30,7 @@ from .records import atomic_write, check_writable, file_digest, locked, read_jso
 from .results import pack_images
 from .runs import Run
 from .sampling import check_sampling, complete_images, first_prompts, written_batches
-from .statistics import decimals, describe_difference, markdown_table, paired_difference, summarise, summarise_curves
+from .statistics import decimals, describe_difference, finished_table, paired_difference, summarise, summarise_curves
 from .training import check_source, train
 
 # %% ../nbs/44_generation_evaluation.ipynb #f066036d
@@ -273,7 +273,7 @@ def bits_table(
     results: dict[str, dict | None],  # by recipe: result of `summarise_generators`
     baselines: dict[str, dict],  # from `context_baselines`
 ) -> str:  # Markdown
-    "Bits per dimension of generators and context models; dashes for models that are not trained."
+    "Bits per dimension of generators and context models; models that are not trained are named below."
     def row(name, result):
         if result is None:
             return _label(name), *(None,) * 5
@@ -288,7 +288,7 @@ def bits_table(
     if judged:
         rows.append((f"held-out images, {judged['real_images']}", None, None, f"{judged['real']:.3f}", None, None))
     head = ("model", "bits per dimension, T − 1 terms (as the paper)", "all T terms", "Fréchet distance", "seeds", "parameters")
-    return markdown_table(head, rows)
+    return finished_table(head, rows)
 
 # %% ../nbs/44_generation_evaluation.ipynb #2055a12c
 def bits_differences(

@@ -30,7 +30,7 @@ from krause_repro.language_tasks import (
     language_overrides, task_config, task_file, task_prompt,
 )
 from .runs import Run
-from .statistics import markdown_table, percent, summarise
+from .statistics import finished_table, markdown_table, percent, summarise
 from .tasks import base_source, recipe_corpus
 from .transformers_attention import named_options
 
@@ -580,4 +580,4 @@ def zero_shot_table(
     rows.append(("standard error of one seed", *(f"{100 * f['stderr']:.2f}" if f["stderr"] is not None else None for f in first.values())))
     rows.append(("chance", *(f"{100 * f['chance']:.2f}" for f in first.values())))
     rows += [(f"{label}, paper", *(numbers.get(task) for task in tasks)) for label, numbers in published.items()]
-    return markdown_table(("model", *(f"{task}, {f['items']:,} items" for task, f in first.items())), rows)
+    return finished_table(("model", *(f"{task}, {f['items']:,} items" for task, f in first.items())), rows)

@@ -375,7 +375,7 @@ def ablation_section(
 def generation_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
-    "The generators of notebook 62 as RESULTS.md shows them, beside count baselines; a dash for a model without a result."
+    "The generators of notebook 62 as RESULTS.md shows them, beside count baselines."
     results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/mnist").at("desk")
     known = result_path(file, "desk", root).is_file()
     baselines = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if known else {}

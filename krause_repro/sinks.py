@@ -30,7 +30,7 @@ from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
 from .runs import Run, check_run, run_path
-from .statistics import decimals, markdown_table, summarise, summarise_curves
+from .statistics import decimals, finished_table, markdown_table, summarise, summarise_curves
 from .tasks import base_model, recipe_corpus
 
 # %% ../nbs/49_sinks.ipynb #fce3f3df
@@ -397,7 +397,7 @@ def evaluate_text_sinks(
 def text_sink_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_text_sinks` if measured
 ) -> str:  # Markdown
-    "Attention on the first token of each model, beside that of uniform attention on its support; dashes for models not measured."
+    "Attention on the first token of each model, beside that of uniform attention on its support; models not measured are named below."
     names = {"softmax": "", "krause": ", the branch", "mixed": ", the mixture"}
 
     def rows(m):
@@ -413,4 +413,4 @@ def text_sink_table(
 
     head = ("attention", "on the first token, all queries", "if uniform", "first W − 1 queries", "if uniform",
             "passages in which it receives most, %", "most of a later token, times uniform")
-    return markdown_table(head, [row for m in models.values() for row in rows(m)])
+    return finished_table(head, [row for m in models.values() for row in rows(m)])

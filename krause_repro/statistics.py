@@ -116,6 +116,17 @@ def markdown_table(
     text = [f"| {' | '.join(MISSING if cell is None else str(cell) for cell in line)} |" for line in lines]
     return "\n".join([text[0], "|" + " --- |" * len(head), *text[1:]])
 
+# %% ../nbs/40_statistics.ipynb #2615bfad
+def finished_table(
+    head: Iterable[object],  # column titles
+    rows: Iterable[Iterable[object]],  # cells of each row; all but the first None: not finished
+) -> str:
+    "A Markdown table of the rows with a value; the others are named in a sentence below it."
+    rows = [tuple(row) for row in rows]
+    finished = [row for row in rows if any(cell is not None for cell in row[1:])]
+    missing = ", ".join(str(row[0]) for row in rows if row not in finished)
+    return "\n\n".join([*([markdown_table(head, finished)] if finished else []), *([f"Not finished: {missing}."] if missing else [])])
+
 # %% ../nbs/40_statistics.ipynb #ec9e5dd7
 def decimals(
     summary: dict | None,  # from `statistics.summarise`
