@@ -315,12 +315,14 @@ def _judge_heads(root):
     heads = _unpaired(kvit["trained"]["head_diversity"], vit["trained"]["head_diversity"], seeds)
     groups = _unpaired(kvit["trained"]["clusters"], vit["trained"]["clusters"], seeds)
     learned = _unpaired(kvit["trained"]["clusters"], kvit["untrained"]["clusters"], seeds)
+    on_window = load_result("attention_maps/untrained", "desk", root)["on_window"]
+    score = _unpaired(kvit["untrained"]["clusters"], on_window["clusters"], seeds)
     more = [is_shown(each, 0) and each["mean"] > 0 for each in (heads, groups, learned)]
     evidence = (
         f"Distance between the heads of the last layer, KViT − ViT: {_effect(heads, 1, 3)}, {seeds} seeds each, "
         f"{result['images']:g} test images.",
         f"Groups of tokens in the last layer, KViT − ViT: {_effect(groups, 1, 1)}. KViT trained − untrained: {_effect(learned, 1, 1)}.",
-        "An untrained softmax model on the same window, which would tell the support from the score, was not measured.",
+        f"Before training, KViT − softmax on KViT's window and top-k: {_effect(score, 1, 1)}: what the score adds to the support.",
     )
     verdict = HOLDS if all(more) else IN_PART if any(more) else DOES_NOT_HOLD
     last = {name: each["clusters"]["mean"][-1] for name, each in (("k", kvit["trained"]), ("u", kvit["untrained"]), ("v", vit["trained"]))}

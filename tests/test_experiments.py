@@ -66,6 +66,7 @@ def language_model_files(profile):
 
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
+ON_WINDOW = get_recipe("ablation_softmax_local_top_k_post/fashion_mnist")
 TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "textbooks", "language_model")  # beginnings of files
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
@@ -79,7 +80,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "64_language_modelling": language_model_files("desk"),
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
-    "67_attention_maps": {"attention_maps": TRIO, "attention_maps/untrained": TRIO},
+    "67_attention_maps": {"attention_maps": TRIO, "attention_maps/untrained": [*TRIO, ON_WINDOW]},
     "68_claims": {},  # reads the results of the others
 }
 
