@@ -114,15 +114,16 @@ def figure_folder(
 
 # %% ../nbs/55_drawing.ipynb #7d463dc5
 def plural(
-    count: int,  # how many
+    count: int | tuple[int, int],  # how many, or the least and the most
     thing: str,  # the noun in the singular
 ) -> str:
-    "A number with its noun: `1 seed`, `3 seeds`."
-    return f"{count} {thing}" + ("" if count == 1 else "s")
+    "A number with its noun: `1 seed`, `3 seeds`, `1 to 3 seeds`."
+    least, most = count if isinstance(count, tuple) else (count, count)
+    return (f"{most}" if least == most else f"{least} to {most}") + f" {thing}" + ("" if most == 1 else "s")
 
 # %% ../nbs/55_drawing.ipynb #fc5155b2
 @contextmanager
-def _marked(fig: Figure, profile: str, seeds: int | None) -> Iterator[Bbox]:
+def _marked(fig: Figure, profile: str, seeds: int | tuple[int, int] | None) -> Iterator[Bbox]:
     "Put the provenance above `fig` and the stamp of a smoke run on it; yield the part to save, in inches; take them off again."
     width, height = fig.get_size_inches()
     above = fig.transFigure + ScaledTranslation(-0.06, 0.04, fig.dpi_scale_trans)
@@ -138,7 +139,7 @@ def _marked(fig: Figure, profile: str, seeds: int | None) -> Iterator[Bbox]:
             mark.remove()
 
 # %% ../nbs/55_drawing.ipynb #f2c0560d
-def _check_save(fig: Figure, name: str, caption: str, notebook: str, seeds: int | None) -> None:
+def _check_save(fig: Figure, name: str, caption: str, notebook: str, seeds: int | tuple[int, int] | None) -> None:
     "Refuse what could not be found again in the list of figures."
     if not isinstance(fig, Figure):
         raise TypeError(f"fig is {type(fig).__name__}; give a matplotlib Figure")
@@ -148,8 +149,9 @@ def _check_save(fig: Figure, name: str, caption: str, notebook: str, seeds: int 
         raise UserError(f"caption is {caption!r}; say in a sentence what the figure shows")
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", str(notebook)):
         raise UserError(f"notebook is {notebook!r}; give its name without the ending, such as '60_particles'")
-    if seeds is not None and (not isinstance(seeds, int) or seeds < 1):
-        raise UserError(f"seeds is {seeds!r}; give the number of seeds, 1 or more, or None")
+    counts = seeds if isinstance(seeds, tuple) else () if seeds is None else (seeds,)
+    if not all(isinstance(count, int) and count >= 1 for count in counts):
+        raise UserError(f"seeds is {seeds!r}; give the number of seeds, 1 or more, a pair of the least and the most, or None")
 
 # %% ../nbs/55_drawing.ipynb #a0276a5e
 def save_figure(
@@ -159,7 +161,7 @@ def save_figure(
     profile: str,  # "smoke", "desk" or "paper": where the numbers come from
     caption: str,  # what the figure shows, one or two sentences
     notebook: str,  # the page that draws it, such as "60_particles"
-    seeds: int | None = None,  # how many seeds (or random starts) are behind the numbers, written above the figure
+    seeds: int | tuple[int, int] | None = None,  # how many seeds (or random starts) are behind the numbers, or the least and the most
     root: str | Path | None = None,  # the project's folder
 ) -> tuple[Path, Path]:
     "Write `fig` as PNG and SVG, both whole or neither, and return the two paths. Raises ValueError or TypeError by argument."

@@ -496,6 +496,7 @@ def test_a_failed_save_leaves_whole_files_or_none(tmp_path, monkeypatch, earlier
         ({"caption": None}, "caption is None"),
         ({"notebook": "figures.ipynb"}, "notebook is 'figures.ipynb'"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": (0, 3)}, r"seeds is \(0, 3\)"),
         ({"fig": "a figure"}, "fig is str"),
     ],
 )
