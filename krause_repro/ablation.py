@@ -177,7 +177,7 @@ def cell_table(
     rows = [(SCORE_LABELS[score], SUPPORT_LABELS[support], accuracy(name), accuracy(ABLATION_CELLS[score, support, "pre"]))
             for (score, support, norm), name in ABLATION_CELLS.items() if norm == "post"]
     rows += [("RBF", label, accuracy(name), "not trained") for label, name in ABLATION_CONTROLS.items()]
-    rows.append(("softmax regression on pixels, %", None, accuracy(ABLATION_BASELINE), None))
+    rows.append(("softmax regression on pixels", None, accuracy(ABLATION_BASELINE), None))
     return markdown_table(("score", "support", "post-norm, %", "pre-norm, %"), rows)
 
 # %% ../nbs/43_ablation.ipynb #6253058f
