@@ -174,7 +174,7 @@ def _cifar10_so_far(results):
 
 def _judge_accuracy(root):
     plan, results, cifar, post = _on_cifar10(root)
-    numbers = f"CIFAR-10 {_effect(cifar)}" if cifar else _cifar10_so_far(results)
+    numbers = f"CIFAR-10 {_effect(cifar)}; with equal norms {_effect(post)}" if cifar and post else _cifar10_so_far(results)
     evidence = [
         f"CIFAR-10, {_size('kvit_s/cifar10')}: KViT − ViT {_effect(cifar)} points; with equal norms {_effect(post)}; seeds "
         f"{', '.join(map(str, cifar['seeds']))}, corrected for {len(plan['comparisons'])} comparisons." if cifar and post else
