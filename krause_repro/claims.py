@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
 from .bench_attention import scaling_series
@@ -304,7 +304,7 @@ def _unpaired(first: dict, second: dict, seeds: int) -> dict:  # "mean" and "int
     (a, s), (b, t) = ((each["mean"][-1], each["sd"][-1] ** 2 / seeds) for each in (first, second))
     half = 0.0
     if s + t > 0:
-        half = float(student.ppf(0.975, (s + t) ** 2 / ((s**2 + t**2) / (seeds - 1)))) * (s + t) ** 0.5
+        half = float(stdtrit((s + t) ** 2 / ((s**2 + t**2) / (seeds - 1)), 0.975)) * (s + t) ** 0.5
     return {"mean": a - b, "interval": [a - b - half, a - b + half], "n": seeds}
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sized
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from sklearn.metrics import accuracy_score
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def choice_accuracy(
 ) -> float:
     "Multiple-choice accuracy of a model. Raises `ValueError` for an empty list of items and for NaN logits."
     check_not_empty("items", items)
-    return float(accuracy_score([item["answer"] for item in items], predicted_choices(model, tokenizer, items)))
+    return fmean(item["answer"] == choice for item, choice in zip(items, predicted_choices(model, tokenizer, items), strict=True))
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #df763e54
 def held_out_questions(
@@ -130,7 +130,7 @@ def choice_baselines(
     check_not_empty("held_out", held_out)
     most = Counter(item["answer"] for item in train).most_common(1)[0][0]
     return {"chance": sum(1 / len(offered_choices(item)) for item in held_out) / len(held_out),
-            "constant": float(accuracy_score([item["answer"] for item in held_out], [most] * len(held_out)))}
+            "constant": fmean(item["answer"] == most for item in held_out)}
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #61bf8f89
 def test_choices(

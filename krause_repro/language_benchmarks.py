@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from .checks import MissingPackageError, UserError, check_integer
 from .evaluation import cached_test, finished_model, provenance
@@ -94,6 +93,8 @@ def count_scores(
     counts: list[list[float]],  # confusion matrix, correct answer × predicted answer
 ) -> dict[str, float]:  # "accuracy" and "macro_f1", in 0…1
     "Accuracy and macro-F1 of a confusion matrix. Raises `ValueError` for negative counts and for an empty matrix."
+    from sklearn.metrics import accuracy_score, f1_score  # imported here because it takes a second
+
     weights = np.asarray(counts, dtype=float)
     if not 0 < weights.sum() < math.inf or (weights < 0).any():
         raise UserError(f"counts must be numbers ≥ 0 of at least one item, got {counts}")
@@ -107,6 +108,8 @@ def macro_f1(
     pairs: list[tuple[int, int]],  # indices of the correct and the predicted answer of each item
 ) -> float:
     "Macro-F1 of predictions; the task files name this function as their aggregation."
+    from sklearn.metrics import f1_score
+
     check_not_empty("pairs", pairs)
     return float(f1_score(*zip(*pairs, strict=True), average="macro"))
 
@@ -248,6 +251,8 @@ def _number(value):
 # %% ../nbs/47_language_benchmarks.ipynb #b5030913
 def _choice_result(scores, samples, lm):
     "The result of a task with single-token answers."
+    from sklearn.metrics import confusion_matrix
+
     right, options = [sample["target"] for sample in samples], [len(sample["arguments"]) for sample in samples]
     longest = max(samples, key=lambda sample: len(sample["arguments"]))
     answers = [answer for _, answer in longest["arguments"]]

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from scipy.stats import t as student
+from scipy.special import stdtrit  # scipy.stats takes longer to import than all else here
 
 from .checks import UserError
 
@@ -42,7 +42,7 @@ def _with_interval(summary, comparisons=1):
     "A summary with its 95% interval by Student's t, Bonferroni-corrected; the interval is None for fewer than two values."
     if summary["n"] < 2:
         return {**summary, "interval": None}
-    half = float(student.ppf(1 - 0.025 / comparisons, summary["n"] - 1)) * summary["sd"] / summary["n"] ** 0.5
+    half = float(stdtrit(summary["n"] - 1, 1 - 0.025 / comparisons)) * summary["sd"] / summary["n"] ** 0.5
     return {**summary, "interval": [summary["mean"] - half, summary["mean"] + half]}
 
 # %% ../nbs/40_statistics.ipynb #ed8f5e31
