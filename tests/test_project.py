@@ -255,6 +255,11 @@ def test_make_help_lists_every_target():
     assert re.findall(r"^  ([a-z-]+) ", text, re.MULTILINE) == targets
 
 
+def test_every_committed_figure_is_made_by_a_page():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nbs").glob("*.ipynb"))
+    assert [path.name for path in (ROOT / "figures").iterdir() if f'\\"{path.stem}\\"' not in pages] == []
+
+
 def test_nothing_chooses_a_backend_that_hides_figures():
     for path in (ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "krause_repro" / "runner.py"):
         assert "MPLBACKEND" not in path.read_text(encoding="utf-8")
