@@ -46,7 +46,7 @@ from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.results import save_result
 from krause_repro.runs import Run
-from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, summarise
+from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, percent, summarise
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,10 @@ def test_student_quantiles(freedom):
 )
 def test_a_difference_in_words(first, second, expected):
     assert expected in describe_difference("A", "B", paired_difference(first, second))
+
+
+def test_a_share_in_percent():
+    assert percent(summarise([0.125])) == "12.50" and percent(summarise([0.5, 0.75, 1.0])) == "75.00 ± 25.00"
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -125,6 +125,8 @@ def test_a_page_saves_the_recipes_it_was_passed(tmp_path, monkeypatch, source):
     saved = [load_result(f"image_classification/{recipe.name.partition('/')[0]}", "smoke", tmp_path) for recipe in TRIO]
     assert all(result["profile"] == "smoke" for result in saved)
     assert [result["recipes"] for result in saved] == [{recipe.name: recipe.at("smoke").to_dict()} for recipe in TRIO]
+    files = [path.read_text(encoding="utf-8") for path in result_path("image_classification/any", "smoke", tmp_path).parent.glob("*.json")]
+    assert len(files) == 5 and not any("cifar10" in name for text in files for name in json.loads(text)["recipes"])  # a newcomer has none
     drawn = figure_index("smoke", tmp_path)
     assert drawn and {figure["notebook"] for figure in drawn} == {page} and {figure["profile"] for figure in drawn} == {"smoke"}
     assert not (tmp_path / "figures").exists()
