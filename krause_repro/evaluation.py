@@ -292,6 +292,14 @@ def trained_table(
     rows = [(m["label"], *(cell(m) if measure.field in m else None for cell in columns.values())) for m in models.values()]
     return finished_table(("model", *columns), rows)
 
+# %% ../nbs/42_evaluation.ipynb #5778683a
+def seed_range(
+    models: dict[str, dict],  # by recipe: a result of `summarise_runs`, with "seeds"
+) -> tuple[int, int] | None:  # None without a model
+    "The least and the most seeds of trained models, as `save_figure` takes them."
+    counts = [len(m["seeds"]) for m in models.values()]
+    return (min(counts), max(counts)) if counts else None
+
 # %% ../nbs/42_evaluation.ipynb #ef91d947
 def altered_note(
     models: dict[str, dict],  # by recipe: a result of `summarise_runs`
