@@ -62,18 +62,13 @@ def house_style():
     return matplotlib.style.context(["default", STYLE])
 
 # %% ../nbs/55_drawing.ipynb #536ad78d
-@contextmanager
-def _unmoved(fig: Figure) -> Iterator[None]:
-    "Restore the positions of the axes of `fig` after it is drawn."
-    places = [(ax, ax.get_in_layout(), {which: ax.get_position(which == "original").frozen() for which in ("original", "active")})
-              for ax in fig.axes]
-    try:
-        yield
-    finally:
-        for ax, in_layout, boxes in places:
-            for which, box in boxes.items():
-                ax.set_position(box, which)
-            ax.set_in_layout(in_layout)
+def fix_layout(
+    fig: Figure,  # its axes are moved
+) -> None:
+    "Compute the layout of a figure once, instead of at every drawing; what is added afterwards does not move its axes."
+    if fig.get_layout_engine() is not None:
+        fig.draw_without_rendering()
+        fig.set_layout_engine(None)
 
 # %% ../nbs/55_drawing.ipynb #166024f7
 class Drawing(Figure):
@@ -81,7 +76,8 @@ class Drawing(Figure):
 
     def _repr_png_(self) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
-        with house_style(), _unmoved(self):
+        with house_style():
+            fix_layout(self)
             self.savefig(drawn, format="png", dpi=INLINE_DPI)
         Image.open(drawn).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
         return small.getvalue()
@@ -155,7 +151,7 @@ def _check_save(fig: Figure, name: str, caption: str, notebook: str, seeds: int 
 
 # %% ../nbs/55_drawing.ipynb #a0276a5e
 def save_figure(
-    fig: Figure,  # what to save; left as it was
+    fig: Figure,  # what to save; its layout is fixed (`fix_layout`)
     name: str,  # snake_case, the file's name without its ending
     *,
     profile: str,  # "smoke", "desk" or "paper": where the numbers come from
@@ -170,7 +166,9 @@ def save_figure(
     about = {"Title": name, "Description": caption, "Source": notebook}
     metadata = {png: about | {"Comment": profile, "Software": None},
                 svg: about | {"Keywords": [profile], "Creator": None, "Date": None}}
-    with house_style(), _unmoved(fig), _marked(fig, profile, seeds) as part, atomic_write(png) as new_png, atomic_write(svg) as new_svg:
+    with house_style():
+        fix_layout(fig)
+    with house_style(), _marked(fig, profile, seeds) as part, atomic_write(png) as new_png, atomic_write(svg) as new_svg:
         for path, new in ((png, new_png), (svg, new_svg)):
             fig.savefig(new, format=path.suffix[1:], dpi=SVG_DPI if path is svg else DPI, bbox_inches=part, metadata=metadata[path])
     return png, svg

@@ -22,10 +22,10 @@ from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
 from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
-from .results import save_result
+from .results import load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_run, run_path
 from krause_repro.statistics import (
-    corrected_difference, decimals, finished_table, is_shown, markdown_table, signed_interval, summarise, summarise_curves,
+    corrected_difference, decimals, finished_table, is_shown, markdown_table, pool, signed_interval, summarise, summarise_curves,
 )
 from .swin import WindowAttention
 from .training import build_trainer, train
@@ -165,6 +165,40 @@ def evaluate_runs(
 ) -> dict:  # as `summarise_runs`
     "Evaluate each run on the test images, and summarise."
     return summarise_runs(runs, [test_accuracy(r, source) for r in runs])
+
+# %% ../nbs/42_evaluation.ipynb #7b1f0c22
+SEED_LISTS = ("seeds", "commits", "threads", "chosen_epochs")  # one entry per seed
+FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # kept of the seeds that were there first
+MACHINES = ("versions", "device")  # of the runs; seeds may come from several machines
+
+
+def add_seeds(
+    earlier: dict,  # a result of some seeds, such as of `summarise_runs`
+    later: dict,  # the same of other seeds
+) -> dict:
+    "The result of all seeds. Raises `UserError` if a seed is in both, or a field differs that must not."
+    if both := sorted(set(earlier["seeds"]) & set(later["seeds"])):
+        raise UserError(f"seeds must differ, but {', '.join(map(str, both))} are in both results")
+
+    def added(first, second, place):
+        name, (top, *_) = place.rpartition(".")[2], place.split(".")
+        if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys() and name not in FIRST_SEEDS:
+            counts = tuple(summary.get("n", len(of["seeds"])) for summary, of in ((first, earlier), (second, later)))
+            made = {}
+            if "values" in first:
+                made = summarise(first["values"] + second["values"])
+            elif "sd" in first:
+                made = pool(first, second, counts)
+            return {key: made[key] if key in made else added(first[key], second[key], f"{place}.{key}") for key in second}
+        if name in SEED_LISTS:
+            return [*first, *second]
+        if name in FIRST_SEEDS or first == second or top in MACHINES and second in first.split(", "):
+            return first
+        if top in MACHINES:
+            return f"{first}, {second}"
+        raise UserError(f"{place} must be the same for all seeds, got {first!r:.60} and {second!r:.60}")
+
+    return {key: added(earlier[key], later[key], key) for key in later}
 
 # %% ../nbs/42_evaluation.ipynb #7ce17d26
 _CIFAR10_LABELS = {
@@ -323,16 +357,24 @@ def save_finished(
     root: Path | None = None,  # project folder, for the result
     summary: Callable[[list[Run], str | Path | None], dict] = evaluate_runs,  # from the runs and the data folder to the result
 ) -> Path:
-    "Save the result of the finished seeds of a recipe. Raises `FileNotFoundError` if there are none."
-    recipe = get_recipe(name).at(profile)
+    """Evaluate the finished seeds of a recipe that its result file lacks, and add them to it.
+
+    Raises `FileNotFoundError` if there are none, and `UserError` if the file is of another recipe.
+    """
+    recipe, file = get_recipe(name).at(profile), f"{experiment}/{name.partition('/')[0]}"
+    earlier = load_result(file, profile, root, missing_ok=True)
+    if earlier and stale_recipes(earlier, [recipe]):
+        raise UserError(f"{result_path(file, profile, root)} was made with another recipe {name}; move it away")
     found = [Run(run_path(recipe, seed, runs), recipe, seed) for seed in recipe.seeds]
-    finished = [run for run in found if run.finished]
+    finished = [run for run in found if run.finished and run.seed not in (earlier or {}).get("seeds", ())]
     if not finished:
-        raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}")
+        lacking = " that its result lacks" if earlier else ""
+        raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}{lacking}")
     for run in finished:
         check_run(run)
-    result = {"recipes": {name: recipe.to_dict()}, **summary(finished, source)}
-    return save_result(f"{experiment}/{name.partition('/')[0]}", result, profile, root)
+    result = summary(finished, source)
+    added = add_seeds(earlier, result) if earlier else result
+    return save_result(file, {"recipes": {name: recipe.to_dict()}, **added}, profile, root)
 
 # %% ../nbs/42_evaluation.ipynb #e7f1a4d8
 NEIGHBOURS = (1, 3, 5, 10, 20, 50)  # candidates for k

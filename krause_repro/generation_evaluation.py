@@ -207,8 +207,8 @@ def measure_generators(
     made = [sample_run(r, recipe.samples, progress=False, source=source) for r in runs]
     originals = splits.test.images[:6]
     completed = complete_images(finished_model(runs[0]), originals, COMPLETIONS_EACH, progress=False)
-    return {"bits": bits, "samples": pack_images(made[0][:SAMPLES_SHOWN]),
-            "completions": {"originals": pack_images(originals), "completed": pack_images(completed)},
+    return {"bits": bits, "samples": pack_images(made[0][:SAMPLES_SHOWN].numpy()),
+            "completions": {"originals": pack_images(originals.numpy()), "completed": pack_images(completed.numpy())},
             "frechet": frechet_summary(classifier, made, splits) if classifier else None}
 
 # %% ../nbs/44_generation_evaluation.ipynb #981632ee

@@ -365,7 +365,7 @@ def evaluate_language(
             found |= _continuation_results(model, tokenizer, batch_size, texts) if texts else {}
     finally:
         model.train(training)
-    made = {"source": str(source), "limit": limit} | ({} if limit is None else {"item_seed": item_seed})
+    made = {"source": Path(source).name, "limit": limit} | ({} if limit is None else {"item_seed": item_seed})
     labels = {"anli_labels": anli_labels}
     return {task: {**found[task], **made, **(labels if task.startswith("anli") else {})} for task in items}
 

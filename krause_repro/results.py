@@ -16,30 +16,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .checks import UserError, check_choice
 from .records import atomic_write, environment, project_root, read_json, write_json
 
 # %% ../nbs/21_results.ipynb #c74893c0
 def pack_images(
-    images: Tensor,  # uint8 of any shape
+    images: np.ndarray,  # uint8 of any shape
 ) -> dict[str, object]:  # "shape" and "bytes", for JSON
     "Encode images as JSON: shape, and zlib-compressed bytes in base 64. Raises `UserError` for other types than uint8."
-    if images.dtype != torch.uint8:
+    if images.dtype != np.uint8:
         raise UserError(f"images must be uint8, got {images.dtype}")
-    return {"shape": list(images.shape), "bytes": base64.b64encode(zlib.compress(images.contiguous().numpy().tobytes(), 9)).decode()}
+    return {"shape": list(images.shape), "bytes": base64.b64encode(zlib.compress(images.tobytes(), 9)).decode()}
 
 
 def unpack_images(
     packed: dict,  # from `pack_images`
-) -> Tensor:  # uint8
+) -> np.ndarray:  # uint8
     "Decode images of `pack_images`. Raises `UserError` for damaged text."
     try:
         raw = zlib.decompress(base64.b64decode(packed["bytes"], validate=True))
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(packed["shape"])
-    except (ValueError, RuntimeError, TypeError, zlib.error) as error:
+        return np.frombuffer(raw, np.uint8).reshape(packed["shape"])
+    except (ValueError, TypeError, zlib.error) as error:
         where = f"{packed.file}: {packed.place}bytes" if isinstance(packed, Fields) else "the text"
         raise UserError(f"packed images are damaged ({error}) in {where}; make the result again") from error
 

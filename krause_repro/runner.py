@@ -236,8 +236,9 @@ def execute(
     from papermill import PapermillExecutionError, execute_notebook
 
     try:
-        execute_notebook(str(source), str(output), parameters, kernel_name="python3", progress_bar=False,
-                         kernel_manager_class=kernels.manager(), coalesce_streams=True, start_timeout=600)
+        execute_notebook(str(source), str(output), parameters, kernel_name="python3", progress_bar=False, start_timeout=600,
+                         kernel_manager_class=kernels.manager(), coalesce_streams=True,
+                         shutdown_kernel="immediate")  # a kernel that ends by itself takes two seconds
     except PapermillExecutionError as error:
         cell = f"cell {error.cell_index + 1} (In [{error.exec_count}]: {first_line(error.source)})"
         return f"{cell}: {error.ename}: {first_line(str(error.evalue))}"

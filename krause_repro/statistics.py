@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
+import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes longer to import than all else here
 
 from .checks import UserError
@@ -36,6 +37,19 @@ def summarise_curves(
         raise UserError(f"curves differ in length or are missing: {[len(curve) for curve in curves]}; give equally long ones")
     points = [summarise(list(column)) for column in zip(*curves, strict=True)]
     return {"mean": [p["mean"] for p in points], "sd": [p["sd"] or 0.0 for p in points]}
+
+# %% ../nbs/40_statistics.ipynb #5d0c7a12
+def pool(
+    first: dict,  # "mean" and "sd" (None for one value), each a number or one number per point
+    second: dict,  # the same of other values
+    counts: tuple[int, int],  # values behind each
+) -> dict[str, object]:  # "mean", "sd" and "n" of all values
+    "Mean and sample standard deviation of two groups of values together."
+    (n, m), both = counts, sum(counts)
+    means, variances = ([np.asarray(each, float) for each in pair] for pair in (
+        (first["mean"], second["mean"]), [np.square(each["sd"] or 0.0) for each in (first, second)]))
+    squares = (n - 1) * variances[0] + (m - 1) * variances[1] + n * m / both * (means[0] - means[1]) ** 2
+    return {"mean": ((n * means[0] + m * means[1]) / both).tolist(), "sd": np.sqrt(squares / (both - 1)).tolist(), "n": both}
 
 # %% ../nbs/40_statistics.ipynb #c35f768e
 def _with_interval(summary, comparisons=1):

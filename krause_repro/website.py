@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import textwrap
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
@@ -103,16 +104,23 @@ def markdown_html(
     return Markup(html.replace("<img ", '<img loading="lazy" '))
 
 # %% ../nbs/59_website.ipynb #d768c9c2
+@lru_cache
+def highlighter() -> tuple[object, object]:
+    "Lexer and formatter of pygments, made once."
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    return PythonLexer(), HtmlFormatter()
+
+
 def code_html(
     source: str,  # Python
 ) -> object:  # safe HTML
     "Highlighted code, without nbdev's directives."
     from markupsafe import Markup
     from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
 
-    html = highlight(re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE), PythonLexer(), HtmlFormatter())
+    html = highlight(re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE), *highlighter())
     return Markup(re.sub(r'<span class="(?:n|p|w)">([^<]*)</span>', r"\1", html))  # names, brackets and spaces have no colour
 
 

@@ -22,11 +22,13 @@ from krause_repro.ablation import (
     plain_answers,
     single_changes,
 )
+from krause_repro.checks import UserError
 from krause_repro.evaluation import (
     CLASSIFIER_LABELS,
     FLAT_GAIN,
     FLAT_SHARE,
     Measure,
+    add_seeds,
     altered_note,
     curve,
     evaluate_runs,
@@ -46,7 +48,16 @@ from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.results import save_result
 from krause_repro.runs import Run
-from krause_repro.statistics import MIN_EFFECT, corrected_difference, describe_difference, is_shown, paired_difference, percent, summarise
+from krause_repro.statistics import (
+    MIN_EFFECT,
+    corrected_difference,
+    describe_difference,
+    is_shown,
+    paired_difference,
+    percent,
+    summarise,
+    summarise_curves,
+)
 
 
 @pytest.fixture(scope="module")
@@ -426,5 +437,44 @@ def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_pa
     assert path == tmp_path / "results" / "smoke" / "folder" / "kvit_t.json" and result["seeds"] == [0]
     assert result["recipes"].keys() == {recipe.name} and result["test_accuracy"]["n"] == 1
     monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: tmp_path / "not begun")
-    with pytest.raises(FileNotFoundError, match="no finished run of kvit_t/fashion_mnist"):
+    with pytest.raises(FileNotFoundError, match="no finished run of kvit_t/fashion_mnist .* that its result lacks"):
         save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path}$"):
+        save_finished("other", recipe.name, "smoke", source=source, root=tmp_path)
+
+    second = tmp_path / "seed-1"  # of another machine, where there is no run of seed 0
+    shutil.copytree(run.path, second)
+    saved = json.loads((second / "recipe.json").read_text(encoding="utf-8"))
+    (second / "recipe.json").write_text(json.dumps(saved | {"seed": 1}), encoding="utf-8")
+    monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: second if seed == 1 else tmp_path / "not begun")
+    both = json.loads(save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path).read_text(encoding="utf-8"))
+    assert both["seeds"] == [0, 1] and both["test_accuracy"]["values"] == 2 * result["test_accuracy"]["values"]
+    assert both["curves"]["validation_accuracy"]["mean"] == pytest.approx(result["curves"]["validation_accuracy"]["mean"])
+    assert len(both["commits"]) == 2 and both["versions"] == result["versions"]
+    monkeypatch.setattr(evaluation, "get_recipe", lambda name: replace(recipe, profile="paper", lr=0.5))
+    with pytest.raises(UserError, match="was made with another recipe kvit_t/fashion_mnist"):
+        save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
+
+
+def test_seeds_of_two_machines_are_one_result():
+    def result(seeds, accuracies, torch, **fields):
+        runs = {"seeds": seeds, "commits": ["abc"] * len(seeds), "versions": {"torch": torch, "python": "3.11"}, "device": "CPU"}
+        curve = {"epochs": [1, 2], "train_loss": {"epochs": [1], **summarise_curves([[a] for a in accuracies])}}
+        sinks = {**summarise_curves([[a] for a in (*accuracies, *accuracies)]), "n": 2 * len(seeds)}  # two passages for each seed
+        return {"test_accuracy": summarise(accuracies), "curves": curve, "sinks": sinks, "paper": None, **runs, **fields}
+
+    first, second = result([0, 2], [0.7, 0.8], "2.14", samples="a"), result([1], [0.6], "2.15", samples="b")
+    whole = add_seeds(first, second)
+    assert whole["seeds"] == [0, 2, 1] and whole["test_accuracy"] == summarise([0.7, 0.8, 0.6]) and whole["samples"] == "a"
+    assert whole["versions"] == {"torch": "2.14, 2.15", "python": "3.11"}
+    for found, values in ((whole["curves"]["train_loss"], [0.7, 0.8, 0.6]), (whole["sinks"], [0.7, 0.8, 0.7, 0.8, 0.6, 0.6])):
+        expected = summarise_curves([[value] for value in values])
+        assert (found["mean"], found["sd"]) == (pytest.approx(expected["mean"]), pytest.approx(expected["sd"]))
+    assert whole["sinks"]["n"] == 6 and "n" not in whole["curves"]["train_loss"]
+    assert add_seeds(whole, result([3], [0.9], "2.15"))["versions"]["torch"] == "2.14, 2.15"
+    with pytest.raises(UserError, match="seeds must differ, but 2 are in both"):
+        add_seeds(first, result([2], [0.6], "2.14", samples="b"))
+    with pytest.raises(UserError, match="curves.epochs must be the same for all seeds"):
+        add_seeds(first, {**second, "curves": {**second["curves"], "epochs": [1]}})
+    with pytest.raises(UserError, match="paper must be the same"):
+        add_seeds(first, {**second, "paper": 95.2})

@@ -331,7 +331,8 @@ def test_limit_draws_items_by_their_seed_and_one_has_no_error(tiny, tokenizer):
 
 def test_items_may_come_from_a_file_or_a_folder(tiny, tokenizer, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(OWN["piqa"][:3]), encoding="utf-8")
-    assert evaluate_language(tiny, tokenizer, ["piqa"], tmp_path / "mine.json")["piqa"]["items"] == 3
+    scored = evaluate_language(tiny, tokenizer, ["piqa"], tmp_path / "mine.json")["piqa"]
+    assert (scored["items"], scored["source"]) == (3, "mine.json")  # a result names the file, not the user's folders
     (tmp_path / "piqa.json").write_text(json.dumps(OWN["piqa"][:2]), encoding="utf-8")
     assert {task: len(items) for task, items in language_items(["piqa"], tmp_path).items()} == {"piqa": 2}
     with pytest.raises(ValueError, match="is one file, but 2 tasks"):
