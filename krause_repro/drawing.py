@@ -67,7 +67,10 @@ def fix_layout(
 ) -> None:
     "Compute the layout of a figure once, instead of at every drawing; what is added afterwards does not move its axes."
     if fig.get_layout_engine() is not None:
+        dpi = fig.dpi
+        fig.dpi = DPI  # text is relatively wider at few dots per inch
         fig.draw_without_rendering()
+        fig.dpi = dpi
         fig.set_layout_engine(None)
 
 # %% ../nbs/55_drawing.ipynb #166024f7
