@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from .branched_models import add_krause_branch
 from .checks import UserError, check_integer
@@ -205,13 +205,12 @@ def language_speed_table(
 # %% ../nbs/53_bench_language.ipynb #1373f156
 def text_model(
     mixer: str,  # one of `language_model.MIXERS`
-    recipe: TextSpeedRecipe,
+    size: str,  # profile of its width and depth
+    context: int,  # number of positions
 ) -> LanguageModel:
-    "An untrained model of the recipe's size with positions enough for all its measurements."
+    "An untrained model."
     torch.manual_seed(0)
-    shape = replace(get_recipe(f"lm_{mixer}_100m/openstax").at(recipe.size), dropout=0.0,
-                    context=max(recipe.length, max(recipe.positions) + recipe.tokens + 8))
-    return LanguageModel(shape.config)
+    return LanguageModel(replace(get_recipe(f"lm_{mixer}_100m/openstax").at(size), dropout=0.0, context=context).config)
 
 
 def text_step(
@@ -230,12 +229,19 @@ def text_step(
     return step
 
 
+def cache_bytes(
+    cache: Cache,  # of transformers
+) -> int:
+    "Bytes of the tensors that a cache holds."
+    return sum(tensor.nbytes for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor))
+
+
 @torch.no_grad()
 def text_decoder(
     model: LanguageModel,
     position: int,  # tokens of the context
-) -> Callable[[], Tensor]:  # that returns the token (1, 1)
-    "A function that generates the next token greedily, after a context of random tokens."
+) -> tuple[Callable[[], Tensor], int]:  # the function returns the token (1, 1)
+    "A function that generates the next token greedily, after a context of random tokens, and the bytes of its cache."
     tokens = torch.randint(model.eval().config.vocab_size, (1, position), generator=torch.Generator().manual_seed(0))
     out = model(tokens, use_cache=True)
     held = {"token": out.logits[:, -1:].argmax(-1), "cache": out[CACHE_NAME]}
@@ -245,38 +251,41 @@ def text_decoder(
         held["token"] = model(held["token"], **{CACHE_NAME: held["cache"]}).logits.argmax(-1)
         return held["token"]
 
-    return decode
+    return decode, cache_bytes(held["cache"])
 
 # %% ../nbs/53_bench_language.ipynb #7156601b
 def bench_text(
     recipe: TextSpeedRecipe = TEXT_SPEED,
-) -> dict:  # "rows" with "case", "pass", "name", seconds, ratios to `standard`, tokens per second; "notes"; "flat" ratios
+) -> dict:  # "rows" with "case", "pass", "context", "name", seconds, ratios to `standard`, …; "notes"; "flat" ratios
     "Times of a training step and of generated tokens by mixer, in turns."
-    steps = {mixer: text_step(text_model(mixer, recipe), recipe.length) for mixer in recipe.mixers}
-    case = f"1 × {recipe.length:,} tokens"
-    rows = [{"case": case, "pass": "training step", **row, "tokens_per_second": recipe.length / row["seconds"]}
-            for row in compare(interleave(steps, recipe.rounds, 1), recipe.mixers[0])]
-    del steps
-    decoders = {(mixer, place): text_decoder(text_model(mixer, recipe), place) for place in recipe.positions for mixer in recipe.mixers}
-    times = interleave(decoders, recipe.tokens, 4)
+    def row(kind, context, tokens, found):
+        case = f"1 × {context:,} tokens" if kind == "training step" else f"after {context:,} tokens"
+        return {"case": case, "pass": kind, "context": context, **found, "tokens_per_second": tokens / found["seconds"]}
+
+    rows, first = [], recipe.mixers[0]
+    for length in recipe.lengths:
+        steps = {mixer: text_step(text_model(mixer, recipe.size, length), length) for mixer in recipe.mixers}
+        rows += [row("training step", length, length, found) for found in compare(interleave(steps, recipe.rounds, 1), first)]
+    decoders = {(mixer, place): text_decoder(text_model(mixer, recipe.size, place + recipe.tokens + 8), place)
+                for place in recipe.positions for mixer in recipe.mixers}
+    times = interleave({key: decode for key, (decode, _) in decoders.items()}, recipe.tokens, 4)
     for place in recipe.positions:
-        seconds = {mixer: times[mixer, place] for mixer in recipe.mixers}
-        rows += [{"case": f"after {place:,} tokens", "pass": "generation", **row, "tokens_per_second": 1 / row["seconds"]}
-                 for row in compare(seconds, recipe.mixers[0])]
-    first, last = recipe.positions[0], recipe.positions[-1]
-    flat = {mixer: compare({"last": times[mixer, last], "first": times[mixer, first]}, "first")[0]["ratio"] for mixer in recipe.mixers}
+        rows += [{**row("generation", place, 1, found), "cache_bytes": decoders[found["name"], place][1]}
+                 for found in compare({mixer: times[mixer, place] for mixer in recipe.mixers}, first)]
+    _, early, late = recipe.targets
+    flat = {mixer: compare({"late": times[mixer, late], "early": times[mixer, early]}, "early")[0]["ratio"] for mixer in recipe.mixers}
     return {"benchmark": "lm", "rows": rows, "flat": flat, "notes": text_speed_notes(rows, flat, recipe)}
 
 
 def text_speed_notes(
     rows: list[dict],  # of `bench_text`
-    flat: dict[str, float],  # by mixer: time of a token at the last position by that at the first
+    flat: dict[str, float],  # by mixer: time of a token at the later position of the targets by that at the first
     recipe: TextSpeedRecipe,
 ) -> list[str]:
     "The project's three targets for Krause alone, met or missed, one sentence each."
-    found = {(row["pass"], row["case"]): row["ratio"] for row in rows if row["name"] == "krause_only"}
-    first, last = recipe.positions[0], recipe.positions[-1]
-    step, late = found["training step", f"1 × {recipe.length:,} tokens"], 1 / found["generation", f"after {last:,} tokens"]
+    found = {(row["pass"], row["context"]): row["ratio"] for row in rows if row["name"] == "krause_only"}
+    length, early, late = recipe.targets
+    step, faster = found["training step", length], 1 / found["generation", late]
 
     def goal(name, value):
         least = name == "generation"
@@ -284,10 +293,10 @@ def text_speed_notes(
         return f"our target of {'≥' if least else '≤'} {TEXT_GOALS[name]:g} is {'met' if met else 'missed'}"
 
     return [
-        f"a training step of krause_only takes {step:.2f} of the time of standard; {goal('training step', step)}",
-        f"a token of krause_only after {last:,} tokens takes {flat['krause_only']:.2f} of its time after {first:,}; "
+        f"a training step of krause_only on {length:,} tokens takes {step:.2f} of the time of standard; {goal('training step', step)}",
+        f"a token of krause_only after {late:,} tokens takes {flat['krause_only']:.2f} of its time after {early:,}; "
         f"{goal('flat', flat['krause_only'])}",
-        f"there krause_only generates {late:.2f} times the tokens per second of standard; {goal('generation', late)}"]
+        f"there krause_only generates {faster:.2f} times the tokens per second of standard; {goal('generation', faster)}"]
 
 # %% ../nbs/53_bench_language.ipynb #bbfecb79
 def text_speed_table(
@@ -297,7 +306,22 @@ def text_speed_table(
     def cells(row):
         low, high = row["ratio_quartiles"]
         ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        return f"{row['pass']}, {row['case']}", row["name"], f"{row['tokens_per_second']:,.0f}", ratio, row["rounds"]
+        held = f"{row['cache_bytes'] / 1e6:.2f}" if "cache_bytes" in row else None
+        return f"{row['pass']}, {row['case']}", row["name"], f"{row['tokens_per_second']:,.0f}", ratio, held, row["rounds"]
 
-    head = ("what", "mixer", "tokens per second", "time relative to standard (quartiles)", "rounds")
+    head = ("what", "mixer", "tokens per second", "time relative to standard (quartiles)", "cache, MB", "rounds")
     return markdown_table(head, map(cells, result["rows"])) + "\n\n" + "\n".join(f"- {note}." for note in result["notes"])
+
+
+def text_speed_series(
+    result: dict,  # from `bench_text`
+    labels: dict[str, tuple[str, str]],  # by mixer: label and kind of colour
+) -> list[dict]:  # panels of `result_figures.plot_scaling`
+    "Tokens per second over the length of the context."
+    def line(kind, mixer):
+        mine = [row for row in result["rows"] if (row["pass"], row["name"]) == (kind, mixer)]
+        return {"label": labels[mixer][0], "kind": labels[mixer][1], "exponent": None,
+                "x": [row["context"] for row in mine], "y": [row["tokens_per_second"] for row in mine]}
+
+    kinds, mixers = ({row[field]: None for row in result["rows"]} for field in ("pass", "name"))
+    return [{"title": kind, "series": [line(kind, mixer) for mixer in mixers]} for kind in kinds]

@@ -342,17 +342,20 @@ class TextSpeedRecipe(Recipe):
 
     mixers: tuple[str, ...] = ("standard", "krause", "window", "krause_only")
     size: str = "desk"  # profile of the models' width and depth
-    length: int = 4096  # tokens of a training step
-    rounds: int = 5  # timed training steps
-    positions: tuple[int, ...] = (512, 8192)  # tokens before the timed ones in generation
+    lengths: tuple[int, ...] = (512, 1024, 4096, 16_384)  # tokens of a training step
+    rounds: int = 3  # timed training steps
+    positions: tuple[int, ...] = (512, 2048, 8192, 32_768)  # tokens before the timed ones in generation
     tokens: int = 48  # timed tokens at each position
+    targets: tuple[int, int, int] = (4096, 512, 8192)  # of `TEXT_GOALS`: length of a step, first and later position
 
     def changes(self, profile):
-        smoke = {"mixers": ("standard", "krause_only"), "size": "smoke", "length": 64, "rounds": 2, "positions": (8, 32), "tokens": 3}
+        smoke = {"mixers": ("standard", "krause_only"), "size": "smoke", "lengths": (16, 64), "rounds": 2, "positions": (8, 32),
+                 "tokens": 3, "targets": (64, 8, 32)}
         return smoke if profile == "smoke" else {}
 
 
-TEXT_SPEED = TextSpeedRecipe("language_model_speed", seeds=(0,), unpublished=("mixers", "length", "rounds", "positions", "tokens"))
+TEXT_SPEED = TextSpeedRecipe("language_model_speed", seeds=(0,), unpublished=(
+    "mixers", "lengths", "rounds", "positions", "tokens", "targets"))
 TEXT_GOALS = {"training step": 0.8, "flat": 1.1, "generation": 2.0}  # at most, at most, at least: see `bench_language.text_speed_notes`
 
 # %% ../nbs/26_recipes.ipynb #b698a6f6

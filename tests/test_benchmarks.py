@@ -43,6 +43,7 @@ from krause_repro.bench_language import (
     resident_growth,
     text_decoder,
     text_model,
+    text_speed_series,
     text_speed_table,
 )
 from krause_repro.bench_models import bench_images, bench_training, forward_pass, training_step
@@ -509,11 +510,19 @@ def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
     recipe = TEXT_SPEED.at("smoke")
     result = bench_text(recipe)
     assert [(row["pass"], row["name"]) for row in result["rows"]] == [
-        (kind, mixer) for kind in ("training step", "generation", "generation") for mixer in recipe.mixers]
+        (kind, mixer) for kind in ("training step", "training step", "generation", "generation") for mixer in recipe.mixers]
     assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "standard") and result["flat"].keys() == set(recipe.mixers)
     assert len(result["notes"]) == 3 and "after 32 tokens | krause_only" in text_speed_table(result)
-    model = text_model("krause_only", recipe)
-    decode, tokens = text_decoder(model, 8), torch.randint(model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+    kept = {(row["name"], row["context"]): row["cache_bytes"] for row in result["rows"] if row["pass"] == "generation"}
+    shape = get_recipe("lm_krause_only_100m/openstax").at("smoke")
+    per_token = 2 * 4 * shape.depth * shape.width  # keys and values in float32
+    assert all(kept["standard", place] >= per_token * place for place in recipe.positions)
+    assert kept["krause_only", 32] == kept["krause_only", 8] == per_token * shape.window
+    panels = text_speed_series(result, dict.fromkeys(recipe.mixers, ("a label", "krause")))
+    assert [panel["title"] for panel in panels] == ["training step", "generation"]
+    assert [line["x"] for panel in panels for line in panel["series"]] == 2 * [[16, 64]] + 2 * [[8, 32]]
+    model = text_model("krause_only", recipe.size, 64)
+    (decode, _), tokens = text_decoder(model, 8), torch.randint(model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
     decode()
     assert torch.equal(decode(), model.generate(tokens, max_new_tokens=3, do_sample=False)[:, -1:])
 
