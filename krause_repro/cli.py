@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from fastcore.imports import IN_NOTEBOOK
@@ -141,6 +142,49 @@ def sample_recipe(
 
     made = sample_run(run, images, image_seed, temperature, top_p, batch, interactive(), source)
     print(f"Images: {save_image_grid(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
+
+# %% ../nbs/80_cli.ipynb #6f0ad706
+def summarise_recipe(
+    recipe: str,  # of a plan in results/plans, such as kvit_s/cifar10
+    profile: str = "desk",  # smoke, desk or paper
+    source: str = None,  # folder with the data, if it is not found automatically
+    items: str = None,  # of a language model from scratch: also score it on the zero-shot suites in this folder, or from the hub
+    limit: int = None,  # with items: maximum number of items per task, drawn at random
+) -> None:
+    "Evaluate a recipe's finished runs on the test data, and add their seeds to its results."
+    if limit is not None and items is None:
+        raise UserError("limit is for the items of the zero-shot suites; give items, a folder or hub")
+    from krause_repro.ablation import planned_experiment
+
+    experiment = planned_experiment(recipe)
+    if items is not None and experiment != "language_models":
+        raise UserError(f"items are for a language model from scratch, such as lm_krause_100m/openstax; got recipe {recipe!r}")
+    from krause_repro.evaluation import save_finished
+
+    for folder, summary in result_summaries(experiment, items, limit).items():
+        print(f"Result: {save_finished(folder, recipe, profile, source=source, summary=summary)}", flush=True)
+
+
+def result_summaries(
+    experiment: str,  # folder of its results
+    items: str | None = None,  # as of `summarise_recipe`
+    limit: int | None = None,
+) -> dict[str, object]:  # by folder of results: a function of `save_finished`
+    "The functions that evaluate the runs of a planned experiment."
+    if experiment == "language_models":
+        from krause_repro.fine_tuning_evaluation import evaluate_language_models
+        from krause_repro.language_benchmarks import evaluate_zero_shot
+        from krause_repro.sinks import evaluate_text_sinks
+
+        suites = {} if items is None else {"language_model_tasks": partial(evaluate_zero_shot, items=items, limit=limit)}
+        return {"language_models": evaluate_language_models, "language_model_sinks": evaluate_text_sinks, **suites}
+    if experiment == "image_classification":
+        from krause_repro.evaluation import evaluate_runs as evaluate
+    elif experiment == "image_generation":
+        from krause_repro.generation_evaluation import evaluate_generators as evaluate
+    else:
+        from krause_repro.fine_tuning_evaluation import evaluate_fine_tuning as evaluate
+    return {experiment: evaluate}
 
 # %% ../nbs/80_cli.ipynb #1319dfa7
 def fetch_data(
@@ -295,12 +339,12 @@ def load_evaluated(
 # %% ../nbs/80_cli.ipynb #8978db6f
 COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "sample": sample_recipe, "data": fetch_data,
             "report": make_report, "site": build_site, "book": execute_book, "bench": run_benchmark, "kernels": prepare_kernels,
-            "evaluate": evaluate_model}
+            "evaluate": evaluate_model, "summarise": summarise_recipe}
 
 
 def usage() -> str:
     "What `krause-repro` and `krause-repro --help` print."
-    commands = "\n".join(f"  {name:<8} {command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items())
     return f"usage: krause-repro COMMAND [options]\n\n{commands}\n\nkrause-repro COMMAND --help shows a command's options."
 
 # %% ../nbs/80_cli.ipynb #99285fd9

@@ -357,9 +357,9 @@ def save_finished(
     root: Path | None = None,  # project folder, for the result
     summary: Callable[[list[Run], str | Path | None], dict] = evaluate_runs,  # from the runs and the data folder to the result
 ) -> Path:
-    """Evaluate the finished seeds of a recipe that its result file lacks, and add them to it.
+    """Evaluate the finished seeds of a recipe that its result file lacks, and add them to it; without new seeds it stays as it is.
 
-    Raises `FileNotFoundError` if there are none, and `UserError` if the file is of another recipe.
+    Raises `FileNotFoundError` if there is neither a file nor a finished run, and `UserError` if the file is of another recipe.
     """
     recipe, file = get_recipe(name).at(profile), f"{experiment}/{name.partition('/')[0]}"
     earlier = load_result(file, profile, root, missing_ok=True)
@@ -367,9 +367,10 @@ def save_finished(
         raise UserError(f"{result_path(file, profile, root)} was made with another recipe {name}; move it away")
     found = [Run(run_path(recipe, seed, runs), recipe, seed) for seed in recipe.seeds]
     finished = [run for run in found if run.finished and run.seed not in (earlier or {}).get("seeds", ())]
+    if earlier and not finished:
+        return result_path(file, profile, root)
     if not finished:
-        lacking = " that its result lacks" if earlier else ""
-        raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}{lacking}")
+        raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}")
     for run in finished:
         check_run(run)
     result = summary(finished, source)

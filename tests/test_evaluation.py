@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import over
 
-from krause_repro import evaluation
+from krause_repro import cli, evaluation
 from krause_repro.ablation import (
     ABLATION_CELLS,
     ABLATION_CONTROLS,
@@ -437,9 +437,9 @@ def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_pa
     assert path == tmp_path / "results" / "smoke" / "folder" / "kvit_t.json" and result["seeds"] == [0]
     assert result["recipes"].keys() == {recipe.name} and result["test_accuracy"]["n"] == 1
     monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: tmp_path / "not begun")
-    with pytest.raises(FileNotFoundError, match="no finished run of kvit_t/fashion_mnist .* that its result lacks"):
-        save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"in {tmp_path}$"):
+    before = path.read_bytes()
+    assert save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path) == path and path.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="no finished run of kvit_t/fashion_mnist under profile 'smoke'"):
         save_finished("other", recipe.name, "smoke", source=source, root=tmp_path)
 
     second = tmp_path / "seed-1"  # of another machine, where there is no run of seed 0
@@ -478,3 +478,28 @@ def test_seeds_of_two_machines_are_one_result():
         add_seeds(first, {**second, "curves": {**second["curves"], "epochs": [1]}})
     with pytest.raises(UserError, match="paper must be the same"):
         add_seeds(first, {**second, "paper": 95.2})
+
+
+def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch, capsys, tmp_path):
+    saved = []
+
+    def save(folder, recipe, profile, source, summary):
+        saved.append((folder, recipe, profile, source, getattr(summary, "func", summary).__name__))
+        return tmp_path / folder
+
+    monkeypatch.setattr(evaluation, "save_finished", save)
+    assert cli.main(["summarise", "lm_window_100m/openstax", "--source", "here", "--items", "hub", "--limit", "5"]) == 0
+    assert saved == [(folder, "lm_window_100m/openstax", "desk", "here", summary) for folder, summary in (
+        ("language_models", "evaluate_language_models"), ("language_model_sinks", "evaluate_text_sinks"),
+        ("language_model_tasks", "evaluate_zero_shot"))]
+    assert capsys.readouterr().out.splitlines() == [f"Result: {tmp_path / folder}" for folder, *_ in saved]
+    saved.clear()
+    for recipe in ("convolution/cifar10", "karm/mnist", "lora_wide_smollm2/openstax"):
+        assert cli.main(["summarise", recipe]) == 0
+    assert [(folder, summary) for folder, *_, summary in saved] == [
+        ("image_classification", "evaluate_runs"), ("image_generation", "evaluate_generators"), ("textbooks", "evaluate_fine_tuning")]
+    for arguments, message in (
+            (["karm/fashion_mnist"], "recipe must be in a plan of results/plans"), (["karm/minst"], "did you mean karm/mnist?"),
+            (["karm/mnist", "--items", "hub"], "items are for a language model"),
+            (["karm/mnist", "--limit", "5"], "limit is for the items")):
+        assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err

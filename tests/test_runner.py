@@ -498,7 +498,7 @@ def test_help_and_version_of_the_command(capsys):
 
     helped, bare, version = command("--help"), here(), here("--version")
     assert helped == bare == here("--help") and helped[0] == 0 and helped[2] == ""
-    commands = ["list", "run", "train", "sample", "data", "report", "site", "book", "bench", "kernels", "evaluate"]
+    commands = ["list", "run", "train", "sample", "data", "report", "site", "book", "bench", "kernels", "evaluate", "summarise"]
     assert re.findall(r"^  (\w+) ", helped[1], re.MULTILINE) == commands
     assert re.fullmatch(r"krause-repro \d+\.\d+\.\d+\n", version[1])
     code, text, _ = here("run", "--help")
