@@ -556,7 +556,9 @@ def _accuracy_finding(root):
         return f"KViT on {_cifar10_so_far(results)}."
     recipe = get_recipe("kvit_s/cifar10").at("desk")
     rising = " and were still improving" if any(model and is_undertrained(model["curves"]) for model in results.values()) else ""
-    return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, KViT minus a ViT with KViT's norm {_effect(norm)}, "
+    control = planned_difference("cifar10", plan, results, "kvit_s/cifar10", "softmax_s_local/cifar10")
+    window = f", minus softmax on KViT's window {_effect(control)}" if control else ""
+    return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{window}, "
             f"{plural(len(lead['seeds']), 'seed')}; a difference counts from {100 * plan['smallest_difference']:g} point on. *But* the "
             f"models are small (width {recipe.width}, {recipe.epochs:g} epochs){rising}.")
 
