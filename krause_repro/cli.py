@@ -168,7 +168,7 @@ def summarise_recipe(
 def result_summaries(
     experiment: str,  # folder of its results
     items: str | None = None,  # as of `summarise_recipe`
-    limit: int | None = None,
+    limit: int | None = None,  # as of `summarise_recipe`
 ) -> dict[str, object]:  # by folder of results: a function of `save_finished`
     "The functions that evaluate the runs of a planned experiment."
     if experiment == "language_models":
