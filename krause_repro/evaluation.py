@@ -365,9 +365,10 @@ def save_finished(
     earlier = load_result(file, profile, root, missing_ok=True)
     if earlier and stale_recipes(earlier, [recipe]):
         raise UserError(f"{result_path(file, profile, root)} was made with another recipe {name}; move it away")
+    known = earlier["seeds"] if earlier else []
     found = [Run(run_path(recipe, seed, runs), recipe, seed) for seed in recipe.seeds]
-    finished = [run for run in found if run.finished and run.seed not in (earlier or {}).get("seeds", ())]
-    if earlier and not finished:
+    finished = [run for run in found if run.finished and run.seed not in known]
+    if known and not finished:
         return result_path(file, profile, root)
     if not finished:
         raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}")

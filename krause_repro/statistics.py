@@ -46,10 +46,9 @@ def pool(
 ) -> dict[str, object]:  # "mean", "sd" and "n" of all values
     "Mean and sample standard deviation of two groups of values together."
     (n, m), both = counts, sum(counts)
-    means, variances = ([np.asarray(each, float) for each in pair] for pair in (
-        (first["mean"], second["mean"]), [np.square(each["sd"] or 0.0) for each in (first, second)]))
-    squares = (n - 1) * variances[0] + (m - 1) * variances[1] + n * m / both * (means[0] - means[1]) ** 2
-    return {"mean": ((n * means[0] + m * means[1]) / both).tolist(), "sd": np.sqrt(squares / (both - 1)).tolist(), "n": both}
+    (a, s), (b, t) = ((np.asarray(each["mean"]), np.asarray(each["sd"] or 0.0)) for each in (first, second))
+    squares = (n - 1) * s**2 + (m - 1) * t**2 + n * m / both * (a - b) ** 2
+    return {"mean": ((n * a + m * b) / both).tolist(), "sd": np.sqrt(squares / (both - 1)).tolist(), "n": both}
 
 # %% ../nbs/40_statistics.ipynb #c35f768e
 def _with_interval(summary, comparisons=1):
