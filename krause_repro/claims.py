@@ -267,7 +267,7 @@ def _judge_flops(root):
         f"{_span([fit for operations, fit in fits.items() if operations != best], 0, ' to ')}. How the paper counted is not known.",
     )
     verdict = HOLDS if min(savings) >= min(printed) else DOES_NOT_HOLD if max(savings) < min(printed) else IN_PART
-    return Finding(verdict, f"dense: {'equal' if equal else 'different'}; candidates alone: {_span(savings, 0, ' to ')}% fewer", evidence)
+    return Finding(verdict, f"dense {'equal' if equal else 'different'}; candidates alone {_span(savings, 0, ' to ')}% fewer", evidence)
 
 CLAIMS["flops"] = Claim("KViT needs fewer FLOPs", lambda: f"{_span(_published_saving(), 0, ' to ')}% fewer", "66_cost", _judge_flops)
 
@@ -566,25 +566,30 @@ def _accuracy_finding(root):
 def findings(
     root: Path | None = None,  # the project's folder
 ) -> str:  # a Markdown list
-    "Five findings with effect, interval and caveat, computed from the desk results."
+    "Five findings: the verdict on one or two claims, then effect, interval and caveat, computed from the desk results."
+    found = {name: claim.judge(root) for name, claim in CLAIMS.items()}
+
+    def finding(text: str, *names: str) -> str:
+        return f"- **{'; '.join(f'{CLAIMS[name].title}: {found[name].verdict}' for name in names)}.** {text}"
+
     generator = get_recipe("karm/fashion_mnist").at("desk")
     results, effects = _effects(root)
     control = _window_control(results)
-    linear, flops, removed = (CLAIMS[name].judge(root) for name in ("linear", "flops", "sinks"))
     arm, larm = (_effect(each, 1, 2) for each in _earlier_bits(root).values())
     sinks = next(n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch")
     ratios = " and ".join(f"{1 / row['ratio']:.2f}" for row in _generation_speeds(root).values())
     return "\n".join([
-        f"- **Accuracy.** {_accuracy_finding(root)}",
-        f"- **What helps.** On Fashion-MNIST the window gives {_effect(effects['window'])} points, top-k {_effect(effects['top-k'])}, "
-        f"distance instead of dot product {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. "
-        f"*But* softmax on the window minus KViT is {_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown.",
-        f"- **Cost.** Linear cost *{linear.verdict}*: {linear.ours}. The published {_span(_published_saving(), 0, ' to ')}% fewer FLOPs: "
-        f"*{flops.verdict}* ({flops.ours}). *But* times are of one CPU.",
-        f"- **Images.** On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}; KARM "
-        f"generates {ratios} times as fast. *But* KARM minus LARM is {larm}, and training lasts {generator.epochs:g} epoch of "
-        f"{generator.train_images:,} images. {_mnist_so_far(planned_results('mnist', root)[1])}.",
-        f"- **Attention sinks.** Removal *{removed.verdict}*: a query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in "
-        f"the Krause branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. "
-        "*But* this is one seed of SmolLM2-135M.",
+        finding(_accuracy_finding(root), "accuracy"),
+        finding(f"On Fashion-MNIST the window gives {_effect(effects['window'])} points, top-k {_effect(effects['top-k'])}, distance "
+                f"instead of dot product {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* "
+                f"softmax on the window minus KViT is {_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown.",
+                "parts"),
+        finding(f"Measured: {found['linear'].ours}. Published: {_span(_published_saving(), 0, ' to ')}% fewer FLOPs; here: "
+                f"{found['flops'].ours}. *But* times are of one CPU.", "linear", "flops"),
+        finding(f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}; KARM generates "
+                f"{ratios} times as fast. *But* KARM minus LARM is {larm}, and training lasts {generator.epochs:g} epoch of "
+                f"{generator.train_images:,} images. {_mnist_so_far(planned_results('mnist', root)[1])}.", "bits", "generation_speed"),
+        finding(f"A query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in the Krause branch, "
+                f"{decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. *But* this is one "
+                "seed of SmolLM2-135M.", "sinks"),
     ])

@@ -177,7 +177,7 @@ def result_summaries(
         from krause_repro.sinks import evaluate_text_sinks
 
         suites = {} if items is None else {"language_model_tasks": partial(evaluate_zero_shot, items=items, limit=limit)}
-        return {"language_models": evaluate_language_models, "language_model_sinks": evaluate_text_sinks, **suites}
+        return {**suites, "language_models": evaluate_language_models, "language_model_sinks": evaluate_text_sinks}
     if experiment == "image_classification":
         from krause_repro.evaluation import evaluate_runs as evaluate
     elif experiment == "image_generation":

@@ -19,6 +19,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
@@ -332,7 +333,8 @@ def label_lines(
     ax: Axes,  # with labelled lines and its final limits
     edge: float = 0.9,  # lines that end further right, as a fraction of the width, are labelled beside the axes
 ) -> None:
-    "Write the label of each line in its colour: above its end, or beside the axes if it reaches their right edge."
+    """Write the label of each line in its colour: above its end, or beside the axes if it reaches their right edge. Labels that had to
+    move apart are joined to their lines."""
     ax.get_xlim(), ax.get_ylim()  # matplotlib sets automatic limits when they are asked for
     beside = []
     for line in (line for line in ax.lines if not line.get_label().startswith("_")):
@@ -344,11 +346,16 @@ def label_lines(
             ax.annotate(line.get_label(), end, (0, 6), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom",
                         size=9, color=ink(line.get_color()))
     if beside:
-        height = 72 * ax.figure.get_figheight() * ax.get_subplotspec().get_position(ax.figure).height  # points
-        gap = 12.5 * max(line.get_label().count("\n") + 1 for line, _ in beside) / height
-        for (line, _), place in zip(beside, spread_labels([end for _, end in beside], gap), strict=True):
-            ax.annotate(line.get_label(), (1, place), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", size=9,
-                        color=ink(line.get_color()))
+        lines, ends = zip(*beside, strict=True)
+        width, height = 72 * ax.figure.get_size_inches() * ax.get_subplotspec().get_position(ax.figure).size  # points
+        places = spread_labels(ends, 12.5 * max(line.get_label().count("\n") + 1 for line in lines) / height)
+        reach = 20 if max(abs(places - ends)) * height > 8 else 0  # length of the joining lines, points
+        for line, end, place in zip(lines, ends, places, strict=True):
+            joint = {"color": line.get_color(), "linestyle": line.get_linestyle(), "linewidth": 1}
+            if reach:
+                ax.add_artist(Line2D([1, 1 + reach / width], [end, place], transform=ax.transAxes, clip_on=False, **joint))
+            ax.annotate(line.get_label(), (1, place), (reach + 6, 0), xycoords="axes fraction", textcoords="offset points", va="center",
+                        size=9, color=ink(line.get_color()))
 
 # %% ../nbs/55_drawing.ipynb #d51872fc
 def draw_note(

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
+from functools import cache
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -374,12 +376,14 @@ def _run_lm_eval(lm, specs):
     "Scores and samples by task."
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import env
 
     folders = {str(task_file(task).parent) for task in specs}
     manager = TaskManager(include_path=sorted(folders), include_defaults=False)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # nothing is sampled, so lm-eval must not reseed
     group = {"group": "krause", "task": list(specs.values())}  # only in a group can a known task be given with changes
-    done = simple_evaluate(lm, tasks=[group], task_manager=manager, **seeds)
+    with patch.object(env, "from_string", cache(env.from_string)):  # lm-eval compiles a task's templates anew for each item
+        done = simple_evaluate(lm, tasks=[group], task_manager=manager, **seeds)
     return {task: (done["results"][spec["task"]], done["samples"][spec["task"]]) for task, spec in specs.items()}
 
 
