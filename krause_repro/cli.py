@@ -95,6 +95,9 @@ def train_recipe(
     chosen = get_recipe(recipe).at(profile)
     if batch_size is not None and steps is None:
         raise UserError("batch_size is for a dry run with steps; the batch size of a training run is the recipe's")
+    ignored = {"seed": seed != 0, "restart": restart, "source": source is not None, "unreadable": unreadable != "stop"}
+    if steps is not None and any(ignored.values()):
+        raise UserError(f"{', '.join(name for name in ignored if ignored[name])} must be left out with steps: a dry run is on random data")
     from krause_repro.training import dry_run, train
 
     if steps is not None:

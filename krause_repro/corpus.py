@@ -140,13 +140,12 @@ def _find_text(name: str, source: str | Path | None) -> Path:
         places = [base / spec.file if base.is_dir() else base for base in bases]
         if source is not None and Path(source).is_dir() and not places[0].exists():
             places += [Path(source) / "text" / spec.file]
-    for place in places:
-        if place.exists():
-            return place
+    if found := next(filter(Path.exists, places), None):
+        return found
     if not places:
         raise UserError("source must be a text file or a folder of .txt files for the corpus text")
-    how = f"; put {spec.file} into {language_folder()}, or name its file or folder as source" if spec.file else ""
-    raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}{how}")
+    raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}"
+                            + (f"; put {spec.file} into {language_folder()}, or name its file or folder as source" if spec.file else ""))
 
 # %% ../nbs/33_corpus.ipynb #b1a92e77
 def textbooks(
@@ -308,6 +307,7 @@ class Packer:
 # %% ../nbs/33_corpus.ipynb #0d239978
 SHARD_TOKENS = 100_000_000
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
+VERIFIED_BYTES = 2**28  # corpora up to this size are verified whenever they are opened
 
 
 def _write_part(path: Path, number: int, parts: dict[str, _Part], record: dict) -> None:
@@ -344,6 +344,13 @@ def _save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerFast, trained_on: 
         (work / "tokenizer").rename(path / "tokenizer")
 
 # %% ../nbs/33_corpus.ipynb #240d659d
+def _check_tokenizer(path, facts, vocab_size, tokenizer):
+    "Raise `UserError` if a corpus, begun or finished, has another tokenizer than the one asked for."
+    known = tokenizer is not None and Path(tokenizer).is_dir()  # a name on the hub may be out of reach
+    if vocab_size not in (None, facts["vocab_size"]) or known and tokenizer_digest(load_tokenizer(tokenizer)[0]) != facts["sha256"]:
+        raise UserError(f"{path} has another tokenizer, of {facts['vocab_size']} tokens, than {tokenizer or f'one of {vocab_size}'}")
+
+
 def _resume(path: Path, source: TextSource | StreamSource, record: dict) -> tuple[PreTrainedTokenizerFast, dict | None]:
     "Continue after the last complete part: the source is moved there. Raises `UserError` if the build has other settings or is damaged."
     if record["source"] != source.origin:
@@ -365,6 +372,7 @@ def build_corpus(
     "Build a corpus, or continue an interrupted build. Nothing is written before the first part is complete."
     if (path / PROGRESS).is_file():
         record = read_json(path / PROGRESS)
+        _check_tokenizer(path, record["tokenizer"], vocab_size, tokenizer)
         found, trained_on = _resume(path, source, record)
     else:
         found, trained_on = _choose_tokenizer(source, CORPORA[name].weights, vocab_size, tokenizer)
@@ -440,9 +448,6 @@ def _memory_map(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r")
 
 # %% ../nbs/33_corpus.ipynb #c995367b
-VERIFIED_BYTES = 2**28  # corpora up to this size are verified whenever they are opened
-
-
 def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verify: bool) -> None:
     "Raise `UserError` for a tokenizer that the corpus was not made with, and for missing, truncated and altered shards."
     advice = "delete the corpus and build it again"
@@ -466,8 +471,7 @@ def open_corpus(
     verify: bool | None = None,  # compute the SHA-256 of all shards? None: if they have at most 256 MiB
 ) -> "Corpus":
     "Open a finished corpus. Raises `UserError` or `FileNotFoundError` that names the file if it is damaged."
-    path = Path(path)
-    record = read_json(path / MANIFEST)
+    path, record = Path(path), read_json(Path(path) / MANIFEST)
     try:
         if verify is None:
             verify = 2 * sum(record["splits"][split]["tokens"] for split in SPLITS) <= VERIFIED_BYTES
@@ -523,6 +527,8 @@ class Corpus:
         return load_tokenizer(self.path / "tokenizer")[0]
 
     vocab_size = property(lambda self: self.manifest["tokenizer"]["vocab_size"], doc="Tokens of the tokenizer.")
+    digest = property(lambda self: _digest([json.dumps([self.manifest["tokenizer"]["sha256"], self.manifest["splits"]], sort_keys=True)]),
+                      doc="SHA-256 of the digests of the tokenizer and the shards.")
 
     def bytes_per_token(self, split: str) -> float:
         "UTF-8 bytes of the documents by the number of tokens, end tokens included."
@@ -565,10 +571,10 @@ def load_corpus(
     if source is not None and (Path(source) / MANIFEST).is_file():
         path = Path(source)
     else:
-        label = f"bpe{vocab_size}" if tokenizer is None else Path(tokenizer).name
+        label = f"bpe{vocab_size}" if tokenizer is None else Path(tokenizer).resolve().name
         path = (language_folder() / "corpora" if folder is None else Path(folder)) / f"{name}-{label}"
         _build_missing(path, name, vocab_size, tokenizer, source, download)
-    return _check_request(open_corpus(path), name, vocab_size, source)
+    return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
 
 
 def _build_missing(path, name, vocab_size, tokenizer, source, download):
@@ -581,12 +587,13 @@ def _build_missing(path, name, vocab_size, tokenizer, source, download):
             build_corpus(path, name, open_source(name, source, download, begun), vocab_size, tokenizer)
 
 
-def _check_request(corpus, name, vocab_size, source):
+def _check_request(corpus, name, vocab_size, tokenizer, source):
     "Raise `UserError` if a finished corpus is not the one asked for."
     found = corpus.manifest
-    if found["name"] != name or vocab_size not in (None, corpus.vocab_size):
-        raise UserError(f"{corpus.path} is the corpus {found['name']} with {corpus.vocab_size} tokens, not {name} with {vocab_size}")
-    if source is not None and Path(source) != corpus.path and not CORPORA[name].hub:
+    if found["name"] != name:
+        raise UserError(f"{corpus.path} is the corpus {found['name']} with {corpus.vocab_size} tokens, not {name}")
+    _check_tokenizer(corpus.path, found["tokenizer"], vocab_size, tokenizer)
+    if source is not None and Path(source) != corpus.path:
         origin = open_source(name, source).origin
         if origin != found["source"]:
             raise UserError(f"{corpus.path} was built from {found['source']}, but source is {origin}; delete it or name another folder")

@@ -23,12 +23,12 @@ from .llm_branch import Bandwidth
 from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
 from .results import load_result, result_path, save_result, stale_recipes
-from .runs import Run, check_run, run_path
+from .runs import Run, check_finished, check_run, run_path
 from krause_repro.statistics import (
     corrected_difference, decimals, finished_table, is_shown, markdown_table, pool, signed_interval, summarise, summarise_curves,
 )
 from .swin import WindowAttention
-from .training import build_trainer, train
+from .training import build_trainer, check_source, train
 
 # %% ../nbs/42_evaluation.ipynb #909ca3f1
 def on_device(
@@ -45,6 +45,7 @@ def finished_model(
     if not run.finished:
         command = f"krause-repro train {run.recipe.name} --profile {run.recipe.profile} --seed {run.seed}"
         raise UserError(f"run {run.path} is not finished; finish it with: {command}")
+    check_finished(run)
     return on_device(run.model())
 
 # %% ../nbs/42_evaluation.ipynb #747f3fce
@@ -57,9 +58,9 @@ def cached_test(
     path, weights = run.path / name, run.path / "model.safetensors"
     model = file_digest(weights) if weights.is_file() else None
     record = read_json(path) if path.is_file() else {"model": ""}
-    if not isinstance(record, dict):
-        raise UserError(f"{path} must hold an object, got {record!r:.60}; delete it to evaluate again")
-    if record.get("model", model) != model:  # files of earlier versions have no digest
+    if not isinstance(record, dict) or "model" not in record:
+        raise UserError(f"{path} must hold the results of a model, got {record!r:.60}; delete it to evaluate again")
+    if record["model"] != model:
         record = {**measure(), "model": model}
         write_json(path, record)
     return {name: value for name, value in record.items() if name != "model"}
@@ -177,11 +178,19 @@ def add_seeds(
     later: dict,  # the same of other seeds
 ) -> dict:
     "The result of all seeds. Raises `UserError` if a seed is in both, or a field differs that must not."
+    if missing := sorted(later.keys() - earlier.keys()):
+        raise UserError(f"both results must have the same fields, but {', '.join(missing)} are only in that of the later seeds")
+    for name, found in earlier.items():
+        if isinstance(found, dict) and "values" in found and len(found["values"]) != len(earlier["seeds"]):
+            raise UserError(f"{name} must have a value for each of the seeds {earlier['seeds']}, got {len(found['values'])}")
     if both := sorted(set(earlier["seeds"]) & set(later["seeds"])):
         raise UserError(f"seeds must differ, but {', '.join(map(str, both))} are in both results")
 
     def added(first, second, place):
         name, (top, *_) = place.rpartition(".")[2], place.split(".")
+        if top in MACHINES and isinstance(first, dict):
+            first, second = {**second, **first}, {**first, **second}
+            return {key: added(first[key], second[key], f"{place}.{key}") for key in second}
         if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys() and name not in FIRST_SEEDS:
             counts = tuple(summary.get("n", len(of["seeds"])) for summary, of in ((first, earlier), (second, later)))
             made = {}
@@ -362,7 +371,10 @@ def save_finished(
     Raises `FileNotFoundError` if there is neither a file nor a finished run, and `UserError` if the file is of another recipe.
     """
     recipe, file = get_recipe(name).at(profile), f"{experiment}/{name.partition('/')[0]}"
+    check_source(recipe, source)
     earlier = load_result(file, profile, root, missing_ok=True)
+    if earlier and not set(earlier["seeds"]) <= set(recipe.seeds):
+        raise UserError(f"{result_path(file, profile, root)} holds seeds {earlier['seeds']}, but those of the recipe are {recipe.seeds}")
     if earlier and stale_recipes(earlier, [recipe]):
         raise UserError(f"{result_path(file, profile, root)} was made with another recipe {name}; move it away")
     known = earlier["seeds"] if earlier else []
@@ -374,6 +386,7 @@ def save_finished(
         raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}")
     for run in finished:
         check_run(run)
+        check_finished(run)
     result = summary(finished, source)
     added = add_seeds(earlier, result) if earlier else result
     return save_result(file, {"recipes": {name: recipe.to_dict()}, **added}, profile, root)

@@ -33,7 +33,7 @@ from .likelihood import KneserNey, position_nats
 from .llm_branch import branches
 from .recipe_base import plain
 from .records import read_json, write_json
-from .runs import Run
+from .runs import Run, run_corpus
 from .sampling import check_sampling
 from krause_repro.statistics import (
     decimals, describe_difference, finished_table, markdown_table, paired_difference, percent, summarise, summarise_curves,
@@ -364,7 +364,7 @@ def test_text(
 ) -> dict:  # "bits_per_token", "bits_per_byte", "tokens", "blocks", "by_position" in bits, and "gate"
     "Bits of the test split under a run's model, and by position, cached in the run directory."
     def measure():
-        recipe, model, corpus = run.recipe, finished_model(run), recipe_corpus(run.recipe, source)
+        recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source)
         blocks, long_blocks = text_blocks_of(recipe, corpus), text_blocks_of(recipe, corpus, LENGTHS_MEASURED, POSITION_BLOCKS)
         bits = position_nats(model, blocks).mean().item() / math.log(2)
         nats = position_nats(with_further_positions(model, LENGTHS_MEASURED * recipe.context), long_blocks, batch=8)
@@ -428,8 +428,10 @@ def sample_text(
     seed, temperature, top_p = map(plain, (seed, temperature, top_p))
     check_sampling(seed, temperature, top_p, 1)
     check_integer("tokens", tokens, 1)
-    tokenizer = recipe_corpus(run.recipe, source).tokenizer
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt must be a text, got {prompt!r:.60}")
+    tokenizer = run_corpus(run, source).tokenizer
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     if len(ids) + tokens > run.recipe.context:
         raise UserError(f"prompt and tokens must fit into {run.recipe.context} positions, got {len(ids)} and {tokens}")
     model = finished_model(run)

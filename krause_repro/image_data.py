@@ -335,13 +335,15 @@ def load_splits(
     unreadable: str = "stop",  # "stop" at or "skip" undecodable images
 ) -> Splits:
     "Load the splits of a recipe; subsets are random with a fixed seed."
+    folders, origin = check_dataset(recipe.dataset).folders, data_origin(recipe.dataset, source)  # raises before any image is decoded
     left_out = ()
-    if check_dataset(recipe.dataset).folders:
+    if folders:
         if isinstance(recipe, ImageGenerationRecipe):
             raise UserError(f"dataset must be one of images in memory for a generator, got {recipe.dataset!r}, which comes as folders")
         jitter = recipe.augmentation == "imagenet_jitter"
         changing, fixed = (imagenet_transform(training, recipe.image_size, jitter) for training in (True, False))
         plain, test = (load(recipe.dataset, split, source, fixed, unreadable) for split in ("train", "test"))
+        check_apart(plain, test)
         check_classes(plain, test, recipe.classes)
         train, left_out = plain.with_transform(changing), (*plain.left_out, *test.left_out)
     else:
@@ -355,10 +357,19 @@ def load_splits(
         tested = split_held_out(len(test), recipe.test_images)[1]
     else:
         raise UserError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
-    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out,
-                  data_origin(recipe.dataset, source))
+    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out, origin)
 
 # %% ../nbs/28_image_data.ipynb #760ec2d2
+def check_apart(
+    train: ImageFolderSet,
+    test: ImageFolderSet,
+) -> None:
+    "Raise `UserError` if both splits are the same folder, such as through a link."
+    folders = [Path(part.data.root) for part in (train, test)]
+    if folders[0].samefile(folders[1]):
+        raise UserError(f"{folders[1]} must hold other images than {folders[0]}, but both are the same folder")
+
+
 def check_classes(
     train: ImageFolderSet,
     test: ImageFolderSet,

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -98,6 +99,7 @@ def _idx_file(folder, stem):
 
 # %% ../nbs/27_image_files.ipynb #6b1f0a5e
 LABEL_COLUMNS = {"cifar10": "label", "cifar100": "fine_label", "mnist": "label"}  # data sets also read from the hub's Parquet files
+PARQUET_FOLDERS = ("plain_text", "data")  # of the hub, in a data set's folder
 
 
 def parquet_files(
@@ -106,7 +108,7 @@ def parquet_files(
     split: str = "t*",  # "train" or "test"
 ) -> list[Path]:
     "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`."
-    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in ("", "plain_text", "data", name))
+    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in ("", *PARQUET_FOLDERS, name))
     return next(filter(None, places), [])
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
@@ -275,16 +277,21 @@ def check_schema(
     "Open a Parquet file of the hub. Raises `UserError` that names a missing or unexpected column."
     try:
         file = pq.ParquetFile(path)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file, or is damaged ({error}); download it again") from error
+    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        raise UserError(f"{path} has a column twice: {', '.join(file.schema_arrow.names)}")
     columns = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
     label, image = LABEL_COLUMNS[name], next((each for each in IMAGE_COLUMNS if each in columns), None)
     has = f"{path} is not {name} in the hub's layout; it has the columns {', '.join(f'{k} ({v})' for k, v in columns.items())}"
     if image is None:
         raise UserError(f"{has}: a column img or image is expected, with fields bytes and path")
     kind = columns[image]
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise UserError(f"{has}: column {image} must have the fields bytes (an encoded image) and path")
+    held = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else None
+    if held is None or not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
+        raise UserError(f"{has}: column {image} must have the fields bytes (binary: an encoded image) and path")
     if label not in columns or not pa.types.is_integer(columns[label]):
         raise UserError(f"{has}: an integer column {label} is expected")
     return file, image
@@ -292,17 +299,19 @@ def check_schema(
 # %% ../nbs/27_image_files.ipynb #a90b44f2
 MNIST_CLASSES = {"train": (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
                  "test": (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)}  # images per class
-CLASS_MEANS = {  # of training pixels in [0, 1], per class and channel
-    "cifar10": (
+CLASS_MEANS = {  # of pixels in [0, 1], by class and channel
+    ("cifar10", "train"): (
         (0.5257, 0.5603, 0.5889), (0.4712, 0.4545, 0.4472), (0.4892, 0.4915, 0.424), (0.4955, 0.4564, 0.4155), (0.4716, 0.4652, 0.3782),
         (0.4999, 0.4646, 0.4165), (0.4701, 0.4384, 0.3452), (0.502, 0.4799, 0.4169), (0.4902, 0.5254, 0.5547), (0.4987, 0.4853, 0.4781),
     ),
-    "mnist": (
-        (0.1734,), (0.076,), (0.149,), (0.1415,), (0.1214,),
-        (0.1287,), (0.1373,), (0.1145,), (0.1502,), (0.1226,),
+    ("cifar10", "test"): (
+        (0.5338, 0.572, 0.606), (0.4707, 0.4546, 0.4484), (0.4899, 0.495, 0.4282), (0.4934, 0.4553, 0.416), (0.465, 0.4594, 0.3706),
+        (0.5094, 0.4745, 0.4251), (0.4749, 0.4423, 0.346), (0.5051, 0.4835, 0.4255), (0.4946, 0.5246, 0.5528), (0.5053, 0.4903, 0.4853),
     ),
+    ("mnist", "train"): ((0.1734,), (0.076,), (0.149,), (0.1415,), (0.1214,), (0.1287,), (0.1373,), (0.1145,), (0.1502,), (0.1226,)),
+    ("mnist", "test"): ((0.1723,), (0.0767,), (0.1502,), (0.1433,), (0.1227,), (0.1321,), (0.1436,), (0.1149,), (0.1531,), (0.1253,)),
 }
-MEANS_WITHIN = {"train": 0.002, "test": 0.03}  # allowed deviation
+MEANS_WITHIN = 0.002  # allowed deviation: a few images may be JPEG copies
 
 
 def check_labels(
@@ -314,9 +323,6 @@ def check_labels(
     "Raise `UserError` unless each class has the expected number of images."
     spec = DATA[name]
     counts = MNIST_CLASSES[split] if name == "mnist" else (len(labels) // spec.classes,) * spec.classes
-    outside = labels[(labels < 0) | (labels >= spec.classes)]
-    if len(outside):
-        raise UserError(f"{where} must hold classes from 0 to {spec.classes - 1}, got {int(outside[0])}")
     found = labels.bincount(minlength=spec.classes).tolist()
     wrong = next((each for each in range(spec.classes) if found[each] != counts[each]), None)
     if wrong is not None:
@@ -330,23 +336,23 @@ def check_class_means(
     labels: Tensor,  # (N,)
     where: str,  # file and column, for the message
 ) -> None:
-    "Raise `UserError` if the mean colour of a class differs from the published images', as with permuted labels."
-    if name not in CLASS_MEANS:
+    "Raise `UserError` if the mean colour of a class differs from the published images', as with permuted labels or repeated images."
+    if (name, split) not in CLASS_MEANS:
         return
     pixels = images.float().mean((2, 3)) / 255
     found = torch.stack([pixels[labels == each].mean(0) for each in range(DATA[name].classes)])
-    worst = (found - torch.tensor(CLASS_MEANS[name]).view_as(found)).abs().amax(1)
-    if worst.max() > MEANS_WITHIN[split]:
+    worst = (found - torch.tensor(CLASS_MEANS[name, split]).view_as(found)).abs().amax(1)
+    if worst.max() > MEANS_WITHIN:
         each = int(worst.argmax())
-        told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name][each]
+        told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name, split][each]
         raise UserError(f"{where} does not fit the images, or these are not those of {name}: "
-                         f"the mean of class {each} must be {means} ± {MEANS_WITHIN[split]}, got {told}")
+                         f"the mean of class {each} must be {means} ± {MEANS_WITHIN}, got {told}")
 
 # %% ../nbs/27_image_files.ipynb #e3a5c861
 def _image_pixels(row: dict | None, name: str) -> np.ndarray:
     "Decode an image of a Parquet file. Raises for missing bytes, damaged images and another size or mode."
     side, mode = SIDES[name], "RGB" if DATA[name].channels == 3 else "L"
-    if row is None or row["bytes"] is None:
+    if row is None or not row["bytes"]:
         raise UserError("no bytes")
     Image.open(io.BytesIO(row["bytes"])).verify()  # also checks a PNG's checksums, which decoding does not
     image = Image.open(io.BytesIO(row["bytes"]))
@@ -371,9 +377,10 @@ def _read_parquet_file(path: Path, file: pq.ParquetFile, image: str, name: str) 
             except (*DAMAGE, OSError) as error:
                 what = f"must be an image of {side}×{side} pixels and {channels} channels"
                 raise UserError(f"{path}: column {image}, row {len(pixels)}: {what} ({error})") from error
-        labels += _read_column(path, file, group, label)
-        if None in labels:
-            raise UserError(f"{path}: column {label}, row {labels.index(None)}: must be an integer, got none")
+        for value in _read_column(path, file, group, label):
+            if value is None or not 0 <= value < DATA[name].classes:
+                raise UserError(f"{path}: column {label}, row {len(labels)}: must be from 0 to {DATA[name].classes - 1}, got {value}")
+            labels.append(value)
     return torch.from_numpy(np.stack(pixels)).view(len(pixels), side, side, -1).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 # %% ../nbs/27_image_files.ipynb #7c64f01d
@@ -381,12 +388,27 @@ def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
     paths = parquet_files(name, folder, split)
     if not paths:
         raise FileNotFoundError(f"{folder} lacks {split}-00000-of-00001.parquet; the data set {name} is incomplete")
-    parts = int(paths[0].stem.rpartition("-")[2])
-    for number in range(parts):
-        path = paths[0].with_name(f"{split}-{number:05}-of-{parts:05}.parquet")
-        if path not in paths:
-            raise FileNotFoundError(f"{paths[0].parent} lacks {path.name}; the data set {name} is incomplete")
+    named = [re.fullmatch(r".+-(\d{5})-of-(\d{5})(-\w+)?", path.stem) for path in paths]  # older files of the hub end with a digest
+    if None in named or len({match[2] for match in named}) > 1:
+        raise UserError(f"{paths[0].parent} must hold {split}-00000-of-00001.parquet, or several files of equal number of parts, got "
+                        f"{', '.join(path.name for path in paths)}")
+    parts, found = int(named[0][2]), [int(match[1]) for match in named]
+    if missing := sorted(set(range(parts)) - set(found)):
+        raise FileNotFoundError(f"{paths[0].parent} lacks {split}-{missing[0]:05}-of-{parts:05}.parquet; the data set {name} is incomplete")
+    if found != list(range(parts)):
+        raise UserError(f"{paths[0].parent} must hold each part of {split} once, got {', '.join(path.name for path in paths)}")
     return paths
+
+
+def _open_parquet(name: str, folder: Path, split: str) -> list[tuple[Path, pq.ParquetFile, str]]:
+    "Files of a split, opened, and their image columns. Raises an error for missing files, another schema or number of images."
+    paths, expected = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+    files = [(path, *check_schema(path, name)) for path in paths]
+    rows = sum(file.metadata.num_rows for _, file, _ in files)
+    if rows != expected:
+        raise UserError(f"{', '.join(map(str, paths))}: column {files[0][2]} must hold the {expected:,} images of the {split} part "
+                        f"of {name}, got {rows:,}")
+    return files
 
 
 def read_parquet(
@@ -395,14 +417,9 @@ def read_parquet(
     split: str,  # "train" or "test"
 ) -> tuple[Tensor, Tensor]:  # images (N, C, H, W) uint8 and classes (N,)
     "Read a split from the hub's Parquet files. Raises `UserError` or `FileNotFoundError` that names the file and column."
-    paths, expected = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
-    files = [check_schema(path, name) for path in paths]
-    rows = sum(file.metadata.num_rows for file, _ in files)
-    where = f"{', '.join(map(str, paths))}: column {LABEL_COLUMNS[name]}"
-    if rows != expected:
-        raise UserError(f"{', '.join(map(str, paths))}: column {files[0][1]} must hold the {expected:,} images of the {split} part "
-                         f"of {name}, got {rows:,}")
-    found = [_read_parquet_file(path, *file, name) for path, file in zip(paths, files, strict=True)]
+    files = _open_parquet(name, folder, split)
+    where = f"{', '.join(str(path) for path, *_ in files)}: column {LABEL_COLUMNS[name]}"
+    found = [_read_parquet_file(path, file, image, name) for path, file, image in files if file.metadata.num_rows]
     images, labels = (torch.cat(each) for each in zip(*found, strict=True))
     check_labels(name, split, labels, where)
     check_class_means(name, split, images, labels, where)
@@ -415,12 +432,14 @@ def altered_images(
     total: int,  # images of the split
 ) -> int:
     "Number of altered images according to `lossless.json`. Raises `UserError` if that file is invalid."
-    for path in (folder / "lossless.json", folder.parent / "lossless.json"):
+    for path in (folder / "lossless.json", *([folder.parent / "lossless.json"] if folder.name in PARQUET_FOLDERS else [])):
         if path.is_file():
             listed = read_json(path)
             known = listed.get(split) if isinstance(listed, dict) else None
             if not isinstance(known, list) or not all(type(each) is int and 0 <= each < total for each in known):
                 raise UserError(f"{path}: {split} must be a list of indices from 0 to {total - 1}")
+            if unknown := sorted(listed.keys() - {"train", "test"}):
+                raise UserError(f"{path} must hold train and test only, got {unknown[0]}")
             return len(set(known))
     return 0
 
@@ -429,13 +448,13 @@ def data_origin(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder
 ) -> dict[str, dict]:  # by split: "files" with their SHA-256, "images", and the number of "altered" ones; empty except for Parquet files
-    "Provenance of data without published checksums, stored with every run."
+    "Provenance of data without published checksums, stored with every run. Raises an error for missing files or another schema."
     folder = find_source(name, source) if name in LABEL_COLUMNS else None
     if folder is None or not parquet_files(name, folder) or has_published_layout(name, folder):
         return {}
     origin = {}
     for split in ("train", "test"):
-        paths, images = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+        paths, images = [path for path, *_ in _open_parquet(name, folder, split)], DATA[name].train if split == "train" else DATA[name].test
         origin[split] = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}, "images": images,
                          "altered": altered_images(paths[0].parent, split, images)}
     return origin

@@ -6,6 +6,8 @@
 __all__ = ['evaluate_language', 'language_table', 'evaluate_zero_shot']
 
 # %% ../nbs/47_language_benchmarks.ipynb #58650d4d
+import hashlib
+import json
 import logging
 import math
 import random
@@ -30,9 +32,9 @@ from krause_repro.language_tasks import (
     ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, check_language_tasks, evaluation_split, import_lm_eval, language_items,
     language_overrides, task_config, task_file, task_prompt,
 )
-from .runs import Run
+from .runs import Run, run_corpus
 from .statistics import finished_table, markdown_table, percent, summarise
-from .tasks import base_source, recipe_corpus
+from .tasks import base_source
 from .transformers_attention import named_options
 
 # %% ../nbs/47_language_benchmarks.ipynb #492512b3
@@ -417,6 +419,8 @@ def continuation_model(
             if not from_second or any(request.args[0] for request in requests):
                 return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
             texts = [(request.args, self.tok_encode(request.args[1], add_special_tokens=False)) for request in requests]
+            if short := next((pair[1] for pair, ids in texts if len(ids) < 2), None):
+                raise UserError(f"a sentence must have at least two tokens to be scored from the second one, got {short!r}")
             return self._loglikelihood_tokens([(pair, ids[:1], ids[1:]) for pair, ids in texts], disable_tqdm=disable_tqdm)
 
     longest = getattr(model.config, "positions", None)  # lm-eval looks for it under other names
@@ -533,17 +537,17 @@ def run_model(
     if not isinstance(run.recipe, (LanguageModelRecipe, FineTuningRecipe)):
         raise UserError(f"run {run.path} is of {run.recipe.name}, which is not a language model")
     scratch = isinstance(run.recipe, LanguageModelRecipe)
-    tokenizer = recipe_corpus(run.recipe, source).tokenizer if scratch else load_tokenizer(base_source(run.recipe))
+    tokenizer = run_corpus(run, source).tokenizer if scratch else load_tokenizer(base_source(run.recipe))
     return finished_model(run), tokenizer
 
 
 def _zero_shot_scores(run, source, task, options):
-    "Scores of a run on a task, cached."
+    "Scores of a run on a task, cached for these items."
     def measure():
         return {"scores": evaluate_language(*run_model(run, source), task, **options)[task]}
 
-    limited = "" if options["limit"] is None else f"_{options['limit']}_{options['item_seed']}"
-    return cached_test(run, measure, f"{task}_{Path(str(options['source'])).name}{limited}.json")["scores"]
+    digest = hashlib.sha256(json.dumps([options["items"][task], options["limit"]]).encode()).hexdigest()
+    return cached_test(run, measure, f"{task}_{digest[:16]}.json")["scores"]
 
 # %% ../nbs/47_language_benchmarks.ipynb #df5f2a57
 def evaluate_zero_shot(
@@ -557,7 +561,8 @@ def evaluate_zero_shot(
 ) -> dict:  # "tasks" by name: "accuracies" and "standard_accuracies" over seeds, "stderr" of one seed, "items", "chance", …; and provenance
     "The zero-shot scores of a language model over its seeds."
     options, found = {"source": items, "limit": limit, "item_seed": item_seed, "batch_size": batch_size}, {}
-    for task in check_language_tasks(tasks):
+    options["items"] = check_language_run(tasks, **options, anli_labels="correct", max_gen_toks=1)
+    for task in options["items"]:
         scores = [_zero_shot_scores(run, source, task, options) for run in runs]
         first = scores[0]
         found[task] = {

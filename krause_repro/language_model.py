@@ -319,6 +319,9 @@ def check_language_cache(
                         "a cache serves one batch of one model")
 
 # %% ../nbs/19_language_model.ipynb #f786d9dc
+INDICES = (torch.int32, torch.int64)
+
+
 def check_language_tokens(
     input_ids: Tensor,  # must be (B, T) integers of the vocabulary
     attention_mask: Tensor | None,  # must be all ones
@@ -326,11 +329,14 @@ def check_language_tokens(
     past: int,  # number of earlier tokens
 ) -> None:
     "Raise a `ValueError` for tokens of the wrong shape, dtype, range or length, and for padding."
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in INDICES or not input_ids.numel():
         found = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise UserError(f"input_ids must be integers of shape (B, T), not empty, got {found}")
+        raise UserError(f"input_ids must be integers of shape (B, T), int32 or int64 and not empty, got {found}")
     if past + input_ids.shape[1] > config.positions:
         raise UserError(f"input_ids must end within the model's {config.positions} positions, got {input_ids.shape[1]} tokens after {past}")
+    seen = (len(input_ids), past + input_ids.shape[1])
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
+        raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
     if attention_mask is not None and values_known(attention_mask) and not attention_mask.all():
         raise UserError("attention_mask must be all ones: this model has no padding; give sequences of one length")
     if input_ids.device.type != "cpu" or not values_known(input_ids):  # elsewhere the embedding itself checks
@@ -387,11 +393,14 @@ def _init_language_weights(model, module):
         nn.init.normal_(module.centroids)
 
 # %% ../nbs/19_language_model.ipynb #9a08cb20
-def _generation_options(config, prompt_length, options):
+def _generation_options(config, prompt_length, options, default):
     "The arguments of `generate`, with a cache. Raises `ValueError` for more tokens than the model has positions."
-    settings = options.get("generation_config")
-    new = options.get("max_new_tokens", getattr(settings, "max_new_tokens", None))
-    end = options.get("max_length") if new is None else prompt_length + new
+    def limit(name):
+        settings = (options.get("generation_config"), default)
+        return next((each for each in (options.get(name), *(getattr(each, name, None) for each in settings)) if each is not None), None)
+
+    new, end = limit("max_new_tokens"), limit("max_length")
+    end = end if new is None else prompt_length + new
     if prompt_length > config.positions or (end or 0) > config.positions:
         raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {max(prompt_length, end or 0)}")
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
@@ -488,7 +497,8 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         Raises `ValueError`, before any work, for more tokens than the model has positions.
         """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
-        return super().generate(inputs, **_generation_options(self.config, 1 if prompt is None else prompt.shape[1], kwargs))
+        return super().generate(inputs, **_generation_options(self.config, 1 if prompt is None else prompt.shape[1], kwargs,
+                                                                self.generation_config))
 
 # %% ../nbs/19_language_model.ipynb #63ad4173
 def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, output_attentions):

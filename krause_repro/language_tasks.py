@@ -104,6 +104,11 @@ def _field_problem(field, kind, value):
     return None if right else f"field {field!r} must be of type {kind.__name__}, got {value!r}"
 
 
+def _are_texts(values, least=2):
+    "Whether a list has so many entries, all of them texts that are not empty."
+    return len(values) >= least and all(isinstance(value, str) and value.strip() for value in values)
+
+
 def _item_problem(task, item):
     "What is wrong with an item of a task, or None."
     if not isinstance(item, dict):
@@ -112,14 +117,17 @@ def _item_problem(task, item):
         problem = _field_problem(field, kind, item[field]) if field in item else f"field {field!r} is missing"
         if problem:
             return problem
-    if task in ("hellaswag", "arc_easy"):
-        choices = item["choices"]
-        if len(choices) < 2 or not all(isinstance(choice, str) for choice in choices) or item["gold"] >= len(choices):
-            return f"field 'choices' must hold at least 2 strings, and 'gold' be below their number, got {item['gold']} and {choices!r}"
+        if task in CONTINUATION_TASKS and kind is str and not item[field].strip():
+            return f"field {field!r} must not be empty"
+    if task in ("hellaswag", "arc_easy") and (not _are_texts(item["choices"]) or item["gold"] >= len(item["choices"])):
+        return ("field 'choices' must hold at least 2 strings, none empty, and 'gold' be below their number, got "
+                f"{item['gold']} and {item['choices']!r}")
+    if task == "cbt" and not (_are_texts(item["options"], 2) and _are_texts(item["sentences"], 0)):
+        return f"fields 'options', at least 2, and 'sentences' must hold strings, none empty, got {item['options']!r}"
     if task == "cbt" and (item["answer"] not in item["options"] or item["question"].count("XXXXX") != 1):
         return "field 'options' must hold the answer, and 'question' one XXXXX"
-    if task == "lambada" and " " not in item["text"].strip():
-        return "field 'text' must hold at least two words"
+    if task == "lambada" and (" " not in item["text"] or item["text"] != item["text"].strip()):
+        return "field 'text' must hold at least two words, and no white space around them"
     if task == "mmlu_pro":
         options = item["options"]
         if not 2 <= len(options) <= 10 or not all(isinstance(option, str) for option in options):

@@ -71,6 +71,8 @@ def table_lines(
     "The lines of `results.csv`."
     for path in sorted(folder.rglob("*.json")):
         result, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix()
+        if not isinstance(result, dict):
+            continue  # no result; `load_result` says so
         for place, found in summaries(result):
             line = {"result": name, "quantity": place, **{key: found.get(key) for key in ("mean", "sd", "n", "values")}}
             line |= {"recipes": list(result.get("recipes", {})), **{key: result.get(key) for key in ("seeds", "commit", "commits")}}
@@ -100,8 +102,14 @@ def save_result(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's root
 ) -> Path:
-    "Write one experiment's results with its profile and the environment, and the table of all results again."
-    path = write_json(result_path(name, profile, root), {"name": name, "profile": profile, **environment(), **result})
+    """Write one experiment's results with its profile and the environment, and the table of all results again.
+
+    Raises `UserError`, and writes nothing, if `load_result` would refuse the result, or another file for the table is damaged.
+    """
+    path, content = result_path(name, profile, root), {"name": name, "profile": profile, **environment(), **result}
+    check_fields(json.loads(json.dumps(content)), str(path), "nothing was written")
+    list(table_lines(path.parents[name.count("/")]))
+    write_json(path, content)
     write_table(profile, root)
     return path
 

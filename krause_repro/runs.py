@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
 from .checks import UserError
+from .corpus import Corpus
 from .recipes import get_recipe
 from .records import DIGESTS, atomic_write, damage, project_root, read_json, write_digests
-from .tasks import TrainedRecipe, task_of
+from .tasks import TrainedRecipe, recipe_corpus, task_of
 
 # %% ../nbs/35_runs.ipynb #4c8a6461
 ADVICE = "lower lr, or set max_grad_norm"
@@ -163,12 +164,38 @@ def check_finished(
     run: Run,  # finished
 ) -> None:
     "Raise an error that names a missing or damaged file of a finished run."
-    summary = read_json(run.path / "finished.json")
-    if not isinstance(summary, dict) or "steps" not in summary:
-        raise UserError(f"{run.path / 'finished.json'} is damaged; {run.remedy}")
     if (run.path / DIGESTS).is_file() and (wrong := damage(run.path)):  # runs of earlier versions have none
         raise UserError(f"{wrong}; {run.remedy}")
     check_weights(run)
+    for content, name, fields in ((run.summary(), "finished.json", ("seconds", "steps", "chosen_epoch", "threads", "parameters")),
+                                  (run.environment(), "environment.json", ("commit", "device", "versions"))):
+        if missing := [field for field in fields if not isinstance(content, dict) or field not in content]:
+            raise UserError(f"{run.path / name} is damaged: it has no {missing[0]}; {run.remedy}")
+    lines = run.metrics()
+    if not all(isinstance(line, dict) and {"epoch", "step"} <= line.keys() for line in lines):
+        raise UserError(f"{run.path / 'metrics.jsonl'} is damaged: each line must have epoch and step; {run.remedy}")
+    if not lines or lines[-1]["step"] != run.summary()["steps"]:
+        raise UserError(f"{run.path / 'metrics.jsonl'} ends before the last step, {run.summary()['steps']}; {run.remedy}")
+
+
+def check_corpus(
+    run: Run,  # begun or finished
+    digest: str | None,  # of the corpus at hand
+) -> None:
+    "Raise `UserError` if the run was trained on another text, or with another tokenizer. Runs of earlier versions do not say."
+    trained = run.environment().get("corpus") if (run.path / "environment.json").is_file() else None
+    if None not in (trained, digest) and trained != digest:
+        raise UserError(f"source must be the corpus of the run {run.path}, got another text or tokenizer")
+
+
+def run_corpus(
+    run: Run,  # of a language model from scratch
+    source: str | Path | None = None,  # the user's text or corpus
+) -> Corpus:
+    "The corpus of a run. Raises `UserError` for another one than it was trained on."
+    corpus = recipe_corpus(run.recipe, source)
+    check_corpus(run, corpus.digest)
+    return corpus
 
 
 def check_diverged(

@@ -29,9 +29,9 @@ from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
-from .runs import Run, check_run, run_path
+from .runs import Run, check_run, run_corpus, run_path
 from .statistics import decimals, finished_table, markdown_table, summarise, summarise_curves
-from .tasks import base_model, recipe_corpus
+from .tasks import base_model
 
 # %% ../nbs/49_sinks.ipynb #fce3f3df
 def first_token_attention(
@@ -386,7 +386,7 @@ def evaluate_text_sinks(
 ) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support"; and provenance
     "First-token attention of language models from scratch on passages of the test text."
     recipe = runs[0].recipe
-    blocks = text_blocks_of(recipe, recipe_corpus(recipe, source), 1, TEXT_PASSAGES)
+    blocks = text_blocks_of(recipe, run_corpus(runs[0], source), 1, TEXT_PASSAGES)
     tokens = torch.stack([blocks[i]["input_ids"] for i in range(min(len(blocks), TEXT_PASSAGES))])
     found = [text_sink_profile(finished_model(run), tokens, recipe.window) for run in runs]
     joined = {kind: {name: torch.cat([profile[kind][name] for profile, _ in found], 1) for name in quantities}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes longer to import than all else here
 
-from .checks import UserError
+from .checks import UserError, check_integer
 
 # %% ../nbs/40_statistics.ipynb #b6d9525a
 def summarise(
@@ -47,6 +47,8 @@ def pool(
     "Mean and sample standard deviation of two groups of values together."
     (n, m), both = counts, sum(counts)
     (a, s), (b, t) = ((np.asarray(each["mean"]), np.asarray(each["sd"] or 0.0)) for each in (first, second))
+    if a.shape != b.shape or min(counts) < 1:
+        raise UserError(f"groups must have equal shapes and at least one value each, got {a.shape} and {b.shape} with {n} and {m} values")
     squares = (n - 1) * s**2 + (m - 1) * t**2 + n * m / both * (a - b) ** 2
     return {"mean": ((n * a + m * b) / both).tolist(), "sd": np.sqrt(squares / (both - 1)).tolist(), "n": both}
 
@@ -94,6 +96,9 @@ def corrected_difference(
     field: str = "test_accuracy",  # what is compared
 ) -> dict:  # as `paired_difference`, with "seeds", those that both models have; interval None for fewer than two
     "The difference paired by seed with a Bonferroni-corrected 95% interval."
+    check_integer("comparisons", comparisons, 1)
+    if any(len(set(model["seeds"])) < len(model["seeds"]) for model in (first, second)):
+        raise UserError(f"seeds must differ, got {first['seeds']} and {second['seeds']}")
     values = [dict(zip(model["seeds"], model[field]["values"], strict=True)) for model in (first, second)]
     seeds = sorted(values[0].keys() & values[1].keys())
     if not seeds:

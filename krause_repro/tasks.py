@@ -140,6 +140,7 @@ class TextSplits(Splits):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     counts: dict = field(default_factory=dict)  # per split: items or blocks, tokens, and numbers of truncated and dropped items
+    corpus: str | None = None  # digest of the corpus, for models from scratch
 
 
 def base_source(
@@ -258,7 +259,7 @@ def corpus_splits(
     held_out = Subset(held_out, [i * len(held_out) // recipe.held_out for i in range(recipe.held_out)])
     parts = {"train": train, "held_out": held_out, "test": test}
     counts = {part: {"items": len(each), "tokens": len(each) * recipe.context} for part, each in parts.items()}
-    return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts)
+    return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)
 
 
 def _collate_blocks(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

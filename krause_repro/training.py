@@ -39,8 +39,8 @@ from krause_repro.records import (
     InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
 )
 from krause_repro.runs import (
-    ADVICE, Run, RunWriter, TrainingDiverged, check_diverged, check_finished, check_run, drop_damaged, last_checkpoint, not_finite,
-    relocate, run_path,
+    ADVICE, Run, RunWriter, TrainingDiverged, check_corpus, check_diverged, check_finished, check_run, drop_damaged, last_checkpoint,
+    not_finite, relocate, run_path,
 )
 from .tasks import Task, TextSplits, TrainedRecipe, check_batch, check_launch, random_splits, task_of
 
@@ -415,6 +415,9 @@ def train(
     check_batch(recipe)
     with processes.main_process_first():  # the main process fills the cache
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
+    corpus = getattr(splits, "corpus", None)
+    if not restart:
+        check_corpus(run, corpus)
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     left_out = _left_out(splits, unreadable)
@@ -423,7 +426,8 @@ def train(
             raise InUse(f"{run.path} was finished by another process in the meantime; call again to use it")
         with processes.main_process_first():
             if processes.is_main_process:
-                _start(run, restart, left_out | ({"data": splits.origin} if splits.origin else {}))
+                data = {"data": splits.origin, "corpus": corpus}
+                _start(run, restart, left_out | {name: value for name, value in data.items() if value})
         if splits.left_out and processes.is_main_process:
             print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
         save, facts = task.saver(model), {**_sizes(model, splits), **left_out}

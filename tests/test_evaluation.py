@@ -490,8 +490,8 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
     monkeypatch.setattr(evaluation, "save_finished", save)
     assert cli.main(["summarise", "lm_window_100m/openstax", "--source", "here", "--items", "hub", "--limit", "5"]) == 0
     assert saved == [(folder, "lm_window_100m/openstax", "desk", "here", summary) for folder, summary in (
-        ("language_models", "evaluate_language_models"), ("language_model_sinks", "evaluate_text_sinks"),
-        ("language_model_tasks", "evaluate_zero_shot"))]
+        ("language_model_tasks", "evaluate_zero_shot"), ("language_models", "evaluate_language_models"),
+        ("language_model_sinks", "evaluate_text_sinks"))]
     assert capsys.readouterr().out.splitlines() == [f"Result: {tmp_path / folder}" for folder, *_ in saved]
     saved.clear()
     for recipe in ("convolution/cifar10", "karm/mnist", "lora_wide_smollm2/openstax"):

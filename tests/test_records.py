@@ -445,7 +445,7 @@ def test_a_failed_making_keeps_the_earlier_result(tmp_path):
     obtain("missing", Maker(), tmp_path)
     with pytest.raises(OSError, match="No space left"):
         obtain("always", fail, tmp_path)
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError, match="number is nan, not a finite number; nothing was written"):
         obtain("always", lambda: {"number": math.nan}, tmp_path)
     assert obtain("never", fail, tmp_path)["number"] == 1
 
@@ -471,11 +471,11 @@ def test_the_table_has_every_summary_with_its_origin(tmp_path):
     curve = {"mean": [0.1, 0.2], "sd": [0.0, 0.0]}
     result = {"test_accuracy": found, "curves": {"loss": curve}, "recipes": {"m/d": {"lr": found}}, "seeds": [0, 1]}
     save_result("b", result, "smoke", tmp_path)
-    save_result("a/one", {"models": [{"bits": {"mean": 2.0, "sd": None, "n": 1}}]}, "smoke", tmp_path)
+    save_result("a/one", {"parts": [{"loss": {"mean": 2.0, "sd": None, "n": 1}}]}, "smoke", tmp_path)
     with (tmp_path / "results" / "smoke" / "results.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [(line["result"], line["quantity"], line["mean"]) for line in lines] == [
-        ("a/one", "models.0.bits", "2.0"), ("b", "test_accuracy", "0.75")]
+        ("a/one", "parts.0.loss", "2.0"), ("b", "test_accuracy", "0.75")]
     assert lines[1] | {"values": "0.5 1.0", "recipes": "m/d", "seeds": "0 1", "sd": "0.25", "n": "2"} == lines[1]
     saved = load_result("b", "smoke", tmp_path)
     origin = {"commit": saved["commit"], "device": saved["device"], "torch": saved["versions"]["torch"]}
