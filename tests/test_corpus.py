@@ -202,6 +202,11 @@ def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path)
     (tmp_path / "other").mkdir()
     for number, text in enumerate(texts(seed=3)):
         (tmp_path / "other" / f"{number}.txt").write_text(text, encoding="utf-8")
+    built.tokenizer.save_pretrained(tmp_path / "same")
+    train_tokenizer(texts(), VOCAB - 9).save_pretrained(tmp_path / "another")
+    assert load_corpus("text", source=built.path, tokenizer=tmp_path / "same").digest == built.digest
+    with pytest.raises(ValueError, match="has another tokenizer, of 300 tokens, than .*another"):
+        load_corpus("text", source=built.path, tokenizer=tmp_path / "another")
     with pytest.raises(ValueError, match="was built from"):
         load_corpus("text", VOCAB, tmp_path / "other", built.path.parent)
     with pytest.raises(ValueError, match="split must be one of train, validation, test"):

@@ -456,6 +456,26 @@ def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_pa
         save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
 
 
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1]), "model.safetensors.* SHA-256"),
+    ("digests.json", lambda content: content[:9], "digests.json"),
+    ("finished.json", lambda content: b'{"steps": 3}', "finished.json is damaged: it has no seconds"),
+    ("environment.json", lambda content: b"[]", "environment.json is damaged: it has no commit"),
+    ("metrics.jsonl", lambda content: content[:content.index(b"\n") + 1], "metrics.jsonl ends before the last step"),
+    ("metrics.jsonl", lambda content: b"[1]\n", "metrics.jsonl is damaged: each line must have epoch and step"),
+])
+def test_a_damaged_run_makes_no_result(finished, run, source, tmp_path, monkeypatch, name, change, message):
+    copied = tmp_path / "seed-0"
+    shutil.copytree(run.path, copied)
+    (copied / name).write_bytes(change((copied / name).read_bytes()))
+    monkeypatch.setattr(evaluation, "get_recipe", lambda name: replace(finished.recipe, profile="paper", seeds=(0,)))
+    monkeypatch.setattr(type(finished.recipe), "changes", lambda self, profile: {})
+    monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: copied)
+    with pytest.raises(UserError, match=message):
+        save_finished("folder", finished.recipe.name, "smoke", source=source, root=tmp_path)
+    assert not (tmp_path / "results").exists()
+
+
 def test_seeds_of_two_machines_are_one_result():
     def result(seeds, accuracies, torch, **fields):
         runs = {"seeds": seeds, "commits": ["abc"] * len(seeds), "versions": {"torch": torch, "python": "3.11"}, "device": "CPU"}
@@ -478,6 +498,10 @@ def test_seeds_of_two_machines_are_one_result():
         add_seeds(first, {**second, "curves": {**second["curves"], "epochs": [1]}})
     with pytest.raises(UserError, match="paper must be the same"):
         add_seeds(first, {**second, "paper": 95.2})
+    with pytest.raises(UserError, match=r"test_accuracy must have a value for each of the seeds \[0\], got 2"):
+        add_seeds({**first, "seeds": [0]}, second)
+    more = add_seeds(first, {**second, "versions": {**second["versions"], "datasets": "5"}})
+    assert more["versions"] == {"torch": "2.14, 2.15", "python": "3.11", "datasets": "5"}
 
 
 def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch, capsys, tmp_path):

@@ -372,6 +372,8 @@ def test_settings_that_cannot_be(settings, message):
     ({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, "input_ids must end within the model's 24 positions, got 25 tokens after 0"),
     ({"input_ids": torch.zeros(1, 3)}, r"input_ids must be integers of shape \(B, T\)"),
     ({"input_ids": [[1, 2]]}, "got list"),
+    ({"input_ids": torch.ones(1, 3).bool()}, "int32 or int64 and not empty, got torch.bool"),
+    ({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 2)}, r"attention_mask must be a tensor of shape \(1, 3\)"),
     ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "attention_mask must be all ones"),
     ({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([[1, 2, 19]])}, "labels must be classes from 0 to 18"),
     ({"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 2).long()}, "labels must be integers of the shape"),
@@ -481,7 +483,7 @@ def smoke(monkeypatch):
 
 
 @pytest.mark.parametrize("mixer", ["krause", "routing"])
-def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, smoke, tmp_path):
+def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, smoke, tmp_path, monkeypatch):
     recipe = smoke(f"lm_{mixer}_100m/shakespeare")
     whole = train(recipe, 0, runs=tmp_path / "whole", progress=False)
     with pytest.raises(KeyboardInterrupt):
@@ -497,10 +499,10 @@ def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, s
     assert rates[0] == recipe.lr and recipe.lr / 10 < rates[-1] < rates[1] < recipe.lr  # no warm-up: 5% of four steps is none
     assert whole.summary()["parameters"] == one.num_parameters() and whole.summary()["data"]["train"] == {"items": 64, "tokens": 4096}
     if mixer == "krause":
-        check_evaluation(whole, one)
+        check_evaluation(whole, one, monkeypatch)
 
 
-def check_evaluation(run, model):
+def check_evaluation(run, model, monkeypatch):
     "The result of a run, from its model's own loss, and a sample of text."
     result, blocks = evaluate_language_models([run]), RandomCorpus().blocks("test", 64, 1)
     sinks = evaluate_text_sinks([run])
@@ -522,6 +524,10 @@ def check_evaluation(run, model):
         open_run(run.path)
     with pytest.raises(ValueError, match="prompt and tokens must fit into 64 positions"):
         sample_text(run, "the", 64)
+    monkeypatch.setattr(RandomCorpus, "digest", "1" * 64)
+    for use in (lambda: sample_text(run, "the", 5), lambda: run_model(run), lambda: evaluate_text_sinks([run])):
+        with pytest.raises(ValueError, match="source must be the corpus of the run .*, got another text or tokenizer"):
+            use()
 
 
 def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):

@@ -90,6 +90,7 @@ CHANGED[-14] ^= 1  # of the checksum of the pixels
 BAD = {  # what is wrong with the training part, and what the message says of it
     "a column of another name": (schema(TRAIN, img=None, picture=TRAIN["img"]), r"picture .*a column img or image is expected"),
     "images that are no structs": (schema(TRAIN, img=[row["bytes"] for row in TRAIN["img"]]), "column img must have the fields bytes"),
+    "images that are texts": (schema(TRAIN, img=[{"bytes": "x", "path": ""}] * 40), r"column img must have the fields bytes \(binary"),
     "no labels": (schema(TRAIN, label=None), "an integer column label is expected"),
     "labels of CIFAR-100": (schema(TRAIN, label=None, fine_label=TRAIN["label"]), "fine_label .*an integer column label is expected"),
     "labels in words": (schema(TRAIN, label=[str(each) for each in TRAIN["label"]]), "an integer column label is expected"),
@@ -125,6 +126,15 @@ def test_a_damaged_file_is_named(cifar, where):
     with pytest.raises(ValueError, match="column img" if where == "row group" else "is not a Parquet file, or is damaged") as raised:
         load("cifar10", "train", cifar)
     assert str(path) in str(raised.value)
+
+
+def test_files_may_end_with_a_digest_but_have_no_other_name(cifar):
+    folder = cifar / "plain_text"
+    (folder / "test-00000-of-00001.parquet").rename(folder / "test-00000-of-00001-b42a775f407cee45.parquet")
+    assert len(load("cifar10", "test", cifar)) == COUNTS["test"]
+    (folder / "test-00000-of-00001-b42a775f407cee45.parquet").rename(folder / "test-0-of-all.parquet")
+    with pytest.raises(ValueError, match="must hold test-00000-of-00001.parquet, .* got test-0-of-all.parquet"):
+        load("cifar10", "test", cifar)
 
 
 @pytest.mark.parametrize("split", COUNTS)
