@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
 from .bench_attention import scaling_series
 from .drawing import plural
-from .evaluation import CLASSIFIER_LABELS, is_undertrained
+from .evaluation import CLASSIFIER_LABELS, finished_runs, is_undertrained
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
@@ -108,7 +108,8 @@ def _pending(results: dict[str, dict | None], field: str, scale: float = 1, digi
 def _so_far(results: dict[str, dict | None], field: str, labels: dict[str, str], scale: float = 1, digits: int = 2) -> str:
     "Means of models of a plan that has not all its seeds."
     means = [f"{label} {scale * results[name][field]['mean']:.{digits}f}".strip() for name, label in labels.items() if results.get(name)]
-    return f"unfinished: {', '.join(means)}" if means else "not finished"
+    fewest = min((len(results[name]["seeds"]) for name in labels if results.get(name)), default=0)
+    return f"unfinished ({plural(fewest, 'seed')}): {', '.join(means)}" if means else "not finished"
 
 # %% ../nbs/68_claims.ipynb #2e54cc04
 def claim_text(
@@ -117,8 +118,8 @@ def claim_text(
 ) -> str:  # Markdown
     "The published numbers, the evidence and the verdict of a claim."
     claim, found = CLAIMS[name], CLAIMS[name].judge(root)
-    lines = [f"**Published**: {claim.paper()}.", f"**Evidence** ([{claim.page}]({claim.page}.ipynb)):", *found.evidence]
-    return "\n".join([*(f"- {line}" for line in lines), "", f"**Verdict: {found.verdict}.**"])
+    lines = [f"- **Published**: {claim.paper()}.", f"- **Evidence** ([{claim.page}]({claim.page}.ipynb)):"]
+    return "\n".join([*lines, *(f"    - {line}" for line in found.evidence), "", f"**Verdict: {found.verdict}.**"])
 
 # %% ../nbs/68_claims.ipynb #018d02a6
 def _judge_clusters(root):
@@ -185,7 +186,8 @@ def _judge_accuracy(root):
         if baseline:
             evidence.append(f"{CLASSIFIER_LABELS['desk'][f'{name}/cifar10'][0].capitalize()}: {percent(baseline['test_accuracy'])}.")
     rising = [name for name, model in results.items() if model and is_undertrained(model["curves"])]
-    evidence.append(f"Undertrained by the rule of notebook 61: {', '.join(rising) or 'none'}.")
+    rising = [CLASSIFIER_LABELS["desk"][name][0] for name in rising]
+    evidence.append(f"Undertrained by the rule of notebook 61: {'; '.join(rising) or 'none'}.")
     return Finding(cifar["verdict"] if cifar else NOT_YET, numbers, tuple(evidence))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
@@ -228,6 +230,7 @@ def _judge_parts(root):
     for first, second in plan["comparisons"] if plan else ():
         found = planned_difference("cifar10", plan, cifar, first, second)
         if found and "local" in first + second:
+            first, second = (CLASSIFIER_LABELS["desk"][name][0] for name in (first, second))
             evidence.append(f"CIFAR-10, {first} − {second}: {_effect(found)} points, corrected: "
                             f"{'not shown' if found['verdict'] == NOT_SHOWN else 'a difference'}.")
     ours = ", ".join(f"{part} {100 * row['mean']:+.2f} {_outcome(row)}" for part, row in effects.items())
@@ -291,7 +294,7 @@ def _judge_linear(root):
         f"Time of the C++ operator, forward and forward + backward, from {least:,} tokens on: exponent in N {_span(length, 2, ' to ')}; "
         f"fused full attention {_span(full, 2, ' to ')}.",
         *([f"Exponent in W at the windows measured: {_span(window, 2, ' to ')}, at most linear as claimed."] if window else []),
-        "Low memory is not an advantage over fused full attention, which needs as little.",
+        "Fused full attention needs as little memory, and softmax on the same window as little time (notebook 66).",
     )
     return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD,
                    f"time grows with N to the power {_span(length, 2, '–')}; full attention {_span(full, 2, '–')}", evidence)
@@ -326,7 +329,7 @@ def _judge_heads(root):
     )
     verdict = HOLDS if all(more) else IN_PART if any(more) else DOES_NOT_HOLD
     last = {name: each["clusters"]["mean"][-1] for name, each in (("k", kvit["trained"]), ("u", kvit["untrained"]), ("v", vit["trained"]))}
-    ours = f"heads {heads['mean']:+.3f}; groups {last['k']:.1f} (untrained {last['u']:.1f}), ViT {last['v']:.1f}"
+    ours = f"groups {last['k']:.1f}, untrained {last['u']:.1f}, ViT {last['v']:.1f}; heads {'more diverse' if more[0] else 'not shown'}"
     return Finding(verdict, ours, evidence)
 
 CLAIMS["heads"] = Claim("Diverse heads, tokens in several groups", lambda: "heat maps of a few images", "67_attention_maps", _judge_heads)
@@ -507,7 +510,7 @@ def _judge_branch_speed(root):
         "A branch adds projections that every token passes through. Whether a GPU hides them was not measured here.",
     )
     return Finding(HOLDS if all(kept) else IN_PART if any(kept) else DOES_NOT_HOLD,
-                   f"SmolLM2, CPU: {_span(speeds['decode'], 2, ' to ')} times the decoding speed", evidence)
+                   f"SmolLM2, CPU: decoding {_span(speeds['decode'], 2, '–')}, prefill {_span(speeds['prefill'], 2, '–')} times", evidence)
 
 CLAIMS["branch_speed"] = Claim(
     "A Krause branch costs no speed", lambda: f"at least {LEAST_SPEED} times the speed", "63_llm_finetuning", _judge_branch_speed,
@@ -528,10 +531,11 @@ def _judge_from_scratch(root):
     evidence = [f"{first} − {second}: {_effect(each, 1, 3)} bits per token, corrected: {each['verdict']}."
                 for (first, second), each in found.items() if each]
     if not found or not all(found.values()):
-        done = sum(map(bool, results.values()))
-        evidence.append(f"{done} of {len(results)} planned models are trained." if results else "No desk results yet.")
+        evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
+        ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
+        baseline = f", 5-gram {ngram['all']['bits_per_token']:.2f}" if ngram else ""
         labels = {"lm_krause_100m/openstax": "bits per token", "lm_standard_100m/openstax": "standard"}
-        return Finding(NOT_YET, _so_far(results, "bits_per_token", labels), tuple(evidence))
+        return Finding(NOT_YET, _so_far(results, "bits_per_token", labels) + baseline, tuple(evidence))
     wins = sum(each["verdict"] == HOLDS for each in found.values())
     verdict = _of_pairs([each["verdict"] for each in found.values()])
     return Finding(verdict, f"fewer bits than {wins} of {len(found)} rivals, 2M parameters", tuple(evidence))
@@ -547,7 +551,10 @@ def claims_table(
     found = {name: claim.judge(root) for name, claim in CLAIMS.items()}
     rows = [(claim.title, claim.paper(), found[name].ours, f"**{found[name].verdict}**", f"[{claim.page[:2]}]({pages}{claim.page}.ipynb)")
             for name, claim in CLAIMS.items()]
-    return markdown_table(("claim", "paper", "ours, desk size", "verdict", "notebook"), rows)
+    verdicts = [each.verdict for each in found.values()]
+    kinds = [kind for kind in (HOLDS, IN_PART, DOES_NOT_HOLD, NOT_SHOWN, NOT_YET) if kind in verdicts]
+    table = markdown_table(("claim", "paper", "ours, desk size", "verdict", "notebook"), rows)
+    return f"Verdicts on the {len(rows)} claims: {', '.join(f'{kind} {verdicts.count(kind)}' for kind in kinds)}.\n\n{table}"
 
 # %% ../nbs/68_claims.ipynb #d903ae62
 def _accuracy_finding(root):
@@ -559,8 +566,8 @@ def _accuracy_finding(root):
     control = planned_difference("cifar10", plan, results, "kvit_s/cifar10", "softmax_s_local/cifar10")
     window = f", minus softmax on KViT's window {_effect(control)}" if control else ""
     return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{window}, "
-            f"{plural(len(lead['seeds']), 'seed')}; a difference counts from {100 * plan['smallest_difference']:g} point on. *But* the "
-            f"models are small (width {recipe.width}, {recipe.epochs:g} epochs){rising}.")
+            f"{plural(len(lead['seeds']), 'seed')}; the bar is {100 * plan['smallest_difference']:g} point. *But* the models are small "
+            f"(width {recipe.width}, {recipe.epochs:g} epochs){rising}.")
 
 
 def findings(
@@ -568,28 +575,26 @@ def findings(
 ) -> str:  # a Markdown list
     "Five findings: the verdict on one or two claims, then effect, interval and caveat, computed from the desk results."
     found = {name: claim.judge(root) for name, claim in CLAIMS.items()}
-
-    def finding(text: str, *names: str) -> str:
-        return f"- **{'; '.join(f'{CLAIMS[name].title}: {found[name].verdict}' for name in names)}.** {text}"
-
-    generator = get_recipe("karm/fashion_mnist").at("desk")
+    generator, bar = get_recipe("karm/fashion_mnist").at("desk"), f"{100 * MIN_EFFECT:g} point"
     results, effects = _effects(root)
-    control = _window_control(results)
+    control, part = _window_control(results), {name: _effect(each) for name, each in effects.items()}
     arm, larm = (_effect(each, 1, 2) for each in _earlier_bits(root).values())
     sinks = next(n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch")
-    ratios = " and ".join(f"{1 / row['ratio']:.2f}" for row in _generation_speeds(root).values())
-    return "\n".join([
-        finding(_accuracy_finding(root), "accuracy"),
-        finding(f"On Fashion-MNIST the window gives {_effect(effects['window'])} points, top-k {_effect(effects['top-k'])}, distance "
-                f"instead of dot product {_effect(effects['distance'])}; a difference counts from {100 * MIN_EFFECT:g} point on. *But* "
-                f"softmax on the window minus KViT is {_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown.",
-                "parts"),
-        finding(f"Measured: {found['linear'].ours}. Published: {_span(_published_saving(), 0, ' to ')}% fewer FLOPs; here: "
-                f"{found['flops'].ours}. *But* times are of one CPU.", "linear", "flops"),
-        finding(f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}; KARM generates "
-                f"{ratios} times as fast. *But* KARM minus LARM is {larm}, and training lasts {generator.epochs:g} epoch of "
-                f"{generator.train_images:,} images. {_mnist_so_far(planned_results('mnist', root)[1])}.", "bits", "generation_speed"),
-        finding(f"A query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in the Krause branch, "
-                f"{decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. *But* this is one "
-                "seed of SmolLM2-135M.", "sinks"),
-    ])
+    ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in _generation_speeds(root).items())
+    texts = {
+        ("accuracy",): _accuracy_finding(root),
+        ("parts",): f"On Fashion-MNIST the window gives {part['window']} points, top-k {part['top-k']}, distance instead of dot product "
+                    f"{part['distance']}, uncorrected; the bar is {bar}. *But* softmax on the window minus KViT is {_effect(control)}: "
+                    f"{'a' if is_shown(control) else 'no'} difference is shown.",
+        ("linear", "flops"): f"Measured: {found['linear'].ours}. FLOPs, published: {CLAIMS['flops'].paper()}; here: "
+                             f"{found['flops'].ours}. *But* times are of one CPU, and softmax on the window takes as long.",
+        ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}, "
+                                      f"uncorrected; KARM generates {ratios} times as fast, on a CPU. *But* KARM minus LARM is {larm}, and "
+                                      f"training lasts {generator.epochs:g} epoch of {generator.train_images:,} images. "
+                                      f"{_mnist_so_far(planned_results('mnist', root)[1])}.",
+        ("sinks",): f"A query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in the Krause branch, "
+                    f"{decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. *But* this is one "
+                    "seed of SmolLM2-135M.",
+    }
+    verdicts = {names: "; ".join(f"{CLAIMS[name].title}: {found[name].verdict}" for name in names) for names in texts}
+    return "\n".join(f"- **{verdicts[names]}.** {text}" for names, text in texts.items())

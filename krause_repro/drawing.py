@@ -358,6 +358,13 @@ def label_lines(
                         size=9, color=ink(line.get_color()))
 
 # %% ../nbs/55_drawing.ipynb #d51872fc
+def band_note(
+    seeds: int | tuple[int, int],  # their number, or the least and the most
+) -> str:
+    "What lines and bands over seeds are."
+    return "one seed" if seeds in (1, (1, 1)) else f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}"
+
+
 def draw_note(
     fig: Figure,  # that gets the note
     text: str,  # what lines, bands and marks are

@@ -25,7 +25,8 @@ from .records import file_digest, project_root, read_json, write_json
 from .results import load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, run_path
 from krause_repro.statistics import (
-    corrected_difference, decimals, finished_table, is_shown, markdown_table, pool, signed_interval, summarise, summarise_curves,
+    corrected_difference, decimals, finished_table, is_shown, markdown_table, pool, seeds_in_words, signed_interval, summarise,
+    summarise_curves,
 )
 from .swin import WindowAttention
 from .training import build_trainer, check_source, train
@@ -298,12 +299,13 @@ def planned_table(
         found = corrected_difference(models[first], models[second], len(plan["comparisons"]), measure.field)
         if not found["seeds"]:
             return label, *missing
-        verdict = "yes" if is_shown(found, plan["smallest_difference"]) else "not shown"
+        shown = is_shown(found, plan["smallest_difference"])
+        verdict = ("higher" if found["mean"] > 0 else "lower") if shown else "not shown"
         mean, interval = f"{scale * found['mean']:+.{digits}f}", signed_interval(found["interval"], scale, digits)
-        return label, ", ".join(map(str, found["seeds"])), mean, interval, verdict
+        return label, seeds_in_words(found["seeds"]), mean, interval, verdict
 
-    head = ("difference", "seeds", measure.unit, "95% interval, corrected", "counts?")
-    note = f"Stated before the first run, in commit {str(plan['commit'])[:10]}: {plan['counts_as_a_difference']}."
+    head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
+    note = f"A difference counts if {plan['counts_as_a_difference']}. Fixed before the first run, in commit {str(plan['commit'])[:10]}."
     return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
 
 # %% ../nbs/42_evaluation.ipynb #26d8a7f3
@@ -325,7 +327,7 @@ def trained_table(
 
     tuned = any(m.get("trainable") for m in models.values())
     columns = {"trained parameters" if tuned else "parameters": lambda m: f"{m['trainable' if tuned else 'parameters']:,}",
-               measure.title: marked, "seeds": lambda m: ", ".join(map(str, m["seeds"]))}
+               measure.title: marked, "seeds": lambda m: seeds_in_words(m["seeds"])}
     if measure.held_out:
         columns[measure.title.replace("test", "held-out")] = lambda m: shown(m, measure.held_out)
     columns[f"{measure.trend} over the last fifth, {measure.unit}"] = gained
@@ -336,6 +338,16 @@ def trained_table(
     return finished_table(("model", *columns), rows)
 
 # %% ../nbs/42_evaluation.ipynb #5778683a
+def finished_runs(
+    models: dict[str, dict],  # by recipe: a result with "seeds", or none for a model that is not trained
+    planned: list[int] | tuple[int, ...],  # seeds of each
+) -> str:
+    "How many of the planned runs are finished, in words."
+    done = [len((m or {}).get("seeds", ())) for m in models.values()]
+    models = f"{sum(map(bool, done))} of {len(done)} models have a seed or more"
+    return f"{sum(done)} of {len(done) * len(planned)} planned runs are finished; {models}"
+
+
 def seed_range(
     models: dict[str, dict],  # by recipe: a result of `summarise_runs`, with "seeds"
 ) -> tuple[int, int] | None:  # None without a model

@@ -19,8 +19,8 @@ from PIL import Image
 
 from .checks import UserError
 from krause_repro.drawing import (
-    COLOURS, WIDTH, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, ink, kind_colour, label_lines,
-    line_styles, new_figure, plural, require_each, require_fields,
+    COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, ink, kind_colour,
+    label_lines, line_styles, new_figure, plural, require_each, require_fields,
 )
 from .records import atomic_write
 
@@ -374,7 +374,7 @@ def plot_depth(
             ax.set_axis_on()
             ax.set(title=title, xlabel="layer", xticks=layers)
         here[0].set_ylabel(quantity)
-    draw_legend(fig, axes[0, 0], f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
+    draw_legend(fig, axes[0, 0], band_note(seeds))
     return fig
 
 # %% ../nbs/56_figures.ipynb #cd2d2140

@@ -36,7 +36,8 @@ from .records import read_json, write_json
 from .runs import Run, run_corpus
 from .sampling import check_sampling
 from krause_repro.statistics import (
-    decimals, describe_difference, finished_table, markdown_table, paired_difference, percent, summarise, summarise_curves,
+    decimals, describe_difference, finished_table, markdown_table, paired_difference, percent, seeds_in_words, summarise,
+    summarise_curves,
 )
 from .tasks import base_model, base_source, corpus_splits, recipe_corpus
 
@@ -462,7 +463,7 @@ def language_model_table(
         bits, gain = m["bits_per_token"], last_gain(m["curves"])
         mark = " *(undertrained)*" if is_undertrained(m["curves"], flat_gain / math.log(2)) else ""
         below = f"{100 * (1 - bits['mean'] / ngram['all']['bits_per_token']):.1f}" if ngram else None
-        seeds, gain = ", ".join(map(str, m["seeds"])), None if gain is None else f"{gain:+.3f}"
+        seeds, gain = seeds_in_words(m["seeds"]), None if gain is None else f"{gain:+.3f}"
         perplexity, speed = f"{2 ** bits['mean']:.1f}", decimals(m["training_speed"], 0)
         return (m["label"], f"{m['parameters']:,}", decimals(m["bits_per_byte"]) + mark, decimals(bits), perplexity, below, seeds,
                 f"{m['steps']:,}", gain, speed)
@@ -472,7 +473,8 @@ def language_model_table(
         bits = ngram[name]["bits_per_token"]
         cells = (f"{ngram[name]['bits_per_byte']:.3f}", f"{bits:.3f}", f"{2 ** bits:.1f}")
         rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 5))
-    head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token", "below the 5-gram of all tokens, %",
+    head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token",
+            "bits saved against the 5-gram of all tokens, % (negative: worse)",
             "seeds", "steps", "held-out bits per token fell over the last fifth", "tokens per second in training")
     return finished_table(head, rows)
 

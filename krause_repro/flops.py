@@ -296,8 +296,8 @@ def language_mac_table(
     for side in ("base", "branch"):
         lines += [line(f"{side}: {part}", [each[side][part] for each in counts]) for part in counts[0][side]]
         lines.append(line(f"**{side}**", [sum(each[side].values()) for each in counts]))
-    speeds = {"writing": [(w, sum(each["branch"].values())) for w, each in zip(wholes, counts, strict=True)],
-              "reading": [_prefill_macs(each) for each in counts]}
+    speeds = {"decoding": [(w, sum(each["branch"].values())) for w, each in zip(wholes, counts, strict=True)],
+              "prefill": [_prefill_macs(each) for each in counts]}
     lines += [f"| base : base + branch, {name} | {' | '.join(f'{b / (b + k):.2f}' for b, k in pairs)} |" for name, pairs in speeds.items()]
     return "\n".join(lines)
 

@@ -12,20 +12,22 @@ from pathlib import Path
 import torch
 
 from krause_repro.ablation import (
-    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, single_changes,
+    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, planned_results, single_changes,
 )
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
 from .claims import claims_table, findings
-from .evaluation import CLASSIFIER_LABELS, altered_note, planned_table, read_plan, trained_table
+from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, planned_table, read_plan, trained_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
+    FINE_TUNED_LABELS, MIXER_LABELS, TEXT_BITS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table,
+    language_model_table, parameter_table,
 )
 from .flops import component_macs
 from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
+from .language_benchmarks import zero_shot_table
 from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
@@ -281,7 +283,7 @@ def report(
             without.append(table["title"])
         related = related_measurement(name, profile, root)
         parts.append(f"### {table['title']}\n\n{text}" + (f"\n\nOurs, not comparable number by number: {related}" if related else ""))
-    said = f"Nothing was measured here on the data of: {'; '.join(without)}." if without else ""
+    said = f"No number of ours stands beside: {'; '.join(without)}." if without else ""
     return "\n\n".join([said, *parts] if said else parts)
 
 # %% ../nbs/70_report.ipynb #33838164
@@ -294,7 +296,7 @@ def classification_section(
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
     return "\n\n".join([
-        f"{len(finished)} of {len(results)} models are trained. CIFAR-10, desk profile, all test images (mean ± standard deviation{made}):",
+        f"{finished_runs(models, read_plan('cifar10')['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{made}):",
         trained_table(models), planned_table(models, read_plan("cifar10")), altered_note(models),
         f"Of the {count['published']} published numbers collected here, {count['measured']} have a measured one of ours beside them, for a "
         f"smaller model; {count['counted']} parameter counts and FLOPs were counted at the paper's size.",
@@ -403,6 +405,22 @@ def _sink_lines(root):
     return [note, *answers]
 
 
+def language_section(
+    root: Path | None = None,  # the project's folder
+) -> str:  # Markdown
+    "Language models from scratch as RESULTS.md shows them: bits, planned differences and zero-shot scores."
+    plan, results = planned_results("language_models", root)
+    labels = {f"lm_{mixer}_100m/openstax": {"label": label} for mixer, (label, _) in MIXER_LABELS.items()}
+    models = {name: label | (results.get(name) or {}) for name, label in labels.items()}
+    scores = {name: label | (load_result(f"language_model_tasks/{name[:name.index('/')]}", "desk", root, missing_ok=True) or {})
+              for name, label in labels.items()}
+    ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
+    return "\n\n".join([
+        f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan["flat_gain"]),
+        planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %:", zero_shot_table(scores, {}),
+    ])
+
+
 def fine_tuning_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
@@ -431,7 +449,8 @@ def _times(epochs):
 README_BLOCKS = {"findings": findings, "claims": lambda root=None: claims_table(root, "nbs/")}
 RESULT_SECTIONS = {
     "Image classification": classification_section, "Ablation": ablation_section, "Image generation": generation_section,
-    "Fine-tuning of a language model": fine_tuning_section, "Speed of attention": performance_section,
+    "Fine-tuning of a language model": fine_tuning_section, "Language models from scratch": language_section,
+    "Speed of attention": performance_section,
 }
 
 
@@ -446,7 +465,7 @@ def results_page(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The text of RESULTS.md."
-    note = ("All tables of the desk profile, written by `make book` from the files in `results/desk`. What they mean is said on the "
+    note = ("The main tables of the desk profile, written by `make book` from the files in `results/desk`. What they mean is said on the "
             "[page of claims](nbs/68_claims.ipynb).")
     sections = [f"## {title}\n\n{section(root)}" for title, section in RESULT_SECTIONS.items()]
     return "\n\n".join(["# Results", note, *sections]) + "\n"

