@@ -586,8 +586,8 @@ def findings(
         ("parts",): f"On Fashion-MNIST the window gives {part['window']} points, top-k {part['top-k']}, distance instead of dot product "
                     f"{part['distance']}, uncorrected; the bar is {bar}. *But* softmax on the window minus KViT is {_effect(control)}: "
                     f"{'a' if is_shown(control) else 'no'} difference is shown.",
-        ("linear", "flops"): f"Measured: {found['linear'].ours}. FLOPs, published: {CLAIMS['flops'].paper()}; here: "
-                             f"{found['flops'].ours}. *But* times are of one CPU, and softmax on the window takes as long.",
+        ("linear", "flops"): f"Measured: {found['linear'].ours}. FLOPs: published {CLAIMS['flops'].paper()}; "
+                             f"here {found['flops'].ours}. *But* times are of one CPU, and softmax on the window takes as long.",
         ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}, "
                                       f"uncorrected; KARM generates {ratios} times as fast, on a CPU. *But* KARM minus LARM is {larm}, and "
                                       f"training lasts {generator.epochs:g} epoch of {generator.train_images:,} images. "
