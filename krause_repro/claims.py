@@ -588,10 +588,10 @@ def findings(
                     f"{'a' if is_shown(control) else 'no'} difference is shown.",
         ("linear", "flops"): f"Measured: {found['linear'].ours}. FLOPs: published {CLAIMS['flops'].paper()}; "
                              f"here {found['flops'].ours}. *But* times are of one CPU, and softmax on the window takes as long.",
-        ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, "
-                                      f"{plural(len(generator.seeds), 'seed')}, uncorrected; KARM generates {ratios} times as "
-                                      f"fast, on a CPU. *But* KARM minus LARM is {larm}, and training lasts "
-                                      f"{generator.epochs:g} epoch of {generator.train_images:,} images. {_mnist_so_far(planned_results('mnist', root)[1])}.",
+        ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}"
+                                      f", uncorrected; KARM generates {ratios} times as fast, on a CPU. *But* KARM minus LARM is {larm}, "
+                                      f"and training lasts {generator.epochs:g} epoch of {generator.train_images:,} images. "
+                                      f"{_mnist_so_far(planned_results('mnist', root)[1])}.",
         ("sinks",): f"A query that can see token 0 gives it {decimals(sinks['seeing'][0], 2)} in the Krause branch, "
                     f"{decimals(sinks['seeing'][1], 2)} in the base model (± over passages); beyond the window none can. *But* this is one "
                     "seed of SmolLM2-135M.",

@@ -436,6 +436,7 @@ def plot_fine_tuning(
         ax.plot(place, mean, "o", markersize=7, color="#000000")
     ax.set(title="at the end, by seed", ylabel=contrast, xlim=(-0.6, len(rows) - 0.4), xticks=range(len(rows)),
            xticklabels=[label for label, *_ in rows], xlabel="data")
+    ax.tick_params(axis="x", labelsize=8)
     draw_note(fig, f"{curves}; circles: seeds, with mean and 95% interval")
     return fig
 
