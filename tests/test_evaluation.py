@@ -374,7 +374,8 @@ def test_the_plans_table_names_what_is_not_trained_and_its_commit():
     models = {"a": planned("A", [0.70, 0.71, 0.72]), "b": planned("B", [0.65, 0.66, 0.67]), "c": {"label": "C"}}
     models["d"] = planned("D", [0.6], (7,))
     lines = planned_table(models, plan).splitlines()
-    assert lines[2] == "| A − B | 0, 1, 2 | +5.00 | +5.00 to +5.00 | yes |" and lines[-1].endswith("in commit ababababab: big.")
+    assert lines[2] == "| A − B | 3 (seeds 0, 1, 2) | +5.00 | +5.00 to +5.00 | higher |"
+    assert lines[-1] == "A difference counts if big. Fixed before the first run, in commit ababababab."
     assert lines[3:5] == ["", "Not finished: A − C, A − D."]
     small = planned_table(models, {**plan, "smallest_difference": 0.06}).splitlines()
     assert small[2].endswith("| not shown |")
@@ -387,12 +388,12 @@ def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     models = {"a": {"label": "A", "bits": summarise([1.0, 1.1]), "seeds": [0, 1]},
               "b": {"label": "B", "bits": summarise([1.2, 1.3]), "seeds": [0, 1]}}
     plan = {"comparisons": [["a", "b"]], "smallest_difference": 0.1, "commit": None, "counts_as_a_difference": "big"}
-    assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 0, 1 | -0.200 | -0.200 to -0.200 | yes |"
+    assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 2 (seeds 0, 1) | -0.200 | -0.200 to -0.200 | lower |"
     models["a"] |= {"trainable": 7, "held_out_bits": summarise([2.0]), "curves": falling, "seconds": {"values": [90]}}
     lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
     assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell over the last fifth, bits "
                         "| minutes per run |")
-    assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 0, 1 | 2.000 | +0.250 | 2 |" and lines[4] == "Not finished: C."
+    assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 2 (seeds 0, 1) | 2.000 | +0.250 | 2 |" and lines[4] == "Not finished: C."
 
 
 @pytest.mark.parametrize("name", ["mnist", "textbooks", "language_models"])
@@ -419,8 +420,8 @@ def test_a_table_of_trained_models_says_which_stopped_too_early_and_what_is_miss
               "b": {**planned("B", [0.7], (0,)), **common, "curves": rising, "paper": 95.2}}
     lines = trained_table(models).splitlines()
     assert {line.count("|") for line in lines[:4]} == {9} and lines[4:] == ["", "Not finished: C."]
-    assert lines[2] == "| A | 1,234 | 80.00 ± 10.00 | 0, 1, 2 | 50.00 | +0.00 | 1, 2 | — |"
-    assert lines[3] == "| B | 1,234 | 70.00 *(undertrained)* | 0 | 50.00 | +10.00 | 1, 2 | 95.2 |"
+    assert lines[2] == "| A | 1,234 | 80.00 ± 10.00 | 3 (seeds 0, 1, 2) | 50.00 | +0.00 | 1, 2 | — |"
+    assert lines[3] == "| B | 1,234 | 70.00 *(undertrained)* | 1 (seed 0) | 50.00 | +10.00 | 1, 2 | 95.2 |"
     data = {"train": {"images": 50_000, "altered": 82}, "test": {"images": 10_000, "altered": 21}}
     note = altered_note({"a": {}, "b": {"data": data}})
     assert note.startswith("103 of the 60,000 images (82 for training, 21 for testing) are JPEG copies")

@@ -490,9 +490,9 @@ def test_what_the_window_cuts_off():
 
 
 @pytest.mark.parametrize(("near", "mixed", "words"), [
-    (0.7, 0.6, ("In the branch the sink is **there**", "the sink is **there**.")),
-    (0.3, 0.15, ("In the branch the sink is **weaker**", "the sink is **weaker**.")),
-    (0.1, 0.04, ("In the branch the sink is **gone**", "the sink is **gone**.")),
+    (0.7, 0.6, ("The sink of the branch is **there**", "The sink of the whole model is **there**.")),
+    (0.3, 0.15, ("The sink of the branch is **weaker**", "The sink of the whole model is **weaker**.")),
+    (0.1, 0.04, ("The sink of the branch is **gone**", "The sink of the whole model is **gone**.")),
 ])
 def test_the_answer_follows_the_numbers(near, mixed, words):
     flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
@@ -510,7 +510,7 @@ def test_a_model_without_a_sink_has_none_to_lose():
               "uniform": flat}
     assert "never there" in sink_answer(base, krause, SINKS) and "there is no reduction" in sink_answer(base, krause, SINKS)
     stronger = {"sinks": {"softmax": told("softmax", 0.4, 0.4)}, "uniform": flat}
-    assert "more than the entire reduction" in sink_answer(stronger, krause, SINKS)
+    assert "further than the branch does" in sink_answer(stronger, krause, SINKS)
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):
