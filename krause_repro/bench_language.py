@@ -301,15 +301,16 @@ def text_speed_notes(
 # %% ../nbs/53_bench_language.ipynb #bbfecb79
 def text_speed_table(
     result: dict,  # from `bench_text`
+    labels: dict[str, tuple[str, str]],  # by mixer: label and kind of colour
 ) -> str:  # Markdown, with the notes
-    "Tokens per second by mixer, and time relative to standard."
+    "Tokens per second by mixer, and time relative to standard softmax attention."
     def cells(row):
         low, high = row["ratio_quartiles"]
         ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
         held = f"{row['cache_bytes'] / 1e6:.2f}" if "cache_bytes" in row else None
-        return f"{row['pass']}, {row['case']}", row["name"], f"{row['tokens_per_second']:,.0f}", ratio, held, row["rounds"]
+        return f"{row['pass']}, {row['case']}", labels[row["name"]][0], f"{row['tokens_per_second']:,.0f}", ratio, held, row["rounds"]
 
-    head = ("what", "mixer", "tokens per second", "time relative to standard (quartiles)", "cache, MB", "rounds")
+    head = ("what", "mixer", "tokens per second", "time relative to softmax (quartiles)", "cache, MB", "rounds")
     return markdown_table(head, map(cells, result["rows"])) + "\n\n" + "\n".join(f"- {note}." for note in result["notes"])
 
 

@@ -249,7 +249,7 @@ def fine_tuning_table(
     choices = next((result["letters"] for result in results.values() if result and result["letters"]), None)
     named = {"base": "base model", "chance": "chance", "constant": "most frequent choice"} if choices else {}
     rows += [("questions", label, *(None,) * 4, f"{100 * choices[name]:.2f}", None, None) for name, label in named.items()]
-    head = ("data", "model", "held-out loss before training", "after, nats per token", "perplexity", "tokens right, %",
+    head = ("data", "model", "held-out loss before training", "after, nats per token", "perplexity", "token accuracy, %",
             "multiple choice, %", "steps", "seeds")
     return markdown_table(head, rows)
 
@@ -271,7 +271,7 @@ def data_table(
     rows = [(data, part.replace("_", " "), *(f"{n:,}" for n in (
         c["items"], c.get("truncated", 0), c.get("dropped", 0), c["tokens"], c.get("response_tokens", c["tokens"]))))
         for data, parts in seen.items() for part, c in parts.items()]
-    return markdown_table(("data", "part", "items", "cut", "dropped", "tokens", "of them with a loss"), rows)
+    return markdown_table(("data", "part", "items", "truncated", "dropped", "tokens", "tokens with a loss"), rows)
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #d55993d9
 def fine_tuning_differences(

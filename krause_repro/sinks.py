@@ -288,7 +288,7 @@ def sink_table(
     columns = {  # title: quantity, scale, decimals
         "on token 0, all queries": ("first_all", 1, 3), "that can see it through W": ("first_near", 1, 3),
         "that cannot": ("first_far", 1, 3), "token 0 receives most, %": ("first_is_most", 100, 0),
-        "a later token receives at most, × uniform": ("most_later", 1, 1),
+        "largest weight on a later token, × uniform": ("most_later", 1, 1),
         "entropy, nats": ("entropy", 1, 2), "value norm, token 0 : others": ("value_ratio", 1, 2),
     }
 
@@ -412,5 +412,5 @@ def text_sink_table(
                    f"{100 * whole['first_is_most']:.0f}", f"{whole['most_later']:.1f}")
 
     head = ("attention", "on the first token, all queries", "if uniform", "first W − 1 queries", "if uniform",
-            "passages in which it receives most, %", "most of a later token, times uniform")
+            "passages in which it receives most, %", "largest weight on a later token, × uniform")
     return finished_table(head, [row for m in models.values() for row in rows(m)])

@@ -512,7 +512,8 @@ def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
     assert [(row["pass"], row["name"]) for row in result["rows"]] == [
         (kind, mixer) for kind in ("training step", "training step", "generation", "generation") for mixer in recipe.mixers]
     assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "standard") and result["flat"].keys() == set(recipe.mixers)
-    assert len(result["notes"]) == 3 and "after 32 tokens | krause_only" in text_speed_table(result)
+    labels = {mixer: (f"label of {mixer}", "krause") for mixer in recipe.mixers}
+    assert len(result["notes"]) == 3 and "after 32 tokens | label of krause_only" in text_speed_table(result, labels)
     kept = {(row["name"], row["context"]): row["cache_bytes"] for row in result["rows"] if row["pass"] == "generation"}
     shape = get_recipe("lm_krause_only_100m/openstax").at("smoke")
     per_token = 2 * 4 * shape.depth * shape.width  # keys and values in float32
