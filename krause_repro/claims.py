@@ -561,13 +561,13 @@ def _accuracy_finding(root):
     plan, results, lead, norm = _on_cifar10(root)
     if not (lead and norm):
         return f"KViT on {_cifar10_so_far(results)}."
-    recipe = get_recipe("kvit_s/cifar10").at("desk")
     rising = " and were still improving" if any(model and is_undertrained(model["curves"]) for model in results.values()) else ""
-    control = planned_difference("cifar10", plan, results, "kvit_s/cifar10", "softmax_s_local/cifar10")
-    window = f", minus softmax on KViT's window {_effect(control)}" if control else ""
-    return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{window}, "
+    labels = {"softmax_s_local/cifar10": "softmax on KViT's window", "kvit_s_local/cifar10": "KViT without top-k"}
+    found = {label: planned_difference("cifar10", plan, results, "kvit_s/cifar10", name) for name, label in labels.items()}
+    controls = "".join(f", minus {label} {_effect(each)}" for label, each in found.items() if each)
+    return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{controls}, "
             f"{plural(len(lead['seeds']), 'seed')}; the bar is {100 * plan['smallest_difference']:g} point. *But* the models are small "
-            f"(width {recipe.width}, {recipe.epochs:g} epochs){rising}.")
+            f"({_size('kvit_s/cifar10')}){rising}.")
 
 
 def findings(
