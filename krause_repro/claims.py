@@ -185,8 +185,7 @@ def _judge_accuracy(root):
         baseline = load_result(f"image_classification/{name}", "desk", root, missing_ok=True)
         if baseline:
             evidence.append(f"{CLASSIFIER_LABELS['desk'][f'{name}/cifar10'][0].capitalize()}: {percent(baseline['test_accuracy'])}.")
-    rising = [name for name, model in results.items() if model and is_undertrained(model["curves"])]
-    rising = [CLASSIFIER_LABELS["desk"][name][0] for name in rising]
+    rising = [CLASSIFIER_LABELS["desk"][name][0] for name, model in results.items() if model and is_undertrained(model["curves"])]
     evidence.append(f"Undertrained by the rule of notebook 61: {'; '.join(rising) or 'none'}.")
     return Finding(cifar["verdict"] if cifar else NOT_YET, numbers, tuple(evidence))
 
@@ -562,9 +561,9 @@ def _accuracy_finding(root):
     if not (lead and norm):
         return f"KViT on {_cifar10_so_far(results)}."
     rising = " and were still improving" if any(model and is_undertrained(model["curves"]) for model in results.values()) else ""
-    labels = {"softmax_s_local/cifar10": "softmax on KViT's window", "kvit_s_local/cifar10": "KViT without top-k"}
-    found = {label: planned_difference("cifar10", plan, results, "kvit_s/cifar10", name) for name, label in labels.items()}
-    controls = "".join(f", minus {label} {_effect(each)}" for label, each in found.items() if each)
+    found = {name: planned_difference("cifar10", plan, results, "kvit_s/cifar10", name)
+             for name in ("softmax_s_local/cifar10", "kvit_s_local/cifar10")}
+    controls = "".join(f", minus {CLASSIFIER_LABELS['desk'][name][0]} {_effect(each)}" for name, each in found.items() if each)
     return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{controls}, "
             f"{plural(len(lead['seeds']), 'seed')}; the bar is {100 * plan['smallest_difference']:g} point. *But* the models are small "
             f"({_size('kvit_s/cifar10')}){rising}.")

@@ -291,13 +291,13 @@ def classification_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The desk results as RESULTS.md shows them, with the profile, seeds and versions they come from."
-    results, count = classifier_results("desk", root), coverage("desk", root)
+    results, count, plan = classifier_results("desk", root), coverage("desk", root), read_plan("cifar10")
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
     return "\n\n".join([
-        f"{finished_runs(models, read_plan('cifar10')['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{made}):",
-        trained_table(models), planned_table(models, read_plan("cifar10")), altered_note(models),
+        f"{finished_runs(models, plan['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{made}):",
+        trained_table(models), planned_table(models, plan), altered_note(models),
         f"Of the {count['published']} published numbers collected here, {count['measured']} have a measured one of ours beside them, for a "
         f"smaller model; {count['counted']} parameter counts and FLOPs were counted at the paper's size.",
     ])
