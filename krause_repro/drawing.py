@@ -76,7 +76,12 @@ def fix_layout(
 
 # %% ../nbs/55_drawing.ipynb #166024f7
 class Drawing(Figure):
-    "A matplotlib figure without pyplot's global state; a notebook shows it in the common style."
+    "A matplotlib figure without pyplot's global state; a notebook shows it in the common style, and describes it by its caption."
+
+    caption = ""  # set by `save_figure`
+
+    def __repr__(self) -> str:
+        return self.caption or super().__repr__()
 
     def _repr_png_(self) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
@@ -175,6 +180,7 @@ def save_figure(
     with house_style(), _marked(fig, profile, seeds) as part, atomic_write(png) as new_png, atomic_write(svg) as new_svg:
         for path, new in ((png, new_png), (svg, new_svg)):
             fig.savefig(new, format=path.suffix[1:], dpi=SVG_DPI if path is svg else DPI, bbox_inches=part, metadata=metadata[path])
+    fig.caption = caption
     return png, svg
 
 # %% ../nbs/55_drawing.ipynb #7d846b76

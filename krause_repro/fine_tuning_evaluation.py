@@ -16,12 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
-from .branched_models import recorded_branches
+from .branched_models import branch_sigmas, mean_gates
 from .checks import UserError, check_integer
 from .corpus import Corpus
 from .evaluation import Measure, cached_test, finished_model, is_undertrained, last_gain, on_device, provenance, summarise_sigma
@@ -30,7 +31,6 @@ from .language_model import LanguageModel
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
-from .llm_branch import branches
 from .recipe_base import plain
 from .records import read_json, write_json
 from .runs import Run, run_corpus
@@ -185,12 +185,19 @@ def fine_tuning_curves(
     return {"held_out": step_curves(runs, "eval_token_loss"), "training": step_curves(runs, "loss")}
 
 
-def branch_sigma(
-    run: Run,  # finished
-) -> list[float] | None:  # one per layer; None without a branch
-    "Bandwidth σ of each layer's branch, averaged over heads."
-    found = branches(run.model())
-    return [branch.bandwidth(torch.empty(0)).mean().item() for branch in found] if found else None
+def branch_curves(
+    runs: list[Run],  # of one recipe, one for each seed
+) -> dict | None:  # "steps", "sigma" and "gate"; None without a branch, and for runs that did not log them
+    "Bandwidth σ and weight of softmax over steps, averaged over heads, tokens and seeds: mean and standard deviation over layers."
+    logs = [{line["step"]: line for line in run.metrics() if "eval_gate" in line} for run in runs]
+    if not all(logs):
+        return None
+
+    def over_layers(key):
+        by_layer = np.mean([[line[key] for line in log.values()] for log in logs], 0)
+        return summarise_curves(by_layer.T.tolist())
+
+    return {"steps": list(logs[0]), "sigma": over_layers("eval_sigma"), "gate": over_layers("eval_gate")}
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #0f425399
 def summarise_fine_tuning(
@@ -198,14 +205,14 @@ def summarise_fine_tuning(
     choices: dict | None = None,  # from `measure_choices`; None for data without questions
 ) -> dict:
     "The result of fine-tuning: held-out loss and accuracy before and after, multiple choice, curves, σ, sizes, and provenance."
-    ends, sigmas = [run.summary() for run in runs], [branch_sigma(run) for run in runs]
+    ends, sigmas = [run.summary() for run in runs], [branch_sigmas(run.model()) for run in runs]
     starts = [next(line for line in run.metrics() if "eval_token_loss" in line) for run in runs]
     return {
         **{name: summarise([end[f"held_out_{name}"] for end in ends]) for name in ("token_loss", "token_accuracy")},
         "before": {name: summarise([start[f"eval_{name}"] for start in starts]) for name in ("token_loss", "token_accuracy")},
         "letter_accuracy": summarise(choices["accuracies"]) if choices else None,  # multiple choice; the field keeps its first name
         "letters": choices["baselines"] if choices else None,
-        "curves": fine_tuning_curves(runs), "sigma": None if sigmas[0] is None else summarise_curves(sigmas),
+        "curves": fine_tuning_curves(runs), "sigma": summarise_curves(sigmas) if sigmas[0] else None, "over_training": branch_curves(runs),
         "steps": ends[0]["steps"], "bf16": ends[0]["bf16"], **{name: ends[0][name] for name in ("trainable", "frozen", "data")},
         **provenance(runs),
     }
@@ -343,21 +350,6 @@ def binned(
     return [values[start:stop].mean().item() for start, stop in pairwise([0, *edges])]
 
 
-@torch.no_grad()
-def mean_gate(
-    model: LanguageModel,
-    blocks: Dataset,  # of "input_ids" (T,)
-) -> list[float] | None:  # one per layer; None without a branch
-    "Mean weight of the softmax attention in each layer, over all tokens."
-    if not branches(model):
-        return None
-    found = []
-    for i in range(len(blocks)):
-        with recorded_branches() as records:
-            model(blocks[i]["input_ids"][None].to(model.device), use_cache=False)
-        found.append([record["gate"].double().mean().item() for record in records])
-    return torch.tensor(found).mean(0).tolist()
-
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #56c1674c
 def test_text(
     run: Run,  # finished, of a language model from scratch
@@ -368,9 +360,11 @@ def test_text(
         recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source)
         blocks, long_blocks = text_blocks_of(recipe, corpus), text_blocks_of(recipe, corpus, LENGTHS_MEASURED, POSITION_BLOCKS)
         bits = position_nats(model, blocks).mean().item() / math.log(2)
+        with mean_gates(model) as gates:
+            position_nats(model, text_blocks_of(recipe, corpus, 1, GATE_BLOCKS))
         nats = position_nats(with_further_positions(model, LENGTHS_MEASURED * recipe.context), long_blocks, batch=8)
         return {"bits_per_token": bits, "bits_per_byte": bits / corpus.bytes_per_token("test"), "blocks": len(blocks),
-                "tokens": len(blocks) * (recipe.context - 1), "gate": mean_gate(model, text_blocks_of(recipe, corpus, 1, GATE_BLOCKS)),
+                "tokens": len(blocks) * (recipe.context - 1), "gate": gates or None,
                 "by_position": binned(nats / math.log(2), position_edges(recipe.context))}
 
     return cached_test(run, measure)

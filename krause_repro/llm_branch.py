@@ -107,17 +107,22 @@ class TokenGate(nn.Module):
         with torch.no_grad():
             self.proj.bias.copy_(torch.tensor([math.log(start / (1 - start)), 0.0]))
 
-    def forward(self, standard, krause):
-        "Mix two tensors (B, T, d)."
-        dtype, plain = self.proj.weight.dtype, is_unmodified(self.proj, nn.Linear)
-        if plain and branch_records.get() is None and gate_applies(standard, krause, self.proj.weight):
-            return native_gate(standard, krause, self.proj.weight, self.proj.bias)
-        if plain:  # two products instead of one over [standard, krause], which would be copied and kept for the backward pass
+    def softmax_share(self, standard, krause):
+        "Weight of the softmax output (B, T, 1), for two outputs (B, T, d)."
+        dtype = self.proj.weight.dtype
+        if is_unmodified(self.proj, nn.Linear):  # two products instead of one over [standard, krause], which would be copied and kept
             for_standard, for_krause = self.proj.weight.chunk(2, 1)
             logits = F.linear(standard.to(dtype), for_standard, self.proj.bias) + F.linear(krause.to(dtype), for_krause)
         else:  # the projection is wrapped (by LoRA on all linear layers, for example) or has hooks
             logits = self.proj(torch.cat([standard, krause], -1).to(dtype))
-        share = logits.softmax(-1).narrow(-1, 0, 1).to(standard.dtype)  # (B, T, 1)
+        return logits.softmax(-1).narrow(-1, 0, 1).to(standard.dtype)
+
+    def forward(self, standard, krause):
+        "Mix two tensors (B, T, d)."
+        fused = is_unmodified(self.proj, nn.Linear) and branch_records.get() is None
+        if fused and gate_applies(standard, krause, self.proj.weight):
+            return native_gate(standard, krause, self.proj.weight, self.proj.bias)
+        share = self.softmax_share(standard, krause)
         if (records := branch_records.get()) is not None:
             records[-1]["gate"] = share.squeeze(-1)
         return torch.lerp(krause, standard, share)

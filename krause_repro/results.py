@@ -212,7 +212,7 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "named numbers and texts": "versions goals dense local measured counter ptflops macs.base macs.branch",
     "an object": "recipes curves before data completions samples mechanism bifurcation selection scaling grids missing attention "
                  "runs data.held_out data.train",
-    "an object or null": "letters frechet phenomena",
+    "an object or null": "letters frechet phenomena over_training",
     "named objects": "models surfaces bits sinks uniform quantities constant",
     "named lists of objects": "patience heads",
     _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds training_speed accuracies "

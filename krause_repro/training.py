@@ -28,6 +28,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker, set_seed
 
+from .branched_models import branch_sigmas, mean_gates
 from .checks import UserError, check_integer
 from .image_data import Splits
 from .image_files import check_unreadable, find_source
@@ -151,7 +152,7 @@ class _SlicingTrainer(Trainer):
 
 # %% ../nbs/36_training.ipynb #b5a80cb3
 class RecipeTrainer(_SlicingTrainer):
-    "Trainer without weight decay on σ that stops when a loss, a gradient norm or a weight is not finite."
+    "Trainer without weight decay on σ that logs σ and gate of branches, and stops when a loss, a gradient norm or a weight is not finite."
 
     sigma_lr: float | None = None  # learning rate of log σ; None: that of the other weights
 
@@ -168,6 +169,13 @@ class RecipeTrainer(_SlicingTrainer):
 
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_sigma")]
+
+    def evaluation_loop(self, *arguments, metric_key_prefix="eval", **keywords):
+        with mean_gates(self.model) as gates:
+            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        if gates and not self.is_fsdp_enabled:  # under FSDP a process holds a shard of σ
+            output.metrics.update({f"{metric_key_prefix}_sigma": branch_sigmas(self.model), f"{metric_key_prefix}_gate": gates})
+        return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

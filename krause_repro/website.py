@@ -130,7 +130,7 @@ def output_html(
     output: dict,  # of a code cell
     image: Path,  # the file for its image, in a folder of the site
 ) -> object:  # safe HTML
-    "A PNG image as a file, else Markdown, else text."
+    "A PNG image as a file, with its caption if it has one, else Markdown, else text."
     from markupsafe import Markup
 
     data = {kind: "".join(value) for kind, value in output.get("data", {}).items() if kind in ("image/png", "text/markdown", "text/plain")}
@@ -143,7 +143,10 @@ def output_html(
             with atomic_write(image) as temporary:
                 temporary.write_bytes(content)
             link = quote(f"{image.parent.name}/{image.name}")
-            return Markup('<img loading="lazy" src="{}" alt="{}">').format(link, data.get("text/plain", "")[:200])
+            caption = data.get("text/plain", "<")
+            caption = "" if caption.startswith("<") else caption  # without one, the type of the object
+            shown = Markup('<img loading="lazy" src="{}" alt="{}">').format(link, caption or "Output of the cell above")
+            return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(shown, caption) if caption else shown
     if "text/markdown" in data:
         return markdown_html(data["text/markdown"])
     text = data.get("text/plain") or "".join(output.get("text", "")) or "\n".join(output.get("traceback", []))

@@ -1,6 +1,8 @@
 """Figures: saving is whole, labelled and repeatable; every plot function draws small data and refuses wrong data."""
 
+import base64
 import copy
+import html
 import io
 import xml.etree.ElementTree as ElementTree
 
@@ -374,6 +376,23 @@ def test_same_numbers_give_the_same_bytes(tmp_path):
     saved = [[path.read_bytes() for path in drawing.save_figure(one, "a_name", profile="smoke", root=tmp_path, **SAVE)]
              for one in (fig, fig, shown)]
     assert saved[0] == saved[1] == saved[2]
+
+
+def test_a_saved_figure_is_shown_with_its_caption(tmp_path):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from krause_repro.website import output_html
+
+    fig, caption = draw(), SAVE["caption"] + " <b> & more."
+    shown = []
+    for _ in range(2):
+        data, _ = InteractiveShell.instance().display_formatter.format(fig, include=["image/png", "text/plain"])
+        output = {"data": {**data, "image/png": base64.b64encode(data["image/png"]).decode()}}
+        shown.append(output_html(output, tmp_path / "images" / "page-1.png"))
+        drawing.save_figure(fig, "a_name", profile="smoke", root=tmp_path, **SAVE | {"caption": caption})
+    assert "figcaption" not in shown[0] and "Drawing" not in shown[0]
+    assert f"<figcaption>{html.escape(caption)}</figcaption>" in shown[1] and f'alt="{html.escape(caption)}"' in shown[1]
+    assert (tmp_path / "images" / "page-1.png").is_file()
 
 
 def test_saved_files_say_what_they_show(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -451,6 +452,12 @@ def test_a_summary_and_its_tables(run, alone):
     with_branch = results["krause_smollm2/questions"]
     assert with_branch["token_loss"]["values"] == [run.summary()["held_out_token_loss"]] and with_branch["letter_accuracy"] is None
     assert len(with_branch["sigma"]["mean"]) == 2 and results["lora_smollm2/questions"]["sigma"] is None
+    over, plain = with_branch["over_training"], results["lora_smollm2/questions"]["over_training"]
+    assert plain is None and over["steps"] == [0, 3, 6] and not any("eval_gate" in line for line in alone.metrics())
+    assert over["sigma"]["mean"][0] == pytest.approx(run.recipe.sigma)
+    assert over["gate"]["mean"][0] == pytest.approx(run.recipe.gate_init, abs=0.02)
+    assert over["sigma"]["mean"][-1] == pytest.approx(statistics.fmean(with_branch["sigma"]["mean"]), abs=1e-6)
+    assert over["sigma"]["mean"][-1] != over["sigma"]["mean"][0]
     curves = fine_tuning_curves([run])
     assert curves["held_out"]["steps"] == [0, 3, 6] and curves["training"]["steps"] == list(range(1, 7))
     table = fine_tuning_table(results | {"krause_smollm2/shakespeare": None})

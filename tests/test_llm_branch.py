@@ -36,7 +36,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from krause_repro import branched_models, language_data, llm_branch
-from krause_repro.branched_models import add_krause_branch, recorded_branches, remove_krause_branch
+from krause_repro.branched_models import add_krause_branch, branch_sigmas, mean_gates, recorded_branches, remove_krause_branch
 from krause_repro.language_models import (
     add_adapter,
     base_facts,
@@ -168,6 +168,23 @@ def test_gate_starts_where_it_is_told():
         rows, columns = torch.arange(29)[:, None], torch.arange(29)
         assert not record["weights"][..., (columns > rows) | (columns <= rows - 32)].any()
         assert ((record["weights"] > 0).sum(-1) == (torch.arange(29) + 1).clamp(max=16)).all()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_gates_are_averaged_over_all_forward_passes(grad):
+    model, (first, second) = small(), tokens().split(1)
+    with torch.no_grad():
+        branches(model)[0].token_gate.proj.weight.normal_()
+        with recorded_branches() as records:
+            model(first), model(second)
+    with torch.set_grad_enabled(grad), mean_gates(model) as gates:
+        model(first), model(second)
+    own = [torch.stack([record["gate"] for record in records if record["layer"] == layer]).mean().item() for layer in (0, 1)]
+    assert gates == pytest.approx(own, abs=1e-6) and abs(gates[0] - gates[1]) > 1e-3
+    assert branch_sigmas(model) == [branch.bandwidth(torch.empty(0)).mean().item() for branch in branches(model)]
+    with mean_gates(remove_krause_branch(model)) as gates:
+        model(first)
+    assert gates == branch_sigmas(model) == []
 
 
 @pytest.mark.parametrize(("family", "attention"), [
