@@ -20,6 +20,7 @@ from .checks import UserError, check_integer
 from .dynamics import cluster_count
 from .image_data import Collator
 from .statistics import summarise_curves
+from .vision_transformer import patch_grid
 
 # %% ../nbs/48_attention_analysis.ipynb #e7f5dea3
 def check_numbers(
@@ -91,11 +92,13 @@ def head_diversity(
 
 # %% ../nbs/48_attention_analysis.ipynb #579b7cf5
 def grid_positions(
-    side: int,  # patches in a row of the square grid
-) -> Tensor:  # (1 + side², 2): row and column, nan for the CLS token
+    rows: int,  # patches from top to bottom
+    columns: int | None = None,  # patches from left to right; None: as many
+) -> Tensor:  # (1 + rows · columns, 2): row and column, nan for the CLS token
     "Grid position of each token of a vision transformer."
-    place = torch.arange(side * side)
-    return torch.cat([torch.full((1, 2), math.nan), torch.stack([place // side, place % side], -1).float()])
+    columns = rows if columns is None else columns
+    place = torch.arange(rows * columns)
+    return torch.cat([torch.full((1, 2), math.nan), torch.stack([place // columns, place % columns], -1).float()])
 
 
 def attention_distance(
@@ -164,13 +167,13 @@ TOKEN_QUANTITIES: dict[str, Callable] = {
 # %% ../nbs/48_attention_analysis.ipynb #6e90feae
 def analyse(
     model: PreTrainedModel,  # a vision transformer of this book
-    pixel_values: Tensor,  # (N, C, image_size, image_size), normalised
+    pixel_values: Tensor,  # (N, C, height, width), normalised
     batch: int = 64,  # images at a time
 ) -> dict[str, list[float]]:  # by quantity: one number per layer; for tokens also before the first
     "All quantities of this page, averaged over images and heads."
-    check_numbers("pixel_values", pixel_values, "(N, C, image_size, image_size)")
+    check_numbers("pixel_values", pixel_values, "(N, C, height, width)")
     check_integer("batch", batch, 1)
-    positions, sums = grid_positions(model.config.image_size // model.config.patch_size), {}
+    positions, sums = grid_positions(*patch_grid(model.config)), {}
     for images in pixel_values.split(batch):
         weights, states = collect_attention(model, states=True, pixel_values=images)
         found = {name: [measure(layer, positions) for layer in weights] for name, measure in WEIGHT_QUANTITIES.items()}

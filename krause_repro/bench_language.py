@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from .branched_models import add_krause_branch
 from .checks import UserError, check_integer
@@ -25,7 +25,7 @@ from .llm_branch import branches, cache_argument
 from .native_decode import DecodeLinear
 from .packaged_data import smollm2_folder
 from .recipes import LANGUAGE_GOALS, LANGUAGE_SPEED, TEXT_GOALS, TEXT_SPEED, LanguageSpeedRecipe, TextSpeedRecipe, get_recipe
-from .ring_cache import CACHE_NAME
+from .ring_cache import CACHE_NAME, cache_bytes
 from .statistics import markdown_table
 from .timing import compare, interleave, resident_bytes
 
@@ -227,13 +227,6 @@ def text_step(
         optimizer.zero_grad()
 
     return step
-
-
-def cache_bytes(
-    cache: Cache,  # of transformers
-) -> int:
-    "Bytes of the tensors that a cache holds."
-    return sum(tensor.nbytes for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, Tensor))
 
 
 @torch.no_grad()

@@ -571,7 +571,7 @@ def load_corpus(
     if source is not None and (Path(source) / MANIFEST).is_file():
         path = Path(source)
     else:
-        label = f"bpe{vocab_size}" if tokenizer is None else Path(tokenizer).resolve().name
+        label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
         path = (language_folder() / "corpora" if folder is None else Path(folder)) / f"{name}-{label}"
         _build_missing(path, name, vocab_size, tokenizer, source, download)
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)

@@ -6,7 +6,6 @@
 __all__ = ['test_accuracy', 'train_seeds', 'summarise_runs', 'evaluate_runs', 'nearest_neighbours']
 
 # %% ../nbs/42_evaluation.ipynb #2c570b24
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
 from .recipes import get_recipe
-from .records import file_digest, project_root, read_json, write_json
+from .records import file_digest, git_output, project_root, read_json, write_json
 from .results import load_result, result_path, save_result, stale_recipes
-from .runs import Run, check_finished, check_run, run_path
+from .runs import Run, check_finished, check_run, run_path, weights_file
 from krause_repro.statistics import (
     corrected_difference, decimals, finished_table, is_shown, markdown_table, pool, seeds_in_words, signed_interval, summarise,
     summarise_curves,
@@ -56,7 +55,7 @@ def cached_test(
     name: str = "test.json",  # of the file
 ) -> dict:
     "Test metrics from a file in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
-    path, weights = run.path / name, run.path / "model.safetensors"
+    path, weights = run.path / name, weights_file(run)
     model = file_digest(weights) if weights.is_file() else None
     record = read_json(path) if path.is_file() else {"model": ""}
     if not isinstance(record, dict) or "model" not in record:
@@ -261,9 +260,7 @@ def read_plan(
 ) -> dict:  # with "commit", the last one that changed the file; None outside a repository
     "The planned comparisons of an experiment."
     path = (root or project_root()) / "results" / "plans" / f"{name}.json"
-    plan, command = read_json(path), ["git", "log", "-1", "--format=%H", "--", path.name]
-    found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False)
-    return {**plan, "commit": found.stdout.strip() or None}
+    return {**read_json(path), "commit": git_output("log", "-1", "--format=%H", "--", path.name, folder=path.parent) or None}
 
 # %% ../nbs/42_evaluation.ipynb #c07d335f
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
 from .recipe_base import plain
-from .records import read_json, write_json
 from .runs import Run, run_corpus
 from .sampling import check_sampling
 from krause_repro.statistics import (
@@ -138,13 +137,12 @@ def test_choices(
     run: Run,  # finished, on questions
     source: str | Path | None = None,  # the user's file or folder of questions
 ) -> float:
-    "Multiple-choice accuracy of a run's model on the held-out questions, cached as `letters.json` in the run directory."
-    path = run.path / "letters.json"
-    if not path.is_file():
+    "Multiple-choice accuracy of a run's model on the held-out questions, cached as `choices.json` in the run directory."
+    def measure():
         _, items = held_out_questions(run.recipe, source)
-        tokenizer = load_tokenizer(base_source(run.recipe))
-        write_json(path, {"accuracy": choice_accuracy(finished_model(run), tokenizer, items), "items": len(items)})
-    return read_json(path)["accuracy"]
+        return {"accuracy": choice_accuracy(finished_model(run), load_tokenizer(base_source(run.recipe)), items), "items": len(items)}
+
+    return cached_test(run, measure, "choices.json")["accuracy"]
 
 
 test_choices.__test__ = False  # pytest must not collect it

@@ -24,7 +24,9 @@ from .recipe_base import published_tables
 from .recipes import get_recipe
 from .reference import attention_weights
 from .swin import SWIN_SIZES, SwinClassifier, SwinClassifierConfig
-from .vision_transformer import VisionTransformer, VisionTransformerConfig, top_k_schedule, vision_neighborhood
+from krause_repro.vision_transformer import (
+    VisionTransformer, VisionTransformerConfig, image_sides, patch_grid, top_k_schedule, vision_neighborhood,
+)
 
 # %% ../nbs/37_flops.ipynb #49bae34a
 COMPONENTS = ("patches", "projections", "scores", "weighted sum", "MLP", "head")
@@ -36,7 +38,7 @@ def token_count(
     "Number of tokens of an image: patches and CLS token. Raises `TypeError` for other configurations."
     if not isinstance(config, VisionTransformerConfig):
         raise TypeError(f"config must be a VisionTransformerConfig, got {type(config).__name__}")
-    return (config.image_size // config.patch_size) ** 2 + 1
+    return math.prod(patch_grid(config)) + 1
 
 # %% ../nbs/37_flops.ipynb #8f1db593
 def attention_pairs(
@@ -95,7 +97,7 @@ def measured_macs(
 ) -> dict[str, int]:  # by `COMPONENTS`
     "`component_macs` of the dense reference, measured on one image."
     tokens, model = token_count(config), VisionTransformer(config).eval()
-    image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+    image = torch.zeros(1, config.num_channels, *image_sides(config.image_size))
     counts = counted_macs(lambda: model(image, output_attentions=True))
 
     def total(ending):
@@ -158,7 +160,7 @@ def ptflops_macs(
 
     token_count(config)
     count, _ = get_model_complexity_info(
-        _Reference(VisionTransformer(config)), (config.num_channels, config.image_size, config.image_size), as_strings=False,
+        _Reference(VisionTransformer(config)), (config.num_channels, *image_sides(config.image_size)), as_strings=False,
         print_per_layer_stat=False, custom_modules_hooks={KrauseAttention: attention_rule(projections, per_entry)},
     )
     if count is None:

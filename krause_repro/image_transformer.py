@@ -21,6 +21,7 @@ from .model_base import CheckedConfig, CheckedModel, check_classes, named_argume
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, ring_positions, take_cache
+from .transformers_attention import ensure
 
 # %% ../nbs/13_image_transformer.ipynb #fa95dba1
 LINEAR_EPS = 1e-6
@@ -375,13 +376,8 @@ def check_padding(
     attention_mask: Tensor | None,  # (B, T) must be all ones
 ) -> None:
     "Raise a `ValueError` for padding; a compiled graph raises a `RuntimeError` when it runs."
-    message = "attention_mask must be all ones: images are not padded"
-    if attention_mask is None:
-        return
-    if not values_known(attention_mask):
-        torch._assert_async(attention_mask.all(), message)
-    elif not attention_mask.all():
-        raise UserError(message)
+    if attention_mask is not None:
+        ensure(attention_mask.all(), "attention_mask must be all ones: images are not padded")
 
 # %% ../nbs/13_image_transformer.ipynb #bb0f77e5
 def check_targets(
@@ -447,12 +443,13 @@ def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels)
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8
-def _generation_options(config, prompt_length, options):
+def _generation_options(model, prompt_length, options):
     "The arguments of `generate`, with the defaults that images need."
+    config, settings = model.config, options.get("generation_config") or model.generation_config
     left = config.positions - prompt_length
     if not options.keys() & {"max_length", "generation_config"} and options.setdefault("max_new_tokens", left) > left:
         raise UserError(f"max_new_tokens must be at most {left}, what is left of the image, got {options['max_new_tokens']}")
-    if options.get("do_sample"):
+    if options.get("do_sample", settings.do_sample) and settings.top_k is None:
         options.setdefault("top_k", 0)  # the library's default of 50 would exclude the less likely levels
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
     cache = take_cache(options)
@@ -519,7 +516,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         Raises `ValueError`, before any work, for more new tokens than the image has left.
         """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
-        return super().generate(inputs, **_generation_options(self.config, 1 if prompt is None else prompt.shape[1], kwargs))
+        return super().generate(inputs, **_generation_options(self, 1 if prompt is None else prompt.shape[1], kwargs))
 
 # %% ../nbs/13_image_transformer.ipynb #96438504
 AutoConfig.register(ImageTransformerConfig.model_type, ImageTransformerConfig, exist_ok=True)

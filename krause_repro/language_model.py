@@ -25,6 +25,7 @@ from .model_base import CheckedConfig, CheckedModel, named_arguments
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, take_cache
+from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
 MIXERS = ("standard", "window", "top_k", "longformer", "routing", "krause", "krause_only", "standard_wide")
@@ -337,8 +338,8 @@ def check_language_tokens(
     seen = (len(input_ids), past + input_ids.shape[1])
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
         raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
-    if attention_mask is not None and values_known(attention_mask) and not attention_mask.all():
-        raise UserError("attention_mask must be all ones: this model has no padding; give sequences of one length")
+    if attention_mask is not None:
+        ensure(attention_mask.all(), "attention_mask must be all ones: this model has no padding; give sequences of one length")
     if input_ids.device.type != "cpu" or not values_known(input_ids):  # elsewhere the embedding itself checks
         return
     low, high = input_ids.min().item(), input_ids.max().item()

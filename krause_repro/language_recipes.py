@@ -109,11 +109,11 @@ FINE_TUNING_DATASET_BY_PROFILE = {  # base and data sets of the comparison under
 # %% ../nbs/25_language_recipes.ipynb #c76e5b87
 def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
     "LoRA alone and LoRA with a Krause branch for each base on its data: `krause_llama3_8b/flan`, `lora_smollm2/questions`, …"
-    recipes, unpublished = {}, ("max_grad_norm", "per_device_batch_size")
+    recipes, common = {}, ("max_grad_norm", "per_device_batch_size")
     for model, (base, table, *rows) in BASES.items():
         for dataset in ("questions", "shakespeare") if model == "smollm2" else ("flan",):
             own = FINE_TUNING_DATA[dataset].get("recipe", {})
-            unpublished = ("base", "dataset", *own, *unpublished) if model == "smollm2" else unpublished
+            unpublished = ("base", "dataset", *own, *common) if model == "smollm2" else common
             for kind, row in zip(("krause", "lora"), rows, strict=True):
                 name, published = f"{kind}_{model}/{dataset}", published_row(table, row)
                 recipes[name] = FineTuningRecipe(

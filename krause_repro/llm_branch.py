@@ -342,7 +342,7 @@ def _real_tokens(
     "Which tokens are not padding. Raises `ValueError` for masks that are not causality plus padding."
     past, layer = 0 if cache is None else int(cache.get_seq_length()), 0
     if isinstance(attention_mask, dict):  # one per layer type; the one of full attention covers the most tokens
-        layer = cache.is_sliding.index(False) if "full_attention" in attention_mask else 0
+        layer = cache.is_sliding.index(False) if cache is not None and "full_attention" in attention_mask else 0
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
     if attention_mask is None:
         return None

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checks import UserError, check_choice
 from .language_models import load_language_model
-from .records import cache_folder
+from .records import atomic_write, cache_folder, scratch_folder, write_json
 
 # %% ../nbs/29_packaged_data.ipynb #f91eefd0
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]
             return path, read_packaged_files(name, path)
         except ValueError as error:
             damaged.append(str(error))
-    command = f'python -c "from krause_repro.language_data import fetch_packaged_files; fetch_packaged_files({name!r})"'
+    command = f'python -c "from krause_repro.packaged_data import fetch_packaged_files; fetch_packaged_files({name!r})"'
     advice = f"get it with: {command} or put {package.archive} into {language_folder()}"
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; {advice}")
@@ -199,10 +199,8 @@ def smollm2_path(
         return found / name
     if found.suffix != Path(PACKAGED["smollm2"].archive).suffix:
         return found
-    language_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=language_folder()) as work:
-        Path(work, name).write_bytes(content)
-        os.replace(Path(work, name), language_folder() / name)
+    with atomic_write(language_folder() / name) as temporary:
+        temporary.write_bytes(content)
     return language_folder() / name
 
 # %% ../nbs/29_packaged_data.ipynb #9e3b2236
@@ -224,14 +222,14 @@ def smollm2_folder(
     folder, package = language_folder() / "SmolLM2-135M-Instruct", PACKAGED["smollm2"]
     if not _is_made_of(folder, package):
         model, tokenizer = load_language_model(smollm2_path(download=download))
-        with tempfile.TemporaryDirectory(dir=language_folder()) as work:
-            whole = Path(work, folder.name)
+        with scratch_folder(language_folder()) as work:
+            whole = work / folder.name
             model.save_pretrained(whole)
             tokenizer.save_pretrained(whole)
             made = {"from": package.requirement, "sha256": package.sha256, "dequantised": str(model.dtype)}
-            Path(whole, "provenance.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
+            write_json(whole / "provenance.json", made)
             if folder.exists() and not _is_made_of(folder, package):
-                os.replace(folder, Path(work, "old"))  # damaged or of another version; deleted with the temporary folder
+                os.replace(folder, work / "old")  # damaged or of another version; deleted with the temporary folder
             if not folder.exists():  # otherwise another process was faster
                 os.replace(whole, folder)
     return folder

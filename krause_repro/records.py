@@ -389,18 +389,24 @@ def package_versions() -> dict[str, str]:
 _OUTPUTS = ("--", ":/", ":(top,exclude)results", ":(top,exclude)figures")  # no result depends on these
 
 
+def git_output(
+    *arguments: str,  # of git
+    folder: Path | None = None,  # of the repository; by default the project's root
+) -> str | None:
+    "What a git command prints; None without git and outside a repository."
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder or project_root(), capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def git_state(
     root: Path | None = None,  # a folder of the repository; by default the project's root
 ) -> dict[str, object]:
     "The current commit, and whether tracked files other than results and figures are modified (`dirty`); None outside a repository."
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=root or project_root(), capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", *_OUTPUTS)
-    except FileNotFoundError:
-        commit, changes = None, None
+    commit = git_output("rev-parse", "HEAD", folder=root)
+    changes = git_output("status", "--porcelain", "--untracked-files=no", *_OUTPUTS, folder=root)
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 # %% ../nbs/20_records.ipynb #a2ef4018

@@ -291,7 +291,7 @@ def classification_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The desk results as RESULTS.md shows them, with the profile, seeds and versions they come from."
-    results, count, plan = classifier_results("desk", root), coverage("desk", root), read_plan("cifar10")
+    results, count, plan = classifier_results("desk", root), coverage("desk", root), read_plan("cifar10", root)
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}

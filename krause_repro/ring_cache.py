@@ -316,8 +316,9 @@ def take_cache(
 
 # %% ../nbs/07_ring_cache.ipynb #dc3e901d
 def cache_bytes(
-    cache: Cache,  # any cache of `transformers` with keys and values
+    cache: Cache,  # of `transformers`
 ) -> int:
-    "Memory of a cache's keys and values, in bytes."
-    held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
-    return sum(x.untyped_storage().nbytes() for x in held)
+    "Memory of the tensors of a cache, those of the rings of Krause branches included, in bytes."
+    parts = [part for layer in cache.layers for part in (layer, getattr(layer, "krause_ring", None)) if part is not None]
+    held = [x.untyped_storage() for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())

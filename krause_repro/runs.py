@@ -137,7 +137,10 @@ def check_run(
         raise UserError(f"{run.path} holds a run of another seed ({saved['seed']!r} there and {run.seed} here); {way_out}")
 
 # %% ../nbs/35_runs.ipynb #2c7be914
-def _weights(run: Run) -> Path:
+def weights_file(
+    run: Run,  # finished
+) -> Path:
+    "The file of the run's trained weights: of the model, or of its adapter."
     return next(run.path / name for name in task_of(run.recipe).files if name.endswith(".safetensors"))
 
 
@@ -150,7 +153,7 @@ def check_weights(
             raise FileNotFoundError(f"{run.path / name} is missing; {run.remedy}")
         if name.endswith(".json"):
             read_json(run.path / name)
-    path = _weights(run)
+    path = weights_file(run)
     try:
         with safe_open(path, "pt") as tensors:
             wrong = next((name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()), None)
@@ -209,7 +212,7 @@ def run_corpus(
 
 # %% ../nbs/35_runs.ipynb #ea22fb00
 class RunWriter(TrainerCallback):
-    "Callback that writes `metrics.jsonl`, logs the seconds of each epoch, and writes digests of checkpoints."
+    "Callback that writes `metrics.jsonl`, logs the seconds of training, and writes digests of checkpoints."
 
     def __init__(self, path: Path):
         self.path, self.start = path, None
@@ -217,8 +220,17 @@ class RunWriter(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **_):
         self.start = time.perf_counter()
 
+    def _log_seconds(self, state):
+        now = time.perf_counter()
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "seconds": now - self.start})
+        self.start = now
+
+    def on_step_end(self, args, state, control, **_):
+        if control.should_save:  # the checkpoint holds the log
+            self._log_seconds(state)
+
     def on_epoch_end(self, args, state, control, **_):
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "seconds": time.perf_counter() - self.start})
+        self._log_seconds(state)
 
     def on_log(self, args, state, control, **_):
         if state.is_world_process_zero:

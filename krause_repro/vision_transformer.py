@@ -9,6 +9,7 @@ __all__ = ['VisionTransformerConfig', 'VisionTransformer']
 import copy
 import math
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -68,7 +69,10 @@ def check_images(
         if not isinstance(values, (list, tuple)) or len(values) != channels:
             raise UserError(f"{name} must be None or one number for each of the {channels} channels, got {values!r}")
         for value in values:
-            check_positive(name, value)
+            if name == "image_std":
+                check_positive(name, value)
+            elif isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise UserError(f"{name} must be finite numbers, got {value!r}")
 
 # %% ../nbs/11_vision_transformer.ipynb #3ffad8f3
 NORMS = ("post", "pre")

@@ -199,6 +199,7 @@ def test_analysis_is_the_mean_over_images_whatever_the_batch(kvit):
     assert whole["distance"] == pytest.approx([attention_distance(layer, grid_positions(7)).mean().item() for layer in weights], rel=1e-5)
     assert whole["clusters"] == pytest.approx([token_clusters(layer).double().mean().item() for layer in states])
     assert len(whole["cosine"]) == 3 and len(whole["head_diversity"]) == 2  # the tokens also before the first layer
+    assert grid_positions(2, 3)[1:].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
     found = summarise_analysis([analyse(kvit, images)] * 2)
     assert found["entropy"]["mean"] == pytest.approx(whole["entropy"]) and found["entropy"]["sd"] == pytest.approx([0, 0], abs=1e-12)
 

@@ -46,6 +46,7 @@ from krause_repro.evaluation import (
 )
 from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.records import git_state
 from krause_repro.results import save_result
 from krause_repro.runs import Run
 from krause_repro.statistics import (
@@ -401,6 +402,11 @@ def test_other_plans_are_about_recipes_too(name):
     plan = read_plan(name)
     assert {each for pair in plan["comparisons"] for each in pair} <= set(plan["models"]) <= set(RECIPES)
     assert all(RECIPES[each].at("desk").seeds == tuple(plan["seeds"]) for each in plan["models"]) and plan["flat_share"] == FLAT_SHARE
+
+
+def test_without_git_a_plan_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert read_plan("mnist")["commit"] is None and git_state() == {"commit": None, "dirty": None}
 
 
 def test_the_committed_plan_is_about_recipes():

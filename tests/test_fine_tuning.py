@@ -38,6 +38,7 @@ from krause_repro.llm_branch import branches
 from krause_repro.packaged_data import pretrained_source, smollm2_folder
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import RECIPES, SINKS, get_recipe
+from krause_repro.records import read_json, write_json
 from krause_repro.runs import Run, TrainingDiverged, run_path
 from krause_repro.sinks import measure_sinks, sink_answer, sink_passages, sink_table, window_effect
 from krause_repro.tasks import base_model, fine_tuning_model, language_splits, token_metrics, token_scores
@@ -269,6 +270,9 @@ def test_a_run_killed_inside_an_epoch_goes_on_from_there(recipe, items, tmp_path
         train(once, 0, runs=tmp_path / "killed", progress=False, source=items, callbacks=(Stop(4),))
     killed, whole = (train(once, 0, runs=tmp_path / folder, progress=False, source=items) for folder in ("killed", "whole"))
     assert_same(whole, killed)
+    for each in (killed, whole):  # the time before the checkpoint is not lost
+        spans = [(line["step"], line["seconds"]) for line in each.metrics() if "seconds" in line]
+        assert {step for step, _ in spans} == {3, 6} and each.summary()["seconds"] == pytest.approx(sum(span for _, span in spans))
 
 
 class Worsen(TrainerCallback):
@@ -383,9 +387,8 @@ def test_bfloat16_where_the_device_has_it(recipe, monkeypatch):
 
 
 def test_the_packaged_model_is_converted_once(base, no_downloads, monkeypatch):
-    (no_downloads / "language").mkdir()
     monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
-    folder = smollm2_folder()
+    folder = smollm2_folder()  # the cache is empty, as where the file is in an installed package
     assert folder == no_downloads / "language" / "SmolLM2-135M-Instruct" and list(folder.parent.iterdir()) == [folder]
     made, plain = (load_language_model(each)[0].state_dict() for each in (folder, base))
     assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in made)
@@ -475,8 +478,10 @@ def test_multiple_choice_is_evaluated_once_for_each_run(run, monkeypatch):
     monkeypatch.setattr(fine_tuning_evaluation, "choice_accuracy", lambda *arguments: asked.append(arguments) or 0.5)
     try:
         assert fine_tuning_evaluation.test_choices(run) == fine_tuning_evaluation.test_choices(run) == 0.5 and len(asked) == 1
+        write_json(run.path / "choices.json", read_json(run.path / "choices.json") | {"model": "of other weights", "accuracy": 1.0})
+        assert fine_tuning_evaluation.test_choices(run) == 0.5 and len(asked) == 2
     finally:
-        (run.path / "letters.json").unlink()
+        (run.path / "choices.json").unlink()
 
 
 # Sinks

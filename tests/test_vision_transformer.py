@@ -520,9 +520,11 @@ def test_sizes_that_cannot_be_are_named(tmp_path):
         model(torch.zeros(2, 3, 8, 9), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="interpolate_pos_encoding=True takes images of other sizes"):
         model(torch.zeros(2, 3, 8, 10))
-    for wrong in ({"image_mean": [0.5] * 3}, {"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": [0.5] * 3, "image_std": [0, 1, 1]}):
+    for wrong in ({"image_mean": [0.5] * 3}, {"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": [0.5] * 3, "image_std": [0, 1, 1]},
+                  {"image_mean": [float("nan")] * 3, "image_std": [1] * 3}):
         with pytest.raises(ValueError, match="image_mean|image_std"):
             tiny(**wrong)
+    assert tiny(image_mean=[0, -0.1, 0.5], image_std=[1] * 3).image_mean == [0, -0.1, 0.5]
     offloaded = VisionTransformer(tiny()).to("meta")
     with pytest.raises(ValueError, match="image_size must be changed before weights are offloaded"):
         offloaded.set_image_size(16)
