@@ -17,7 +17,7 @@ from .records import project_root
 from .reference import SCORES
 from .results import check_train, load_or_compute, result_path
 from .runs import Run
-from .statistics import is_shown, markdown_table, paired_difference, percent, signed_interval
+from .statistics import is_shown, markdown_table, outcome, paired_difference, percent, signed_interval
 
 # %% ../nbs/43_ablation.ipynb #89ac6672
 def load_or_run_grid(
@@ -212,9 +212,8 @@ def plain_answers(
 
     def describe(label):
         row = found[label]
-        verdict = "not shown" if not is_shown(row) else "helps" if row["mean"] > 0 else "harms"
         interval = "one seed" if row["interval"] is None else signed_interval(row["interval"])
-        return f"{label} {100 * row['mean']:+.2f} ({interval}): *{verdict}*"
+        return f"{label} {100 * row['mean']:+.2f} ({interval}): *{outcome(row, 'helps', 'harms')}*"
 
     def line(question, labels):
         return f"- **{question}**: {'; '.join(describe(label) for label in labels if label in found) or 'not trained yet'}."

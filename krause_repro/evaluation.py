@@ -24,7 +24,7 @@ from .records import file_digest, git_output, project_root, read_json, write_jso
 from .results import load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, run_path, weights_file
 from krause_repro.statistics import (
-    corrected_difference, decimals, finished_table, is_shown, markdown_table, pool, seeds_in_words, signed_interval, summarise,
+    corrected_difference, decimals, finished_table, markdown_table, outcome, pool, seeds_in_words, signed_interval, summarise,
     summarise_curves,
 )
 from .swin import WindowAttention
@@ -296,8 +296,8 @@ def planned_table(
         found = corrected_difference(models[first], models[second], len(plan["comparisons"]), measure.field)
         if not found["seeds"]:
             return label, *missing
-        shown = is_shown(found, plan["smallest_difference"])
-        verdict = ("higher" if found["mean"] > 0 else "lower") if shown else "not shown"
+        finished = set(plan["seeds"]) <= set(found["seeds"])
+        verdict = outcome(found, "higher", "lower", plan["smallest_difference"]) if finished else "unfinished"
         mean, interval = f"{scale * found['mean']:+.{digits}f}", signed_interval(found["interval"], scale, digits)
         return label, seeds_in_words(found["seeds"]), mean, interval, verdict
 

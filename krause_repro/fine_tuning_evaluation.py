@@ -451,23 +451,22 @@ def language_model_table(
     "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; models that are not trained are named below."
     def row(m):
         if "bits_per_token" not in m:
-            return m["label"], *(None,) * 9
+            return m["label"], *(None,) * 8
         bits, gain = m["bits_per_token"], last_gain(m["curves"])
         mark = " *(undertrained)*" if is_undertrained(m["curves"], flat_gain / math.log(2)) else ""
         below = f"{100 * (1 - bits['mean'] / ngram['all']['bits_per_token']):.1f}" if ngram else None
         seeds, gain = seeds_in_words(m["seeds"]), None if gain is None else f"{gain:+.3f}"
-        perplexity, speed = f"{2 ** bits['mean']:.1f}", decimals(m["training_speed"], 0)
-        return (m["label"], f"{m['parameters']:,}", decimals(m["bits_per_byte"]) + mark, decimals(bits), perplexity, below, seeds,
-                f"{m['steps']:,}", gain, speed)
+        return (m["label"], f"{m['parameters']:,}", decimals(m["bits_per_byte"]) + mark, decimals(bits), f"{2 ** bits['mean']:.1f}", below,
+                seeds, f"{m['steps']:,}", gain)
 
     rows = [row(m) for m in models.values()]
     for name, what in (("all", "all training tokens"), ("seen", "the tokens that the models see")) if ngram else ():
         bits = ngram[name]["bits_per_token"]
         cells = (f"{ngram[name]['bits_per_byte']:.3f}", f"{bits:.3f}", f"{2 ** bits:.1f}")
-        rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 5))
+        rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 4))
     head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token",
             "bits saved against the 5-gram of all tokens, % (negative: worse)",
-            "seeds", "steps", "held-out bits per token fell over the last fifth", "tokens per second in training")
+            "seeds", "steps", "fall of held-out bits per token over the last fifth")
     return finished_table(head, rows)
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #aaf9022b
@@ -484,5 +483,6 @@ def position_table(
         return m["label"], *(f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" for part in found)
 
     length = next(iter(models.values()))["by_position"]["length"]
-    spans = [f"to position {end:,}" for end in (length // 2, length - 1, length + length // 2, 2 * length - 1)]
+    ends = (length // 4, length // 2, length - 1, length + length // 2, 2 * length - 1)
+    spans = [f"positions {low + 1:,} to {high:,}" for low, high in pairwise(ends)]
     return markdown_table(("bits per token", *spans), map(row, models.values()))

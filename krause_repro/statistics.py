@@ -127,6 +127,18 @@ def is_shown(
     low, high = difference["interval"]
     return abs(difference["mean"]) >= smallest and not low <= 0 <= high
 
+
+def outcome(
+    difference: dict,  # from `paired_difference`, in 0…1
+    higher: str,  # word for a shown difference above zero
+    lower: str,  # word for one below zero
+    smallest: float = MIN_EFFECT,  # smallest difference that counts
+) -> str:
+    "A difference in a word; *below the bar* if its interval excludes zero but it is too small to count, else *not shown*."
+    if is_shown(difference, smallest):
+        return higher if difference["mean"] > 0 else lower
+    return "below the bar" if is_shown(difference, 0) else "not shown"
+
 # %% ../nbs/40_statistics.ipynb #c527f9ea
 MISSING = "—"  # a cell without a value
 

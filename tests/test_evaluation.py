@@ -310,7 +310,7 @@ def test_plain_answers_say_what_helps_harms_or_is_not_shown():
     results = cells_with(krause=0.005, local=0.02, post=-0.03, ablation_fixed_sigma=0.01)
     lines = dict(line.removeprefix("- **").split("**: ") for line in plain_answers(results).splitlines())
     assert list(lines) == ["Distance", "Locality", "Top-k", "Norm", "Learning σ"]
-    assert lines["Distance"].startswith("RBF − dot product +0.50 (+0.50 to +0.50): *not shown*")
+    assert lines["Distance"].startswith("RBF − dot product +0.50 (+0.50 to +0.50): *below the bar*")
     assert lines["Locality"].startswith("window − full +2.00 (+2.00 to +2.00): *helps*; window − random places, no top-k")
     assert lines["Top-k"].startswith("window + top-k − window -2.00 (-2.00 to -2.00): *harms*")
     assert lines["Norm"].count("*harms*") == 2 and lines["Learning σ"].count("*harms*") == 1
@@ -370,7 +370,7 @@ def test_differences_are_paired_by_seed_and_corrected():
 
 
 def test_the_plans_table_names_what_is_not_trained_and_its_commit():
-    plan = {"comparisons": [["a", "b"], ["a", "c"], ["a", "d"]], "smallest_difference": 0.01, "commit": "ab" * 20}
+    plan = {"comparisons": [["a", "b"], ["a", "c"], ["a", "d"]], "smallest_difference": 0.01, "commit": "ab" * 20, "seeds": [0, 1, 2]}
     plan["counts_as_a_difference"] = "big"
     models = {"a": planned("A", [0.70, 0.71, 0.72]), "b": planned("B", [0.65, 0.66, 0.67]), "c": {"label": "C"}}
     models["d"] = planned("D", [0.6], (7,))
@@ -379,7 +379,10 @@ def test_the_plans_table_names_what_is_not_trained_and_its_commit():
     assert lines[-1] == "A difference counts if big. Fixed before the first run, in commit ababababab."
     assert lines[3:5] == ["", "Not finished: A − C, A − D."]
     small = planned_table(models, {**plan, "smallest_difference": 0.06}).splitlines()
-    assert small[2].endswith("| not shown |")
+    assert small[2].endswith("| below the bar |")
+    assert planned_table(models, {**plan, "seeds": [0, 1, 2, 3]}).splitlines()[2].endswith("| unfinished |")
+    models["b"] = planned("B", [0.69, 0.73, 0.7])
+    assert planned_table(models, plan).splitlines()[2].endswith("| not shown |")
 
 
 def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
@@ -388,7 +391,7 @@ def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     bits = Measure("bits", "test bits", "bits", "held_out_bits")
     models = {"a": {"label": "A", "bits": summarise([1.0, 1.1]), "seeds": [0, 1]},
               "b": {"label": "B", "bits": summarise([1.2, 1.3]), "seeds": [0, 1]}}
-    plan = {"comparisons": [["a", "b"]], "smallest_difference": 0.1, "commit": None, "counts_as_a_difference": "big"}
+    plan = {"comparisons": [["a", "b"]], "smallest_difference": 0.1, "commit": None, "counts_as_a_difference": "big", "seeds": [0, 1]}
     assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 2 (seeds 0, 1) | -0.200 | -0.200 to -0.200 | lower |"
     models["a"] |= {"trainable": 7, "held_out_bits": summarise([2.0]), "curves": falling, "seconds": {"values": [90]}}
     lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
