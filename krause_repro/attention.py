@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import UserError, check_choice, check_fraction, check_integer
+from .checks import UserError, check_choice, check_flag, check_fraction, check_integer
 from .fast_attention import banded_tiles, flex_attention, gathered_rows, sdpa_attention
 from .native_kernels import kernels_apply, native_band, native_lists
 from krause_repro.reference import (
@@ -297,7 +297,7 @@ def _split_heads(x, heads):
     return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)  # (B, H, T, D)
 
 # %% ../nbs/06_attention.ipynb #50b59fdd
-def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropout):
+def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, learn_sigma, bias, dropout):
     "The arguments of `KrauseAttention` that may be converted; raises an error that names an invalid one."
     dim, heads = check_integer("dim", dim, 1), check_integer("heads", heads, 1)
     if dim % heads:
@@ -309,6 +309,7 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropo
         raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
     top_k = None if top_k is None else check_integer("top_k", top_k, 1)
     dropout = check_fraction("dropout", dropout)
+    check_flag("learn_sigma", learn_sigma), check_flag("bias", bias)
     if score == "krause":
         _check_sigma(sigma, heads)
         if isinstance(sigma, Tensor):
@@ -316,8 +317,14 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropo
     return dim, heads, top_k, dropout
 
 
-def _check_hidden(hidden, dim, segment_ids, neighborhood):
+def _check_hidden(hidden, dim, segment_ids, neighborhood, proj):
     _check_floating("hidden", hidden)
+    if not isinstance(neighborhood, Neighborhood):
+        raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
+    kind = hidden.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if type(proj) is nn.Linear and not cast and hidden.dtype != proj.weight.dtype:
+        raise UserError(f"hidden must have the layer's dtype, {proj.weight.dtype}, got {hidden.dtype}")
     if hidden.ndim != 3 or hidden.shape[1] == 0 or hidden.shape[2] != dim:
         raise UserError(f"hidden must be of shape (B, T ≥ 1, {dim}), got {tuple(hidden.shape)}")
     _check_segments(segment_ids, neighborhood, hidden[:, None])
@@ -341,7 +348,7 @@ class KrauseAttention(nn.Module):
         dropout: float = 0.0,  # of attention weights, while training
     ):
         super().__init__()
-        dim, heads, top_k, dropout = _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, dropout)
+        dim, heads, top_k, dropout = _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, learn_sigma, bias, dropout)
         self.dim, self.heads, self.neighborhood, self.top_k = dim, heads, neighborhood, top_k
         self.score, self.initial_sigma, self.dropout = score, float(sigma) if score == "krause" else sigma, dropout
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
@@ -369,7 +376,7 @@ class KrauseAttention(nn.Module):
         segment_ids: Tensor | None = None,  # (B, T) of packed sequences, non-decreasing; `rotary` must know their positions
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, d) and (B, H, T, T) or None
         "Attend; returns the output and, when asked, the weights (before dropout)."
-        _check_hidden(hidden, self.dim, segment_ids, neighborhood or self.neighborhood)
+        _check_hidden(hidden, self.dim, segment_ids, neighborhood or self.neighborhood, self.q_proj)
         query, key, value = (_split_heads(p(hidden), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         query, key = (query, key) if rotary is None else (rotary(query), rotary(key))
         dropout, limits = self.dropout if self.training else 0.0, (neighborhood or self.neighborhood, self.top_k)

@@ -532,7 +532,7 @@ def _judge_from_scratch(root):
         baseline = f"; 5-gram {ngram['all']['bits_per_token']:.2f}" if ngram else ""
         pair = [results.get(f"lm_{mixer}_100m/openstax") for mixer in ("krause", "standard")]
         lead = corrected_difference(*pair, 1, "bits_per_token") if all(pair) else {"n": 0}
-        ours = f"unfinished ({plural(lead['n'], 'seed')}): {lead['mean']:+.2f} bits per token against softmax" if lead["n"] else "not finished"
+        ours = f"{plural(lead['n'], 'seed')}: {lead['mean']:+.2f} bits per token against softmax" if lead["n"] else "not finished"
         return Finding(NOT_YET, ours + baseline, tuple(evidence))
     wins = sum(each["verdict"] == HOLDS for each in found.values())
     verdict = _of_pairs([each["verdict"] for each in found.values()])

@@ -115,14 +115,14 @@ def sample_recipe(
     recipe: str,  # a generator, such as karm/fashion_mnist, or a language model from scratch, such as lm_krause_100m/shakespeare
     profile: str = "smoke",  # smoke, desk or paper
     seed: int = 0,  # seed of the finished run
-    images: int = 64,  # how many images in all; existing ones are kept
+    images: int = None,  # how many images in all, 64 by default; existing ones are kept
     image_seed: int = 0,  # seed of the images, or of the text
     temperature: float = 1.0,  # > 0; below 1 sharpens the distribution
     top_p: float = 1.0,  # ≤ 1, nucleus sampling: the smallest set of levels or tokens with this probability
-    batch: int = 32,  # images at a time
+    batch: int = None,  # images at a time, 32 by default
     source: str = None,  # folder with the data, or of the corpus, if it is not found automatically
     prompt: str = None,  # text to be continued; default: the beginning of a document
-    tokens: int = 100,  # at most so many tokens of text
+    tokens: int = None,  # at most so many tokens of text; default: 100, or what fits into half of the model's positions
 ) -> None:
     "Sample images from a trained generator, or a text from a language model. Run it again to resume images."
     from krause_repro.generation_recipes import ImageGenerationRecipe
@@ -136,13 +136,19 @@ def sample_recipe(
 
     run = Run(run_path(chosen, seed), chosen, seed)
     check_run(run)
-    if isinstance(chosen, LanguageModelRecipe):
+    text = isinstance(chosen, LanguageModelRecipe)
+    ignored = {"images": images, "batch": batch} if text else {"prompt": prompt, "tokens": tokens}
+    if given := [name for name, value in ignored.items() if value is not None]:
+        raise UserError(f"{given[0]} is for {'image generators' if text else 'language models'}; leave it out for {recipe}")
+    if text:
         from krause_repro.fine_tuning_evaluation import sample_text
 
+        tokens = min(100, chosen.context // 2) if tokens is None else tokens
         print(sample_text(run, prompt or "", tokens, image_seed, temperature, top_p, source))
         return
     from krause_repro.generation_evaluation import sample_run, samples_folder, save_image_grid
 
+    images, batch = 64 if images is None else images, 32 if batch is None else batch
     made = sample_run(run, images, image_seed, temperature, top_p, batch, interactive(), source)
     print(f"Images: {save_image_grid(made, chosen.levels, samples_folder(run, image_seed, temperature, top_p) / 'sheet.png')}")
 

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .checks import UserError, check_choice, check_integer
 from .language_data import EOS, hub_errors, read_documents, shakespeare_text
+from .likelihood import NGRAM, ngram_hashes, seen_share
 from .packaged_data import language_folder
 from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
 
@@ -306,7 +307,7 @@ class Packer:
 
 # %% ../nbs/33_corpus.ipynb #0d239978
 SHARD_TOKENS = 100_000_000
-PROGRESS, MANIFEST = "progress.json", "manifest.json"
+PROGRESS, MANIFEST, TOKENIZER_FILE = "progress.json", "manifest.json", "tokenizer/tokenizer.json"
 VERIFIED_BYTES = 2**28  # corpora up to this size are verified whenever they are opened
 
 
@@ -343,6 +344,23 @@ def _save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerFast, trained_on: 
             (path / "tokenizer").rename(work / "old")
         (work / "tokenizer").rename(path / "tokenizer")
 
+# %% ../nbs/33_corpus.ipynb #5c0e9a41
+def _begun(path: Path) -> dict | None:
+    "The record of a build that was interrupted, or None. Raises `UserError` if it is damaged."
+    if not (path / PROGRESS).is_file():
+        return None
+    record = read_json(path / PROGRESS)
+    needed = {"source": dict, "tokenizer": dict, "splits": dict, "weights": list, "parts": int, "shard_tokens": int, "state": object}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in needed.items()):
+        raise UserError(f"{path / PROGRESS} is damaged; delete {path} and build the corpus again")
+    return record
+
+
+def _sealed(record: dict) -> dict:
+    "A manifest: the record of a finished build with the SHA-256 of its content."
+    content = {key: value for key, value in record.items() if key not in ("state", "sha256")}
+    return content | {"sha256": _digest([json.dumps(content, sort_keys=True)])}
+
 # %% ../nbs/33_corpus.ipynb #240d659d
 def _check_tokenizer(path, facts, vocab_size, tokenizer):
     "Raise `UserError` if a corpus, begun or finished, has another tokenizer than the one asked for."
@@ -370,8 +388,7 @@ def build_corpus(
     shard_tokens: int = SHARD_TOKENS,  # tokens of a part
 ) -> None:
     "Build a corpus, or continue an interrupted build. Nothing is written before the first part is complete."
-    if (path / PROGRESS).is_file():
-        record = read_json(path / PROGRESS)
+    if (record := _begun(path)) is not None:
         _check_tokenizer(path, record["tokenizer"], vocab_size, tokenizer)
         found, trained_on = _resume(path, source, record)
     else:
@@ -385,45 +402,14 @@ def build_corpus(
             break
         if record["parts"] == 0:
             _save_tokenizer(path, found, trained_on)
+            record["tokenizer"]["file_sha256"] = file_digest(path / TOKENIZER_FILE)
         _write_part(path, record["parts"], parts, record)
         record |= {"parts": record["parts"] + 1, "state": source.state()}
         write_json(path / PROGRESS, record)
     _check_splits({split: facts["documents"] for split, facts in record["splits"].items()}, name)
     record["overlap"] = measure_overlap(path, record)
-    write_json(path / MANIFEST, {key: value for key, value in record.items() if key != "state"})
+    write_json(path / MANIFEST, _sealed(record))
     (path / PROGRESS).unlink()
-
-# %% ../nbs/33_corpus.ipynb #37963900
-NGRAM = 13
-
-
-def ngram_hashes(
-    tokens: np.ndarray,  # (N,) packed documents
-    eos: int,  # end token
-    n: int = NGRAM,
-) -> np.ndarray:  # uint64, one for each n-gram within a document
-    "64-bit hashes of the n-grams of tokens that lie within a document."
-    count = max(len(tokens) - n + 1, 0)
-    hashes, ends = np.zeros(count, np.uint64), np.zeros(count, bool)
-    for offset in range(n):
-        part = tokens[offset:offset + count]
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64) + np.uint64(1)  # modulo 2^64
-        ends |= part == eos
-    hashes ^= hashes >> np.uint64(29)
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)  # spreads the differences over all bits
-    return (hashes ^ hashes >> np.uint64(32))[~ends]
-
-
-def seen_share(
-    held_out: np.ndarray,  # hashes of the n-grams in question
-    training: Iterable[np.ndarray],  # hashes of the n-grams of the training text, in parts
-) -> float | None:  # None if there are none in question
-    "Share of the held-out n-grams that occur in the training text."
-    wanted, place = np.unique(held_out, return_inverse=True)
-    found = np.zeros(len(wanted), bool)
-    for part in training:
-        found |= np.isin(wanted, part)
-    return float(found[place].mean()) if len(held_out) else None
 
 # %% ../nbs/33_corpus.ipynb #5e1fa83b
 def measure_overlap(
@@ -451,9 +437,12 @@ def _memory_map(path: Path) -> np.ndarray:
 def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verify: bool) -> None:
     "Raise `UserError` for a tokenizer that the corpus was not made with, and for missing, truncated and altered shards."
     advice = "delete the corpus and build it again"
-    if tokenizer_digest(tokenizer) != record["tokenizer"]["sha256"]:
+    made, of_file = record["tokenizer"]["sha256"], record["tokenizer"].get("file_sha256")  # earlier versions have only the first
+    if tokenizer_digest(tokenizer) != made or of_file not in (None, file_digest(path / TOKENIZER_FILE)):
         raise UserError(f"{path / 'tokenizer'} is not the tokenizer that the shards were made with; {advice}")
-    for facts in record["splits"].values():
+    for split, facts in record["splits"].items():
+        if facts["tokens"] != sum(shard["tokens"] for shard in facts["shards"] if shard["file"].startswith(f"{split}-")):
+            raise UserError(f"{path / MANIFEST} must list shards of {split} with {facts['tokens']} tokens in all; {advice}")
         for shard in facts["shards"]:
             file = path / shard["file"]
             if not file.is_file():
@@ -473,11 +462,15 @@ def open_corpus(
     "Open a finished corpus. Raises `UserError` or `FileNotFoundError` that names the file if it is damaged."
     path, record = Path(path), read_json(Path(path) / MANIFEST)
     try:
+        if not {"name", "source"} <= record.keys():
+            raise KeyError("name or source")
+        if record.get("sha256") not in (None, _sealed(record)["sha256"]):  # earlier versions have none
+            raise UserError(f"{path / MANIFEST} was altered: its SHA-256 is another; delete the corpus and build it again")
         if verify is None:
             verify = 2 * sum(record["splits"][split]["tokens"] for split in SPLITS) <= VERIFIED_BYTES
         tokenizer, _ = load_tokenizer(path / "tokenizer")
         _check_shards(path, record, tokenizer, verify)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} is not the manifest of a corpus ({error!r}); delete the corpus and build it again") from error
     return Corpus(path, record)
 
@@ -564,6 +557,8 @@ def load_corpus(
 ) -> Corpus:
     "Open a corpus; build it first if it is not there. Raises `UserError` and `FileNotFoundError` that name what is wrong or missing."
     check_choice("name", name, CORPORA)
+    if source is not None and not isinstance(source, str | Path):
+        raise UserError(f"source must be a file or folder, got {source!r}")
     if vocab_size is not None and tokenizer is not None:
         raise UserError(f"give vocab_size or tokenizer, not both: got {vocab_size} and {tokenizer}")
     if vocab_size is None and tokenizer is None:
@@ -583,8 +578,8 @@ def _build_missing(path, name, vocab_size, tokenizer, source, download):
     with locked(path):
         if not (path / MANIFEST).is_file():  # else another process was faster
             remove_leftovers(path)
-            begun = read_json(path / PROGRESS)["source"].get("revision") if (path / PROGRESS).is_file() else None
-            build_corpus(path, name, open_source(name, source, download, begun), vocab_size, tokenizer)
+            begun = _begun(path) or {"source": {}}
+            build_corpus(path, name, open_source(name, source, download, begun["source"].get("revision")), vocab_size, tokenizer)
 
 
 def _check_request(corpus, name, vocab_size, tokenizer, source):

@@ -423,11 +423,10 @@ def sample_text(
     check_integer("tokens", tokens, 1)
     if not isinstance(prompt, str):
         raise UserError(f"prompt must be a text, got {prompt!r:.60}")
-    tokenizer = run_corpus(run, source).tokenizer
+    model, tokenizer = finished_model(run), run_corpus(run, source).tokenizer
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     if len(ids) + tokens > run.recipe.context:
         raise UserError(f"prompt and tokens must fit into {run.recipe.context} positions, got {len(ids)} and {tokens}")
-    model = finished_model(run)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = model.generate(torch.tensor([ids], device=model.device), max_new_tokens=tokens, do_sample=True, temperature=temperature,

@@ -364,7 +364,7 @@ def _image_pixels(row: dict | None, name: str) -> np.ndarray:
 def _read_column(path: Path, file: pq.ParquetFile, group: int, column: str) -> list:
     try:
         return file.read_row_group(group, [column])[column].to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a path that is not UTF-8 is a ValueError
         raise UserError(f"{path}: column {column} of row group {group} is damaged ({error}); download the file again") from error
 
 

@@ -377,7 +377,7 @@ def check_padding(
 ) -> None:
     "Raise a `ValueError` for padding; a compiled graph raises a `RuntimeError` when it runs."
     if attention_mask is not None:
-        ensure(attention_mask.all(), "attention_mask must be all ones: images are not padded")
+        ensure((attention_mask == 1).all(), "attention_mask must be all ones: images are not padded")
 
 # %% ../nbs/13_image_transformer.ipynb #bb0f77e5
 def check_targets(
@@ -391,7 +391,10 @@ def check_targets(
             f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, "
             f"got {labels.dtype} {tuple(labels.shape)}"
         )
-    return check_classes(labels[:, 1:], config.vocab_size)
+    targets = check_classes(labels[:, 1:], config.vocab_size)
+    if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
+        raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")
+    return targets
 
 # %% ../nbs/13_image_transformer.ipynb #72d91db3
 def check_cache(
@@ -443,10 +446,22 @@ def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels)
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8
-def _generation_options(model, prompt_length, options):
+def prompt_length(
+    prompt: Tensor | None,  # (B, T) of `generate`; None: the start token alone
+) -> int:
+    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions."
+    if prompt is None:
+        return 1
+    if not isinstance(prompt, Tensor) or prompt.ndim != 2:
+        found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise UserError(f"input_ids must be a tensor of integers of shape (B, T), got {found}")
+    return prompt.shape[1]
+
+
+def _generation_options(model, length, options):
     "The arguments of `generate`, with the defaults that images need."
     config, settings = model.config, options.get("generation_config") or model.generation_config
-    left = config.positions - prompt_length
+    left = config.positions - length
     if not options.keys() & {"max_length", "generation_config"} and options.setdefault("max_new_tokens", left) > left:
         raise UserError(f"max_new_tokens must be at most {left}, what is left of the image, got {options['max_new_tokens']}")
     if options.get("do_sample", settings.do_sample) and settings.top_k is None:
@@ -515,8 +530,8 @@ class ImageTransformer(CheckedModel, GenerationMixin):
 
         Raises `ValueError`, before any work, for more new tokens than the image has left.
         """
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        return super().generate(inputs, **_generation_options(self, 1 if prompt is None else prompt.shape[1], kwargs))
+        length = prompt_length(kwargs.get("input_ids") if inputs is None else inputs)
+        return super().generate(inputs, **_generation_options(self, length, kwargs))
 
 # %% ../nbs/13_image_transformer.ipynb #96438504
 AutoConfig.register(ImageTransformerConfig.model_type, ImageTransformerConfig, exist_ok=True)

@@ -68,7 +68,7 @@ def read_documents(
     "The documents of a text, without white space around them. Raises `UserError` for an empty document and a folder without text."
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+        files = sorted(file for file in path.rglob("*.txt") if file.is_file() or file.is_symlink())  # a broken link is an error
         if not files:
             raise UserError(f"{path} must hold text files, but has no .txt file")
         named = {str(file): read_text(file).strip() for file in files}

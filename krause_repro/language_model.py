@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .image_transformer import PreallocatedLayer, check_targets
+from .image_transformer import PreallocatedLayer, check_targets, prompt_length
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
 from .model_base import CheckedConfig, CheckedModel, named_arguments
 from .native_decode import DecodeLinear
@@ -339,7 +339,7 @@ def check_language_tokens(
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
         raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
     if attention_mask is not None:
-        ensure(attention_mask.all(), "attention_mask must be all ones: this model has no padding; give sequences of one length")
+        ensure((attention_mask == 1).all(), "attention_mask must be all ones: this model has no padding; give sequences of one length")
     if input_ids.device.type != "cpu" or not values_known(input_ids):  # elsewhere the embedding itself checks
         return
     low, high = input_ids.min().item(), input_ids.max().item()
@@ -358,8 +358,9 @@ def packed_sequences(
     if position_ids is None:
         return None
     length = input_ids.shape[1]
-    if not isinstance(position_ids, Tensor) or position_ids.is_floating_point() or position_ids.shape not in (input_ids.shape, (1, length)):
-        raise UserError(f"position_ids must be integers of shape {tuple(input_ids.shape)}, as input_ids")
+    allowed = (input_ids.shape, (1, length))
+    if not isinstance(position_ids, Tensor) or position_ids.dtype not in INDICES or position_ids.shape not in allowed:
+        raise UserError(f"position_ids must be integers of shape {tuple(input_ids.shape)}, as input_ids, int32 or int64")
     position_ids, known = position_ids.expand(input_ids.shape), values_known(position_ids)
     if known and (position_ids == torch.arange(past, past + length, device=position_ids.device)).all():
         return None
@@ -497,9 +498,8 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
 
         Raises `ValueError`, before any work, for more tokens than the model has positions.
         """
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        return super().generate(inputs, **_generation_options(self.config, 1 if prompt is None else prompt.shape[1], kwargs,
-                                                                self.generation_config))
+        length = prompt_length(kwargs.get("input_ids") if inputs is None else inputs)
+        return super().generate(inputs, **_generation_options(self.config, length, kwargs, self.generation_config))
 
 # %% ../nbs/19_language_model.ipynb #63ad4173
 def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, output_attentions):

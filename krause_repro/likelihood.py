@@ -7,6 +7,7 @@ __all__ = ['token_bits', 'bits_per_dimension', 'ContextModel', 'fit_context_mode
 
 # %% ../nbs/32_likelihood.ipynb #8a983c48
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -281,3 +282,35 @@ class KneserNey:
             found = table.shares[grams] + table.rests[contexts] * found
             contexts = np.append(-1, grams[:-1])
         return -np.log2(found)
+
+# %% ../nbs/32_likelihood.ipynb #37963900
+NGRAM = 13
+
+
+def ngram_hashes(
+    tokens: np.ndarray,  # (N,) packed documents
+    eos: int,  # end token
+    n: int = NGRAM,
+) -> np.ndarray:  # uint64, one for each n-gram within a document
+    "64-bit hashes of the n-grams of tokens that lie within a document."
+    count = max(len(tokens) - n + 1, 0)
+    hashes, ends = np.zeros(count, np.uint64), np.zeros(count, bool)
+    for offset in range(n):
+        part = tokens[offset:offset + count]
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64) + np.uint64(1)  # modulo 2^64
+        ends |= part == eos
+    hashes ^= hashes >> np.uint64(29)
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)  # spreads the differences over all bits
+    return (hashes ^ hashes >> np.uint64(32))[~ends]
+
+
+def seen_share(
+    held_out: np.ndarray,  # hashes of the n-grams in question
+    training: Iterable[np.ndarray],  # hashes of the n-grams of the training text, in parts
+) -> float | None:  # None if there are none in question
+    "Share of the held-out n-grams that occur in the training text."
+    wanted, place = np.unique(held_out, return_inverse=True)
+    found = np.zeros(len(wanted), bool)
+    for part in training:
+        found |= np.isin(wanted, part)
+    return float(found[place].mean()) if len(held_out) else None

@@ -128,11 +128,11 @@ def check_run(
     saved, way_out = _saved_recipe(run), "move it away, or train with restart=True"
     if saved is None:
         return
-    if saved["fingerprint"] != run.recipe.fingerprint:
-        wanted = run.recipe.to_dict()
-        fields = [k for k in wanted if k not in run.recipe.remarks and saved["recipe"].get(k) != wanted[k]]
+    wanted = json.loads(json.dumps(run.recipe.to_dict()))
+    fields = [k for k in wanted if k not in run.recipe.remarks and saved["recipe"].get(k) != wanted[k]]
+    if fields or saved["fingerprint"] != run.recipe.fingerprint:
         differs = ", ".join(f"{k} is {saved['recipe'].get(k)!r} there and {wanted[k]!r} here" for k in fields[:4])
-        raise UserError(f"{run.path} holds a run of another recipe ({differs}); {way_out}")
+        raise UserError(f"{run.path} holds a run of another recipe ({differs or 'by its fingerprint'}); {way_out}")
     if saved.get("seed", run.seed) != run.seed:
         raise UserError(f"{run.path} holds a run of another seed ({saved['seed']!r} there and {run.seed} here); {way_out}")
 
@@ -167,8 +167,11 @@ def check_finished(
     run: Run,  # finished
 ) -> None:
     "Raise an error that names a missing or damaged file of a finished run."
-    if (run.path / DIGESTS).is_file() and (wrong := damage(run.path)):  # runs of earlier versions have none
-        raise UserError(f"{wrong}; {run.remedy}")
+    if (run.path / DIGESTS).is_file():  # runs of earlier versions have none
+        listed = read_json(run.path / DIGESTS)
+        if wrong := damage(run.path) or next((f"{run.path / DIGESTS} does not list {name}" for name in task_of(run.recipe).files
+                                              if name not in listed), None):
+            raise UserError(f"{wrong}; {run.remedy}")
     check_weights(run)
     for content, name, fields in ((run.summary(), "finished.json", ("seconds", "steps", "chosen_epoch", "threads", "parameters")),
                                   (run.environment(), "environment.json", ("commit", "device", "versions"))):

@@ -907,6 +907,9 @@ def test_weights_check_their_arguments_too():
         (lambda: KrauseAttention(8, 2, Full(), sigma=0.0), "sigma must be"),
         (lambda: KrauseAttention(8, 2, Full(), sigma=math.nan), "sigma must be"),
         (lambda: KrauseAttention(8, 2, Full(), dropout=1.0), "dropout must be"),
+        (lambda: KrauseAttention(8, 2, Full(), bias="no"), "bias must be True or False"),
+        (lambda: KrauseAttention(8, 2, Full(), learn_sigma=None), "learn_sigma must be True or False"),
+        (lambda: KrauseAttention(8, 2, Full())(torch.zeros(1, 3, 8).double()), "hidden must have the layer's dtype, torch.float32"),
     ],
 )
 def test_parts_name_the_bad_argument(build, message):
@@ -917,6 +920,10 @@ def test_parts_name_the_bad_argument(build, message):
 def test_module_wants_a_neighbourhood():
     with pytest.raises(TypeError, match="neighborhood must be"):
         KrauseAttention(8, 2, "full")
+    with pytest.raises(TypeError, match="neighborhood must be"):
+        KrauseAttention(8, 2, Full())(torch.zeros(1, 3, 8), neighborhood=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert KrauseAttention(8, 2, Full())(torch.zeros(1, 3, 8).bfloat16())[0].isfinite().all()
 
 
 @pytest.mark.parametrize("length", [4, 6, 12])

@@ -21,7 +21,7 @@ from krause_repro.corpus import (
     train_tokenizer,
 )
 from krause_repro.language_data import EOS, read_documents
-from krause_repro.records import read_json
+from krause_repro.records import read_json, write_json
 
 VOCAB = 300
 
@@ -149,6 +149,31 @@ def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     assert not list((tmp_path / "corpora").rglob("*.bin")) and not list((tmp_path / "corpora").rglob("manifest.json"))
 
 
+def change(path, **fields):
+    write_json(path, read_json(path) | fields)
+
+
+def train_as_test(path):
+    "A manifest of an earlier version, without its own digest, whose test split has the shards of the training split."
+    manifest = read_json(path / "manifest.json")
+    del manifest["sha256"]
+    manifest["splits"]["test"] = manifest["splits"]["train"]
+    write_json(path / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"source": {}}'])
+def test_a_damaged_record_of_a_build_is_named(tmp_path, content):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("a text")
+    folder = tmp_path / "corpora" / f"text-bpe{VOCAB}"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(content)
+    with pytest.raises(ValueError, match=r"progress.json is damaged; delete .*text-bpe"):
+        load_corpus("text", VOCAB, tmp_path / "text", tmp_path / "corpora")
+    with pytest.raises(ValueError, match="source must be a file or folder, got 5"):
+        load_corpus("text", VOCAB, 5)
+
+
 @pytest.mark.parametrize(("damage", "error", "message"), [
     (lambda path: (path / "test-00000.bin").unlink(), FileNotFoundError, "is missing; delete the corpus"),
     (lambda path: (path / "test-00000.bin").write_bytes(b"\0\0"), ValueError, "must have .* tokens of 2 bytes, got 2 bytes"),
@@ -156,6 +181,10 @@ def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     (lambda path: train_tokenizer(texts(seed=5), VOCAB - 1).save_pretrained(path / "tokenizer"), ValueError, "is not the tokenizer"),
     (lambda path: (path / "manifest.json").write_text("{}"), ValueError, "is not the manifest of a corpus"),
     (lambda path: (path / "manifest.json").write_text("{"), ValueError, "manifest.json"),
+    (lambda path: change(path / "tokenizer" / "tokenizer.json", normalizer={"type": "Lowercase"}), ValueError, "is not the tokenizer"),
+    (lambda path: change(path / "manifest.json", name="novels"), ValueError, "manifest.json was altered"),
+    (lambda path: change(path / "manifest.json", empty_documents=7), ValueError, "manifest.json was altered"),
+    (lambda path: train_as_test(path), ValueError, "must list shards of test with .* tokens in all"),
 ])
 def test_a_damaged_corpus_is_refused(damaged, damage, error, message):
     open_corpus(damaged)
@@ -172,6 +201,10 @@ def test_folders_without_text_are_refused(tmp_path, content, message):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path)
+    (tmp_path / "a.txt").unlink(missing_ok=True)
+    (tmp_path / "a.txt").symlink_to(tmp_path / "no.txt")
+    with pytest.raises(FileNotFoundError, match="a.txt"):
         read_documents(tmp_path)
 
 

@@ -400,6 +400,16 @@ def test_prompts_that_cannot_be_continued():
     for options in ({"max_new_tokens": 15}, {"max_length": 25}):
         with pytest.raises(ValueError, match="prompt and new tokens must fit into the model's 24 positions, got 25"):
             model.generate(ids, **options)
+    for mask in (torch.full((2, 10), 0.5), torch.full((2, 10), 2), torch.full((2, 10), torch.nan)):
+        with pytest.raises(ValueError, match="attention_mask must be all ones"):
+            model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="input_ids must be a tensor of integers"):
+        model.generate([[1, 2]], max_new_tokens=2)
+    for labels in (torch.full_like(ids, -100), torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], -100)], 1)):
+        with pytest.raises(ValueError, match="labels must count at least one token after the first"):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match="position_ids must be integers .* int32 or int64"):
+        model(ids, position_ids=torch.arange(10, dtype=torch.uint8)[None])
     with pytest.raises(ValueError, match="attention_mask must be all ones"):
         model.generate(ids, attention_mask=(torch.arange(10) > 2).expand(2, -1).long(), max_new_tokens=2)
     compiled = torch.compile(model, backend="eager")

@@ -31,7 +31,7 @@ from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
 from krause_repro.image_files import DATA, photograph_folder
 from krause_repro.image_recipes import ImageClassificationRecipe
 from krause_repro.recipes import RECIPES, get_recipe
-from krause_repro.records import InUse, damage, lock_path, locked, write_digests
+from krause_repro.records import InUse, damage, lock_path, locked, read_json, write_digests, write_json
 from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
 from krause_repro.swin import SwinBlock, SwinClassifier
 from krause_repro.tasks import process_count, save_model
@@ -825,6 +825,7 @@ DAMAGES = {
     "end []": ("finished.json", lambda path: path.write_text("[]")), "recipe {}": ("recipe.json", lambda path: path.write_text("{}")),
     "recipe cut": ("recipe.json", cut), "recipe gone": ("recipe.json", Path.unlink),
     "recipe []": ("recipe.json", lambda path: path.write_text("[]")), "digests cut": ("digests.json", cut),
+    "digests {}": ("digests.json", lambda path: path.write_text("{}")),
 }
 
 
@@ -872,6 +873,16 @@ def test_a_run_of_an_earlier_version_that_diverged_is_found_out(copied, start):
     save_file(load_file(copied.path / "model.safetensors") | NOT_A_NUMBER, copied.path / "model.safetensors")
     (copied.path / "digests.json").unlink()
     with pytest.raises(TrainingDiverged, match="model.safetensors: training diverged, head.weight is not finite"):
+        start()
+
+
+def test_a_saved_recipe_that_contradicts_its_fingerprint_is_named(copied, start):
+    saved = read_json(copied.path / "recipe.json")
+    write_json(copied.path / "recipe.json", saved | {"recipe": saved["recipe"] | {"lr": 99.0}})
+    with pytest.raises(ValueError, match="holds a run of another recipe .lr is 99.0 there and"):
+        start()
+    write_json(copied.path / "recipe.json", saved | {"fingerprint": "0"})
+    with pytest.raises(ValueError, match="holds a run of another recipe .by its fingerprint."):
         start()
 
 
