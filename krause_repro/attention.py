@@ -229,7 +229,7 @@ def krause_attention(
     were alone. Scores are computed in float32 for half-precision input. Ties at the k-th place are all kept. A NaN or infinity in a query,
     or in a key that is not padding, makes every row that attends to it NaN. In a value, it affects the same coordinate of the rows
     that keep its key, through which no gradient flows; rows that dropped the key (window, top-k, padding, dropout) ignore it.
-    (With `sdpa`, dropped weights do not count as dropped keys.)
+    (With `sdpa`, dropped weights do not count as dropped keys, and vectors far from the others lose precision: products are in float32.)
     Raises `ValueError` or `TypeError`, before any work, for invalid arguments.
     """
     _check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout, segment_ids)

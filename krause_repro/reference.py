@@ -187,12 +187,20 @@ def pairwise_energy(
     if score == "softmax":
         return _minus_products(query, key)
     if score == "krause":
-        query, key = centred(query, key, key_mask, segment_ids)
+        return _half_squared_distances(query, key, key_mask, segment_ids)
     norm = half_square_norm(key)
-    if score == "softmax_key_norm":
-        return _minus_products(query, without_bad(key, norm)) + norm.unsqueeze(-2)
-    own = half_square_norm(query)
-    return _minus_products(without_bad(query, own), without_bad(key, norm)) + norm.unsqueeze(-2) + own.unsqueeze(-1)
+    return _minus_products(query, without_bad(key, norm)) + norm.unsqueeze(-2)
+
+
+def _half_squared_distances(query, key, key_mask, segment_ids):
+    "‖q − k‖²/2, NaN where a norm overflows; of float32 vectors computed in float64, where the device has it."
+    dtype, wide = query.dtype, query.dtype == torch.float32 and query.device.type != "mps"
+    query, key = (query.double(), key.double()) if wide else centred(query, key, key_mask, segment_ids)
+    own, norm = half_square_norm(query), half_square_norm(key)
+    if wide:
+        own, norm = (x.masked_fill(x > torch.finfo(dtype).max / 2, torch.nan) for x in (own, norm))
+    energy = _minus_products(without_bad(query, own), without_bad(key, norm)) + norm.unsqueeze(-2) + own.unsqueeze(-1)
+    return energy.to(dtype)
 
 
 def _minus_products(query, key):

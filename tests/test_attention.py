@@ -451,6 +451,20 @@ def test_inputs_need_not_be_contiguous(neighborhood):
     assert_close(output, oracle(query, key, neighborhood, 3, sigma=1.0) @ value, **EXACT)
 
 
+@over("offset", [30, 300, 10_000])
+@over(("neighborhood", "implementation"), [each for each in EACH_WAY if each[1] != "sdpa" or each[0] == Full()])
+def test_an_outlier_as_first_token_does_not_spoil_the_others(neighborhood, implementation, offset):
+    query, key, value = tensors(1, (1, 4, 7, 8), dtype=torch.float32)
+    query[:, :, 0] += offset
+    key[:, :, 0] += offset
+    exact = krause_attention(query.double(), key.double(), value.double(), 1.0, neighborhood, implementation="reference")
+    if implementation in ("auto", "reference", "sdpa"):
+        found = krause_attention(query, key, value, 1.0, neighborhood, implementation=implementation)
+        assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    weights = krause_attention_weights(query, key, 1.0, neighborhood)
+    assert_close(weights.double(), krause_attention_weights(query.double(), key.double(), 1.0, neighborhood), rtol=0, atol=1e-6)
+
+
 @over(("neighborhood", "implementation"), EACH_WAY)
 @over("top_k", [None, 2])
 def test_huge_and_zero_vectors(neighborhood, implementation, top_k):
