@@ -161,7 +161,7 @@ def finished_table(
     "A Markdown table of the rows with a value; the others are named in a sentence below it."
     rows = [tuple(row) for row in rows]
     finished = [row for row in rows if any(cell is not None for cell in row[1:])]
-    missing = ", ".join(str(row[0]) for row in rows if row not in finished)
+    missing = "; ".join(str(row[0]) for row in rows if row not in finished)
     return "\n\n".join([*([markdown_table(head, finished)] if finished else []), *([f"Not finished: {missing}."] if missing else [])])
 
 # %% ../nbs/40_statistics.ipynb #ec9e5dd7

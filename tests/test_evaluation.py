@@ -377,7 +377,7 @@ def test_the_plans_table_names_what_is_not_trained_and_its_commit():
     lines = planned_table(models, plan).splitlines()
     assert lines[2] == "| A − B | 3 (seeds 0, 1, 2) | +5.00 | +5.00 to +5.00 | higher |"
     assert lines[-1] == "A difference counts if big. Fixed before the first run, in commit ababababab."
-    assert lines[3:5] == ["", "Not finished: A − C, A − D."]
+    assert lines[3:5] == ["", "Not finished: A − C; A − D."]
     small = planned_table(models, {**plan, "smallest_difference": 0.06}).splitlines()
     assert small[2].endswith("| below the bar |")
     assert planned_table(models, {**plan, "seeds": [0, 1, 2, 3]}).splitlines()[2].endswith("| unfinished |")
