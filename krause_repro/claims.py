@@ -140,16 +140,16 @@ def _judge_clusters(root):
         f"{_span(ends['krause'])}.",
         "Softmax without truncation at larger β, when the simulation ends (clusters over "
         f"{len(next(iter(untruncated.values())))} starts): "
-        + "; ".join(f"β = {beta:g}: {_span(counts)}" for beta, counts in untruncated.items()) + ".",
+        + "; ".join(f"β = {beta:g}: {_span(counts)}" for beta, counts in untruncated.items())
+        + ". All particles still attend to each other there, so these clusters may merge later.",
     ]
     shown = 9.0 if 9.0 in several else max(several, default=None)
     ours = f"β=1: {_span(ends['krause'])} against {_span(ends['softmax'])}"
-    ours += f"; softmax at β={shown:g}: {_span(several[shown])}" if several else ""
+    ours += f"; softmax at β={shown:g}: {_span(several[shown])}, not final" if several else ""
     return Finding(DOES_NOT_HOLD if not figure else IN_PART if several else HOLDS, ours, tuple(evidence))
 
 CLAIMS["clusters"] = Claim(
-    "Several clusters instead of consensus", lambda: "several clusters, softmax one (Figure 1)", "60_particles", _judge_clusters,
-)
+    "Several clusters instead of consensus", lambda: "several clusters, softmax one (Figure 1)", "60_particles", _judge_clusters)
 
 # %% ../nbs/68_claims.ipynb #3895a78c
 def _published_lead() -> str:
@@ -561,8 +561,8 @@ def _accuracy_finding(root):
         return f"KViT on {_cifar10_so_far(results)}."
     trained = [model for model in results.values() if model]
     rising = sum(is_undertrained(model["curves"]) for model in trained)
-    selection, score = (planned_difference("cifar10", plan, results, first, "kvit_s_local/cifar10" if first == "kvit_s/cifar10" else
-                        "softmax_s_local/cifar10") for first in ("kvit_s/cifar10", "kvit_s_local/cifar10"))
+    pairs = (("kvit_s", "kvit_s_local"), ("kvit_s_local", "softmax_s_local"))
+    selection, score = (planned_difference("cifar10", plan, results, *(f"{name}/cifar10" for name in pair)) for pair in pairs)
     controls = f", minus itself without top-k {_effect(selection)}" if selection else ""
     controls += f"; on its window without top-k, distance minus dot product is {_effect(score)}" if score else ""
     return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{controls}; "

@@ -307,6 +307,8 @@ def sink_models(
     model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     recipes = {(kind, data): get_recipe(f"{kind}_{model}/{data}").at(profile) for data in datasets for kind in FINE_TUNED_LABELS}
     base, branch = (recipes[kind, datasets[0]] for kind in ("lora", "krause"))
+    if profile == "desk":  # the longest fine-tuning
+        recipes["krause", "textbooks"] = get_recipe("krause_smollm2/openstax").at(profile)
     return {"base": ("base model", base), "untrained_branch": ("untrained branch", branch)} | {
         f"{kind}_{data}": (f"{FINE_TUNED_LABELS[kind][0]}, {data}", recipe) for (kind, data), recipe in recipes.items()}
 
