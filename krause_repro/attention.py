@@ -55,6 +55,11 @@ def _check_floating(name, tensor):
         raise UserError(f"{name} must be a floating tensor, float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
+def _check_neighborhood(neighborhood):
+    if not isinstance(neighborhood, Neighborhood):
+        raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
+
+
 def _check_segments(segment_ids, neighborhood, key):
     "Raise an error unless `segment_ids` is None or fits. Only on a CPU does this read the order; elsewhere any change starts a segment."
     if segment_ids is None:
@@ -113,8 +118,7 @@ def _check_attention_arguments(
     segment_ids: Tensor | None = None,  # must be (B, Tk) integers on query's device that do not decrease, or None
 ) -> None:
     "Raise a `ValueError` or `TypeError` that names the first invalid argument and what is allowed."
-    if not isinstance(neighborhood, Neighborhood):
-        raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
+    _check_neighborhood(neighborhood)
     _check_tensors(query, key, value, neighborhood, key_mask)
     neighborhood.check(key.shape[-2])
     _check_segments(segment_ids, neighborhood, key)
@@ -305,8 +309,7 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, learn
     check_choice("score", score, SCORES)
     if sigma_per not in ("head", "layer"):
         raise UserError(f"sigma_per must be 'head' or 'layer', got {sigma_per!r}")
-    if not isinstance(neighborhood, Neighborhood):
-        raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
+    _check_neighborhood(neighborhood)
     top_k = None if top_k is None else check_integer("top_k", top_k, 1)
     dropout = check_fraction("dropout", dropout)
     check_flag("learn_sigma", learn_sigma), check_flag("bias", bias)
@@ -319,8 +322,7 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, learn
 
 def _check_hidden(hidden, dim, segment_ids, neighborhood, proj):
     _check_floating("hidden", hidden)
-    if not isinstance(neighborhood, Neighborhood):
-        raise TypeError(f"neighborhood must be Full(), CausalWindow(...) or GridWindow(...), got {neighborhood!r}")
+    _check_neighborhood(neighborhood)
     kind = hidden.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if type(proj) is nn.Linear and not cast and hidden.dtype != proj.weight.dtype:

@@ -328,6 +328,7 @@ def write_digests(
 
 def damage(
     folder: str | Path,
+    needed: tuple[str, ...] = (),  # files that must be listed
 ) -> str | None:
     "The first difference between a folder's files and its `digests.json`, in words; None if there is none."
     folder = Path(folder)
@@ -337,6 +338,8 @@ def damage(
         return f"{folder / DIGESTS} is missing"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{folder / DIGESTS} is damaged"
+    if missing := [name for name in needed if name not in listed]:
+        return f"{folder / DIGESTS} does not list {missing[0]}"
     for name, (size, sha256) in listed.items():
         path = folder / name
         if not path.is_file():

@@ -167,11 +167,8 @@ def check_finished(
     run: Run,  # finished
 ) -> None:
     "Raise an error that names a missing or damaged file of a finished run."
-    if (run.path / DIGESTS).is_file():  # runs of earlier versions have none
-        listed = read_json(run.path / DIGESTS)
-        if wrong := damage(run.path) or next((f"{run.path / DIGESTS} does not list {name}" for name in task_of(run.recipe).files
-                                              if name not in listed), None):
-            raise UserError(f"{wrong}; {run.remedy}")
+    if (run.path / DIGESTS).is_file() and (wrong := damage(run.path, task_of(run.recipe).files)):  # runs of earlier versions have none
+        raise UserError(f"{wrong}; {run.remedy}")
     check_weights(run)
     for content, name, fields in ((run.summary(), "finished.json", ("seconds", "steps", "chosen_epoch", "threads", "parameters")),
                                   (run.environment(), "environment.json", ("commit", "device", "versions"))):
