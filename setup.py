@@ -26,7 +26,7 @@ setup(
     keywords=settings["keywords"],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["krause_repro", "krause_repro.*"]),
-    package_data={"krause_repro": ["*.json", "csrc/*", "templates/*.j2", "templates/site.*", "templates/interactive/*",
+    package_data={"krause_repro": ["*.json", "csrc/*", "templates/*.j2", "templates/*.css", "templates/*.js", "templates/interactive/*",
                                    "tasks/*.yaml", "tasks/items/*.json"]},
     install_requires=split("requirements"),
     extras_require={"dev": split("dev_requirements"), "eval": split("eval_requirements")},

@@ -157,7 +157,7 @@ def summarise_recipe(
     recipe: str,  # of a plan in results/plans, such as kvit_s/cifar10
     profile: str = "desk",  # smoke, desk or paper
     source: str = None,  # folder with the data, if it is not found automatically
-    items: str = None,  # of a language model from scratch: also score it on the zero-shot suites in this folder, or from the hub
+    items: str = None,  # of a language model: also score it on the zero-shot suites in this folder, or from the hub
     limit: int = None,  # with items: maximum number of items per task, drawn at random
 ) -> None:
     "Evaluate a recipe's finished runs on the test data, and add their seeds to its results."
@@ -166,8 +166,8 @@ def summarise_recipe(
     from krause_repro.ablation import planned_experiment
 
     experiment = planned_experiment(recipe)
-    if items is not None and experiment != "language_models":
-        raise UserError(f"items are for a language model from scratch, such as lm_krause_100m/openstax; got recipe {recipe!r}")
+    if items is not None and experiment not in ("language_models", "textbooks"):
+        raise UserError(f"items are for a language model, such as lm_krause_100m/openstax; got recipe {recipe!r}")
     from krause_repro.evaluation import save_finished
 
     for folder, summary in result_summaries(experiment, items, limit).items():
@@ -187,12 +187,16 @@ def result_summaries(
 
         suites = {} if items is None else {"language_model_tasks": partial(evaluate_zero_shot, items=items, limit=limit)}
         return {**suites, "language_models": evaluate_language_models, "language_model_sinks": evaluate_text_sinks}
+    if experiment == "textbooks":
+        from krause_repro.fine_tuning_evaluation import evaluate_fine_tuning
+        from krause_repro.language_benchmarks import evaluate_fine_tuned_zero_shot
+
+        suites = {} if items is None else {"textbook_tasks": partial(evaluate_fine_tuned_zero_shot, items=items, limit=limit)}
+        return {**suites, "textbooks": evaluate_fine_tuning}
     if experiment == "image_classification":
         from krause_repro.evaluation import evaluate_runs as evaluate
-    elif experiment == "image_generation":
-        from krause_repro.generation_evaluation import evaluate_generators as evaluate
     else:
-        from krause_repro.fine_tuning_evaluation import evaluate_fine_tuning as evaluate
+        from krause_repro.generation_evaluation import evaluate_generators as evaluate
     return {experiment: evaluate}
 
 # %% ../nbs/80_cli.ipynb #1319dfa7

@@ -12,7 +12,7 @@ import random
 import re
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -196,6 +196,87 @@ def read_task_items(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file if file.is_file() else published[0].parent} is not valid JSON: {error}") from error
     return check_items(task, items, file if file.is_file() else published[0])
+
+# %% ../nbs/46_language_tasks.ipynb #9383b64d
+_NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
+
+_LISTS = ("keywords", "forbidden_words")
+
+
+def _argument_problem(name, value):
+    "What is wrong with an argument of an instruction, or None. lm-eval treats 0 and empty values as missing."
+    if name in _LISTS:
+        right, kind = isinstance(value, list) and value and all(isinstance(word, str) for word in value), "a list of strings"
+    elif name.startswith(("num_", "nth_")) or name.endswith("frequency"):
+        right, kind = isinstance(value, int) and not isinstance(value, bool) and value > 0, "an integer ≥ 1"
+    else:
+        right, kind = isinstance(value, str) and value, "a string that is not empty"
+    return None if right else f"argument {name!r} must be {kind}, got {value!r}"
+
+
+def _instruction_problem(kind, given):
+    "What is wrong with the arguments of an instruction, or None."
+    instruction, given = kind("instruction"), {name: value for name, value in given.items() if value is not None}
+    names = instruction.get_instruction_args_keys()
+    if missing := [name for name in names if name not in given]:
+        return f"argument {missing[0]!r} is missing, and lm-eval would draw it at random"
+    if extra := [name for name in given if name not in names]:
+        return f"argument {extra[0]!r} is unknown; allowed: {', '.join(names) or 'none'}"
+    if problem := next(filter(None, (_argument_problem(name, value) for name, value in given.items())), None):
+        return problem
+    try:
+        instruction.build_description(**given)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+# %% ../nbs/46_language_tasks.ipynb #2e6b4bc3
+@contextmanager
+def fixed_draws():
+    "Context with Python's random numbers seeded; the previous state is restored."
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _import_ifeval():
+    "IFEval's instruction classes by name, with seeded language detection. Raises `ImportError` for a missing package."
+    import_lm_eval()
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # the import tries to download punkt_tab and prints
+            import langdetect
+            from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    except ImportError as error:
+        raise MissingPackageError(
+            f"ifeval needs the package {error.name}; leave it out of tasks or run: pip install 'lm-eval[ifeval]'") from error
+    langdetect.DetectorFactory.seed = 0
+    return INSTRUCTION_DICT
+
+# %% ../nbs/46_language_tasks.ipynb #03720af9
+def check_ifeval(
+    items: list[dict],  # of IFEval
+) -> None:
+    "Raise an error that says what to install or fix if IFEval's instructions cannot be checked for these items."
+    known = _import_ifeval()
+    asked = {name for item in items for name in item["instruction_id_list"]}
+    if unknown := sorted(asked - set(known)):
+        raise UserError(f"ifeval: unknown instruction {unknown[0]!r} in 'instruction_id_list'; allowed: {', '.join(known)}")
+    with fixed_draws():
+        for item in items:
+            for name, given in zip(item["instruction_id_list"], item["kwargs"], strict=True):
+                if problem := _instruction_problem(known[name], given):
+                    raise UserError(f"ifeval: item with key {item['key']}, instruction {name!r}: {problem}")
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        if needing := sorted(asked & _NEED_PUNKT):
+            raise FileNotFoundError(f"ifeval: {needing[0]} needs NLTK's punkt_tab, which is in none of {', '.join(nltk.data.path)}; "
+                                    "get it with: python -m nltk.downloader punkt_tab") from error
 
 # %% ../nbs/46_language_tasks.ipynb #2f5287e7
 def hub_answers(

@@ -49,13 +49,14 @@ def expected_results(
     "Names of all results of a profile, sorted by page."
     model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
     scratch = [f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]]
+    fine_tuned = [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else []
     folders = {
         "image_classification": [*(name.partition("/")[0] for name in CLASSIFIER_LABELS[profile]), "nearest_neighbours"],
         "image_generation": [*GENERATOR_LABELS, "baselines"],
         "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
         "image_generation_fashion_mnist": GENERATOR_LABELS if profile == "desk" else [],
-        "textbooks": [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
+        "textbooks": fine_tuned, "textbook_tasks": ["base", *fine_tuned] if fine_tuned else [],
         "language_models": [*scratch, "kneser_ney"], "language_model_sinks": scratch, "language_model_tasks": scratch,
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }

@@ -336,20 +336,22 @@ def copy_frame(
     folder: Path,  # the site's folder
     entries: list[dict[str, str]],  # of `search_entry`
 ) -> None:
-    "Write the style sheet, the script and the search data, and copy the interactive pages with a link back to the index."
+    "Write the style sheet, the scripts and the search data, and copy the interactive pages with a link to the index."
     from pygments.formatters import HtmlFormatter
 
     templates = files("krause_repro").joinpath("templates")
     light, dark = (HtmlFormatter(style=style).get_style_defs(within) for style, within in (
         ("default", ".highlight"), ("github-dark", '[data-theme="dark"] .highlight')))
-    own = {name: templates.joinpath(name).read_text(encoding="utf-8") for name in ("site.css", "site.js")}
-    write_text(folder / "site.css", "\n".join((light, dark, own["site.css"])))
-    write_text(folder / "site.js", own["site.js"])
+    own = {name: templates.joinpath(name).read_text(encoding="utf-8") for name in ("site.css", "site.js", "theme.js")}
+    write_text(folder / "site.css", "\n".join((light, dark, own.pop("site.css"))))
+    for name, text in own.items():
+        write_text(folder / name, text)
     write_text(folder / "search.js", f"const SEARCH = {json.dumps(entries, ensure_ascii=False)};\n")
+    head = '<head>\n<script src=../theme.js></script>'
+    top = '<main>\n<p class="frame"><a href=../index.html>Krause attention, reproduced</a> <button id="theme">Light or dark</button></p>'
     for source in templates.joinpath("interactive").iterdir():
-        text = source.read_text(encoding="utf-8")
-        back = '<main>\n<p><a href=../index.html>Krause attention, reproduced</a></p>'
-        write_text(folder / "interactive" / source.name, text.replace("<main>", back, 1))
+        text = source.read_text(encoding="utf-8").replace("<head>", head, 1).replace("<main>", top, 1)
+        write_text(folder / "interactive" / source.name, text)
 
 
 # %% ../nbs/59_website.ipynb #c93f5b12

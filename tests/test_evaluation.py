@@ -530,8 +530,10 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
     saved.clear()
     for recipe in ("convolution/cifar10", "karm/mnist", "lora_wide_smollm2/openstax"):
         assert cli.main(["summarise", recipe]) == 0
+    assert cli.main(["summarise", "lora_wide_smollm2/openstax", "--items", "hub"]) == 0
     assert [(folder, summary) for folder, *_, summary in saved] == [
-        ("image_classification", "evaluate_runs"), ("image_generation", "evaluate_generators"), ("textbooks", "evaluate_fine_tuning")]
+        ("image_classification", "evaluate_runs"), ("image_generation", "evaluate_generators"), ("textbooks", "evaluate_fine_tuning"),
+        ("textbook_tasks", "evaluate_zero_shot"), ("textbooks", "evaluate_fine_tuning")]
     for arguments, message in (
             (["karm/fashion_mnist"], "recipe must be in a plan of results/plans"), (["karm/minst"], "did you mean karm/mnist?"),
             (["karm/mnist", "--items", "hub"], "items are for a language model"),

@@ -67,7 +67,7 @@ def language_model_files(profile):
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 ON_WINDOW = get_recipe("ablation_softmax_local_top_k_post/fashion_mnist")
-TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "textbooks", "language_model")  # beginnings of files
+TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "textbook", "language_model")  # beginnings of files
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
     "61_image_classification": cifar_files(),
@@ -76,7 +76,8 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     } | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
-    "63_llm_finetuning": fine_tuning_files("desk") | planned_files("textbooks", "textbooks"),
+    "63_llm_finetuning": fine_tuning_files("desk") | planned_files("textbooks", "textbooks")
+        | planned_files("textbook_tasks", "textbooks") | {"textbook_tasks/base": [get_recipe("lora_smollm2/openstax")]},
     "64_language_modelling": language_model_files("desk"),
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},

@@ -36,7 +36,6 @@ from krause_repro.language_benchmarks import (
     evaluate_language,
     language_table,
     macro_f1,
-    swap_labels,
 )
 from krause_repro.language_model import LanguageModel, LanguageModelConfig
 from krause_repro.language_tasks import (
@@ -212,12 +211,6 @@ def test_a_model_of_random_weights_agrees_with_its_own_logits(random_weights, to
         assert result["accuracy"] == pytest.approx(count_scores(result["counts"])["accuracy"], abs=1e-12)
 
 
-def test_labels_of_other_tasks_are_not_swapped(told, tokenizer):
-    result = evaluate_language(told(lambda task, i, item: "A", ("mnli",)), tokenizer, "mnli", "local")["mnli"]
-    with pytest.raises(ValueError, match="result must be of an ANLI task"):
-        swap_labels(result)
-
-
 def test_swapped_labels_deny_a_model_that_is_always_right(told, tokenizer):
     rounds = ("anli_r1", "anli_r2", "anli_r3")
     perfect = told(lambda task, i, item: right_answer(task, item), (*rounds, "mnli"))
@@ -227,22 +220,6 @@ def test_swapped_labels_deny_a_model_that_is_always_right(told, tokenizer):
         assert (correct[task]["accuracy"], correct[task]["macro_f1"]) == (1.0, 1.0)
         assert swapped[task]["accuracy"] == swapped[task]["macro_f1"] == pytest.approx(1 / 3)  # entailment is right, all else wrong
     assert swapped["mnli"] == correct["mnli"]
-
-
-def test_swapping_labels_afterwards_is_asking_again(told, tokenizer):
-    answers = told(lambda task, i, item: "ABCCB"[i % 5], ("anli_r2",))
-    correct, swapped = (evaluate_language(answers, tokenizer, "anli_r2", "local", limit=7, anli_labels=labels)["anli_r2"]
-                        for labels in ("correct", "swapped"))
-    again = swap_labels(correct)
-    assert again["counts"] == swapped["counts"] != correct["counts"]
-    assert [result["anli_labels"] for result in (correct, swapped, again)] == ["correct", "swapped", "swapped"]
-    assert again["constant"] == swapped["constant"]
-    for key in ("accuracy", "accuracy_stderr", "macro_f1"):
-        assert again[key] == pytest.approx(swapped[key], abs=1e-12)
-        assert again[key] != pytest.approx(correct[key], abs=1e-3)
-    assert swap_labels(again)["counts"] == correct["counts"]
-    with pytest.raises(ValueError, match="answers A, B and C"):
-        swap_labels({**correct, "answers": ["A", "B"]})
 
 
 def test_constant_answers_score_what_scikit_learn_says(random_weights):
@@ -470,7 +447,7 @@ def test_logits_that_are_infinite_choose_nothing():
 @over("call", [
     lambda: count_scores([[0, 0], [0, 0]]), lambda: count_scores([[math.nan, 1], [0, 1]]), lambda: count_scores([[-1, 3], [0, 1]]),
     lambda: macro_f1([]), lambda: chance_scores([], []), lambda: constant_scores([0, 0]), lambda: language_table({}),
-    lambda: language_table({"none": {}}), lambda: swap_labels({}), lambda: choice_accuracy(None, None, []),
+    lambda: language_table({"none": {}}), lambda: choice_accuracy(None, None, []),
     lambda: choice_baselines([], [{"inputs": "(A) (B)", "answer": "A"}]), lambda: choice_baselines([{"answer": "A"}], []),
 ])
 def test_nothing_is_scored_of_nothing(call):

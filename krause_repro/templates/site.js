@@ -1,10 +1,5 @@
 "use strict";
 (() => {
-  const root = document.documentElement;
-  let kept = null;
-  try { kept = localStorage.getItem("theme"); } catch { /* a browser may refuse storage to files */ }
-  root.dataset.theme = kept || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-
   function entry(list, text, href) {
     const item = document.createElement("li"), link = document.createElement("a");
     link.textContent = text;
@@ -14,10 +9,6 @@
   }
 
   addEventListener("DOMContentLoaded", () => {
-    document.getElementById("theme").addEventListener("click", () => {
-      root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
-      try { localStorage.setItem("theme", root.dataset.theme); } catch { /* kept for this page only */ }
-    });
     document.getElementById("pages").open = innerWidth > 900;
     const current = document.querySelector("[aria-current]"), sidebar = document.querySelector(".sidebar");
     if (current && innerWidth > 900) sidebar.scrollTop = current.offsetTop - innerHeight / 2;
