@@ -17,7 +17,7 @@ from .generation_recipes import GENERATORS, ImageGenerationRecipe
 from .image_transformer import ImageTransformer, image_cache
 from .recipes import GENERATION_SPEED, GenerationCase, GenerationSpeedRecipe, get_recipe
 from .statistics import markdown_table
-from .timing import compare, in_turns, interleave, quartiles, summarise_times
+from .timing import adamw_step, compare, in_turns, interleave, quartiles, summarise_times
 
 # %% ../nbs/52_bench_generation.ipynb #908538cb
 def _decoder(recipe, case):
@@ -83,15 +83,8 @@ def generator_step(
     "A function that runs one training step on fixed random tokens."
     torch.manual_seed(0)
     model = ImageTransformer(recipe.config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     tokens = torch.randint(recipe.levels, (batch, length))
-
-    def step():
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return adamw_step(lambda: model(tokens, labels=tokens).loss, model.parameters(), recipe.lr, recipe.weight_decay)
 
 # %% ../nbs/52_bench_generation.ipynb #589110c2
 def bench_generation(

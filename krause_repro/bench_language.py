@@ -27,7 +27,7 @@ from .packaged_data import smollm2_folder
 from .recipes import LANGUAGE_GOALS, LANGUAGE_SPEED, TEXT_GOALS, TEXT_SPEED, LanguageSpeedRecipe, TextSpeedRecipe, get_recipe
 from .ring_cache import CACHE_NAME, cache_bytes
 from .statistics import markdown_table
-from .timing import compare, interleave, resident_bytes
+from .timing import adamw_step, compare, interleave, resident_bytes
 
 # %% ../nbs/53_bench_language.ipynb #d2725228
 def benchmark_language_model(
@@ -89,17 +89,13 @@ def lora_step(
     "A function that runs one LoRA training step on fixed random tokens."
     torch.manual_seed(0)
     model = get_peft_model(model, lora_config(model)).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
+    trained = (p for p in model.parameters() if p.requires_grad)
     tokens = torch.randint(model.config.vocab_size, (recipe.step.batch, recipe.step.context))
 
-    def step():
-        model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss():
+        return model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens, use_cache=False).loss
 
-    return step
+    return adamw_step(loss, trained, recipe.lr, recipe.weight_decay, recipe.max_grad_norm)
 
 # %% ../nbs/53_bench_language.ipynb #8a31a797
 def resident_growth(
@@ -219,14 +215,7 @@ def text_step(
 ) -> Callable[[], None]:
     "A function that runs one training step on fixed random tokens."
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4)
-
-    def step():
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return adamw_step(lambda: model(tokens, labels=tokens).loss, model.train().parameters(), 1e-4)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from .checks import UserError, check_integer
 from .image_data import load_splits
 from .image_recipes import ImageClassificationRecipe
 from .recipes import COST, CostRecipe, get_recipe
-from .timing import compare, in_turns
+from .timing import adamw_step, compare, in_turns
 from .training import build_trainer
 from .vision_transformer import VisionTransformer
 
@@ -54,16 +54,8 @@ def training_step(
     "A function that runs one training step on a fixed random batch."
     model, pixels = _model_and_batch(recipe, images)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     labels = torch.randint(recipe.classes, (images,))
-
-    def step():
-        model(pixels, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return adamw_step(lambda: model(pixels, labels=labels).loss, model.parameters(), recipe.lr, recipe.weight_decay, recipe.max_grad_norm)
 
 # %% ../nbs/51_bench_models.ipynb #a8ce28f4
 IMAGE_PASSES = {"forward": forward_pass, "training step": training_step}

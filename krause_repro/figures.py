@@ -262,6 +262,7 @@ def plot_by_layer(
     start: str,  # format of the label of an initial value
     dashes: str | tuple,  # line style of initial values
     over: str,  # what the standard deviation is over, such as "3 seeds"
+    bounds: tuple[float, float] = (-np.inf, np.inf),  # of the quantity: a band beyond them would mean nothing
 ) -> Figure:
     "Mean and standard deviation per layer, with horizontal lines at the initial values."
     layers, series = require_fields(data, "data", "layers", "series")
@@ -270,7 +271,8 @@ def plot_by_layer(
         draw_curve(axes[0, 0], layers, series[i], f"data['series'][{i}]", style, marker="o", markersize=5)
     for initial in sorted({initial for (initial,) in require_each(series, "data['series']", "initial")}):
         axes[0, 0].axhline(initial, color=COLOURS["neutral"], linestyle=dashes, linewidth=1.2, label=start.format(initial))
-    axes[0, 0].set(xlabel="layer", ylabel=ylabel)
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set(xlabel="layer", ylabel=ylabel, ylim=(max(low, bounds[0]), min(high, bounds[1])))
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(min(len(layers), 10), integer=True))
     spread = f"mean, and band of one standard deviation, over {over}"
     if len(series) > 1:  # lines of one colour, which only their dashes tell apart

@@ -9,7 +9,7 @@ __all__ = ['frechet_distance']
 import torch
 from torch import Tensor, nn
 
-from .checks import MissingPackageError, UserError, check_integer
+from .checks import UserError, check_integer
 from .sampling import evaluating
 
 # %% ../nbs/41_frechet.ipynb #744c051f
@@ -48,33 +48,3 @@ def class_features(
     finally:
         hook.remove()
     return torch.cat(found)
-
-# %% ../nbs/41_frechet.ipynb #644f46c3
-def fidelity_fid(
-    first: Tensor,  # (N, C, H, W) uint8, C of 1 or 3
-    second: Tensor,  # (M, C, H, W) uint8
-) -> float:
-    "FID by torch-fidelity, which downloads the weights of its network. Raises `MissingPackageError` without it."
-    for name, images in (("first", first), ("second", second)):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) < 2:
-            raise UserError(f"{name} must be uint8 of shape (N, 1 or 3, H, W), N ≥ 2, got {images.dtype} {tuple(images.shape)}")
-    try:
-        from torch_fidelity import calculate_metrics
-    except ImportError as error:
-        raise MissingPackageError("FID needs torch-fidelity, which is not installed; get it with: pip install torch-fidelity") from error
-    colour = [list(x.expand(-1, 3, -1, -1)) for x in (first, second)]
-    return calculate_metrics(input1=_Images(colour[0]), input2=_Images(colour[1]), fid=True, cuda=torch.cuda.is_available(),
-                             verbose=False)["frechet_inception_distance"]
-
-
-class _Images(torch.utils.data.Dataset):
-    "A list of images as a data set for torch-fidelity."
-
-    def __init__(self, images: list[Tensor]):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]

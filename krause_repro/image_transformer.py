@@ -20,7 +20,7 @@ from .checks import UserError, check_choice, check_flag, check_fraction, check_i
 from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
-from .ring_cache import CACHE_NAME, RingCache, RingLayer, ring_positions, take_cache
+from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, ring_positions, take_cache
 from .transformers_attention import ensure
 
 # %% ../nbs/13_image_transformer.ipynb #fa95dba1
@@ -403,21 +403,9 @@ def check_cache(
     batch: int,  # batch size of the call
 ) -> None:
     "Raise a `ValueError` if a cache is not from `image_cache(config)` or was filled with another batch."
-    kind, count = CACHE_LAYERS[config.attention], config.num_hidden_layers
-    if len(cache.layers) != count or any(type(layer) is not kind for layer in cache.layers):
-        raise UserError(
-            f"past_key_values must be image_cache(model.config), {count} of {kind.__name__}, "
-            f"got {len(cache.layers)} of {', '.join(sorted({type(layer).__name__ for layer in cache.layers})) or 'nothing'}"
-        )
-    first, heads = cache.layers[0], config.num_attention_heads
-    for name, size in (("window", config.krause_window), ("length", config.positions)):
-        if getattr(first, name, size) != size:
-            raise UserError(f"past_key_values must be image_cache(model.config), of {name} {size}, got {name} {getattr(first, name)}")
-    wanted = batch, heads, config.hidden_size // heads
-    held = (*first.keys.shape[:2], first.keys.shape[-1]) if first.is_initialized else wanted
-    if held != wanted:
-        told = "past_key_values must hold {} images of {} heads of dimension {}".format(*wanted)
-        raise UserError(f"{told}, got {held[0]}, {held[1]} and {held[2]}; a cache serves one batch of one model")
+    sizes = {"krause": {"window": config.krause_window}, "softmax": {"length": config.positions}, "linear": {}}[config.attention]
+    shape = batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    check_layers(cache, "image_cache(model.config)", CACHE_LAYERS[config.attention], config.num_hidden_layers, shape, **sizes)
 
 # %% ../nbs/13_image_transformer.ipynb #4aae2477
 @torch.no_grad()

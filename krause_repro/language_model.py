@@ -24,7 +24,7 @@ from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, 
 from .model_base import CheckedConfig, CheckedModel, named_arguments
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
-from .ring_cache import CACHE_NAME, RingCache, RingLayer, take_cache
+from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, take_cache
 from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
@@ -307,17 +307,10 @@ def check_language_cache(
     batch: int,  # sequences of the call
 ) -> None:
     "Raise a `ValueError` if a cache is not from `language_cache(config)` or was filled with another batch."
-    kind, name = (RingLayer, "window") if config.mixer in WINDOWED else (PreallocatedLayer, "length")
-    size, count = config.attention_window if kind is RingLayer else config.positions, config.num_hidden_layers
-    wanted = f"past_key_values must be language_cache(model.config), {count} of {kind.__name__} of {name} {size}"
-    layers = cache.layers if isinstance(cache, Cache) else []
-    if len(layers) != count or not all(isinstance(layer, kind) and getattr(layer, name) == size for layer in layers):
-        raise UserError(f"{wanted}, got {len(layers)} of {', '.join(sorted({type(layer).__name__ for layer in layers})) or 'nothing'}")
-    first = layers[0]
-    shape = (batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads)
-    if first.is_initialized and (held := (*first.keys.shape[:2], first.keys.shape[3])) != shape:
-        raise UserError(f"past_key_values must hold {shape[0]} sequences of {shape[1]} heads of dimension {shape[2]}, got {held}; "
-                        "a cache serves one batch of one model")
+    ring = config.mixer in WINDOWED
+    kind, sizes = (RingLayer, {"window": config.attention_window}) if ring else (PreallocatedLayer, {"length": config.positions})
+    shape = batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    check_layers(cache, "language_cache(model.config)", kind, config.num_hidden_layers, shape, **sizes)
 
 # %% ../nbs/19_language_model.ipynb #f786d9dc
 INDICES = (torch.int32, torch.int64)

@@ -108,6 +108,10 @@ RECIPE_ROWS = {  # by table and row: the recipe whose result stands beside it; T
 MEASURED = {"accuracy": ("test_accuracy", 100, 2), "bits_per_dim": ("bits_per_dim", 1, 4)}  # by column: field, scale, decimals
 COUNTED_COLUMNS = ("parameters", "gflops_as_published")
 
+
+HEADS = {"gflops_as_published": "GFLOPs", "bits_per_dim": "bits per dimension", "images_per_second": "images per second",
+         "mean": "mean attention on token 0"}  # by column of a published table
+
 # %% ../nbs/70_report.ipynb #3653b5e2
 def our_results(
     profile: str,  # "smoke", "desk" or "paper"
@@ -261,12 +265,13 @@ def report_table(
     "A published table, with our column beside each of its columns for which we have a number."
     table, columns = published_tables()[name], []
     for place, title in enumerate(table["columns"]):
-        columns.append((title if place == 0 else f"{title}, paper", [format_published(row[place]) for row in table["rows"]]))
+        head = HEADS.get(title, title)
+        columns.append((head if place == 0 else f"{head}, paper", [format_published(row[place]) for row in table["rows"]]))
         measured = [our_cell(name, row, title, results, profile) for row in table["rows"]] if place else []
         counted = [counted_cell(name, row, title) for row in table["rows"]] if place else []
-        for head, cells in ((f"{title}, ours ({profile})", measured), (f"{title}, counted at the paper's size", counted)):
+        for ours, cells in ((f"{head}, ours ({profile})", measured), (f"{head}, counted at the paper's size", counted)):
             if any(cells):
-                columns.append((head, cells))
+                columns.append((ours, cells))
     note = f"\n\n*{table['note']}*" if table["note"] else ""
     return (markdown_table([head for head, _ in columns], zip(*(cells for _, cells in columns), strict=True))
             + f"\n\nSource of the paper's numbers: {table['source']}.{note}")

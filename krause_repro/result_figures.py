@@ -67,12 +67,18 @@ def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, 
 def plot_accuracy(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "metric", "chance" or None}; in 0..1
 ) -> Figure:
-    "Every seed as a circle, the mean as a dot with a bar of one standard deviation, in percent."
+    "Every seed as a circle, the mean as a dot with a bar of one standard deviation, in percent. An arrow: a baseline far below."
     rows, metric, chance = require_fields(data, "data", "rows", "metric", "chance")
     labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.1 + 0.42 * len(rows))
     ax = axes[0, 0]
-    low, high = _seen_range([x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]")])
+    seen = [_seeds_row(ax, i, row, f"data['rows'][{i}]") for i, row in enumerate(rows)]
+    models = [x for row, values in zip(rows, seen, strict=True) if row["kind"] != "neutral" for x in values]
+    least = 2 * min(models) - max(models) - 1 if models else 0  # baselines below do not squeeze the models
+    low, high = _seen_range([x for values in seen for x in values if x >= least])
+    for i, values in enumerate(seen):
+        if max(values) < low:
+            ax.plot(low, i, "<", color=COLOURS["neutral"], markersize=9, clip_on=False)
     by_chance = "" if chance is None else f"; chance is {100 * chance:g}"
     ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.6), xlabel=f"{metric} (%), shown from {low:g} to {high:g}{by_chance}",
            ylabel="model", yticks=range(len(rows)), yticklabels=labels)
@@ -446,7 +452,8 @@ def plot_gate(
     data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "over": such as "3 seeds"}
 ) -> Figure:
     "Weight of the softmax branch by layer: mean and standard deviation, the initial value dotted. The axis shows the range of the data."
-    return plot_by_layer(data, "weight of the softmax branch", "at the start: {:g}", (0, (1, 1.5)), require_fields(data, "data", "over")[0])
+    over = require_fields(data, "data", "over")[0]
+    return plot_by_layer(data, "weight of the softmax branch", "at the start: {:g}", (0, (1, 1.5)), over, (0, 1))
 
 # %% ../nbs/57_result_figures.ipynb #53ff9828
 @house_style()

@@ -314,6 +314,30 @@ def take_cache(
     new, old = (arguments.pop(name, None) for name in CACHE_NAMES)
     return old if new is None else new
 
+# %% ../nbs/07_ring_cache.ipynb #4f90a1c7
+def check_layers(
+    cache: Cache,
+    maker: str,  # the call that makes the right cache, for the message
+    kind: type,  # of its layers
+    count: int,  # of them
+    shape: tuple[int, int, int],  # sequences, heads and head dimension of the call
+    **sizes: int,  # attributes of a layer, such as its window
+) -> None:
+    "Raise a `ValueError` if a cache has other layers than those that a model needs, or was filled with another batch."
+    def told(layer):
+        return type(layer).__name__ + "".join(f" of {name} {getattr(layer, name)}" for name in sizes if hasattr(layer, name))
+
+    layers = cache.layers if isinstance(cache, Cache) else []
+    fits = all(isinstance(layer, kind) and all(getattr(layer, name) == size for name, size in sizes.items()) for layer in layers)
+    if len(layers) != count or not fits:
+        wanted = kind.__name__ + "".join(f" of {name} {size}" for name, size in sizes.items())
+        raise UserError(f"past_key_values must be {maker}, {count} of {wanted}, "
+                        f"got {len(layers)} of {', '.join(sorted(set(map(told, layers)))) or 'nothing'}")
+    keys = layers[0].keys
+    if layers[0].is_initialized and (held := (*keys.shape[:2], keys.shape[-1])) != shape:
+        raise UserError("past_key_values must hold {} sequences of {} heads of dimension {}, ".format(*shape)
+                        + "got {}, {} and {}; a cache serves one batch of one model".format(*held))
+
 # %% ../nbs/07_ring_cache.ipynb #dc3e901d
 def cache_bytes(
     cache: Cache,  # of `transformers`

@@ -9,7 +9,7 @@ __all__ = ['compare']
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -100,6 +100,27 @@ def compare_in_pairs(
     pooled = [seconds for pair in pairs for seconds in pair[baseline]]
     others = [row for pair in pairs for row in compare(pair, baseline) if row["name"] != baseline]
     return compare({baseline: pooled}, baseline) + others
+
+# %% ../nbs/38_timing.ipynb #8e15c0b3
+def adamw_step(
+    loss: Callable[[], Tensor],  # of a model on fixed inputs
+    parameters: Iterable[torch.nn.Parameter],  # trained
+    lr: float,  # learning rate
+    weight_decay: float = 0.01,  # of AdamW
+    max_grad_norm: float | None = None,  # None: gradients are not clipped
+) -> Callable[[], None]:
+    "A function that runs one training step."
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
+
+    def step():
+        loss().backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 # %% ../nbs/38_timing.ipynb #29314d79
 def resident_bytes(

@@ -70,13 +70,16 @@ def folded(
 def plain_notebook(
     notebook: dict,  # JSON of a notebook
 ) -> dict:
-    "The notebook without attachments, metadata, hidden cells and the name of its module."
+    "The notebook without attachments, metadata, hidden cells and the name of its module, and with one cell of parameters."
     cells = []
     for cell in notebook["cells"]:
         directive = re.search(r"^#\| *(hide|default_exp)\b", "".join(cell["source"]), re.MULTILINE)
         if cell["cell_type"] == "code" and directive:
             continue
         kept = {key: cell[key] for key in ("cell_type", "source", "outputs", "execution_count") if key in cell} | {"metadata": {}}
+        if "injected-parameters" in cell.get("metadata", {}).get("tags", ()):  # papermill's copy, right after the page's own
+            cells.pop()
+            kept["source"] = "".join(cell["source"]).replace("# Parameters\n", "")
         if "outputs" in kept:
             kept["outputs"] = [{**each, "metadata": {}} if "metadata" in each else each for each in kept["outputs"]]
         cells.append(kept)

@@ -211,6 +211,10 @@ def test_one_seed_has_no_spread_and_a_gap_stays_a_gap():
     accuracy = draw("plot_accuracy").axes[0]
     assert [text.get_text() for text in accuracy.texts] == ["81.00 ± 1.40", "70.00"]
     assert accuracy.get_xlabel() == "test accuracy (%), shown from 68 to 84; chance is 10"
+    linear = {**NAMED, "kind": "neutral", "values": [0.4], "mean": 0.4, "sd": None}  # an arrow at the axis, its number beside it
+    far = result_figures.plot_accuracy({**EXAMPLES["plot_accuracy"], "rows": [*EXAMPLES["plot_accuracy"]["rows"], linear]}).axes[0]
+    assert far.get_xlim() == accuracy.get_xlim() and [text.get_text() for text in far.texts][-1] == "40.00"
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in far.lines if line.get_marker() == "<"] == [(68, 2)]
     _, gap = (line.get_ydata() for line in draw("plot_training_curves").axes[0].lines)
     np.testing.assert_array_equal(np.isnan(gap), [False, True, False])
 
@@ -305,6 +309,8 @@ def test_fine_tuning_has_labelled_curves_and_paired_differences():
 
 def test_a_gate_shows_its_range_and_says_where_it_started():
     assert draw("plot_gate").axes[0].get_ylim()[0] > 0
+    wide = {**EXAMPLES["plot_gate"]["series"][0], "mean": [0.9, 0.8, 0.1], "sd": [0.3, 0.1, 0.3]}
+    assert result_figures.plot_gate({**EXAMPLES["plot_gate"], "series": [wide]}).axes[0].get_ylim() == (0, 1)
     assert [text.get_text() for text in draw("plot_gate").axes[0].texts] == ["KViT", "at the start: 0.8"]
     two = EXAMPLES["plot_gate"]["series"] * 2
     assert legend(figures.plot_sigma({"layers": [1, 2, 3], "seeds": 2, "series": [{**s, "label": str(i)} for i, s in enumerate(two)]})) == (

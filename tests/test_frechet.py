@@ -1,6 +1,4 @@
-"""The Fréchet distance is the formula's, features are what the last layer sees, and FID says what it needs."""
-
-import sys
+"""The Fréchet distance is the formula's, and features are what the last layer sees."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from krause_repro.frechet import class_features, fidelity_fid, frechet_distance
+from krause_repro.frechet import class_features, frechet_distance
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
 
@@ -55,30 +53,3 @@ def test_features_are_what_the_last_layer_sees(model):
     assert model.training and not model.head._forward_pre_hooks
     with torch.no_grad():
         torch.testing.assert_close(model.head(features), model.eval()(pixels).logits)
-
-
-def test_fid_says_what_it_needs(monkeypatch):
-    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match="pip install torch-fidelity"):
-        fidelity_fid(images, images)
-    for wrong in (images.float(), images[:1], images.expand(-1, 2, -1, -1), images[0]):
-        with pytest.raises(ValueError, match="first must be uint8"):
-            fidelity_fid(wrong, images)
-
-
-def test_fid_hands_over_colour_images(monkeypatch):
-    "What torch-fidelity is given; its own number needs weights from the network."
-    seen = {}
-
-    class Module:
-        @staticmethod
-        def calculate_metrics(input1, input2, **options):
-            seen.update(first=[input1[i] for i in range(len(input1))], second=len(input2), **options)
-            return {"frechet_inception_distance": 1.5}
-
-    monkeypatch.setitem(sys.modules, "torch_fidelity", Module)
-    images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
-    assert fidelity_fid(images, images[:2]) == 1.5
-    assert seen["second"] == 2 and seen["fid"] and all(x.shape == (3, 8, 8) and x.dtype == torch.uint8 for x in seen["first"])
-    assert torch.equal(seen["first"][1][2], images[1, 0])

@@ -378,8 +378,8 @@ def test_a_cache_of_another_model_is_refused(attention, cache):
 
 
 @pytest.mark.parametrize(("attention", "settings", "message"), [
-    ("krause", {"attention_window": 5}, "of window 6, got window 5"),
-    ("softmax", {"image_shape": (4, 4, 1)}, "of length 20, got length 16"),
+    ("krause", {"attention_window": 5}, "of window 6, got 2 of RingLayer of window 5"),
+    ("softmax", {"image_shape": (4, 4, 1)}, "of length 20, got 2 of PreallocatedLayer of length 16"),
 ])
 def test_a_cache_of_another_size_is_refused(attention, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -391,7 +391,7 @@ def test_a_cache_goes_on_with_its_own_images_only(attention):
     model, cache = small(attention), image_cache(small(attention).config)
     with torch.no_grad():
         model(tokens(), past_key_values=cache)
-        with pytest.raises(ValueError, match="past_key_values must hold 2 images of 2 heads of dimension 8"):
+        with pytest.raises(ValueError, match="past_key_values must hold 2 sequences of 2 heads of dimension 8"):
             model(tokens(2, 1), past_key_values=cache)
         cache = image_cache(model.config)
         small(attention, num_attention_heads=4)(tokens(length=3), past_key_values=cache)

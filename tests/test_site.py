@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import pytest
 
 from krause_repro import website
@@ -87,6 +88,14 @@ def test_the_index_opens_on_the_findings_of_the_readme(folder):
         assert f"<strong>{finding}.</strong>" in text
     assert text.index('id="Findings"') < text.index('id="Claims"') < text.index('id="notebooks"')
     assert len(text) < 300_000
+
+
+def test_a_page_shows_the_parameters_it_was_executed_with(tmp_path):
+    copied = {"tags": ["injected-parameters"]}
+    cells = [nbformat.v4.new_code_cell('profile = "desk"', metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell('# Parameters\nprofile = "smoke"\n', metadata=copied)]
+    shown = website.page_cells(nbformat.v4.new_notebook(cells=cells), tmp_path / "60_page.ipynb", tmp_path)
+    assert len(shown) == 1 and "smoke" in shown[0]["html"] and "desk" not in shown[0]["html"] and "# Parameters" not in shown[0]["html"]
 
 
 def test_the_reference_says_what_a_parameter_means():
