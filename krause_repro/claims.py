@@ -25,8 +25,8 @@ from krause_repro.statistics import (
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
-HOLDS, IN_PART, DOES_NOT_HOLD = "holds", "holds in part", "does not hold"
-NOT_SHOWN, NOT_YET = "not shown", "not yet tested here"
+VERDICTS = HOLDS, IN_PART, DOES_NOT_HOLD, NOT_SHOWN, NOT_YET = (
+    "holds", "holds in part", "does not hold", "not shown", "not yet tested here")
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,7 @@ def _judge_parts(root):
     told = {part: outcome(row, "helps", "harms") for part, row in effects.items()}
     helped = [part for part, word in told.items() if word == "helps"]
     evidence = [f"{part} ({PARTS[part]}, averaged over {row['settings']} settings): {_effect(row)} points, "
-                f"{plural(row['n'], 'seed')}: {told[part]}."
-                for part, row in effects.items()]
+                f"{plural(row['n'], 'seed')}: {told[part]}." for part, row in effects.items()]
     for support, words in (("local_top_k", "window and top-k"), ("local", "window, without top-k")):
         control = _control(results, support)
         evidence.append(f"KViT − softmax on the same {words}: {_effect(control)} points: {outcome(control, 'higher', 'lower')}.")
@@ -550,9 +549,9 @@ def claims_table(
     rows = [(claim.title, claim.paper(), found[name].ours, f"**{found[name].verdict}**", f"[{claim.page[:2]}]({pages}{claim.page}.ipynb)")
             for name, claim in CLAIMS.items()]
     verdicts = [each.verdict for each in found.values()]
-    kinds = [kind for kind in (HOLDS, IN_PART, DOES_NOT_HOLD, NOT_SHOWN, NOT_YET) if kind in verdicts]
+    counts = ", ".join(f"{kind} {verdicts.count(kind)}" for kind in VERDICTS if kind in verdicts)
     table = markdown_table(("claim", "paper", "ours, desk size", "verdict", "notebook"), rows)
-    return f"Verdicts on the {len(rows)} claims: {', '.join(f'{kind} {verdicts.count(kind)}' for kind in kinds)}.\n\n{table}"
+    return f"Verdicts on the {len(rows)} claims: {counts}.\n\n{table}"
 
 # %% ../nbs/68_claims.ipynb #d903ae62
 def _accuracy_finding(root):

@@ -17,7 +17,7 @@ from krause_repro.ablation import (
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
-from .claims import claims_table, findings
+from .claims import CLAIMS, VERDICTS, claims_table, findings
 from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, planned_table, read_plan, trained_table
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, MIXER_LABELS, TEXT_BITS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table,
@@ -452,7 +452,16 @@ def _times(epochs):
     return "one epoch" if epochs == 1 else f"{epochs:g} epochs"
 
 
-README_BLOCKS = {"findings": findings, "claims": lambda root=None: claims_table(root, "nbs/")}
+def claims_by_verdict(
+    root: Path | None = None,  # the project's folder
+) -> str:  # Markdown, one paragraph
+    "The titles of the twelve claims, sorted by verdict."
+    found = {claim.title: claim.judge(root).verdict for claim in CLAIMS.values()}
+    titles = {kind: [title for title, verdict in found.items() if verdict == kind] for kind in VERDICTS}
+    return " ".join(f"**{kind.capitalize()}**: {'; '.join(named)}." for kind, named in titles.items() if named)
+
+
+README_BLOCKS = {"verdicts": claims_by_verdict, "findings": findings, "claims": lambda root=None: claims_table(root, "nbs/")}
 RESULT_SECTIONS = {
     "Image classification": classification_section, "Ablation": ablation_section, "Image generation": generation_section,
     "Fine-tuning of a language model": fine_tuning_section, "Language models from scratch": language_section,

@@ -193,7 +193,7 @@ def test_update_readme_replaces_the_blocks_and_writes_the_results(committed, roo
     readme, tables = committed / "README.md", committed / "RESULTS.md"
     update_readme(committed)
     text, page = readme.read_text(encoding="utf-8"), tables.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{block_marks('findings')[0]}\n") and text.endswith(f"{block_marks('claims')[1]}\nbetween")
+    assert text.startswith(f"before\n{block_marks('verdicts')[0]}\n") and text.endswith(f"{block_marks('claims')[1]}\nbetween")
     assert "\nold\n" not in text and text.count("between") == len(README_BLOCKS)
     assert "55.00 ± 7.07" in page and re.findall("^## (.*)", page, re.MULTILINE) == list(RESULT_SECTIONS)
     assert "| 1 × 2 × 8 | 3,072 | 256 | — | 0.12 | 0.46 | — | — |" in page and "KViT processes 1.25 times as many images per second" in page
