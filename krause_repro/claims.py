@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.special import stdtrit
-
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
 from .bench_attention import scaling_series
 from .drawing import plural
@@ -21,7 +19,8 @@ from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_models, sink_verdict, window_effect
 from krause_repro.statistics import (
-    corrected_difference, decimals, is_shown, markdown_table, outcome, paired_difference, percent, signed_interval,
+    corrected_difference, decimals, is_shown, markdown_table, outcome, paired_difference, percent, signed_interval, span,
+    unpaired_difference,
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
@@ -81,12 +80,6 @@ def _of_pairs(verdicts: list[str]) -> str:
     return IN_PART if HOLDS in verdicts else DOES_NOT_HOLD if DOES_NOT_HOLD in verdicts else NOT_SHOWN
 
 # %% ../nbs/68_claims.ipynb #35026648
-def _span(values, digits: int = 0, to: str = "–") -> str:
-    "The range of numbers, or the number if there is only one."
-    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return low if low == high else f"{low}{to}{high}"
-
-
 def _effect(difference: dict, scale: float = 100, digits: int = 2) -> str:
     "Mean and interval of a difference."
     return f"{scale * difference['mean']:+.{digits}f} ({signed_interval(difference['interval'], scale, digits)})"
@@ -135,17 +128,17 @@ def _judge_clusters(root):
     several = {beta: counts for beta, counts in untruncated.items() if min(counts) > 1}
     starts = next(iter(result["surfaces"].values()))["starts"]
     evidence = [
-        f"At β = 1, {starts:g} starts on the circle and {starts:g} on the sphere: softmax ends in {_span(ends['softmax'])} cluster, the "
-        f"Gaussian score without truncation in {_span(ends['krause_full'])}, Krause dynamics with a radius or top-k in "
-        f"{_span(ends['krause'])}.",
+        f"At β = 1, {starts:g} starts on the circle and {starts:g} on the sphere: softmax ends in {span(ends['softmax'])} cluster, the "
+        f"Gaussian score without truncation in {span(ends['krause_full'])}, Krause dynamics with a radius or top-k in "
+        f"{span(ends['krause'])}.",
         "Softmax without truncation at larger β, when the simulation ends (clusters over "
         f"{len(next(iter(untruncated.values())))} starts): "
-        + "; ".join(f"β = {beta:g}: {_span(counts)}" for beta, counts in untruncated.items())
+        + "; ".join(f"β = {beta:g}: {span(counts)}" for beta, counts in untruncated.items())
         + ". All particles still attend to each other there, so these clusters may merge later.",
     ]
     shown = 9.0 if 9.0 in several else max(several, default=None)
-    ours = f"β=1: {_span(ends['krause'])} against {_span(ends['softmax'])}"
-    ours += f"; softmax at β={shown:g}: {_span(several[shown])}, not final" if several else ""
+    ours = f"β=1: {span(ends['krause'])} clusters against {span(ends['softmax'])}"
+    ours += f"; softmax at β={shown:g}: {span(several[shown])}, not final" if several else ""
     return Finding(DOES_NOT_HOLD if not figure else IN_PART if several else HOLDS, ours, tuple(evidence))
 
 CLAIMS["clusters"] = Claim(
@@ -158,7 +151,7 @@ def _published_lead() -> str:
         accuracy = {row[0]: row[1] for row in published_tables()[table]["rows"]}
         leads += [value - accuracy[model.replace("KViT", "ViT")] for model, value in accuracy.items() if model.startswith("KViT")]
     ahead = [lead for lead in leads if lead > 0]
-    return f"ahead in {len(ahead)} of {len(leads)} pairs, by {_span(ahead, 1, ' to ')} points"
+    return f"ahead in {len(ahead)} of {len(leads)} pairs, by {span(ahead, 1, ' to ')} points"
 
 
 def _on_cifar10(root):
@@ -259,15 +252,16 @@ def _judge_flops(root):
     evidence = (
         f"All {len(krause)} pairs of Tables 1–3 at the paper's sizes: a dense KViT and its ViT have "
         f"{'the same number' if equal else 'different numbers'} of multiply-accumulates.",
-        f"Counting only KViT's candidates saves {_span(savings, 1, ' to ')}%.",
+        f"Counting only the keys in KViT's window saves {span(savings, 1, ' to ')}%.",
         f"The printed numbers come out for {fits[best]} of {len(krause)} rows if the q, k, v and output projections are left out of the "
         f"count and one free constant, the operations per score, is set to {best}; other values give "
-        f"{_span([fit for operations, fit in fits.items() if operations != best], 0, ' to ')}. How the paper counted is not known.",
+        f"{span([fit for operations, fit in fits.items() if operations != best], 0, ' to ')}. How the paper counted is not known.",
     )
     verdict = HOLDS if min(savings) >= min(printed) else DOES_NOT_HOLD if max(savings) < min(printed) else IN_PART
-    return Finding(verdict, f"dense {'equal' if equal else 'different'}; candidates alone {_span(savings, 0, ' to ')}% fewer", evidence)
+    ours = f"{'equal' if equal else 'different'} if dense; counting window keys only, {span(savings, 0, ' to ')}% fewer"
+    return Finding(verdict, ours, evidence)
 
-CLAIMS["flops"] = Claim("KViT needs fewer FLOPs", lambda: f"{_span(_published_saving(), 0, ' to ')}% fewer", "66_cost", _judge_flops)
+CLAIMS["flops"] = Claim("KViT needs fewer FLOPs", lambda: f"{span(_published_saving(), 0, ' to ')}% fewer", "66_cost", _judge_flops)
 
 # %% ../nbs/68_claims.ipynb #1a26959e
 LINEAR = 1.1  # largest exponent of the length that is called linear
@@ -286,35 +280,26 @@ def _judge_linear(root):
     if not length or not full:
         return Finding(NOT_YET, "not measured", ("The lengths measured are too few for an exponent.",))
     evidence = (
-        f"Time of the C++ operator, forward and forward + backward, from {least:,} tokens on: exponent in N {_span(length, 2, ' to ')}; "
-        f"fused full attention {_span(full, 2, ' to ')}.",
-        *([f"Exponent in W at the windows measured: {_span(window, 2, ' to ')}, at most linear as claimed."] if window else []),
+        f"Time of the C++ operator, forward and forward + backward, from {least:,} tokens on: exponent in N {span(length, 2, ' to ')}; "
+        f"fused full attention {span(full, 2, ' to ')}.",
+        *([f"Exponent in W at the windows measured: {span(window, 2, ' to ')}, at most linear as claimed."] if window else []),
         "Fused full attention needs as little memory, and softmax on the same window as little time (notebook 66).",
     )
     return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD,
-                   f"time grows with N to the power {_span(length, 2, '–')}; full attention {_span(full, 2, '–')}", evidence)
+                   f"time ∝ N^{span(length, 2, '–')}, full attention ∝ N^{span(full, 2, '–')}; windowed softmax as fast", evidence)
 
 CLAIMS["linear"] = Claim("Cost is linear in the sequence length", lambda: "O(N·W·d) instead of O(N²·d)", "66_cost", _judge_linear)
 
 # %% ../nbs/68_claims.ipynb #018cae24
-def _unpaired(first: dict, second: dict, seeds: int) -> dict:  # "mean" and "interval"
-    "Difference in the last layer between two curves over layers of equally many seeds, with its 95% interval (Welch)."
-    (a, s), (b, t) = ((each["mean"][-1], each["sd"][-1] ** 2 / seeds) for each in (first, second))
-    half = 0.0
-    if s + t > 0:
-        half = float(stdtrit((s + t) ** 2 / ((s**2 + t**2) / (seeds - 1)), 0.975)) * (s + t) ** 0.5
-    return {"mean": a - b, "interval": [a - b - half, a - b + half], "n": seeds}
-
-
 def _judge_heads(root):
     result = load_result("attention_maps", "desk", root)
     kvit, vit = (result["quantities"][f"{name}/fashion_mnist"] for name in ("kvit_t", "vit_t"))
     seeds = len(result["recipes"]["kvit_t/fashion_mnist"]["seeds"])
-    heads = _unpaired(kvit["trained"]["head_diversity"], vit["trained"]["head_diversity"], seeds)
-    groups = _unpaired(kvit["trained"]["clusters"], vit["trained"]["clusters"], seeds)
-    learned = _unpaired(kvit["trained"]["clusters"], kvit["untrained"]["clusters"], seeds)
+    heads = unpaired_difference(kvit["trained"]["head_diversity"], vit["trained"]["head_diversity"], seeds)
+    groups = unpaired_difference(kvit["trained"]["clusters"], vit["trained"]["clusters"], seeds)
+    learned = unpaired_difference(kvit["trained"]["clusters"], kvit["untrained"]["clusters"], seeds)
     on_window = load_result("attention_maps/untrained", "desk", root)["on_window"]
-    score = _unpaired(kvit["untrained"]["clusters"], on_window["clusters"], seeds)
+    score = unpaired_difference(kvit["untrained"]["clusters"], on_window["clusters"], seeds)
     more = [is_shown(each, 0) and each["mean"] > 0 for each in (heads, groups, learned)]
     evidence = (
         f"Distance between the heads of the last layer, KViT − ViT: {_effect(heads, 1, 3)}, {seeds} seeds each, "
@@ -324,7 +309,8 @@ def _judge_heads(root):
     )
     verdict = HOLDS if all(more) else IN_PART if any(more) else DOES_NOT_HOLD
     last = {name: each["clusters"]["mean"][-1] for name, each in (("k", kvit["trained"]), ("u", kvit["untrained"]), ("v", vit["trained"]))}
-    ours = f"groups {last['k']:.1f}, untrained {last['u']:.1f}, ViT {last['v']:.1f}; heads {'more diverse' if more[0] else 'not shown'}"
+    diverse = "more diverse heads" if more[0] else "no difference of heads shown"
+    ours = f"{last['k']:.1f} groups, untrained {last['u']:.1f}, ViT {last['v']:.1f}; {diverse}"
     return Finding(verdict, ours, evidence)
 
 CLAIMS["heads"] = Claim("Diverse heads, tokens in several groups", lambda: "heat maps of a few images", "67_attention_maps", _judge_heads)
@@ -442,7 +428,7 @@ def _judge_generation_speed(root):
     cases = _generation_speeds(root)
     faster = [max(row["ratio_quartiles"]) < 1 for row in cases.values()]
     evidence = [f"{case}: {1 / row['ratio']:.2f} times ARM's speed (median; quartiles of the rounds "
-                f"{_span([1 / each for each in row['ratio_quartiles']], 2, ' to ')}; {row['rounds']:,} rounds)."
+                f"{span([1 / each for each in row['ratio_quartiles']], 2, ' to ')}; {row['rounds']:,} rounds)."
                 for case, row in cases.items()]
     evidence.append("ARM has fused attention and a preallocated cache here, on a CPU; the paper's ARM is another implementation, on a GPU. "
                     "CIFAR-10's shape is timed at late positions only, where the window saves most.")
@@ -500,12 +486,12 @@ def _judge_branch_speed(root):
     speeds = {step: [row["speed_ratio"] for row in rows if row["pass"] == step] for step in ("decode", "prefill")}
     kept = [speed >= LEAST_SPEED for speed in speeds["decode"]]
     evidence = (
-        f"SmolLM2 on a CPU, float32, {len(kept)} settings: with a branch {_span(speeds['decode'], 2, ' to ')} times the decoding speed and "
-        f"{_span(speeds['prefill'], 2, ' to ')} times the prefill speed of the base model (medians over alternating rounds).",
+        f"SmolLM2 on a CPU, float32, {len(kept)} settings: with a branch {span(speeds['decode'], 2, ' to ')} times the decoding speed and "
+        f"{span(speeds['prefill'], 2, ' to ')} times the prefill speed of the base model (medians over alternating rounds).",
         "A branch adds projections that every token passes through. Whether a GPU hides them was not measured here.",
     )
     return Finding(HOLDS if all(kept) else IN_PART if any(kept) else DOES_NOT_HOLD,
-                   f"SmolLM2, CPU: decoding {_span(speeds['decode'], 2, '–')}, prefill {_span(speeds['prefill'], 2, '–')} times", evidence)
+                   f"SmolLM2, CPU: decoding {span(speeds['decode'], 2, '–')}, prefill {span(speeds['prefill'], 2, '–')} times", evidence)
 
 CLAIMS["branch_speed"] = Claim(
     "A Krause branch costs no speed", lambda: f"at least {LEAST_SPEED} times the speed", "63_llm_finetuning", _judge_branch_speed,
@@ -562,11 +548,11 @@ def _accuracy_finding(root):
     rising = sum(is_undertrained(model["curves"]) for model in trained)
     pairs = (("kvit_s", "kvit_s_local"), ("kvit_s_local", "softmax_s_local"))
     selection, score = (planned_difference("cifar10", plan, results, *(f"{name}/cifar10" for name in pair)) for pair in pairs)
-    controls = f", minus itself without top-k {_effect(selection)}" if selection else ""
-    controls += f"; on its window without top-k, distance minus dot product is {_effect(score)}" if score else ""
-    return (f"On CIFAR-10 KViT minus ViT is {_effect(lead)} points, minus a ViT with KViT's norm {_effect(norm)}{controls}; "
-            f"{plural(len(lead['seeds']), 'seed')}. *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of "
-            f"{len(trained)} were still improving.")
+    controls = f" KViT minus itself without top-k: {_effect(selection)}." if selection else ""
+    controls += f" Distance minus dot product, on the same window without top-k: {_effect(score)}." if score else ""
+    return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with post-norm in both: "
+            f"{_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of the {len(trained)} kinds "
+            "trained were still improving.")
 
 
 def findings(
@@ -576,24 +562,27 @@ def findings(
     found = {name: claim.judge(root) for name, claim in CLAIMS.items()}
     generator, (results, effects) = get_recipe("karm/fashion_mnist").at("desk"), _effects(root)
     control, part = _control(results, "local_top_k"), {name: _effect(each) for name, each in effects.items()}
+    kvit, linear = (percent(results[f"{name}/fashion_mnist"]["test_accuracy"]) for name in ("kvit_t", "softmax_regression"))
     arm, larm = (_effect(each, 1, 2) for each in _earlier_bits(root).values())
     sinks = [n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch"][-1]
     ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in _generation_speeds(root).items())
     texts = {
         ("accuracy",): _accuracy_finding(root),
-        ("parts",): f"On Fashion-MNIST the window gives {part['window']} points, top-k {part['top-k']}, distance instead of dot product "
-                    f"{part['distance']}, not corrected for their number. *But* KViT minus softmax with its window, top-k and norm is "
-                    f"{_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown.",
-        ("linear", "flops"): f"Measured: {found['linear'].ours}. FLOPs: published {CLAIMS['flops'].paper()}; "
-                             f"here {found['flops'].ours}. *But* times are of one CPU, and softmax on the window takes as long.",
-        ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, {plural(len(generator.seeds), 'seed')}"
-                                      f", uncorrected; KARM generates {ratios} times as fast, on a CPU. *But* KARM minus LARM is {larm}, "
-                                      f"and training lasts {generator.epochs:g} epoch of {generator.train_images:,} images. "
-                                      f"{_mnist_so_far(planned_results('mnist', root)[1])}.",
-        ("sinks",): f"By the paper's measure attention on token 0 falls from {sinks['base']:.2f} to {sinks['branch']:.2f}; the window "
-                    f"alone leaves {sinks['cut']:.2f}. A query that can see it gives it {decimals(sinks['seeing'][0], 2)} in the Krause "
-                    f"branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over passages). *But* this is one seed of "
-                    f"SmolLM2-135M {sinks['when']}.",
+        ("parts",): f"On Fashion-MNIST the window changes accuracy by {part['window']} points, top-k by {part['top-k']}, distance instead "
+                    f"of the dot product by {part['distance']}; 3 intervals, not corrected. *But* KViT minus softmax attention with "
+                    f"the same window, top-k and norm is {_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown; and "
+                    f"softmax regression on the pixels reaches {linear}%, KViT {kvit}%.",
+        ("linear", "flops"): f"Attention over N tokens: {found['linear'].ours}. FLOPs of KViT against ViT: "
+                             f"{CLAIMS['flops'].paper()} in the paper; here {found['flops'].ours}. *But* times are of one CPU.",
+        ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, KARM minus LARM {larm}; "
+                                      f"{plural(len(generator.seeds), 'seed')}, not corrected. On a CPU KARM generates {ratios} times as "
+                                      f"fast as ARM. *But* training lasts {generator.epochs:g} epoch of {generator.train_images:,} images. "
+                                      f"{_mnist_so_far(planned_results('mnist', root)[1])} bits per dimension.",
+        ("sinks",): f"Averaged over all queries, as in the paper, attention on the first token falls from {sinks['base']:.2f} in the base "
+                    f"model to {sinks['branch']:.2f} in a Krause branch beside its attention; cutting the base model's attention at the "
+                    f"branch's window leaves {sinks['cut']:.2f}. Queries that see the first token give it "
+                    f"{decimals(sinks['seeing'][0], 2)} in the branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over "
+                    f"passages). *But* this is one seed of SmolLM2-135M {sinks['when']}.",
     }
     verdicts = {names: "; ".join(f"{CLAIMS[name].title}: {found[name].verdict}" for name in names) for names in texts}
     return "\n".join(f"- **{verdicts[names]}.** {text}" for names, text in texts.items())

@@ -454,11 +454,11 @@ def _times(epochs):
 
 def claims_by_verdict(
     root: Path | None = None,  # the project's folder
-) -> str:  # Markdown, one paragraph
+) -> str:  # Markdown, a paragraph for each verdict
     "The titles of the twelve claims, sorted by verdict."
     found = {claim.title: claim.judge(root).verdict for claim in CLAIMS.values()}
     titles = {kind: [title for title, verdict in found.items() if verdict == kind] for kind in VERDICTS}
-    return " ".join(f"**{kind.capitalize()}**: {'; '.join(named)}." for kind, named in titles.items() if named)
+    return "\n\n".join(f"**{kind.capitalize()}**: {'; '.join(named)}." for kind, named in titles.items() if named)
 
 
 README_BLOCKS = {"verdicts": claims_by_verdict, "findings": findings, "claims": lambda root=None: claims_table(root, "nbs/")}

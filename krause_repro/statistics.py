@@ -88,6 +88,19 @@ def describe_difference(
     verdict = "zero lies inside, so these seeds do not separate the two" if low <= 0 <= high else "zero lies outside"
     return f"{start}; 95% interval {low:+.{digits}f} to {high:+.{digits}f}: {verdict})"
 
+# %% ../nbs/40_statistics.ipynb #a02b6d17
+def unpaired_difference(
+    first: dict,  # "mean" and "sd", lists with a number for each layer
+    second: dict,  # the same for the other model
+    seeds: int,  # behind each
+) -> dict:  # "mean", "interval" and "n"
+    "Difference in the last layer with its 95% confidence interval (Welch)."
+    (a, s), (b, t) = ((each["mean"][-1], each["sd"][-1] ** 2 / seeds) for each in (first, second))
+    half = 0.0
+    if s + t > 0:
+        half = float(stdtrit((s + t) ** 2 / ((s**2 + t**2) / (seeds - 1)), 0.975)) * (s + t) ** 0.5
+    return {"mean": a - b, "interval": [a - b - half, a - b + half], "n": seeds}
+
 # %% ../nbs/40_statistics.ipynb #e95a0c48
 def corrected_difference(
     first: dict,  # `field` with its "values", and "seeds"
@@ -191,3 +204,14 @@ def signed_interval(
 ) -> str:
     "Both bounds with their signs; a dash for no interval."
     return MISSING if interval is None else " to ".join(f"{scale * bound:+.{digits}f}" for bound in interval)
+
+# %% ../nbs/40_statistics.ipynb #3be7f150
+def span(
+    values: Iterable[float],  # at least one
+    digits: int = 0,  # decimals
+    to: str = "–",  # between the two
+) -> str:
+    "The smallest and the largest number, or one if they are shown alike."
+    values = list(values)
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low}{to}{high}"

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from krause_repro import results
+from krause_repro import claims, results
 from krause_repro.ablation import PLANNED_RESULTS, planned_results
 from krause_repro.claims import (
     CLAIMS,
@@ -41,7 +41,7 @@ from krause_repro.report import (
     update_readme,
 )
 from krause_repro.results import load_result, result_path, save_result
-from krause_repro.statistics import summarise
+from krause_repro.statistics import is_shown, outcome, summarise
 
 
 def test_every_published_number_is_in_the_report():
@@ -373,6 +373,14 @@ def test_readme_and_results_show_the_committed_desk_results():
     assert (project_root() / "RESULTS.md").read_text(encoding="utf-8") == results_page()
     typed = re.sub(r"```.*?```|\]\(.*?\)|arXiv [\d.]+|Apache-2.0|Python [\d.]+", "", text, flags=re.DOTALL)
     assert re.findall(r"\d+\.\d+|\d+ ?%", typed) == ["95%"]  # every other number is generated
+
+
+def test_what_the_readme_says_of_the_window_follows_from_the_results():
+    assert "is not shown to be less accurate" in (project_root() / "README.md").read_text(encoding="utf-8")
+    results, effects = claims._effects(None)
+    assert outcome(effects["window"], "helps", "harms") == "helps" and outcome(effects["distance"], "helps", "harms") != "helps"
+    assert not any(is_shown(claims._control(results, support)) for support in ("local", "local_top_k"))
+    assert all(numbers["cut"] <= numbers["branch"] for numbers in claims._sink_numbers(None)[0].values())
 
 
 def test_readme_is_short():
