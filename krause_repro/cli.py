@@ -266,12 +266,15 @@ def prepare_kernels() -> None:
 
 # %% ../nbs/80_cli.ipynb #d0884765
 def check_evaluation_files(
+    model: str,  # a folder, a file or a name on the hub
     adapter: str | None,  # a folder with a trained adapter
     output: str | None,  # a file to write
 ) -> None:
-    "Raise an error if the adapter's files are missing, or the output cannot be written."
+    "Raise an error if the model's folder or the adapter's files are missing, or the output cannot be written."
     from krause_repro.language_models import ADAPTER_FILES
 
+    if model.startswith(("/", ".", "~")) and not Path(model).exists():
+        raise FileNotFoundError(f"model={model!r} does not exist; give a folder, a GGUF file, a name on the hub, smollm2, or a run")
     if adapter is not None and (missing := [name for name in ADAPTER_FILES if not (Path(adapter) / name).is_file()]):
         raise FileNotFoundError(f"adapter={adapter!r} must be a folder written by save_adapter, but has no {' and no '.join(missing)}")
     if output is not None:
@@ -315,7 +318,7 @@ def evaluate_model(
 
     given = {"tasks": LANGUAGE_TASKS if tasks is None else tasks, "source": source, "batch_size": batch_size, "limit": limit,
              "anli_labels": anli_labels, "max_gen_toks": max_gen_toks, "item_seed": item_seed}
-    check_evaluation_files(adapter, output)  # a large model takes minutes to load
+    check_evaluation_files(model, adapter, output)  # a large model takes minutes to load
     items = check_language_run(**given)
     network, tokenizer = load_evaluated(model, adapter, corpus)
     check_answers(lambda text: tokenizer.encode(text, add_special_tokens=False), items)

@@ -260,6 +260,8 @@ def read_plan(
 ) -> dict:  # with "commit", the last one that changed the file; None outside a repository
     "The planned comparisons of an experiment."
     path = (root or project_root()) / "results" / "plans" / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the plans are part of the project, so call this in a clone of it")
     return {**read_json(path), "commit": git_output("log", "-1", "--format=%H", "--", path.name, folder=path.parent) or None}
 
 # %% ../nbs/42_evaluation.ipynb #c07d335f

@@ -539,3 +539,6 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
             (["karm/mnist", "--items", "hub"], "items are for a language model"),
             (["karm/mnist", "--limit", "5"], "limit is for the items")):
         assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["summarise", "karm/mnist"]) == 2
+    assert f"{tmp_path}/results/plans/cifar10.json is missing; the plans are part of the project" in capsys.readouterr().err

@@ -739,6 +739,13 @@ def test_the_command_refuses_before_it_loads_a_model(arguments, message, branch,
     assert branch == [] and not output.exists()
 
 
+def test_the_command_looks_for_the_model_before_the_items(branch, capsys):
+    for missing in ("/nowhere/model", "./nowhere"):
+        assert cli.main(["evaluate", missing, "--tasks", "piqa"]) == 2
+        assert f"model={missing!r} does not exist; give a folder" in capsys.readouterr().err
+    assert branch == []
+
+
 def test_checked_items_keep_the_fields_of_their_task():
     assert check_items("cb", OWN["cb"], "here") == OWN["cb"]
     assert check_items("cb", [{**OWN["cb"][0], "idx": 0}], "here") == OWN["cb"][:1]
