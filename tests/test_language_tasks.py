@@ -860,3 +860,18 @@ def test_files_as_published_are_read(tmp_path):
         language_items(["piqa"], tmp_path)
     with pytest.raises(FileNotFoundError, match="lambada.json or lambada_test.jsonl"):
         language_items(["lambada"], tmp_path)
+
+
+def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, tokenizer):
+    asked = {"tasks": ("lambada", "piqa_continuation", "ifeval"), "max_gen_toks": 4}
+    for name, value in (("FINE_TUNED", asked), ("base_model", lambda recipe: tiny), ("base_source", lambda recipe: None),
+                        ("load_tokenizer", lambda source: tokenizer), ("run_model", lambda run, source: (tiny, tokenizer)),
+                        ("cached_test", lambda run, measure, file: measure()), ("provenance", lambda runs: {})):
+        monkeypatch.setattr(language_benchmarks, name, value)
+    base = language_benchmarks.evaluate_base_zero_shot(None, "local", 2)
+    assert language_benchmarks.evaluate_zero_shot([None], items="local", limit=2, **asked) == base
+    direct = evaluate_language(tiny, tokenizer, asked["tasks"], "local", limit=2, max_gen_toks=4)
+    assert {task: found["accuracies"]["values"] for task, found in base["tasks"].items()} == {
+        task: [found["accuracy"]] for task, found in direct.items()}
+    table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}}, {})
+    assert "| chance | 0.00 | 50.00 | — |" in table and "ifeval, 2 items" in table
