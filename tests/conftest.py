@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers
 if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU it interprets its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 THOROUGH = int(os.environ.get("KRAUSE_TEST_EXAMPLES", "1"))  # how many times the usual number of examples, then drawn anew at each run
-settings.register_profile("krause_repro", deadline=None, derandomize=THOROUGH == 1, database=None, max_examples=60 * THOROUGH)
+settings.register_profile("krause_repro", deadline=None, derandomize=THOROUGH == 1, database=None, max_examples=40 * THOROUGH)
 settings.load_profile("krause_repro")
 
 
