@@ -387,6 +387,37 @@ def _train(run: Run, trainer: RecipeTrainer, checkpoint: Path | None, facts: dic
         _close_bars(trainer)
 
 # %% ../nbs/36_training.ipynb #eff01698
+def _is_finished(run, restart):
+    "Whether a run is finished. Raises an error if its directory cannot be used."
+    if not restart:
+        check_run(run)
+        if run.finished:
+            check_finished(run)
+            return True
+        check_diverged(run)
+    check_writable(run.path)
+    for folder in (run.path, *(run.path / "samples").glob("*/")):
+        check_unlocked(folder)
+    return False
+
+
+def _train_locked(run, model, splits, processes, restart, unreadable, progress, callbacks):
+    "Train in a run directory that this process has locked."
+    if run.finished and not restart:
+        raise InUse(f"{run.path} was finished by another process in the meantime; call again to use it")
+    left_out = _left_out(splits, unreadable)
+    with processes.main_process_first():
+        if processes.is_main_process:
+            data = {"data": splits.origin, "corpus": getattr(splits, "corpus", None)}
+            _start(run, restart, left_out | {name: value for name, value in data.items() if value})
+    if splits.left_out and processes.is_main_process:
+        print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
+    trainer = build_trainer(run.recipe, model, splits, run.path / "checkpoints", run.seed, progress)
+    for callback in (RunWriter(run.path), *callbacks):
+        trainer.add_callback(callback)
+    _train(run, trainer, _resume(run, processes), {**_sizes(model, splits), **left_out}, task_of(run.recipe).saver(model))
+
+
 def train(
     recipe: TrainedRecipe,  # under its profile: `get_recipe(name).at(profile)`
     seed: int = 0,  # of initialisation, data order and augmentation
@@ -410,39 +441,18 @@ def train(
     check_launch()
     check_source(recipe, source)
     run = Run(run_path(recipe, seed, runs), recipe, seed)
-    if not restart:
-        check_run(run)
-        if run.finished:
-            check_finished(run)
-            return run
-        check_diverged(run)
-    check_writable(run.path)
-    for folder in (run.path, *(run.path / "samples").glob("*/")):
-        check_unlocked(folder)
+    if _is_finished(run, restart):
+        return run
     _, processes = recipe.config, PartialState(cpu=not torch.cuda.is_available())  # raises for invalid settings
     check_batch(recipe)
     with processes.main_process_first():  # the main process fills the cache
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
-    corpus = getattr(splits, "corpus", None)
     if not restart:
-        check_corpus(run, corpus)
+        check_corpus(run, getattr(splits, "corpus", None))
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
-    left_out = _left_out(splits, unreadable)
     with locked(run.path) if processes.is_main_process else nullcontext():
-        if run.finished and not restart:
-            raise InUse(f"{run.path} was finished by another process in the meantime; call again to use it")
-        with processes.main_process_first():
-            if processes.is_main_process:
-                data = {"data": splits.origin, "corpus": corpus}
-                _start(run, restart, left_out | {name: value for name, value in data.items() if value})
-        if splits.left_out and processes.is_main_process:
-            print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
-        save, facts = task.saver(model), {**_sizes(model, splits), **left_out}
-        trainer = build_trainer(recipe, model, splits, run.path / "checkpoints", seed, progress)
-        for callback in (RunWriter(run.path), *callbacks):
-            trainer.add_callback(callback)
-        _train(run, trainer, _resume(run, processes), facts, save)
+        _train_locked(run, model, splits, processes, restart, unreadable, progress, callbacks)
     processes.wait_for_everyone()
     return run
 
