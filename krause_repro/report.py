@@ -28,7 +28,7 @@ from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_genera
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
 from .language_benchmarks import zero_shot_table
-from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
+from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
@@ -154,6 +154,16 @@ def language_results(
     return cells
 
 
+def zero_shot_results(
+    profile: str,  # "smoke", "desk" or "paper"
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict]:
+    "The zero-shot scores of the language models from scratch by recipe; only the label of a missing one."
+    found = {mixer: load_result(f"language_model_tasks/lm_{mixer}_100m", profile, root, missing_ok=True) for mixer in MIXER_LABELS}
+    data = LM_DATASET_BY_PROFILE[profile]
+    return {f"lm_{mixer}_100m/{data}": {"label": MIXER_LABELS[mixer][0], **(each or {})} for mixer, each in found.items()}
+
+
 def sink_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
@@ -238,6 +248,10 @@ def related_measurement(
                             (("base", "softmax"), (f"krause_{data}", "krause")))
             return (f"SmolLM2, {base['n']} other passages of {SINKS.at(profile).length} tokens: {decimals(base)} for the base model, "
                     f"{decimals(krause)} for the Krause branch (± over passages, first seed).")
+    if table == "lm_100m":
+        scored = {name: m for name, m in zero_shot_results(profile, root).items() if "tasks" in m}
+        found = {name: m | {"label": f"{m['label']}, {m['parameters']:,} parameters"} for name, m in scored.items()}
+        return f"the desk's models, on random items of the same sets:\n\n{zero_shot_table(found, {})}" if found else None
     if table == "table19_llm_speed" and result_path("language_speed", profile, root).is_file():
         rows = load_result("language_speed", profile, root)["rows"]
         ratios = [row["speed_ratio"] for row in rows if (row["pass"], row["name"]) == ("decode", "Krause")]
@@ -418,12 +432,11 @@ def language_section(
     plan, results = planned_results("language_models", root)
     labels = {f"lm_{mixer}_100m/openstax": {"label": label} for mixer, (label, _) in MIXER_LABELS.items()}
     models = {name: label | (results.get(name) or {}) for name, label in labels.items()}
-    scores = {name: label | (load_result(f"language_model_tasks/{name[:name.index('/')]}", "desk", root, missing_ok=True) or {})
-              for name, label in labels.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan["flat_gain"]),
-        planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %:", zero_shot_table(scores, {}),
+        planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %:",
+        zero_shot_table(zero_shot_results("desk", root), {}),
     ])
 
 

@@ -85,6 +85,16 @@ def test_the_results_count_trained_generators(tmp_path):
     assert "| counts, bigram | 3.900 | 3.800 |" in generation_section(tmp_path)
 
 
+def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_sizes(tmp_path):
+    assert "Ours, not comparable number by number: the desk's models" not in report("desk", tmp_path)
+    recipe = get_recipe("lm_window_100m/openstax").at("desk")
+    score = {"accuracies": summarise([0.53]), "standard_accuracies": summarise([0.5]), "stderr": 0.01, "chance": 0.5, "items": 2000}
+    result = {"recipes": {recipe.name: recipe.to_dict()}, "tasks": {"blimp": score}, "parameters": 1500, "seeds": [0]}
+    save_result("language_model_tasks/lm_window_100m", result, "desk", tmp_path)
+    found = report("desk", tmp_path).split("~100M parameters")[1].split("~200M parameters")[0]
+    assert "| model | blimp, 2,000 items |" in found and "| softmax, window, 1,500 parameters | 53.00 |" in found
+
+
 def tuned(name, values):
     recipe, right = get_recipe(name).at("desk"), summarise([0.6] * len(values))
     before = {"token_loss": summarise([2.5]), "token_accuracy": summarise([0.4])}
