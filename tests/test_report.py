@@ -91,7 +91,7 @@ def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_si
     score = {"accuracies": summarise([0.53]), "standard_accuracies": summarise([0.5]), "stderr": 0.01, "chance": 0.5, "items": 2000}
     result = {"recipes": {recipe.name: recipe.to_dict()}, "tasks": {"blimp": score}, "parameters": 1500, "seeds": [0]}
     save_result("language_model_tasks/lm_window_100m", result, "desk", tmp_path)
-    found = report("desk", tmp_path).split("~100M parameters")[1].split("~200M parameters")[0]
+    found = report("desk", tmp_path).split("### Language models from scratch, ~100M")[1].split("###")[0]
     assert "| model | blimp, 2,000 items |" in found and "| softmax, window, 1,500 parameters | 53.00 |" in found
 
 
