@@ -108,7 +108,7 @@ def parquet_files(
     split: str = "t*",  # "train" or "test"
 ) -> list[Path]:
     "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`."
-    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in ("", *PARQUET_FOLDERS, name))
+    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in (name, "", *PARQUET_FOLDERS))
     return next(filter(None, places), [])
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
@@ -152,7 +152,7 @@ def find_source(
         base = Path(source)
         idx = [base / IDX_FOLDERS[name], base / "raw"] if name in IDX_FOLDERS else []
         places = [base, *idx, *([base / name] if name in LABEL_COLUMNS else [])]
-    for place in places:
+    for place in sorted(places, key=lambda place: place != base / name):  # `base` may hold another data set
         if _holds(name, place):
             return place
     how = f"download it with: krause-repro data {name}"

@@ -77,7 +77,14 @@ def test_it_is_found_where_downloads_go(cifar, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "plain_text").rename(tmp_path / "base" / "cifar10")
     monkeypatch.setenv("KRAUSE_REPRO_DATA", str(tmp_path / "base"))
-    assert len(load("cifar10", "test")) == COUNTS["test"] and find_source("cifar10", tmp_path / "base") == tmp_path / "base"
+    assert len(load("cifar10", "test")) == COUNTS["test"] and find_source("cifar10", tmp_path / "base") == tmp_path / "base" / "cifar10"
+
+
+def test_another_data_set_beside_it_does_not_hide_it(cifar, tmp_path):
+    (tmp_path / "plain_text").rename(tmp_path / "cifar10")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"of something else")
+    assert len(load("cifar10", "test", source=tmp_path)) == COUNTS["test"]
 
 
 def schema(table, **changes):
