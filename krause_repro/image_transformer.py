@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
+from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, ring_positions, take_cache
@@ -509,7 +509,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
             x = block(x, cache, maps)
             states.append(x)
         logits = self.head(self.norm(x))
-        loss = None if targets is None else F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+        loss = None if targets is None else token_loss(logits[:, :-1], targets)
         states = states if output_hidden_states else None
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 

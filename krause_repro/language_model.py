@@ -21,7 +21,7 @@ from .attention_patterns import Centroids, check_global_tokens, global_mask, rou
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
 from .image_transformer import PreallocatedLayer, check_targets, prompt_length
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
-from .model_base import CheckedConfig, CheckedModel, named_arguments
+from .model_base import CheckedConfig, CheckedModel, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, take_cache
@@ -482,7 +482,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
             x = block(x, cache, segment_ids)
             states.append(x)
         logits = self.head(self.norm(x))
-        loss = None if targets is None else F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+        loss = None if targets is None else token_loss(logits[:, :-1], targets)
         states = states if output_hidden_states else None
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, check_images, image_tokens
+from .model_base import token_loss
 from .sampling import check_generator, evaluating
 
 # %% ../nbs/32_likelihood.ipynb #a2f28709
@@ -35,7 +36,7 @@ def token_bits(
         logits = model(tokens).logits[:, :-1]  # the last position predicts a token after the image
     if logits.isnan().any():
         raise UserError("model gives NaN for these images: it may have diverged")
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1).double()
+    nats = token_loss(logits, tokens[:, 1:], reduction="none").view(len(tokens), -1).double()
     if not model.config.start_token:
         nats = F.pad(nats, (1, 0), value=math.log(model.config.vocab_size))
     return nats.cpu() / math.log(2)
@@ -82,7 +83,7 @@ def position_nats(
         for start in range(0, count, check_integer("batch", batch, 1)):
             tokens = torch.stack([blocks[i]["input_ids"] for i in range(start, min(start + batch, count))]).to(model.device)
             logits = model(tokens, use_cache=False).logits[:, :-1]
-            nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+            nats = token_loss(logits, tokens[:, 1:], reduction="none").view(len(tokens), -1)
             total = total + nats.double().sum(0).cpu()
     if not total.isfinite().all():
         raise UserError("model gives a loss that is not finite: it may have diverged")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -131,6 +132,16 @@ def named_arguments(
         return method(self, *args, **given)
 
     return call
+
+# %% ../nbs/10_model_base.ipynb #c7d3e1a4
+def token_loss(
+    logits: Tensor,  # (B, T, V)
+    targets: Tensor,  # (B, T), token ids
+    **options,  # of `torch.nn.functional.cross_entropy`
+) -> Tensor:  # a scalar, or (B·T,) with reduction="none"; in nats
+    "Cross-entropy in float32, for logits in float64 in float64."
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets.flatten(), **options)
 
 # %% ../nbs/10_model_base.ipynb #f2c0dbf8
 README = """---

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Subset
@@ -39,6 +38,7 @@ from krause_repro.language_models import (
     ADAPTER_FILES, add_adapter, base_facts, load_language_model, load_tokenizer, lora_config, save_adapter,
 )
 from .language_recipes import RUNNING_TEXT, FineTuningRecipe, LanguageModelRecipe
+from .model_base import token_loss
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe
 from .records import disk_errors, scratch_folder
@@ -60,7 +60,7 @@ def token_scores(
 ) -> Tensor:  # (B, T − 1, 2)
     "For each token after the first: cross-entropy in nats, and 1 if it is the most likely token."
     logits, labels = logits[:, :-1], labels[:, 1:]
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
+    nats = token_loss(logits, labels, reduction="none", ignore_index=IGNORED).view(labels.shape)
     return torch.stack([nats, (logits.argmax(-1) == labels).float()], -1)
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from krause_repro.baselines import PixelClassifier
 from krause_repro.checks import check_names, check_weights, nearest_name
 from krause_repro.image_transformer import ImageTransformer
-from krause_repro.model_base import COMMON_SETTINGS, CheckedConfig
+from krause_repro.model_base import COMMON_SETTINGS, CheckedConfig, token_loss
 from krause_repro.swin import SwinClassifier
 from krause_repro.vision_transformer import VisionTransformer
 
@@ -572,6 +572,18 @@ def test_onnx_gets_standard_operators_alone(monkeypatch):
     assert_close(program.module()(x).logits, model(x).logits, rtol=0, atol=1e-6)
     with pytest.raises((AssertionError, RuntimeError), match="pixel_values"):  # a program is of one size
         program.module()(x[..., :-2])
+
+
+def test_a_loss_is_as_precise_as_its_logits():
+    logits, targets = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(7, (2, 5))
+    exact = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    assert_close(token_loss(logits, targets), exact, rtol=0, atol=1e-15)
+    half = logits.bfloat16()
+    assert_close(token_loss(half, targets), token_loss(half.float(), targets), rtol=0, atol=0)
+    for name in ("karm", "arm"):
+        model = build(*CASES[name]).double()
+        tokens = inputs(model)
+        assert model(tokens, labels=tokens).loss.dtype == torch.float64
 
 
 def test_onnxruntime_gives_the_logits_at_any_batch(tmp_path):
