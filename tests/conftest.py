@@ -13,8 +13,7 @@ import pytest
 from hypothesis import settings
 
 gc.disable()  # while all is imported; `libraries` enables it
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers share the cores
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch is imported: some tests fork
 if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU it interprets its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 THOROUGH = int(os.environ.get("KRAUSE_TEST_EXAMPLES", "1"))  # how many times the usual number of examples, then drawn anew at each run
@@ -28,8 +27,7 @@ def libraries():
     import torch
     import transformers
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     gc.collect()
