@@ -472,8 +472,8 @@ def _judge_fine_tuning(root):
         return Finding(_of_pairs([each["verdict"] for each in found.values()]), f"SmolLM2, textbooks: at best {_effect(best, 1, 3)} nats",
                        tuple(evidence))
     evidence.append(f"Textbooks, finished so far: {_pending(results, 'token_loss')}.")
-    first = [f"{each['steps']:g} steps, {data}: {_effect(each, 1, 3)} nats; " for data, each in short.items()][:1]
-    return Finding(NOT_YET, f"{''.join(first)}textbooks not finished", tuple(evidence))
+    labels = {"krause_smollm2/openstax": "branch", "lora_smollm2/openstax": "LoRA"}
+    return Finding(NOT_YET, f"textbooks, nats: {_so_far(results, 'token_loss', labels, 1, 3)}", tuple(evidence))
 
 CLAIMS["fine_tuning"] = Claim("A Krause branch improves fine-tuning", _published_benchmarks, "63_llm_finetuning", _judge_fine_tuning)
 
