@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -186,16 +185,15 @@ def fine_tuning_curves(
 def branch_curves(
     runs: list[Run],  # of one recipe, one for each seed
 ) -> dict | None:  # "steps", "sigma" and "gate"; None without a branch, and for runs that did not log them
-    "Bandwidth σ and weight of softmax over steps, averaged over heads, tokens and seeds: mean and standard deviation over layers."
+    "Bandwidth σ and weight of softmax over steps, averaged over layers, heads and tokens: mean and standard deviation over seeds."
     logs = [{line["step"]: line for line in run.metrics() if "eval_gate" in line} for run in runs]
     if not all(logs):
         return None
 
-    def over_layers(key):
-        by_layer = np.mean([[line[key] for line in log.values()] for log in logs], 0)
-        return summarise_curves(by_layer.T.tolist())
+    def over_seeds(key):
+        return summarise_curves([[fmean(line[key]) for line in log.values()] for log in logs])
 
-    return {"steps": list(logs[0]), "sigma": over_layers("eval_sigma"), "gate": over_layers("eval_gate")}
+    return {"steps": list(logs[0]), "sigma": over_seeds("eval_sigma"), "gate": over_seeds("eval_gate")}
 
 # %% ../nbs/45_fine_tuning_evaluation.ipynb #0f425399
 def summarise_fine_tuning(

@@ -412,9 +412,9 @@ def plot_sinks(
 # %% ../nbs/57_result_figures.ipynb #57ca90e3
 @house_style()
 def plot_fine_tuning(
-    data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "seeds"}, and perhaps "differences", "contrast"; "bands"
+    data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "seeds"}, and perhaps "differences", "contrast"
 ) -> Figure:
-    "Curves over steps, a panel for each data set or quantity, and final differences by seed. Bands: over seeds, or as `bands` says."
+    "Curves over steps, a panel for each data set or quantity, and final differences by seed."
     (panels, seeds), compared = require_fields(data, "data", "panels", "seeds"), bool({"differences", "contrast"} & data.keys())
     fig, axes = new_figure(3.4, 1, len(panels) + compared)
     entries = require_each(panels, "data['panels']", "title", "ylabel", "series", "baselines")
@@ -429,7 +429,7 @@ def plot_fine_tuning(
         ax.set(title=title, xlabel="step", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
     label_lines(axes[0, len(panels) - 1])
-    curves = f"curves: {data.get('bands') or band_note(seeds)}"
+    curves = f"curves: {band_note(seeds)}"
     if not compared:
         draw_note(fig, curves)
         return fig
