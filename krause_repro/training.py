@@ -386,7 +386,7 @@ def _train(run: Run, trainer: RecipeTrainer, checkpoint: Path | None, facts: dic
     finally:
         _close_bars(trainer)
 
-# %% ../nbs/36_training.ipynb #eff01698
+# %% ../nbs/36_training.ipynb #6c0d9e21
 def _is_finished(run, restart):
     "Whether a run is finished. Raises an error if its directory cannot be used."
     if not restart:
@@ -417,7 +417,7 @@ def _train_locked(run, model, splits, processes, restart, unreadable, progress, 
         trainer.add_callback(callback)
     _train(run, trainer, _resume(run, processes), {**_sizes(model, splits), **left_out}, task_of(run.recipe).saver(model))
 
-
+# %% ../nbs/36_training.ipynb #eff01698
 def train(
     recipe: TrainedRecipe,  # under its profile: `get_recipe(name).at(profile)`
     seed: int = 0,  # of initialisation, data order and augmentation
