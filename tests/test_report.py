@@ -254,7 +254,8 @@ def planned_runs(root, plan, values):
     ("textbooks", "fine_tuning", {"krause_smollm2/openstax": [0.45, 0.461, 0.47]}, IN_PART),
     ("textbooks", "fine_tuning", {f"krause_{kind}smollm2/openstax": [0.55, 0.561, 0.57] for kind in ("", "near_base_")}, DOES_NOT_HOLD),
 ])
-def test_a_verdict_follows_from_the_plan_once_its_seeds_are_finished(committed, plan, claim, values, verdict):
+def test_a_verdict_follows_from_the_plan_once_its_seeds_are_finished(committed, monkeypatch, plan, claim, values, verdict):
+    monkeypatch.setattr(results, "table_lines", lambda folder: [])  # of all results, for each that is saved
     planned_runs(committed, plan, values)
     assert CLAIMS[claim].judge(committed).verdict == verdict
     assert "finished so far" not in claim_text(claim, committed)
