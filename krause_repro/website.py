@@ -126,7 +126,7 @@ def code_html(
     from pygments import highlight
 
     html = highlight(re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE), *highlighter())
-    return Markup(re.sub(r'<span class="(?:n|p|w)">([^<]*)</span>', r"\1", html))  # names, brackets and spaces have no colour
+    return Markup(re.sub(r'<span class="(?:n|o|p|w)">([^<]*)</span>', r"\1", html))  # names, operators and spaces need no colour
 
 
 def output_html(
