@@ -550,8 +550,8 @@ def _accuracy_finding(root):
     selection, score = (planned_difference("cifar10", plan, results, *(f"{name}/cifar10" for name in pair)) for pair in pairs)
     controls = f" KViT minus itself without top-k: {_effect(selection)}." if selection else ""
     controls += f" Distance minus dot product, on the same window without top-k: {_effect(score)}." if score else ""
-    return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with post-norm in both: "
-            f"{_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of the {len(trained)} kinds "
+    return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in the same "
+            f"place in both: {_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of the {len(trained)} kinds "
             "trained were still improving.")
 
 
@@ -582,7 +582,7 @@ def findings(
                     f"model to {sinks['branch']:.2f} in a Krause branch beside its attention; cutting the base model's attention at the "
                     f"branch's window leaves {sinks['cut']:.2f}. Queries that see the first token give it "
                     f"{decimals(sinks['seeing'][0], 2)} in the branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over "
-                    f"passages). *But* this is one seed of SmolLM2-135M {sinks['when']}.",
+                    f"passages){': the sink is not weaker' if sinks['near'] >= sinks['base_near'] else ''}. *But* this is one seed of SmolLM2-135M {sinks['when']}.",
     }
     verdicts = {names: "; ".join(f"{CLAIMS[name].title}: {found[name].verdict}" for name in names) for names in texts}
     return "\n".join(f"- **{verdicts[names]}.** {text}" for names, text in texts.items())
