@@ -550,9 +550,9 @@ def _accuracy_finding(root):
     selection, score = (planned_difference("cifar10", plan, results, *(f"{name}/cifar10" for name in pair)) for pair in pairs)
     controls = f" KViT minus itself without top-k: {_effect(selection)}." if selection else ""
     controls += f" Distance minus dot product, on the same window without top-k: {_effect(score)}." if score else ""
-    return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in the same "
-            f"place in both: {_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of the {len(trained)} kinds "
-            "trained were still improving.")
+    return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
+            f"the same place in both: {_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of the "
+            f"{len(trained)} kinds trained were still improving.")
 
 
 def findings(
@@ -565,6 +565,7 @@ def findings(
     kvit, linear = (percent(results[f"{name}/fashion_mnist"]["test_accuracy"]) for name in ("kvit_t", "softmax_regression"))
     arm, larm = (_effect(each, 1, 2) for each in _earlier_bits(root).values())
     sinks = [n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch"][-1]
+    weaker = "" if sinks["near"] < sinks["base_near"] else ": the sink is not weaker"
     ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in _generation_speeds(root).items())
     texts = {
         ("accuracy",): _accuracy_finding(root),
@@ -582,7 +583,7 @@ def findings(
                     f"model to {sinks['branch']:.2f} in a Krause branch beside its attention; cutting the base model's attention at the "
                     f"branch's window leaves {sinks['cut']:.2f}. Queries that see the first token give it "
                     f"{decimals(sinks['seeing'][0], 2)} in the branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over "
-                    f"passages){': the sink is not weaker' if sinks['near'] >= sinks['base_near'] else ''}. *But* this is one seed of SmolLM2-135M {sinks['when']}.",
+                    f"passages){weaker}. *But* this is one seed of SmolLM2-135M {sinks['when']}.",
     }
     verdicts = {names: "; ".join(f"{CLAIMS[name].title}: {found[name].verdict}" for name in names) for names in texts}
     return "\n".join(f"- **{verdicts[names]}.** {text}" for names, text in texts.items())
