@@ -551,8 +551,8 @@ def _accuracy_finding(root):
     controls = f" KViT minus itself without top-k: {_effect(selection)}." if selection else ""
     controls += f" Distance minus dot product, on the same window without top-k: {_effect(score)}." if score else ""
     return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
-            f"the same place in both: {_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of the "
-            f"{len(trained)} kinds trained were still improving.")
+            f"the same place in both: {_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of "
+            f"the {len(trained)} kinds trained were still improving.")
 
 
 def findings(
