@@ -283,6 +283,16 @@ def scaling_series(
             series.append({"label": name, "kind": KINDS[name], "x": x, "y": y, "exponent": exponent, "points": points})
     return series
 
+# %% ../nbs/50_bench_attention.ipynb #b3f9d7c2
+def relative_times(
+    rows: list[dict],  # from `bench_attention`
+    name: str,  # of a contender
+    baseline: str,  # of another
+) -> list[float]:
+    "Median time of a contender relative to that of another, for each case and pass."
+    times = {(row["case"], row["pass"], row["name"]): row["seconds"] for row in rows}
+    return [seconds / times[case, step, baseline] for (case, step, each), seconds in times.items() if each == name]
+
 # %% ../nbs/50_bench_attention.ipynb #e4e80a63
 GPU_CASES = tuple(
     AttentionCase(f"T = {length:,}, W = 256{f', k = {k}' if k else ''}", batch=1, heads=16, length=length, dim=64, window=256, top_k=k)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
-from .bench_attention import scaling_series
+from .bench_attention import relative_times, scaling_series
 from .drawing import plural
 from .evaluation import CLASSIFIER_LABELS, finished_runs, is_undertrained
 from .recipe_base import published_tables
@@ -48,6 +48,13 @@ class Claim:
 
 
 CLAIMS: dict[str, Claim] = {}  # filled below, claim by claim
+
+
+def judged(
+    root: Path | None = None,  # the project's folder
+) -> dict[str, Finding]:  # by key of `CLAIMS`
+    "What the evidence says of every claim."
+    return {name: claim.judge(root) for name, claim in CLAIMS.items()}
 
 # %% ../nbs/68_claims.ipynb #fdbc9644
 def planned_difference(
@@ -274,7 +281,8 @@ def _exponents(rows: list[dict], sweep: str, name: str, least: float = 0) -> lis
 
 
 def _judge_linear(root):
-    rows, least = load_result("cost", "desk", root)["scaling"]["rows"], COST.at("desk").fit_from
+    cost, least = load_result("cost", "desk", root), COST.at("desk").fit_from
+    rows, softmax = cost["scaling"]["rows"], relative_times(cost["attention"]["rows"], "banded, C++, softmax", "banded, C++")
     length, full = (_exponents(rows, "length", name, least) for name in ("banded, C++", "fused full"))
     window = _exponents(rows, "window", "banded, C++")
     if not length or not full:
@@ -283,10 +291,11 @@ def _judge_linear(root):
         f"Time of the C++ operator, forward and forward + backward, from {least:,} tokens on: exponent in N {span(length, 2, ' to ')}; "
         f"fused full attention {span(full, 2, ' to ')}.",
         *([f"Exponent in W at the windows measured: {span(window, 2, ' to ')}, at most linear as claimed."] if window else []),
-        "Fused full attention needs as little memory, and softmax on the same window as little time (notebook 66).",
+        f"Softmax on the same window takes {span(softmax, 2, ' to ')} times as long; fused full attention needs as little memory.",
     )
+    faster = "as fast" if max(softmax) <= LINEAR else "slower"
     return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD,
-                   f"time ∝ N^{span(length, 2, '–')}, full attention ∝ N^{span(full, 2, '–')}; windowed softmax as fast", evidence)
+                   f"time ∝ N^{span(length, 2, '–')}, full attention ∝ N^{span(full, 2, '–')}; windowed softmax {faster}", evidence)
 
 CLAIMS["linear"] = Claim("Cost is linear in the sequence length", lambda: "O(N·W·d) instead of O(N²·d)", "66_cost", _judge_linear)
 
@@ -531,7 +540,7 @@ def claims_table(
     pages: str = "",  # prefix of the links to notebooks
 ) -> str:  # Markdown
     "Claim, the paper's numbers, ours, verdict and notebook of the twelve claims, computed from the desk results."
-    found = {name: claim.judge(root) for name, claim in CLAIMS.items()}
+    found = judged(root)
     rows = [(claim.title, claim.paper(), found[name].ours, f"**{found[name].verdict}**", f"[{claim.page[:2]}]({pages}{claim.page}.ipynb)")
             for name, claim in CLAIMS.items()]
     verdicts = [each.verdict for each in found.values()]
@@ -559,7 +568,7 @@ def findings(
     root: Path | None = None,  # the project's folder
 ) -> str:  # a Markdown list
     "Five findings: the verdict on one or two claims, then effect, interval and caveat, computed from the desk results."
-    found = {name: claim.judge(root) for name, claim in CLAIMS.items()}
+    found = judged(root)
     generator, (results, effects) = get_recipe("karm/fashion_mnist").at("desk"), _effects(root)
     control, part = _control(results, "local_top_k"), {name: _effect(each) for name, each in effects.items()}
     kvit, linear = (percent(results[f"{name}/fashion_mnist"]["test_accuracy"]) for name in ("kvit_t", "softmax_regression"))

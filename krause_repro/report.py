@@ -17,7 +17,7 @@ from krause_repro.ablation import (
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
-from .claims import CLAIMS, VERDICTS, claims_table, findings
+from .claims import CLAIMS, VERDICTS, claims_table, findings, judged
 from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, planned_table, read_plan, trained_table
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, MIXER_LABELS, TEXT_BITS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table,
@@ -430,8 +430,8 @@ def language_section(
 ) -> str:  # Markdown
     "Language models from scratch as RESULTS.md shows them: bits, planned differences and zero-shot scores."
     plan, results = planned_results("language_models", root)
-    labels = {f"lm_{mixer}_100m/openstax": {"label": label} for mixer, (label, _) in MIXER_LABELS.items()}
-    models = {name: label | (results.get(name) or {}) for name, label in labels.items()}
+    names = {f"lm_{mixer}_100m/openstax": label for mixer, (label, _) in MIXER_LABELS.items()}
+    models = {name: {"label": label, **(results.get(name) or {})} for name, label in names.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan["flat_gain"]),
@@ -469,8 +469,8 @@ def claims_by_verdict(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown, a paragraph for each verdict
     "The titles of the twelve claims, sorted by verdict."
-    found = {claim.title: claim.judge(root).verdict for claim in CLAIMS.values()}
-    titles = {kind: [title for title, verdict in found.items() if verdict == kind] for kind in VERDICTS}
+    found = judged(root)
+    titles = {kind: [CLAIMS[name].title for name, each in found.items() if each.verdict == kind] for kind in VERDICTS}
     return "\n\n".join(f"**{kind.capitalize()}**: {'; '.join(named)}." for kind, named in titles.items() if named)
 
 

@@ -391,6 +391,7 @@ def test_what_the_readme_says_of_the_window_follows_from_the_results():
     results, effects = claims._effects(None)
     assert outcome(effects["window"], "helps", "harms") == "helps" and outcome(effects["distance"], "helps", "harms") != "helps"
     assert not any(is_shown(claims._control(results, support)) for support in ("local", "local_top_k"))
+    assert "windowed softmax as fast" in claims.judged()["linear"].ours
     assert all(numbers["cut"] <= numbers["branch"] for numbers in claims._sink_numbers(None)[0].values())
 
 
