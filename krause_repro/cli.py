@@ -141,7 +141,7 @@ def sample_recipe(
     if given := [name for name, value in ignored.items() if value is not None]:
         raise UserError(f"{given[0]} is for {'image generators' if text else 'language models'}; leave it out for {recipe}")
     if text:
-        from krause_repro.fine_tuning_evaluation import sample_text
+        from krause_repro.language_model_evaluation import sample_text
 
         tokens = min(100, chosen.context // 2) if tokens is None else tokens
         print(sample_text(run, prompt or "", tokens, image_seed, temperature, top_p, source))
@@ -181,7 +181,7 @@ def result_summaries(
 ) -> dict[str, object]:  # by folder of results: a function of `save_finished`
     "The functions that evaluate the runs of a planned experiment."
     if experiment == "language_models":
-        from krause_repro.fine_tuning_evaluation import evaluate_language_models
+        from krause_repro.language_model_evaluation import evaluate_language_models
         from krause_repro.language_benchmarks import evaluate_zero_shot
         from krause_repro.sinks import evaluate_text_sinks
 

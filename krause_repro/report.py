@@ -20,14 +20,14 @@ from .checks import UserError
 from .claims import CLAIMS, VERDICTS, claims_table, findings, judged
 from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, planned_table, read_plan, trained_table
 from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, MIXER_LABELS, TEXT_BITS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table,
-    language_model_table, parameter_table,
+    FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
 from .flops import component_macs
 from .generation_evaluation import GENERATOR_LABELS, bits_table, evaluate_generators
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
 from .language_benchmarks import zero_shot_table
+from .language_model_evaluation import MIXER_LABELS, TEXT_BITS, language_model_table
 from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe

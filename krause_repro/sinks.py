@@ -21,9 +21,10 @@ from .attention_analysis import attention_entropy, check_defined, check_numbers,
 from .branched_models import add_krause_branch, recorded_branches
 from .checks import UserError, check_integer
 from .evaluation import finished_model, on_device, provenance
-from .fine_tuning_evaluation import FINE_TUNED_LABELS, text_blocks_of
+from .fine_tuning_evaluation import FINE_TUNED_LABELS
 from .language_data import shakespeare_text, split_works, start_tokens, text_blocks
 from .language_model import LanguageModel, support_of
+from .language_model_evaluation import text_blocks_of
 from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, FineTuningRecipe
 from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile

@@ -70,7 +70,7 @@ FAULTS = [
     Fault("a process trains on another's part", "slice(count * rank // processes, count * (rank + 1) // processes)",
           "slice(0, count // processes)", "training"),
     Fault("confidence radius strict", "attended = (distances(x) <= reach)", "attended = (distances(x) < reach)", "dynamics"),
-    Fault("cross term of the Fréchet distance", "- 2 * inner).item()", "- inner).item()", "frechet sample_quality"),
+    Fault("cross term of the Fréchet distance", "- 2 * inner).item()", "- inner).item()", "image_generation"),
     Fault("entropy of the wrong sign", "return -torch.xlogy(weights, weights).sum(-1)",
           "return torch.xlogy(weights, weights).sum(-1)", "analysis"),
     Fault("difference the other way round", "[a - b for a, b in zip(first, second, strict=True)]",

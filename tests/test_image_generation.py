@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from cases import over
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.linalg import sqrtm
 
 from krause_repro import cli, generation_evaluation
 from krause_repro.bench_generation import _generation_row, bench_generation, generation_speed_table
@@ -18,10 +21,12 @@ from krause_repro.generation_evaluation import (
     GENERATOR_LABELS,
     bits_differences,
     bits_table,
+    class_features,
     classifier_run,
     context_baselines,
     evaluate_generators,
     first_frequencies,
+    frechet_distance,
     sample_run,
     samples_folder,
     save_image_grid,
@@ -45,8 +50,10 @@ from krause_repro.records import InUse, file_digest, locked, write_digests
 from krause_repro.results import pack_images, unpack_images
 from krause_repro.runs import Run, TrainingDiverged, run_path
 from krause_repro.statistics import summarise
+from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.tasks import save_model, task_of
 from krause_repro.training import build_trainer, train, training_arguments
+from krause_repro.vision_transformer import VisionTransformer, VisionTransformerConfig
 
 MNIST = {
     "image_shape": (28, 28, 1), "levels": 256, "width": 256, "depth": 12, "heads": 8, "mlp_width": 1024, "window": 128, "top_k": 96,
@@ -469,3 +476,49 @@ def test_speeds_are_counts_over_seconds():
     assert row["ratio_quartiles"] == [pytest.approx(0.25), pytest.approx(0.5)]
     assert row["curve"]["positions"] == [at + 1.5 for at in range(20)]
     assert row["curve"]["milliseconds"] == pytest.approx([100] * 10 + [200] * 10)
+
+
+# The Fréchet distance is the formula's, and features are what the last layer sees
+
+
+@given(st.integers(1, 5), st.integers(8, 30), st.integers(8, 30), st.integers(0, 99))  # enough images for scipy's root
+def test_the_distance_is_the_formula(dim, many, others, seed):
+    random = np.random.default_rng(seed)
+    first = random.normal(size=(many, dim)) @ random.normal(size=(dim, dim))
+    second = random.normal(size=(others, dim)) + random.normal(size=dim)
+    covs = [np.cov(x, rowvar=False).reshape(dim, dim) for x in (first, second)]
+    want = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1]) - 2 * np.trace(sqrtm(covs[0] @ covs[1])).real
+    assert frechet_distance(torch.tensor(first), torch.tensor(second)) == pytest.approx(want, rel=1e-4, abs=1e-4)
+
+
+def test_shift_scale_and_symmetry():
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(features, features + 2) == pytest.approx(4 * 4, rel=1e-9)
+    centred = features - features.mean(0)
+    assert frechet_distance(centred, 3 * centred) == pytest.approx((3 - 1) ** 2 * features.T.cov().trace().item(), rel=1e-9)
+    other = features[:20] ** 2
+    assert frechet_distance(features, other) == pytest.approx(frechet_distance(other, features), rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second"), [((1, 3), (5, 3)), ((5, 3), (5, 4)), ((5,), (5, 3))])
+def test_features_that_cannot_be_compared_are_refused(first, second):
+    with pytest.raises(ValueError, match="first and second must be"):
+        frechet_distance(torch.zeros(first), torch.zeros(second))
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="second must be finite features"):
+            frechet_distance(torch.zeros(5, 3), torch.full((5, 3), bad))
+
+
+@pytest.mark.parametrize("model", [
+    VisionTransformer(VisionTransformerConfig(image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1,
+                                              num_attention_heads=2, intermediate_size=32)),
+    SwinClassifier(SwinClassifierConfig(image_size=8, patch_size=2, num_channels=1, embed_dim=8, depths=(2,), num_heads=[2],
+                                        window_size=2)),
+], ids=["vit", "swin"])
+def test_features_are_what_the_last_layer_sees(model):
+    pixels = torch.randn(7, 1, 8, 8)
+    features = class_features(model.train(), pixels, batch=3)
+    assert model.training and not model.head._forward_pre_hooks
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(features), model.eval()(pixels).logits)

@@ -18,14 +18,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 from krause_repro import tasks as training_tasks
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from krause_repro.corpus import train_tokenizer
-from krause_repro.fine_tuning_evaluation import (
-    binned,
-    evaluate_language_models,
-    ngram_baselines,
-    position_edges,
-    sample_text,
-    with_further_positions,
-)
 from krause_repro.language_benchmarks import run_model
 from krause_repro.language_model import (
     MIXERS,
@@ -36,6 +28,14 @@ from krause_repro.language_model import (
     fused_attention,
     language_cache,
     mixer_weights,
+)
+from krause_repro.language_model_evaluation import (
+    binned,
+    evaluate_language_models,
+    ngram_baselines,
+    position_edges,
+    sample_text,
+    with_further_positions,
 )
 from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
