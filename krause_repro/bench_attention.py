@@ -284,14 +284,15 @@ def scaling_series(
     return series
 
 # %% ../nbs/50_bench_attention.ipynb #b3f9d7c2
-def relative_times(
+def relative_values(
     rows: list[dict],  # from `bench_attention`
     name: str,  # of a contender
     baseline: str,  # of another
+    quantity: str = "seconds",  # or "peak_bytes"
 ) -> list[float]:
-    "Median time of a contender relative to that of another, for each case and pass."
-    times = {(row["case"], row["pass"], row["name"]): row["seconds"] for row in rows}
-    return [seconds / times[case, step, baseline] for (case, step, each), seconds in times.items() if each == name]
+    "Median time or peak memory of a contender relative to that of another, for each case and pass where it was measured."
+    values = {(row["case"], row["pass"], row["name"]): row[quantity] for row in rows if row.get(quantity) is not None}
+    return [value / values[case, step, baseline] for (case, step, each), value in values.items() if each == name]
 
 # %% ../nbs/50_bench_attention.ipynb #e4e80a63
 GPU_CASES = tuple(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
-from .bench_attention import relative_times, scaling_series
+from .bench_attention import relative_values, scaling_series
 from .drawing import plural
 from .evaluation import CLASSIFIER_LABELS, finished_runs, is_undertrained
 from .recipe_base import published_tables
@@ -19,8 +19,7 @@ from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_models, sink_verdict, window_effect
 from krause_repro.statistics import (
-    corrected_difference, decimals, is_shown, markdown_table, outcome, paired_difference, percent, signed_interval, span,
-    unpaired_difference,
+    corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, span, unpaired_difference,
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
@@ -87,11 +86,6 @@ def _of_pairs(verdicts: list[str]) -> str:
     return IN_PART if HOLDS in verdicts else DOES_NOT_HOLD if DOES_NOT_HOLD in verdicts else NOT_SHOWN
 
 # %% ../nbs/68_claims.ipynb #35026648
-def _effect(difference: dict, scale: float = 100, digits: int = 2) -> str:
-    "Mean and interval of a difference."
-    return f"{scale * difference['mean']:+.{digits}f} ({signed_interval(difference['interval'], scale, digits)})"
-
-
 def _size(name: str) -> str:
     "Size and length of a desk recipe."
     recipe = get_recipe(name).at("desk")
@@ -175,9 +169,9 @@ def _cifar10_so_far(results):
 
 def _judge_accuracy(root):
     plan, results, cifar, post = _on_cifar10(root)
-    numbers = f"CIFAR-10 {_effect(cifar)}; with equal norms {_effect(post)}" if cifar and post else _cifar10_so_far(results)
+    numbers = f"CIFAR-10 {effect(cifar)}; with equal norms {effect(post)}" if cifar and post else _cifar10_so_far(results)
     evidence = [
-        f"CIFAR-10, {_size('kvit_s/cifar10')}: KViT − ViT {_effect(cifar)} points; with equal norms {_effect(post)}; seeds "
+        f"CIFAR-10, {_size('kvit_s/cifar10')}: KViT − ViT {effect(cifar)} points; with equal norms {effect(post)}; seeds "
         f"{', '.join(map(str, cifar['seeds']))}, corrected for {len(plan['comparisons'])} comparisons." if cifar and post else
         f"CIFAR-10, finished so far: {_pending(results, 'test_accuracy', 100, 2)}. No verdict before all seeds are.",
     ]
@@ -216,18 +210,18 @@ def _judge_parts(root):
         return Finding(NOT_YET, "not finished", ("Some cells of the ablation are not finished.",))
     told = {part: outcome(row, "helps", "harms") for part, row in effects.items()}
     helped = [part for part, word in told.items() if word == "helps"]
-    evidence = [f"{part} ({PARTS[part]}, averaged over {row['settings']} settings): {_effect(row)} points, "
+    evidence = [f"{part} ({PARTS[part]}, averaged over {row['settings']} settings): {effect(row)} points, "
                 f"{plural(row['n'], 'seed')}: {told[part]}." for part, row in effects.items()]
     for support, words in (("local_top_k", "window and top-k"), ("local", "window, without top-k")):
         control = _control(results, support)
-        evidence.append(f"KViT − softmax on the same {words}: {_effect(control)} points: {outcome(control, 'higher', 'lower')}.")
+        evidence.append(f"KViT − softmax on the same {words}: {effect(control)} points: {outcome(control, 'higher', 'lower')}.")
     plan, cifar = planned_results("cifar10", root)
     for first, second in plan["comparisons"] if plan else ():
         found = planned_difference("cifar10", plan, cifar, first, second)
         if found and "local" in first + second:
             first, second = (CLASSIFIER_LABELS["desk"][name][0] for name in (first, second))
             verdict = outcome(found, "higher", "lower", plan["smallest_difference"])
-            evidence.append(f"CIFAR-10, {first} − {second}: {_effect(found)} points, corrected: {verdict}.")
+            evidence.append(f"CIFAR-10, {first} − {second}: {effect(found)} points, corrected: {verdict}.")
     ours = ", ".join(f"{part} {100 * row['mean']:+.2f} {told[part]}" for part, row in effects.items())
     return Finding(HOLDS if len(helped) == len(PARTS) else IN_PART if helped else DOES_NOT_HOLD, ours, tuple(evidence))
 
@@ -282,7 +276,9 @@ def _exponents(rows: list[dict], sweep: str, name: str, least: float = 0) -> lis
 
 def _judge_linear(root):
     cost, least = load_result("cost", "desk", root), COST.at("desk").fit_from
-    rows, softmax = cost["scaling"]["rows"], relative_times(cost["attention"]["rows"], "banded, C++, softmax", "banded, C++")
+    rows, attention = cost["scaling"]["rows"], cost["attention"]["rows"]
+    softmax = relative_values(attention, "banded, C++, softmax", "banded, C++")
+    memory = relative_values(attention, "fused full", "banded, C++", "peak_bytes")
     length, full = (_exponents(rows, "length", name, least) for name in ("banded, C++", "fused full"))
     window = _exponents(rows, "window", "banded, C++")
     if not length or not full:
@@ -291,7 +287,8 @@ def _judge_linear(root):
         f"Time of the C++ operator, forward and forward + backward, from {least:,} tokens on: exponent in N {span(length, 2, ' to ')}; "
         f"fused full attention {span(full, 2, ' to ')}.",
         *([f"Exponent in W at the windows measured: {span(window, 2, ' to ')}, at most linear as claimed."] if window else []),
-        f"Softmax on the same window takes {span(softmax, 2, ' to ')} times as long; fused full attention needs as little memory.",
+        f"Softmax on the same window takes {span(softmax, 2, ' to ')} times as long.",
+        *([f"At its peak fused full attention needs {span(memory, 1, ' to ')} times as much memory."] if memory else []),
     )
     faster = "as fast" if max(softmax) <= LINEAR else "slower"
     return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD,
@@ -311,10 +308,10 @@ def _judge_heads(root):
     score = unpaired_difference(kvit["untrained"]["clusters"], on_window["clusters"], seeds)
     more = [is_shown(each, 0) and each["mean"] > 0 for each in (heads, groups, learned)]
     evidence = (
-        f"Distance between the heads of the last layer, KViT − ViT: {_effect(heads, 1, 3)}, {seeds} seeds each, "
+        f"Distance between the heads of the last layer, KViT − ViT: {effect(heads, 1, 3)}, {seeds} seeds each, "
         f"{result['images']:g} test images.",
-        f"Groups of tokens in the last layer, KViT − ViT: {_effect(groups, 1, 1)}. KViT trained − untrained: {_effect(learned, 1, 1)}.",
-        f"Before training, KViT − softmax on KViT's window and top-k: {_effect(score, 1, 1)}: what the score adds to the support.",
+        f"Groups of tokens in the last layer, KViT − ViT: {effect(groups, 1, 1)}. KViT trained − untrained: {effect(learned, 1, 1)}.",
+        f"Before training, KViT − softmax on KViT's window and top-k: {effect(score, 1, 1)}: what the score adds to the support.",
     )
     verdict = HOLDS if all(more) else IN_PART if any(more) else DOES_NOT_HOLD
     last = {name: each["clusters"]["mean"][-1] for name, each in (("k", kvit["trained"]), ("u", kvit["untrained"]), ("v", vit["trained"]))}
@@ -394,11 +391,11 @@ def _mnist_so_far(results):
 def _judge_bits(root):
     plan, results = planned_results("mnist", root)
     fashion, own = _earlier_bits(root), {}
-    evidence = [f"Fashion-MNIST, {_size('karm/fashion_mnist')}: KARM − {rival.upper()} {_effect(each, 1, 3)} bits per dimension, "
+    evidence = [f"Fashion-MNIST, {_size('karm/fashion_mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, "
                 f"{plural(each['n'], 'seed')}." for rival, each in fashion.items()]
     if plan:
         own = {rival: planned_difference("mnist", plan, results, "karm/mnist", f"{rival}/mnist") for rival in ("arm", "larm")}
-        evidence += [f"MNIST, {_size('karm/mnist')}: KARM − {rival.upper()} {_effect(each, 1, 3)} bits per dimension, corrected."
+        evidence += [f"MNIST, {_size('karm/mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, corrected."
                      for rival, each in own.items() if each]
         if not all(own.values()):
             evidence.append(f"MNIST, finished so far: {_pending(results, 'bits_per_dim')}.")
@@ -407,7 +404,7 @@ def _judge_bits(root):
                        for each in fashion.values()] or [NOT_YET])
     done = own and all(own.values())
     shown = own if done else fashion
-    ours = ("MNIST " if done else "Fashion-MNIST ") + ", ".join(f"{rival.upper()} {_effect(each, 1, 2)}" for rival, each in shown.items())
+    ours = ("MNIST " if done else "Fashion-MNIST ") + ", ".join(f"{rival.upper()} {effect(each, 1, 2)}" for rival, each in shown.items())
     return Finding(_together(_of_pairs([each["verdict"] for each in own.values()]) if done else None, other),
                    ours if shown else _mnist_so_far(results), tuple(evidence))
 
@@ -471,14 +468,14 @@ def _short_runs(root) -> dict[str, dict]:
 
 def _judge_fine_tuning(root):
     short, (plan, results) = _short_runs(root), planned_results("textbooks", root)
-    evidence = [f"SmolLM2-135M-Instruct, {data}, {each['steps']:g} steps: with a branch minus without {_effect(each, 1, 3)} nats per "
+    evidence = [f"SmolLM2-135M-Instruct, {data}, {each['steps']:g} steps: with a branch minus without {effect(each, 1, 3)} nats per "
                 f"token, {plural(each['n'], 'seed')}; before the first step {each['before']:+.3f}." for data, each in short.items()]
     found = {pair: planned_difference("textbooks", plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
-    evidence += [f"Textbooks: {first} − {second} {_effect(each, 1, 3)} nats per token, corrected: {each['verdict']}."
+    evidence += [f"Textbooks: {first} − {second} {effect(each, 1, 3)} nats per token, corrected: {each['verdict']}."
                  for (first, second), each in found.items() if each]
     if found and all(found.values()):
         best = min(found.values(), key=lambda each: each["mean"])
-        return Finding(_of_pairs([each["verdict"] for each in found.values()]), f"SmolLM2, textbooks: at best {_effect(best, 1, 3)} nats",
+        return Finding(_of_pairs([each["verdict"] for each in found.values()]), f"SmolLM2, textbooks: at best {effect(best, 1, 3)} nats",
                        tuple(evidence))
     evidence.append(f"Textbooks, finished so far: {_pending(results, 'token_loss')}.")
     labels = {"krause_smollm2/openstax": "branch", "lora_smollm2/openstax": "LoRA"}
@@ -518,7 +515,7 @@ def _judge_from_scratch(root):
     pairs = [pair for pair in map(tuple, plan["comparisons"] if plan else ())
              if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]]  # the published model and the paper's rivals
     found = {pair: planned_difference("language_models", plan, results, *pair) for pair in pairs}
-    evidence = [f"{first} − {second}: {_effect(each, 1, 3)} bits per token, corrected: {each['verdict']}."
+    evidence = [f"{first} − {second}: {effect(each, 1, 3)} bits per token, corrected: {each['verdict']}."
                 for (first, second), each in found.items() if each]
     if not found or not all(found.values()):
         evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
@@ -557,10 +554,10 @@ def _accuracy_finding(root):
     rising = sum(is_undertrained(model["curves"]) for model in trained)
     pairs = (("kvit_s", "kvit_s_local"), ("kvit_s_local", "softmax_s_local"))
     selection, score = (planned_difference("cifar10", plan, results, *(f"{name}/cifar10" for name in pair)) for pair in pairs)
-    controls = f" KViT minus itself without top-k: {_effect(selection)}." if selection else ""
-    controls += f" Distance minus dot product, on the same window without top-k: {_effect(score)}." if score else ""
-    return (f"KViT minus ViT on CIFAR-10: {_effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
-            f"the same place in both: {_effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of "
+    controls = f" KViT minus itself without top-k: {effect(selection)}." if selection else ""
+    controls += f" Distance minus dot product, on the same window without top-k: {effect(score)}." if score else ""
+    return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
+            f"the same place in both: {effect(norm)}.{controls} *But* the models are small ({_size('kvit_s/cifar10')}), and {rising} of "
             f"the {len(trained)} kinds trained were still improving.")
 
 
@@ -570,9 +567,9 @@ def findings(
     "Five findings: the verdict on one or two claims, then effect, interval and caveat, computed from the desk results."
     found = judged(root)
     generator, (results, effects) = get_recipe("karm/fashion_mnist").at("desk"), _effects(root)
-    control, part = _control(results, "local_top_k"), {name: _effect(each) for name, each in effects.items()}
+    control, part = _control(results, "local_top_k"), {name: effect(each) for name, each in effects.items()}
     kvit, linear = (percent(results[f"{name}/fashion_mnist"]["test_accuracy"]) for name in ("kvit_t", "softmax_regression"))
-    arm, larm = (_effect(each, 1, 2) for each in _earlier_bits(root).values())
+    arm, larm = (effect(each, 1, 2) for each in _earlier_bits(root).values())
     sinks = [n for file, n in _sink_numbers(root)[0].items() if file != "untrained_branch"][-1]
     weaker = "" if sinks["near"] < sinks["base_near"] else ": the sink is not weaker"
     ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in _generation_speeds(root).items())
@@ -580,7 +577,7 @@ def findings(
         ("accuracy",): _accuracy_finding(root),
         ("parts",): f"On Fashion-MNIST the window changes accuracy by {part['window']} points, top-k by {part['top-k']}, distance instead "
                     f"of the dot product by {part['distance']}; 3 intervals, not corrected. *But* KViT minus softmax attention with "
-                    f"the same window, top-k and norm is {_effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown; and "
+                    f"the same window, top-k and norm is {effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown; and "
                     f"softmax regression on the pixels reaches {linear}%, KViT {kvit}%.",
         ("linear", "flops"): f"Attention over N tokens: {found['linear'].ours}. FLOPs of KViT against ViT: "
                              f"{CLAIMS['flops'].paper()} in the paper; here {found['flops'].ours}. *But* times are of one CPU.",

@@ -205,6 +205,15 @@ def signed_interval(
     "Both bounds with their signs; a dash for no interval."
     return MISSING if interval is None else " to ".join(f"{scale * bound:+.{digits}f}" for bound in interval)
 
+
+def effect(
+    difference: dict,  # from `paired_difference`, `corrected_difference` or `unpaired_difference`
+    scale: float = 100,  # factor from the difference to the unit shown
+    digits: int = 2,  # decimals
+) -> str:
+    "Mean of a difference and, in brackets, its interval."
+    return f"{scale * difference['mean']:+.{digits}f} ({signed_interval(difference['interval'], scale, digits)})"
+
 # %% ../nbs/40_statistics.ipynb #3be7f150
 def span(
     values: Iterable[float],  # at least one

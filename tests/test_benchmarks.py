@@ -28,6 +28,7 @@ from krause_repro.bench_attention import (
     compiled_selector,
     kth_largest,
     peak_memory,
+    relative_values,
     scaling_series,
 )
 from krause_repro.bench_generation import bench_generation, generation_seconds
@@ -289,6 +290,14 @@ def test_series_keep_to_one_sweep_and_pass_and_leave_out_what_is_missing():
     (memory,) = scaling_series(rows, "length", "forward", "peak_bytes", 1e6)
     assert (memory["x"], memory["y"], memory["exponent"]) == ([1], [3.0], None)
     assert scaling_series(rows, "window", PASSES[1]) == []
+
+
+def test_values_are_relative_within_a_case_and_pass():
+    def row(name, case, seconds, peak=None):
+        return {"case": case, "pass": "forward", "name": name, "seconds": seconds, "peak_bytes": peak}
+
+    rows = [row("a", "x", 3.0, 8), row("b", "x", 2.0, 4), row("a", "y", 1.0), row("b", "y", 4.0)]
+    assert relative_values(rows, "a", "b") == [1.5, 0.25] and relative_values(rows, "a", "b", "peak_bytes") == [2.0]
 
 
 def test_a_contender_drops_out_of_longer_sequences_when_it_would_take_too_long(monkeypatch):
