@@ -17,7 +17,7 @@ from .records import project_root
 from .reference import SCORES
 from .results import check_train, load_or_compute, result_path
 from .runs import Run
-from .statistics import is_shown, markdown_table, outcome, paired_difference, percent, signed_interval
+from .statistics import markdown_table, outcome, paired_difference, percent, seed_values, signed_interval
 
 # %% ../nbs/42_ablation.ipynb #89ac6672
 def load_or_run_grid(
@@ -124,7 +124,7 @@ def ablation_names(
 def _values(results, *names):
     "Accuracies of the named models by seed, or None if one is not trained."
     found = [results.get(name) for name in names]
-    return [result["test_accuracy"]["values"] for result in found] if all(found) else None
+    return seed_values(found) if all(found) else None
 
 
 def averaged_effects(
@@ -132,7 +132,8 @@ def averaged_effects(
 ) -> list[dict]:  # "label" and the fields of `factor_effect`
     "The effect of each factor, averaged over the trained settings of the others."
     labels = {**SCORE_LABELS, **SUPPORT_LABELS, "post": "post-norm", "pre": "pre-norm"}
-    accuracies = {cell: _values(results, name)[0] for cell, name in ABLATION_CELLS.items() if results.get(name)}
+    trained = {cell: results[name] for cell, name in ABLATION_CELLS.items() if results.get(name)}
+    accuracies = dict(zip(trained, seed_values(list(trained.values())), strict=True))
     effects = {f"{labels[first]} − {labels[second]}": factor_effect(accuracies, place, first, second) for place, first, second in FACTORS}
     return [{"label": label, **effect} for label, effect in effects.items() if effect]
 
@@ -178,7 +179,7 @@ def difference_table(
     "Differences in percentage points with their intervals, and whether they count."
     return markdown_table(("difference", "settings averaged", "points", "95% interval", "counts?"), [
         (row["label"], row.get("settings", 1), f"{100 * row['mean']:+.2f}", signed_interval(row["interval"]),
-         "yes" if is_shown(row) else "not shown") for row in rows])
+         outcome(row, "yes", "yes")) for row in rows])
 
 # %% ../nbs/42_ablation.ipynb #07e196cb
 def cell_table(

@@ -8,6 +8,7 @@ __all__ = ['test_accuracy', 'train_seeds', 'summarise_runs', 'evaluate_runs', 'n
 # %% ../nbs/41_evaluation.ipynb #2c570b24
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -16,13 +17,14 @@ from .attention import KrauseAttention
 from .baselines import nearest_classes
 from .checks import UserError
 from .image_data import load_splits
+from .image_files import DATA
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
 from .recipes import get_recipe
 from .records import file_digest, git_output, project_root, read_json, write_json
 from .results import load_result, result_path, save_result, stale_recipes
-from .runs import Run, check_finished, check_run, run_path, weights_file
+from .runs import Run, check_finished, check_run, check_same_data, run_path, weights_file
 from krause_repro.statistics import (
     corrected_difference, decimals, finished_table, markdown_table, outcome, pool, seeds_in_words, signed_interval, summarise,
     summarise_curves,
@@ -53,6 +55,7 @@ def cached_test(
     run: Run,  # finished
     measure: Callable[[], dict],  # evaluates the model on the test data
     name: str = "test.json",  # of the file
+    source: str | Path | None = None,  # the user's data; if given, or if there is no file, they must be those of the run
 ) -> dict:
     "Test metrics from a file in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
     path, weights = run.path / name, weights_file(run)
@@ -60,6 +63,8 @@ def cached_test(
     record = read_json(path) if path.is_file() else {"model": ""}
     if not isinstance(record, dict) or "model" not in record:
         raise UserError(f"{path} must hold the results of a model, got {record!r:.60}; delete it to evaluate again")
+    if source is not None or record["model"] != model:
+        check_same_data(run, source)
     if record["model"] != model:
         record = {**measure(), "model": model}
         write_json(path, record)
@@ -78,7 +83,10 @@ def test_accuracy(
         metrics = trainer.evaluate(splits.test, metric_key_prefix="test")
         return {"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"], "images": len(splits.test)}
 
-    return cached_test(run, measure)
+    found = cached_test(run, measure, source=source)
+    if found.keys() != {"accuracy", "loss", "images"} or not 0 <= found["accuracy"] <= 1:
+        raise UserError(f"{run.path / 'test.json'} must hold accuracy in 0…1, loss and images, got {found}; delete it to evaluate again")
+    return found
 
 
 test_accuracy.__test__ = False  # pytest must not collect it
@@ -148,14 +156,16 @@ def summarise_sigma(
 def provenance(
     runs: list[Run],  # of one recipe, one for each seed
 ) -> dict:
-    "Provenance of a result: seeds, commits, versions, device, threads, training time in seconds."
-    ends, environments = [r.summary() for r in runs], [r.environment() for r in runs]
-    return {
-        "chosen_epochs": [e["chosen_epoch"] for e in ends], "parameters": ends[0]["parameters"],
-        "seconds": summarise([e["seconds"] for e in ends]), "seeds": [r.seed for r in runs], "commits": [e["commit"] for e in environments],
-        "threads": [e["threads"] for e in ends], "device": environments[0]["device"], "versions": environments[0]["versions"],
-        **({"data": environments[0]["data"]} if "data" in environments[0] else {}),
-    }
+    "Provenance of a result: seeds, commits, versions, device, threads, data, training time in seconds. Raises `UserError` as `add_seeds`."
+    def one(run):
+        end, begin = run.summary(), run.environment()
+        return {
+            "chosen_epochs": [end["chosen_epoch"]], "parameters": end["parameters"], "seconds": summarise([end["seconds"]]),
+            "seeds": [run.seed], "commits": [begin["commit"]], "threads": [end["threads"]], "device": begin["device"],
+            "versions": begin["versions"], **{name: begin[name] for name in ("data", "corpus") if name in begin},
+        }
+
+    return reduce(add_seeds, map(one, runs))
 
 # %% ../nbs/41_evaluation.ipynb #cf0e2ea0
 def summarise_runs(
@@ -188,7 +198,7 @@ def add_seeds(
     later: dict,  # the same of other seeds
 ) -> dict:
     "The result of all seeds. Raises `UserError` if a seed is in both, or a field differs that must not."
-    if missing := sorted(later.keys() - earlier.keys()):
+    if missing := sorted(later.keys() - earlier.keys() - {"corpus"}):  # runs of earlier versions do not name their corpus
         raise UserError(f"both results must have the same fields, but {', '.join(missing)} are only in that of the later seeds")
     for name, found in earlier.items():
         if isinstance(found, dict) and "values" in found and len(found["values"]) != len(earlier["seeds"]):
@@ -217,7 +227,7 @@ def add_seeds(
             return f"{first}, {second}"
         raise UserError(f"{place} must be the same for all seeds, got {first!r:.60} and {second!r:.60}")
 
-    return {key: added(earlier[key], later[key], key) for key in later}
+    return {key: added(earlier[key], later[key], key) if key in earlier else later[key] for key in later}
 
 # %% ../nbs/41_evaluation.ipynb #7ce17d26
 _CIFAR10_LABELS = {
@@ -357,6 +367,34 @@ def finished_runs(
     return f"{sum(done)} of {len(done) * len(planned)} planned runs are finished; {models}"
 
 
+def pending_results(
+    results: dict[str, dict | None],  # by recipe
+    field: str,  # what is told of them
+    scale: float = 1,  # factor to the unit shown
+    digits: int = 3,  # decimals
+) -> str:
+    "The models of a plan that have a result, with their seeds."
+    found = [f"{name} {decimals(result[field], digits, scale)} (seed {', '.join(map(str, result['seeds']))})"
+             for name, result in results.items() if result]
+    return "; ".join(found) or "none"
+
+
+def means_so_far(
+    plan: dict | None,  # from `read_plan`
+    results: dict[str, dict | None],  # by recipe
+    field: str,  # what is told of them
+    labels: dict[str, str],  # by recipe
+    scale: float = 1,  # factor to the unit shown
+    digits: int = 2,  # decimals
+) -> str:
+    "Means of models of a plan that has not all its seeds, marked if undertrained."
+    trained, gain = {name: results[name] for name in labels if results.get(name)}, (plan or {}).get("flat_gain", FLAT_GAIN)
+    marks = {name: " (undertrained)" if is_undertrained(result["curves"], gain) else "" for name, result in trained.items()}
+    means = [f"{labels[name]} {scale * result[field]['mean']:.{digits}f}{marks[name]}".strip() for name, result in trained.items()]
+    fewest = min((len(result["seeds"]) for result in trained.values()), default=0)
+    return f"unfinished ({fewest} seed{'' if fewest == 1 else 's'}): {', '.join(means)}" if means else "not finished"
+
+
 def seed_range(
     models: dict[str, dict],  # by recipe: a result of `summarise_runs`, with "seeds"
 ) -> tuple[int, int] | None:  # None without a model
@@ -421,6 +459,8 @@ def nearest_neighbours(
     source: str | Path | None = None,  # the user's data folder
 ) -> dict:  # "k", "held_out_by_k", "accuracy" on the test images, "test_images"
     "Test accuracy of k nearest neighbours in pixel space, with k selected on held-out images."
+    if not isinstance(recipe, ImageClassificationRecipe) or DATA[recipe.dataset].folders:
+        raise UserError(f"recipe must be an image classifier of images in memory, got {getattr(recipe, 'name', recipe)!r:.60}")
     splits = load_splits(recipe, source)
     found = {part: nearest_classes(splits.train.images, splits.train.labels, getattr(splits, part).images, NEIGHBOURS)
              for part in ("held_out", "test")}

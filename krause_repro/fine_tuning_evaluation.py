@@ -25,7 +25,9 @@ from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
 from .runs import Run
-from .statistics import decimals, describe_difference, markdown_table, paired_difference, percent, summarise, summarise_curves
+from krause_repro.statistics import (
+    decimals, describe_difference, markdown_table, paired_difference, percent, seed_values, summarise, summarise_curves,
+)
 from .tasks import base_model, base_source
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #17fd8d8a
@@ -254,7 +256,7 @@ def fine_tuning_differences(
 ) -> str:  # a Markdown list
     "One sentence for each data set with both models: loss with a branch minus loss without, and its interval."
     def sentence(data, name, rival):
-        values = [results[each]["token_loss"]["values"] for each in (name, rival)]
+        values = seed_values([results[name], results[rival]], "token_loss")
         labels = [fine_tuned_label(each)[0] for each in (name, rival)]
         return f"- {data}: {describe_difference(*labels, paired_difference(*values), 'nats per token', 1, 3)}."
 

@@ -29,7 +29,7 @@ from .records import atomic_write, check_writable, file_digest, locked, read_jso
 from .results import pack_images
 from .runs import Run
 from .sampling import check_sampling, complete_images, evaluating, first_prompts, written_batches
-from .statistics import decimals, describe_difference, finished_table, paired_difference, summarise, summarise_curves
+from .statistics import decimals, describe_difference, finished_table, paired_difference, seed_values, summarise, summarise_curves
 from .training import check_source, train
 
 # %% ../nbs/43_generation_evaluation.ipynb #f066036d
@@ -38,7 +38,7 @@ def test_bits(
     source: str | Path | None = None,  # the user's data folder
 ) -> dict[str, float]:  # as `likelihood.bits_per_dimension`
     "Bits per dimension of a run's selected model on the test images, cached in the run directory."
-    return cached_test(run, lambda: bits_per_dimension(finished_model(run), load_splits(run.recipe, source).test.images))
+    return cached_test(run, lambda: bits_per_dimension(finished_model(run), load_splits(run.recipe, source).test.images), source=source)
 
 
 test_bits.__test__ = False  # pytest must not collect it
@@ -333,7 +333,7 @@ def bits_differences(
 ) -> str:  # a Markdown list
     "One sentence for each pair of trained models: the paired difference in bits per dimension and its interval."
     def sentence(first, second):
-        values = [results[name]["bits_per_dim"]["values"] for name in (first, second)]
+        values = seed_values([results[first], results[second]], "bits_per_dim")
         return describe_difference(_label(first), _label(second), paired_difference(*values), "bits per dimension", 1)
 
     found = [f"- {sentence(*pair)}." for pair in pairs if all(results.get(name) for name in pair)]

@@ -349,6 +349,8 @@ def load_splits(
     else:
         train, test = (load(recipe.dataset, split, source, unreadable=unreadable) for split in ("train", "test"))
         plain = train
+        if origin:  # other data have published checksums
+            check_distinct(train, test, recipe.dataset)
     check_data(recipe, train)
     kept, held_out = split_held_out(len(train), recipe.held_out, recipe.train_images)
     if recipe.test_images is None:
@@ -360,6 +362,25 @@ def load_splits(
     return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out, origin)
 
 # %% ../nbs/28_image_data.ipynb #760ec2d2
+COPIES = 0.01  # largest share of copies: the published images are distinct but for very few
+
+
+def check_distinct(
+    train: ImageSet,
+    test: ImageSet,
+    name: str,  # of the data set, for the message
+) -> None:
+    "Raise `UserError` if a part holds images twice, or test images are among those for training."
+    seen = set()
+    for split, part in (("train", train), ("test", test)):
+        own = {image.tobytes() for image in part.images.numpy()}
+        twice, leaked = (len(part) - len(own), f"in the {split} part of {name} twice"), (len(own & seen), f"in both parts of {name}")
+        for copies, where in (twice, leaked):
+            if copies > COPIES * len(part):
+                raise UserError(f"images must be distinct, but {copies:,} of {len(part):,} are {where}; download the files again")
+        seen |= own
+
+
 def check_apart(
     train: ImageFolderSet,
     test: ImageFolderSet,

@@ -430,7 +430,7 @@ def altered_images(
     folder: Path,  # that holds the Parquet files
     split: str,  # "train" or "test"
     total: int,  # images of the split
-) -> int:
+) -> int | None:  # None without the file
     "Number of altered images according to `lossless.json`. Raises `UserError` if that file is invalid."
     for path in (folder / "lossless.json", *([folder.parent / "lossless.json"] if folder.name in PARQUET_FOLDERS else [])):
         if path.is_file():
@@ -441,7 +441,13 @@ def altered_images(
             if unknown := sorted(listed.keys() - {"train", "test"}):
                 raise UserError(f"{path} must hold train and test only, got {unknown[0]}")
             return len(set(known))
-    return 0
+    return None
+
+
+def _jpeg_images(files: list[tuple[Path, pq.ParquetFile, str]]) -> int:
+    "Number of images stored as JPEG, which loses some of the pixels."
+    columns = (_read_column(path, file, group, image) for path, file, image in files for group in range(file.num_row_groups))
+    return sum(bool(row and row["bytes"]) and row["bytes"].startswith(b"\xff\xd8") for column in columns for row in column)
 
 
 def data_origin(
@@ -454,9 +460,10 @@ def data_origin(
         return {}
     origin = {}
     for split in ("train", "test"):
-        paths, images = [path for path, *_ in _open_parquet(name, folder, split)], DATA[name].train if split == "train" else DATA[name].test
-        origin[split] = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}, "images": images,
-                         "altered": altered_images(paths[0].parent, split, images)}
+        files, images = _open_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+        altered = altered_images(files[0][0].parent, split, images)
+        origin[split] = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path, *_ in files}, "images": images,
+                         "altered": _jpeg_images(files) if altered is None else altered}
     return origin
 
 # %% ../nbs/27_image_files.ipynb #32db7d64

@@ -103,7 +103,7 @@ def test_text(
                 "tokens": len(blocks) * (recipe.context - 1), "gate": gates or None,
                 "by_position": binned(nats / math.log(2), position_edges(recipe.context))}
 
-    return cached_test(run, measure)
+    return cached_test(run, measure, source=source)
 
 
 test_text.__test__ = False  # pytest must not collect it

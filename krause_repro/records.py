@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import krause_repro
 from .checks import UserError
 
 # %% ../nbs/20_records.ipynb #4b18e05e
@@ -365,9 +366,10 @@ def check_writable(
 def cache_folder() -> Path:
     "Folder of downloads: `KRAUSE_REPRO_DATA`, else `~/.cache/krause_repro`, or a temporary folder for users without a home."
     if named := os.environ.get("KRAUSE_REPRO_DATA"):
-        if Path(named).exists() and not Path(named).is_dir():
+        folder = Path(named).expanduser()
+        if folder.exists() and not folder.is_dir():
             raise UserError(f"KRAUSE_REPRO_DATA must name a folder, got the file {named}")
-        return Path(named)
+        return folder
     try:
         home = Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
     except KeyError:
@@ -375,12 +377,12 @@ def cache_folder() -> Path:
     return home / ".cache" / "krause_repro"
 
 # %% ../nbs/20_records.ipynb #a427182c
-PACKAGES = ("krause_repro", "torch", "torchvision", "transformers", "accelerate", "datasets", "peft", "lm_eval", "numpy", "matplotlib")
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "peft", "lm_eval", "numpy", "matplotlib")
 
 
 def package_versions() -> dict[str, str]:
-    "Installed versions of the packages that can change results."
-    found = {"python": platform.python_version()}
+    "Versions of Python, of this package as it was imported, and of the installed packages that can change results."
+    found = {"python": platform.python_version(), "krause_repro": krause_repro.__version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -414,9 +416,12 @@ def git_state(
 
 # %% ../nbs/20_records.ipynb #a2ef4018
 def environment() -> dict[str, object]:
-    "Package versions, git commit, device and threads, stored with every run and result."
+    "Package versions, git commit of the imported code, device and threads, stored with every run and result."
     import torch
 
+    package = Path(krause_repro.__file__).parent
+    tracked = git_output("ls-files", "__init__.py", folder=package)  # not so if the package is installed below an unrelated repository
+    code = git_state(package) if tracked else {"commit": None, "dirty": None}
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    return {**git_state(), "device": device, "threads": torch.get_num_threads(), "versions": package_versions()}
+    return {**code, "device": device, "threads": torch.get_num_threads(), "versions": package_versions()}

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .checks import UserError
 from .corpus import Corpus
+from .image_files import data_origin
 from .recipes import get_recipe
 from .records import DIGESTS, atomic_write, damage, project_root, read_json, write_digests
 from .tasks import TrainedRecipe, recipe_corpus, task_of
@@ -91,6 +92,8 @@ def run_path(
     runs: str | Path = "runs",  # relative to the project's root
 ) -> Path:
     "The directory of a run: `runs/<profile>/<recipe>/seed-<n>`."
+    if not isinstance(runs, (str, Path)):
+        raise UserError(f"runs must be a folder, got {runs!r}")
     return project_root() / runs / recipe.profile / recipe.name / f"seed-{seed}"
 
 # %% ../nbs/35_runs.ipynb #7187cf3c
@@ -170,7 +173,8 @@ def check_finished(
     if (run.path / DIGESTS).is_file() and (wrong := damage(run.path, task_of(run.recipe).files)):  # runs of earlier versions have none
         raise UserError(f"{wrong}; {run.remedy}")
     check_weights(run)
-    for content, name, fields in ((run.summary(), "finished.json", ("seconds", "steps", "chosen_epoch", "threads", "parameters")),
+    held_out = f"held_out_{task_of(run.recipe).metric}"
+    for content, name, fields in ((run.summary(), "finished.json", ("seconds", "steps", "chosen_epoch", "threads", "parameters", held_out)),
                                   (run.environment(), "environment.json", ("commit", "device", "versions"))):
         if missing := [field for field in fields if not isinstance(content, dict) or field not in content]:
             raise UserError(f"{run.path / name} is damaged: it has no {missing[0]}; {run.remedy}")
@@ -191,14 +195,27 @@ def check_diverged(
                                "restart=True (--restart)")
 
 # %% ../nbs/35_runs.ipynb #c0a7b1e3
-def check_corpus(
-    run: Run,  # begun or finished
-    digest: str | None,  # of the corpus at hand
-) -> None:
-    "Raise `UserError` if the run was trained on another text, or with another tokenizer. Runs of earlier versions do not say."
-    trained = run.environment().get("corpus") if (run.path / "environment.json").is_file() else None
-    if None not in (trained, digest) and trained != digest:
+def _recorded(run: Run, name: str) -> object:
+    "What the run recorded of its data; None for runs of earlier versions, which did not."
+    return run.environment().get(name) if (run.path / "environment.json").is_file() else None
+
+
+def _check_corpus(run: Run, digest: str) -> None:
+    if _recorded(run, "corpus") not in (None, digest):
         raise UserError(f"source must be the corpus of the run {run.path}, got another text or tokenizer")
+
+
+def check_same_data(
+    run: Run,  # begun or finished
+    source: str | Path | None = None,  # the user's data
+) -> None:
+    "Raise `UserError` if the run was trained on other files of images, on another text or with another tokenizer."
+    if origin := _recorded(run, "data"):
+        digests = [[sorted(part["files"].values()) for part in data.values()] for data in (origin, data_origin(run.recipe.dataset, source))]
+        if digests[0] != digests[1]:
+            raise UserError(f"source must be the data of the run {run.path}, got other files of {run.recipe.dataset}")
+    if _recorded(run, "corpus") is not None:
+        _check_corpus(run, recipe_corpus(run.recipe, source).digest)
 
 
 def run_corpus(
@@ -207,7 +224,7 @@ def run_corpus(
 ) -> Corpus:
     "The corpus of a run. Raises `UserError` for another one than it was trained on."
     corpus = recipe_corpus(run.recipe, source)
-    check_corpus(run, corpus.digest)
+    _check_corpus(run, corpus.digest)
     return corpus
 
 # %% ../nbs/35_runs.ipynb #ea22fb00

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import seed_worker, set_seed
 
 from .branched_models import branch_sigmas, mean_gates
-from .checks import UserError, check_integer
+from .checks import UserError, check_flag, check_integer
 from .image_data import Splits
 from .image_files import check_unreadable, find_source
 from .language_data import IGNORED
@@ -40,7 +40,7 @@ from krause_repro.records import (
     InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
 )
 from krause_repro.runs import (
-    ADVICE, Run, RunWriter, TrainingDiverged, check_corpus, check_diverged, check_finished, check_run, drop_damaged, last_checkpoint,
+    ADVICE, Run, RunWriter, TrainingDiverged, check_diverged, check_finished, check_run, check_same_data, drop_damaged, last_checkpoint,
     not_finite, relocate, run_path,
 )
 from .tasks import Task, TextSplits, TrainedRecipe, check_batch, check_launch, random_splits, task_of
@@ -332,7 +332,7 @@ def _finish(run: Run, trainer: RecipeTrainer, facts: dict, save: Callable) -> No
         return
     with disk_errors(run.path):
         save(trainer.accelerator.unwrap_model(trainer.model), run.path, weights)
-    write_digests(run.path, task.files)
+    write_digests(run.path, (*task.files, "metrics.jsonl"))
     seconds = sum(line.get("seconds", 0.0) for line in state.log_history)
     held_out = {f"held_out_{name}": best[f"eval_{name}"] for name in (task.metric, "token_accuracy") if f"eval_{name}" in best}
     write_json(run.path / "finished.json", {
@@ -438,17 +438,23 @@ def train(
     seed, task = plain(seed), task_of(recipe)
     SEED.check("seed", seed)
     check_unreadable(unreadable)
+    check_flag("restart", restart)
+    check_flag("progress", progress)
+    if wrong := [each for each in callbacks if not isinstance(each, TrainerCallback)]:
+        raise UserError(f"callbacks must be of TrainerCallback, got {wrong[0]!r:.60}")
     check_launch()
     check_source(recipe, source)
     run = Run(run_path(recipe, seed, runs), recipe, seed)
     if _is_finished(run, restart):
+        if source is not None:
+            check_same_data(run, source)
         return run
     _, processes = recipe.config, PartialState(cpu=not torch.cuda.is_available())  # raises for invalid settings
     check_batch(recipe)
     with processes.main_process_first():  # the main process fills the cache
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
     if not restart:
-        check_corpus(run, getattr(splits, "corpus", None))
+        check_same_data(run, source)
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     with locked(run.path) if processes.is_main_process else nullcontext():

@@ -367,7 +367,7 @@ def test_models_without_a_start_token_begin_as_the_training_images_do(tmp_path, 
 
 
 def test_a_summary_of_generators(run, tiny):
-    found = json.loads(json.dumps(evaluate_generators([run, run]), allow_nan=False))
+    found = json.loads(json.dumps(evaluate_generators([run, replace(run, seed=1)]), allow_nan=False))
     assert found["bits_per_dim"]["values"] == [test_bits(run)["bits_per_dim"]] * 2 and found["test_images"] == 30
     assert found["held_out_bits"]["mean"] == pytest.approx(run.summary()["held_out_loss"] / math.log(2))
     assert np.array_equal(unpack_images(found["samples"]), sample_run(run, tiny.samples, progress=False)[:8])
@@ -387,7 +387,7 @@ def test_a_summary_of_generators(run, tiny):
 
 def test_differences_in_words_leave_out_what_is_missing():
     made = {"karm/mnist": [3.0, 3.1], "arm/mnist": [3.2, 3.3]}
-    results = {**{name: {"bits_per_dim": summarise(values)} for name, values in made.items()}, "larm/mnist": None}
+    results = {name: {"bits_per_dim": summarise(values), "seeds": [0, 1]} for name, values in made.items()} | {"larm/mnist": None}
     told = bits_differences(results, (("karm/mnist", "arm/mnist"), ("karm/mnist", "larm/mnist")))
     assert told.startswith("- KARM (Krause) minus ARM (softmax): -0.20 bits per dimension (mean of 2 seeds")
     assert told.count("\n") == 0 and bits_differences(results, (("karm/mnist", "larm/mnist"),)) == "No pair is finished."

@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from krause_repro import evaluation, image_files
-from krause_repro.evaluation import evaluate_runs, learned_sigma, nearest_neighbours
+from krause_repro.evaluation import evaluate_runs, learned_sigma, nearest_neighbours, test_accuracy
 from krause_repro.image_data import load, load_splits
 from krause_repro.image_files import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, read_parquet
 from krause_repro.recipes import get_recipe
@@ -27,11 +28,15 @@ def encode(image, kind="PNG"):
 
 
 def columns(name, split, total=None):
-    "Images in the mean colour of their class, and the classes in turn."
+    "Images in the mean colour of their class but for one pixel that makes them distinct, and the classes in turn."
     labels = [i % 10 for i in range(total or COUNTS[split])]
     means = torch.tensor(CLASS_MEANS.get((name, split), CLASS_MEANS["cifar10", split]))
     pixels = (means * 255).round().to(torch.uint8)[:, None, None, :].expand(10, SIDES[name], SIDES[name], -1)
-    images = [{"bytes": encode(pixels[label].squeeze(-1).numpy()), "path": None} for label in labels]
+    images = []
+    for number, label in enumerate(labels):
+        image = pixels[label].clone()
+        image[divmod(number, SIDES[name])] += 1 if split == "train" else 255  # which is one less
+        images.append({"bytes": encode(image.squeeze(-1).numpy()), "path": None})
     return {"image" if name == "mnist" else "img": images, LABEL_COLUMNS[name]: labels}
 
 
@@ -168,6 +173,35 @@ def test_a_run_and_its_result_keep_the_origin_of_the_data(cifar, tmp_path, monke
     assert found["accuracy"] == 0.9  # the mean colour of one class of test images is nearer to that of another class for training
 
 
+def test_copies_are_refused(cifar, monkeypatch):
+    monkeypatch.setattr(image_files, "MEANS_WITHIN", 1.0)  # of the two parts the classes have other means
+    recipe = replace(get_recipe("kvit_s/cifar10").at("smoke"), train_images=20, test_images=10, held_out=10)
+    train, test = (columns("cifar10", split) for split in COUNTS)
+    write(cifar, "train", train | {"img": train["img"][:30] + train["img"][:10]})
+    with pytest.raises(ValueError, match="10 of 40 are in the train part of cifar10 twice"):
+        load_splits(recipe, cifar)
+    write(cifar, "train", train)
+    write(cifar, "test", test | {"img": train["img"][:10] + test["img"][10:]})
+    with pytest.raises(ValueError, match="10 of 20 are in both parts of cifar10"):
+        load_splits(recipe, cifar)
+
+
+def test_a_run_belongs_to_its_images(cifar, tmp_path):
+    small = {"train_images": 20, "test_images": 10, "held_out": 10, "epochs": 1, "batch_size": 10}
+    recipe, other = replace(get_recipe("softmax_regression/cifar10").at("smoke"), **small), tmp_path / "other"
+    for split in COUNTS:
+        write(other, split, {key: list(reversed(column)) for key, column in columns("cifar10", split).items()})
+    run = train(recipe, runs=tmp_path / "runs", progress=False, source=cifar)
+    assert test_accuracy(run, cifar) == test_accuracy(run)  # from the cache
+    for attempt in (lambda: test_accuracy(run, other), lambda: train(recipe, runs=tmp_path / "runs", source=other)):
+        with pytest.raises(ValueError, match="source must be the data of the run .*, got other files of cifar10"):
+            attempt()
+    (run.path / "finished.json").unlink()
+    with pytest.raises(ValueError, match="got other files of cifar10"):
+        train(recipe, runs=tmp_path / "runs", progress=False, source=other)
+    assert train(recipe, runs=tmp_path / "runs", progress=False, source=cifar).finished
+
+
 def test_a_run_knows_its_files_and_how_many_images_are_altered(cifar):
     recipe = replace(get_recipe("kvit_s/cifar10").at("smoke"), train_images=20, test_images=10, held_out=10)
     assert load_splits(recipe, cifar).origin["train"]["altered"] == 0
@@ -179,6 +213,11 @@ def test_a_run_knows_its_files_and_how_many_images_are_altered(cifar):
     (cifar / "plain_text" / "train-00000-of-00001.parquet").unlink()
     names = [f"train-0000{part}-of-00002.parquet" for part in (0, 1)]
     assert len(before) == 64 and list(data_origin("cifar10", cifar)["train"]["files"]) == names
+    (cifar / "lossless.json").unlink()
+    table = columns("cifar10", "test")
+    jpeg = [{"bytes": encode(np.asarray(Image.open(io.BytesIO(row["bytes"]))), "JPEG"), "path": None} for row in table["img"][:7]]
+    write(cifar, "test", table | {"img": jpeg + table["img"][7:]})
+    assert [part["altered"] for part in data_origin("cifar10", cifar).values()] == [0, 7]
     for wrong in ({"train": [40], "test": []}, {"test": []}, [1]):
         (cifar / "lossless.json").write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(ValueError, match=r"lossless.json: train must be a list of indices from 0 to 39"):

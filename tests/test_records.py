@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import krause_repro
 from krause_repro.recipes import get_recipe
 from krause_repro.records import (
     InUse,
@@ -351,6 +352,22 @@ def test_environment_says_what_can_change_a_number():
     assert set(found) == {"commit", "dirty", "device", "threads", "versions"}
     assert found["versions"] == package_versions() and {"python", "torch", "transformers", "krause_repro"} <= set(found["versions"])
     assert json.loads(json.dumps(found)) == found
+
+
+def test_commit_and_version_are_those_of_the_imported_code(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n", encoding="utf-8")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "another project")
+    monkeypatch.chdir(tmp_path)
+    found = environment()
+    assert found["commit"] != git_state()["commit"] == git(tmp_path, "rev-parse", "HEAD")
+    assert found["versions"]["krause_repro"] == krause_repro.__version__
+    installed = tmp_path / "lib" / "krause_repro" / "__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(krause_repro, "__file__", str(installed))
+    assert environment()["commit"] is environment()["dirty"] is None
 
 
 # Sums

@@ -79,7 +79,7 @@ def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
 
 def test_the_results_count_trained_generators(tmp_path):
     text = generation_section(tmp_path)
-    assert text.startswith("0 of 6 models are trained") and "Not finished: KARM (Krause); ARM (softmax);" in text
+    assert text.startswith("0 of 18 planned runs are finished") and "Not finished: KARM (Krause); ARM (softmax);" in text
     karm, bits = get_recipe("karm/mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
     save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
     assert "| counts, bigram | 3.900 | 3.800 |" in generation_section(tmp_path)
@@ -98,8 +98,10 @@ def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_si
 def tuned(name, values):
     recipe, right = get_recipe(name).at("desk"), summarise([0.6] * len(values))
     before = {"token_loss": summarise([2.5]), "token_accuracy": summarise([0.4])}
-    return {"recipes": {recipe.name: recipe.to_dict()}, "token_loss": summarise(values), "token_accuracy": right, "before": before,
-            "letter_accuracy": None, "letters": None, "steps": 25, "bf16": True, "trainable": 5, "frozen": 95, "parameters": 100}
+    seeds = {"seeds": list(range(len(values)))}
+    return {"recipes": {recipe.name: recipe.to_dict()}, **seeds, "token_loss": summarise(values), "token_accuracy": right,
+            "before": before, "letter_accuracy": None, "letters": None, "steps": 25, "bf16": True, "trainable": 5, "frozen": 95,
+            "parameters": 100}
 
 
 def sinks_of(kinds):
@@ -246,8 +248,8 @@ def planned_runs(root, plan, values):
 
 @pytest.mark.parametrize(("plan", "claim", "values", "verdict"), [
     ("cifar10", "accuracy", {"kvit_s/cifar10": [0.55, 0.561, 0.57]}, HOLDS),
-    ("cifar10", "accuracy", {"kvit_s/cifar10": [0.45, 0.461, 0.47]}, DOES_NOT_HOLD),
-    ("cifar10", "accuracy", {}, NOT_SHOWN),
+    ("cifar10", "accuracy", {"kvit_s/cifar10": [0.45, 0.461, 0.47]}, IN_PART),  # holds on Fashion-MNIST
+    ("cifar10", "accuracy", {}, IN_PART),
     ("mnist", "bits", {"karm/mnist": [0.45, 0.461, 0.47]}, IN_PART),  # Fashion-MNIST holds against one of two rivals
     ("mnist", "bits", {"karm/mnist": [0.55, 0.561, 0.57]}, IN_PART),
     ("textbooks", "fine_tuning", {}, NOT_SHOWN),
@@ -271,9 +273,9 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
     for folder, *_ in PLANNED_RESULTS.values():
         shutil.rmtree(committed / "results" / "desk" / folder, ignore_errors=True)
     verdicts = {name: claim.judge(committed).verdict for name, claim in CLAIMS.items()}
-    assert [name for name, verdict in verdicts.items() if verdict == NOT_YET] == ["accuracy", "fine_tuning", "from_scratch"]
+    assert [name for name, verdict in verdicts.items() if verdict == NOT_YET] == ["fine_tuning", "from_scratch"]
     assert len(CLAIMS) == 12
-    assert verdicts["bits"] == IN_PART
+    assert verdicts["bits"] == verdicts["accuracy"] == IN_PART  # from Fashion-MNIST alone
     page = json.loads((project_root() / "nbs" / "68_claims.ipynb").read_text(encoding="utf-8"))
     named = re.findall(r"commit `([0-9a-f]{7})`", "\n".join("".join(cell["source"]) for cell in page["cells"]))
 
@@ -356,7 +358,7 @@ def test_the_results_count_finished_cells(tmp_path):
     made = {"test_images": 10_000, "device": "cpu", "versions": {"torch": "2.15.0"}}
     for name, values in (("kvit_t", [0.84, 0.85, 0.86]), ("ablation_krause_local_post", [0.82, 0.83, 0.84])):
         recipe = get_recipe(f"{name}/fashion_mnist").at("desk")
-        result = {"recipes": {recipe.name: recipe.to_dict()}, "test_accuracy": summarise(values), **made}
+        result = {"recipes": {recipe.name: recipe.to_dict()}, "test_accuracy": summarise(values), "seeds": [0, 1, 2], **made}
         save_result(f"ablations/{name}", result, "desk", tmp_path)
     text = ablation_section(tmp_path)
     assert text.startswith("2 of 22 cells are finished.") and "| RBF | window + top-k | 85.00 ± 1.00 | — |" in text
@@ -387,12 +389,12 @@ def test_readme_and_results_show_the_committed_desk_results():
 
 
 def test_what_the_readme_says_of_the_window_follows_from_the_results():
-    assert "is not shown to be less accurate" in (project_root() / "README.md").read_text(encoding="utf-8")
-    results, effects = claims._effects(None)
-    assert outcome(effects["window"], "helps", "harms") == "helps" and outcome(effects["distance"], "helps", "harms") != "helps"
-    assert not any(is_shown(claims._control(results, support)) for support in ("local", "local_top_k"))
+    assert "is less accurate by less than what counts here, one point" in (project_root() / "README.md").read_text(encoding="utf-8")
+    results, effects = claims.part_effects(None)
+    assert outcome(effects["window"], "helps", "harms") == "helps" and outcome(effects["distance"], "helps", "harms") == "below the bar"
+    assert not any(is_shown(claims.softmax_control(results, support)) for support in ("local", "local_top_k"))
     assert "windowed softmax as fast" in claims.judged()["linear"].ours
-    assert all(numbers["cut"] <= numbers["branch"] for numbers in claims._sink_numbers(None)[0].values())
+    assert all(numbers["cut"] <= numbers["branch"] for numbers in claims.sink_numbers(None)[0].values())
 
 
 def test_readme_is_short():
