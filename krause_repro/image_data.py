@@ -361,7 +361,7 @@ def load_splits(
         raise UserError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
     return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out, origin)
 
-# %% ../nbs/28_image_data.ipynb #760ec2d2
+# %% ../nbs/28_image_data.ipynb #c41d7a90
 COPIES = 0.01  # largest share of copies: the published images are distinct but for very few
 
 
@@ -380,7 +380,7 @@ def check_distinct(
                 raise UserError(f"images must be distinct, but {copies:,} of {len(part):,} are {where}; download the files again")
         seen |= own
 
-
+# %% ../nbs/28_image_data.ipynb #760ec2d2
 def check_apart(
     train: ImageFolderSet,
     test: ImageFolderSet,

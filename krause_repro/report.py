@@ -59,7 +59,7 @@ def expected_results(
         "image_generation": [*GENERATOR_LABELS, "baselines"],
         "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
         **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
-        "image_generation_fashion_mnist": GENERATOR_LABELS if profile == "desk" else [],
+        "image_generation_fashion_mnist": [*GENERATOR_LABELS, "baselines"] if profile == "desk" else [],
         "textbooks": fine_tuned, "textbook_tasks": ["base", *fine_tuned] if fine_tuned else [],
         "language_models": [*scratch, "kneser_ney"], "language_model_sinks": scratch, "language_model_tasks": scratch,
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
