@@ -168,10 +168,17 @@ def summarise_recipe(
     experiment = planned_experiment(recipe)
     if items is not None and experiment not in ("language_models", "textbooks"):
         raise UserError(f"items are for a language model, such as lm_krause_100m/openstax; got recipe {recipe!r}")
+    if items not in (None, "hub", "local") and not Path(items).exists():
+        raise FileNotFoundError(f"items must be hub or a folder that is there, got {items}")
     from krause_repro.evaluation import save_finished
+    from krause_repro.results import result_path
 
     for folder, summary in result_summaries(experiment, items, limit).items():
-        print(f"Result: {save_finished(folder, recipe, profile, source=source, summary=summary)}", flush=True)
+        path = result_path(f"{folder}/{recipe.partition('/')[0]}", profile)
+        before = path.read_bytes() if path.is_file() else None
+        made = save_finished(folder, recipe, profile, source=source, summary=summary)
+        what = "Unchanged, since no other seed is finished" if made.read_bytes() == before else "Result"
+        print(f"{what}: {made}", flush=True)
 
 
 def result_summaries(
@@ -402,7 +409,8 @@ def options(
     if extra := [f"--{key}" for key in ("pdb", "xtra") if given.pop(key)]:  # added by fastcore
         reject(f"unrecognized arguments: {' '.join(extra)}")
     check_options(given)
-    return given
+    # the shell expands the ~ of "--source ~/data", but not of "--source=~/data"
+    return {key: os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value for key, value in given.items()}
 
 # %% ../nbs/80_cli.ipynb #825f5ec1
 class Ended(KeyboardInterrupt):

@@ -47,7 +47,7 @@ from krause_repro.evaluation import (
 from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import git_state
-from krause_repro.results import save_result
+from krause_repro.results import result_path, save_result
 from krause_repro.runs import Run
 from krause_repro.statistics import (
     MIN_EFFECT,
@@ -540,6 +540,7 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
 
     def save(folder, recipe, profile, source, summary):
         saved.append((folder, recipe, profile, source, getattr(summary, "func", summary).__name__))
+        (tmp_path / folder).write_text("new", encoding="utf-8")
         return tmp_path / folder
 
     monkeypatch.setattr(evaluation, "save_finished", save)
@@ -548,6 +549,12 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
         ("language_model_tasks", "evaluate_zero_shot"), ("language_models", "evaluate_language_models"),
         ("language_model_sinks", "evaluate_text_sinks"))]
     assert capsys.readouterr().out.splitlines() == [f"Result: {tmp_path / folder}" for folder, *_ in saved]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "save_finished", lambda folder, *_, source, **options: saved.append(source) or
+                        result_path("image_classification/convolution", "desk"))
+        assert cli.main(["summarise", "convolution/cifar10", "--source=~/data"]) == 0 and saved.pop() == f"{tmp_path}/data"
+    assert capsys.readouterr().out.startswith("Unchanged, since no other seed is finished: ")
     saved.clear()
     for recipe in ("convolution/cifar10", "karm/mnist", "lora_wide_smollm2/openstax"):
         assert cli.main(["summarise", recipe]) == 0
@@ -558,6 +565,7 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
     for arguments, message in (
             (["karm/fashion_mnist"], "recipe must be in a plan of results/plans"), (["karm/minst"], "did you mean karm/mnist?"),
             (["karm/mnist", "--items", "hub"], "items are for a language model"),
+            (["lm_window_100m/openstax", "--items", "nowhere"], "items must be hub or a folder that is there, got nowhere"),
             (["karm/mnist", "--limit", "5"], "limit is for the items")):
         assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
