@@ -26,7 +26,7 @@ from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
 from .recipe_base import plain
 from .runs import Run, run_corpus
-from .sampling import check_sampling
+from .sampling import check_sampling, seeded_draws
 from .statistics import decimals, finished_table, markdown_table, seeds_in_words, summarise, summarise_curves
 from .tasks import corpus_splits, recipe_corpus
 
@@ -166,16 +166,16 @@ def sample_text(
     seed, temperature, top_p = map(plain, (seed, temperature, top_p))
     check_sampling(seed, temperature, top_p, 1)
     check_integer("tokens", tokens, 1)
-    if not isinstance(prompt, str):
-        raise UserError(f"prompt must be a text, got {prompt!r:.60}")
+    if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of a command line that are no UTF-8
+        raise UserError(f"prompt must be a text in UTF-8, got {prompt!r:.60}")
     model, tokenizer = finished_model(run), run_corpus(run, source).tokenizer
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
     if len(ids) + tokens > run.recipe.context:
         raise UserError(f"prompt and tokens must fit into {run.recipe.context} positions, got {len(ids)} and {tokens}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        made = model.generate(torch.tensor([ids], device=model.device), max_new_tokens=tokens, do_sample=True, temperature=temperature,
-                              top_p=top_p, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    uniforms = torch.rand(1, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    made = model.generate(torch.tensor([ids], device=model.device), max_new_tokens=tokens, do_sample=False,
+                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+                          logits_processor=seeded_draws(uniforms, len(ids), temperature, top_p))
     return tokenizer.decode(made[0], skip_special_tokens=True)
 
 # %% ../nbs/45_language_model_evaluation.ipynb #4b431f4c

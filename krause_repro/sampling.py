@@ -48,6 +48,19 @@ class SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, level, 0.0)
 
 
+def seeded_draws(
+    uniforms: Tensor,  # (B, T) in [0, 1)
+    prompt_length: int,  # tokens of the prompt
+    temperature: float = 1.0,  # > 0
+    top_p: float = 1.0,  # in (0, 1]: the most likely tokens with this total probability
+    on_token: Callable[[], object] = lambda: None,  # called after each token
+) -> LogitsProcessorList:
+    "Logits processors that make greedy decoding sample from given uniform numbers."
+    warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+    warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+    return LogitsProcessorList([*warpers, SeededDraw(uniforms, prompt_length, on_token)])
+
+
 def check_words(
     name: str,  # the argument's name, for the message
     least: int,  # smallest value
@@ -127,9 +140,7 @@ def continue_tokens(
     wanted = len(prompts), config.positions - prompts.shape[1]
     if uniforms.shape != wanted:
         raise UserError(f"uniforms must be one number per sampled token, {wanted}, got {tuple(uniforms.shape)}")
-    warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-    warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-    processors = LogitsProcessorList([*warpers, SeededDraw(uniforms.to(model.device), prompts.shape[1], on_token)])
+    processors = seeded_draws(uniforms.to(model.device), prompts.shape[1], temperature, top_p, on_token)
     prompts = prompts.to(model.device)
     return model.generate(prompts, do_sample=False, logits_processor=processors, attention_mask=torch.ones_like(prompts))
 

@@ -542,6 +542,9 @@ def check_evaluation(run, model, monkeypatch):
     assert baseline["all"]["train_tokens"] == 72 * 64 and 0 < baseline["all"]["bits_per_byte"] < baseline["all"]["bits_per_token"]
     text = sample_text(run, "the", 5, seed=3)
     assert text.startswith("the") and text == sample_text(run, "the", 5, seed=3) != sample_text(run, "the", 5, seed=4)
+    for wrong, message in (({"temperature": 1e-42}, "temperature is too low"), ({"prompt": "\udcff a"}, "prompt must be a text in UTF-8")):
+        with pytest.raises(ValueError, match=message):
+            sample_text(run, **{"prompt": "the", "tokens": 5, **wrong})
     again, tokenizer = run_model(run)
     assert torch.equal(again.head.weight, model.head.weight) and len(tokenizer) == 257
     with pytest.raises(ValueError, match="holds a run of another recipe"):  # the recipe of this test has a name, but other settings
