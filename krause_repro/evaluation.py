@@ -174,7 +174,7 @@ def summarise_runs(
 ) -> dict:
     "The result of a classifier: accuracies, curves and σ over seeds, the paper's accuracy, and provenance."
     return {
-        "test_accuracy": summarise([t["accuracy"] for t in tests]), "test_images": tests[0]["images"],
+        "test_accuracy": summarise([t["accuracy"] for _, t in zip(runs, tests, strict=True)]), "test_images": tests[0]["images"],
         "held_out_accuracy": summarise([r.summary()["held_out_accuracy"] for r in runs]), "curves": training_curves(runs),
         "sigma": summarise_sigma(runs), "paper": runs[0].recipe.published.get("accuracy"), **provenance(runs),
     }

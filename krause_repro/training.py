@@ -285,8 +285,13 @@ def _start(run: Run, restart: bool, left_out: dict) -> None:
             shutil.rmtree(run.path, ignore_errors=True)
         run.path.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run.path)
-    if not (run.path / "recipe.json").is_file():
-        write_json(run.path / "environment.json", {**environment(), **left_out})
+    now = environment()
+    if (run.path / "recipe.json").is_file():
+        begun = run.environment()
+        if changed := {name: now[name] for name in ("commit", "versions", "device") if now[name] != begun.get(name)}:
+            write_json(run.path / "environment.json", {**begun, "continued": [*begun.get("continued", []), changed]})
+    else:
+        write_json(run.path / "environment.json", {**now, **left_out})
         write_json(run.path / "recipe.json", {"fingerprint": run.recipe.fingerprint, "seed": run.seed, "recipe": run.recipe.to_dict()})
     drop_damaged(run.path / "checkpoints")
 

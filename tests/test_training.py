@@ -443,7 +443,10 @@ def test_killed_again_and_again_beside_other_folders_among_the_checkpoints(start
         for folder in others:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "model.safetensors").write_bytes(b"mine")
-    assert same(start(), finished)
+    path = run_path(recipe, 0, tmp_path) / "environment.json"
+    write_json(path, read_json(path) | {"commit": "of another code"})
+    run = start()
+    assert same(run, finished) and run.environment()["continued"] == [{"commit": finished.environment()["commit"]}]
     assert all((folder / "model.safetensors").read_bytes() == b"mine" for folder in others)
 
 
