@@ -479,8 +479,8 @@ def _accuracy_finding(root):
     controls = f" KViT minus itself without top-k: {effect(selection)}." if selection else ""
     controls += f" Distance minus dot product, on the same window without top-k: {effect(score)}." if score else ""
     fashion = on_fashion(root)
-    other = f" On Fashion-MNIST, not corrected: {effect(fashion[0])}; {effect(fashion[1])}." if fashion else ""
-    level = f"; {fashion[2]} on Fashion-MNIST" if fashion else ""
+    other = f" On Fashion-MNIST, not corrected: {effect(fashion['pre'])}; {effect(fashion['post'])}." if fashion else ""
+    level = f"; on Fashion-MNIST{'' if fashion['counts'] else ', which is not counted,'} {fashion['level']}" if fashion else ""
     return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
             f"the same place in both: {effect(norm)}.{other}{controls} *But* the models are small "
             f"({size_in_words('kvit_s/cifar10')}), {rising} of the {len(trained)} kinds trained on CIFAR-10 were still improving{level}.")
@@ -502,7 +502,7 @@ def findings(
         ("parts",): f"On Fashion-MNIST the window changes accuracy by {part['window']} points, top-k by {part['top-k']}, distance instead "
                     f"of the dot product by {part['distance']}; 3 intervals, not corrected. *But* KViT minus softmax attention with "
                     f"the same window, top-k and norm is {effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown; "
-                    f"{on_fashion(root)[2]}.",
+                    f"{on_fashion(root)['level']}.",
         ("linear", "flops"): f"Attention over N tokens: {found['linear'].ours}. FLOPs of KViT against ViT: "
                              f"{CLAIMS['flops'].paper()} in the paper; here {found['flops'].ours}. *But* times are of one CPU.",
         ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, KARM minus LARM {larm}; "

@@ -248,8 +248,8 @@ def planned_runs(root, plan, values):
 
 @pytest.mark.parametrize(("plan", "claim", "values", "verdict"), [
     ("cifar10", "accuracy", {"kvit_s/cifar10": [0.55, 0.561, 0.57]}, HOLDS),
-    ("cifar10", "accuracy", {"kvit_s/cifar10": [0.45, 0.461, 0.47]}, IN_PART),  # holds on Fashion-MNIST
-    ("cifar10", "accuracy", {}, IN_PART),
+    ("cifar10", "accuracy", {"kvit_s/cifar10": [0.45, 0.461, 0.47]}, DOES_NOT_HOLD),
+    ("cifar10", "accuracy", {}, NOT_SHOWN),
     ("mnist", "bits", {"karm/mnist": [0.45, 0.461, 0.47]}, IN_PART),  # Fashion-MNIST holds against one of two rivals
     ("mnist", "bits", {"karm/mnist": [0.55, 0.561, 0.57]}, IN_PART),
     ("textbooks", "fine_tuning", {}, NOT_SHOWN),
@@ -273,9 +273,12 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
     for folder, *_ in PLANNED_RESULTS.values():
         shutil.rmtree(committed / "results" / "desk" / folder, ignore_errors=True)
     verdicts = {name: claim.judge(committed).verdict for name, claim in CLAIMS.items()}
-    assert [name for name, verdict in verdicts.items() if verdict == NOT_YET] == ["fine_tuning", "from_scratch"]
+    assert [name for name, verdict in verdicts.items() if verdict == NOT_YET] == ["accuracy", "fine_tuning", "from_scratch"]
     assert len(CLAIMS) == 12
-    assert verdicts["bits"] == verdicts["accuracy"] == IN_PART  # from Fashion-MNIST alone
+    assert verdicts["bits"] == IN_PART
+    linear = results.result_path("ablations/softmax_regression", "desk", committed)
+    linear.write_text(json.dumps(json.loads(linear.read_text()) | {"test_accuracy": summarise([0.7] * 3)}), encoding="utf-8")
+    assert CLAIMS["accuracy"].judge(committed).verdict == IN_PART  # on Fashion-MNIST KViT is ahead, and then above a linear model
     page = json.loads((project_root() / "nbs" / "68_claims.ipynb").read_text(encoding="utf-8"))
     named = re.findall(r"commit `([0-9a-f]{7})`", "\n".join("".join(cell["source"]) for cell in page["cells"]))
 
