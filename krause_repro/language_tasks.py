@@ -109,6 +109,12 @@ def _are_texts(values, least=2):
     return len(values) >= least and all(isinstance(value, str) and value.strip() for value in values)
 
 
+def _is_number(task, item):
+    "Whether lm-eval would take the prompt of an item for a number: prompts of other tasks hold words of their own."
+    prompt = " ".join([*item["sentences"], item["question"].split("XXXXX")[0]]).strip() if task == "cbt" else item.get("query", "")
+    return task in ("hellaswag", "cbt") and prompt.isdigit()
+
+
 def _item_problem(task, item):
     "What is wrong with an item of a task, or None."
     if not isinstance(item, dict):
@@ -126,6 +132,8 @@ def _item_problem(task, item):
         return f"fields 'options', at least 2, and 'sentences' must hold strings, none empty, got {item['options']!r}"
     if task == "cbt" and (item["answer"] not in item["options"] or item["question"].count("XXXXX") != 1):
         return "field 'options' must hold the answer, and 'question' one XXXXX"
+    if _is_number(task, item):
+        return f"field {'question' if task == 'cbt' else 'query'!r} must make a prompt of more than digits, for lm-eval a number"
     if task == "lambada" and (" " not in item["text"] or item["text"] != item["text"].strip()):
         return "field 'text' must hold at least two words, and no white space around them"
     if task == "mmlu_pro":
