@@ -845,6 +845,13 @@ def test_the_rest_of_the_sentence_belongs_to_each_candidate():
     assert task_prompt("cbt", item).endswith(" to drink. One day the river was dry , and the")
 
 
+def test_choices_may_hold_any_character(speller, tmp_path):
+    item = {"sentences": ["A fox ."], "question": "the XXXXX's \"🦊\" <b>\\n & 'x' .", "options": ["🦊", "日本", "it's"], "answer": "日本"}
+    assert task_choices("cbt", item) == [option + "'s \"🦊\" <b>\\n & 'x' ." for option in item["options"]]
+    (tmp_path / "cbt.json").write_text(json.dumps([item]), encoding="utf-8")
+    assert evaluate_language(*speller, "cbt", tmp_path)["cbt"]["items"] == 1
+
+
 def test_files_as_published_are_read(tmp_path):
     (tmp_path / "piqa").mkdir()
     (tmp_path / "blimp").mkdir()
