@@ -326,8 +326,7 @@ def continuation_model(
                 raise UserError(f"a sentence must have at least two tokens to be scored from the second one, got {short!r}")
             return self._loglikelihood_tokens([(pair, ids[:1], ids[1:]) for pair, ids in texts], disable_tqdm=disable_tqdm)
 
-    longest = getattr(model.config, "positions", None)  # lm-eval looks for it under other names
-    return TextModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=longest)
+    return TextModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
 
 # %% ../nbs/47_language_benchmarks.ipynb #70427436
 def _group_scores(samples, field):

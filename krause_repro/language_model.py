@@ -40,6 +40,7 @@ class LanguageModelConfig(CheckedConfig):
     """
 
     model_type = "krause_language_model"
+    attribute_map = {"max_position_embeddings": "positions"}  # the name that `generate` and lm-eval look for
 
     vocab_size: int = 50_257  # tokens; GPT-2's tokenizer
     positions: int = 1024  # learned positions, the longest sequence
@@ -396,8 +397,9 @@ def _generation_options(config, prompt_length, options, default):
 
     new, end = limit("max_new_tokens"), limit("max_length")
     end = end if new is None else prompt_length + new
-    if prompt_length > config.positions or (end or 0) > config.positions:
-        raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {max(prompt_length, end or 0)}")
+    end = max(prompt_length, prompt_length + 1 if end is None else end)  # without a limit, what fits of 20 new tokens
+    if end > config.positions:
+        raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {end}")
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
     cache = take_cache(options)
     if options["use_cache"] and cache is None:

@@ -111,6 +111,13 @@ def test_generate_is_greedy_search(mixer):
         assert torch.equal(made[:, 6:], model(made[:, :-1]).logits[:, 5:].argmax(-1))
 
 
+def test_without_a_limit_as_many_new_tokens_as_fit():
+    model, ids = small("standard"), tokens(2, 24)
+    assert model.generate(ids[:, :10], do_sample=False).shape == (2, 24) and model.generate(ids[:, :2], do_sample=False).shape == (2, 22)
+    with pytest.raises(ValueError, match="prompt and new tokens must fit into the model's 24 positions, got 25"):
+        model.generate(ids)
+
+
 def test_a_ring_does_not_grow():
     for mixer in WINDOWED:
         model, sizes = small(mixer, positions=64, clusters=4), []

@@ -839,6 +839,24 @@ def test_the_last_word_must_be_the_most_likely_one_token_by_token(speller):
         model.config.positions = 512
 
 
+def test_prompts_are_cut_to_the_positions_of_a_model_from_scratch(speller, checkers):
+    model, tokenizer = speller
+    model.config.positions = 64
+    try:
+        found = evaluate_language(model, tokenizer, "mmlu_pro", "local", batch_size=2)["mmlu_pro"]
+        with pytest.raises(ValueError, match="max_gen_toks=64 must be below 64, the context length of this model"):
+            evaluate_language(model, tokenizer, "ifeval", "local", max_gen_toks=64)
+    finally:
+        model.config.positions = 512
+    answers = tokenizer.convert_tokens_to_ids(ANSWERS["mmlu_pro"])
+    right = []
+    for item in OWN["mmlu_pro"]:
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer.encode(task_prompt("mmlu_pro", item), add_special_tokens=False)[-64:]])).logits[0, -1]
+        right.append(last[answers[:len(item["options"])]].argmax().item() == item["answer_index"])
+    assert (found["accuracy"], found["truncated"]) == (pytest.approx(sum(right) / len(right)), len(right))
+
+
 def test_the_rest_of_the_sentence_belongs_to_each_candidate():
     item = TEXTS["cbt"][0]
     assert task_choices("cbt", item)[1] == "fox went back thirsty ."
