@@ -297,9 +297,10 @@ def language_cache(
     config: LanguageModelConfig,
 ) -> Cache:
     "An empty cache for the model's mixer."
-    if config.mixer in WINDOWED:
-        return RingCache(config)
-    return Cache(layers=[PreallocatedLayer(config.positions) for _ in range(config.num_hidden_layers)])
+    rings, layers = config.mixer in WINDOWED, range(config.num_hidden_layers)
+    cache = RingCache(config) if rings else Cache(layers=[PreallocatedLayer(config.positions) for _ in layers])
+    cache.mixer = config.mixer
+    return cache
 
 
 def check_language_cache(
@@ -307,8 +308,10 @@ def check_language_cache(
     config: LanguageModelConfig,
     batch: int,  # sequences of the call
 ) -> None:
-    "Raise a `ValueError` if a cache is not from `language_cache(config)` or was filled with another batch."
-    ring = config.mixer in WINDOWED
+    "Raise a `ValueError` if a cache is not from `language_cache(config)`, is of another mixer, or was filled with another batch."
+    ring, mixer = config.mixer in WINDOWED, getattr(cache, "mixer", config.mixer)
+    if mixer != config.mixer:
+        raise UserError(f"past_key_values must be language_cache(model.config), of mixer {config.mixer!r}, got one of {mixer!r}")
     kind, sizes = (RingLayer, {"window": config.attention_window}) if ring else (PreallocatedLayer, {"length": config.positions})
     shape = batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     check_layers(cache, "language_cache(model.config)", kind, config.num_hidden_layers, shape, **sizes)
