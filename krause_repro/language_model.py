@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .image_transformer import PreallocatedLayer, check_targets, prompt_length
+from .image_transformer import PreallocatedLayer, check_targets, contain, prompt_length
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
 from .model_base import CheckedConfig, CheckedModel, named_arguments, token_loss
 from .native_decode import DecodeLinear
@@ -120,11 +120,15 @@ def fused_attention(
     mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, n); None: all earlier tokens
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, D)
-    "Softmax attention by PyTorch's fused operator."
+    "Softmax attention by PyTorch's fused operator; a NaN in a later token does not reach an earlier row."
     new, length = query.shape[2], key.shape[2]
     if mask is None and 1 < new < length:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    spoiled = None
+    if new > 1 and not (values_known(key) and (key.detach().sum() + value.detach().sum()).isfinite()):
+        key, value, spoiled = contain(key, value)
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    return output if spoiled is None else output + spoiled[:, :, length - new:]
 
 
 def causal_segments(

@@ -91,6 +91,25 @@ def test_a_later_token_changes_no_bit_of_an_earlier_row(mixer, training, dtype):
         assert torch.equal(logits[:, :kept], whole[:, :kept]) and not torch.equal(logits[:, kept:], whole[:, kept:])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each_mixer
+def test_a_token_that_is_not_finite_reaches_no_earlier_row(mixer, bad):
+    model, ids = small(mixer), tokens() % 18
+    ids[0, 15] = 18
+    poisoned = LanguageModel(model.config).eval()
+    poisoned.load_state_dict(model.state_dict())
+    poisoned.head.weight = nn.Parameter(poisoned.head.weight.detach().clone())  # no longer the embeddings'
+    with torch.no_grad():
+        poisoned.token_embedding.weight[18] = bad
+        for cuts in ([], [7], [14, 15, 16], [16, 20]):
+            clean, found = (in_parts(each, ids, cuts) for each in (model, poisoned))
+            assert torch.equal(found[0, :15], clean[0, :15]) and torch.equal(found[1:], clean[1:])
+            assert not found[0, 15].isfinite().any()
+        assert torch.equal(poisoned(ids).logits[0, :15], model(ids).logits[0, :15])
+        compiled = torch.compile(poisoned, backend="eager")
+        assert torch.equal(compiled(ids).logits[0, :15], model(ids).logits[0, :15])
+
+
 @pytest.mark.parametrize("cuts", [list(range(1, 24)), [7, 8, 19]])
 @each_mixer
 def test_cached_decoding_equals_the_whole_pass(mixer, cuts):
@@ -464,6 +483,9 @@ def test_helpers_refuse_what_they_cannot_use():
         routing_window(0, 8)
     x = torch.randn(1, 2, 5, 4)
     assert_close(fused_attention(x[:, :, -2:], x, x), fused_attention(x, x, x)[:, :, -2:])
+    whole, mask = F.scaled_dot_product_attention(x, x, x, is_causal=True), torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
+    assert torch.equal(fused_attention(x, x, x), whole)
+    assert torch.equal(fused_attention(x, x, x, mask), F.scaled_dot_product_attention(x, x, x, mask))
 
 
 # Evaluation
