@@ -807,20 +807,62 @@ def test_texts_are_scored_by_their_summed_log_probability(speller):
     assert found["blimp"]["phenomena"].keys() == {"anaphor_agreement", "subject_verb_agreement"}
     assert {name: score["items"] for name, score in found["blimp"]["paradigms"].items()}.popitem()[1] == 2
     for task in ("hellaswag", "cbt", "piqa_continuation"):
-        right, right_by_byte = [], []
+        right, right_by_character = [], []
         for item in TEXTS[task]:
             prompt, choices = encode(task_prompt(task, item)), task_choices(task, item)
             sums = [summed(model, prompt + encode(f" {choice}"), len(prompt)) for choice in choices]
             gold = item["options"].index(item["answer"]) if task == "cbt" else item.get("gold", item.get("label"))
             right.append(max(range(len(sums)), key=sums.__getitem__) == gold)
-            by_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
-            right_by_byte.append(max(range(len(sums)), key=by_byte.__getitem__) == gold)
+            by_character = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
+            right_by_character.append(max(range(len(sums)), key=by_character.__getitem__) == gold)
         assert found[task]["accuracy"] == pytest.approx(sum(right) / len(right))
-        assert found[task]["standard_accuracy"] == pytest.approx(sum(right_by_byte) / len(right_by_byte))
+        assert found[task]["standard_accuracy"] == pytest.approx(sum(right_by_character) / len(right_by_character))
         chance = sum(1 / len(task_choices(task, item)) for item in TEXTS[task]) / len(TEXTS[task])
         assert found[task]["chance"]["accuracy"] == pytest.approx(chance)
     table = language_table({"letters": found})
     assert "| blimp, lm-eval's scoring | letters | 4 |" in table and "| lambada | chance | 3 | 0.00 | — |" in table
+
+
+def test_standard_scores_are_by_character_not_by_byte(speller, tmp_path):
+    (model, tokenizer), choices = speller, ["日本", "dry"]
+    prompt, *texts = (tokenizer.encode(text, add_special_tokens=False) for text in ("A fox", *(f" {choice}" for choice in choices)))
+    sums = [summed(model, prompt + text, len(prompt)) for text in texts]
+    (tmp_path / "hellaswag.json").write_text(json.dumps([{"query": "A fox", "choices": choices, "gold": 0}]), encoding="utf-8")
+    by_character, by_byte = ([total / size for total, size in zip(sums, sizes, strict=True)]
+                             for sizes in (map(len, choices), (len(choice.encode()) for choice in choices)))
+    assert by_character[0] < by_character[1] and by_byte[0] > by_byte[1]
+    assert evaluate_language(model, tokenizer, "hellaswag", tmp_path)["hellaswag"]["standard_accuracy"] == 0
+
+
+@pytest.mark.parametrize(("task", "item", "cut"), [
+    ("lambada", {"text": "the river was dry"}, [0, 0, 1]),
+    ("blimp", {"sentence_good": "the river was dry", "sentence_bad": "the river", "UID": "u", "linguistics_term": "t"}, [0, 1, 1]),
+])
+def test_a_text_is_cut_if_it_is_longer_than_the_context_and_one_token(speller, tmp_path, task, item, cut):
+    "Of BLiMP with the start token."
+    model, tokenizer = speller
+    (tmp_path / f"{task}.json").write_text(json.dumps([item]), encoding="utf-8")
+    ids, found = tokenizer.encode("the river was dry", add_special_tokens=False), []
+    try:
+        for model.config.positions in (len(ids), len(ids) - 1, len(ids) - 2):
+            found.append(evaluate_language(model, tokenizer, task, tmp_path)[task])
+    finally:
+        model.config.positions = 512
+    assert [each["truncated"] for each in found] == cut
+    if task == "lambada":
+        assert found[1]["perplexity"] == pytest.approx(math.exp(-summed(model, ids, len(ids) - 4)), rel=1e-4)
+
+
+def test_a_perplexity_that_no_number_holds_is_none(speller):
+    model, tokenizer = speller
+    weight = model.norm.weight.detach().clone()
+    try:
+        with torch.no_grad():
+            model.norm.weight.mul_(1e4)
+        assert evaluate_language(model, tokenizer, "lambada", "local")["lambada"]["perplexity"] is None
+    finally:
+        with torch.no_grad():
+            model.norm.weight.copy_(weight)
 
 
 def test_the_last_word_must_be_the_most_likely_one_token_by_token(speller):
