@@ -62,6 +62,10 @@ def split_works(
 EOS = "<|endoftext|>"  # GPT-2's end token; also the line that ends a document in a text file
 
 
+def _read_plain(path: Path) -> str:
+    return read_text(path).removeprefix("\ufeff")  # the byte order mark of some editors
+
+
 def read_documents(
     path: str | Path,  # a folder of .txt files, one document each, or a file with a line `<|endoftext|>` after each document
 ) -> list[str]:
@@ -71,9 +75,9 @@ def read_documents(
         files = sorted(file for file in path.rglob("*.txt") if file.is_file() or file.is_symlink())  # a broken link is an error
         if not files:
             raise UserError(f"{path} must hold text files, but has no .txt file")
-        named = {str(file): read_text(file).strip() for file in files}
+        named = {str(file): _read_plain(file).strip() for file in files}
     else:
-        parts = re.split(rf"^{re.escape(EOS)}$", read_text(path), flags=re.MULTILINE)
+        parts = re.split(rf"^{re.escape(EOS)}[ \t]*$", _read_plain(path), flags=re.MULTILINE)
         if len(parts) > 1 and not parts[-1].strip():
             parts.pop()  # after the last document's end
         named = {f"document {number} of {path}": part.strip() for number, part in enumerate(parts, 1)}

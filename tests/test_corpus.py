@@ -208,6 +208,13 @@ def test_folders_without_text_are_refused(tmp_path, content, message):
         read_documents(tmp_path)
 
 
+def test_marks_of_editors_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(f"one\n{EOS} \ntwo {EOS} \n{EOS}\t\r\nthree".encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_text("four", encoding="utf-8-sig")
+    assert read_documents(tmp_path / "a.txt") == ["one", f"two {EOS}", "three"]
+    assert read_documents(tmp_path)[1] == "four"
+
+
 def test_texts_that_are_too_small_are_refused_and_nothing_is_written(tmp_path):
     (tmp_path / "one.txt").write_text(f"one\n{EOS}\ntwo\n{EOS}\n")
     assert read_documents(tmp_path / "one.txt") == ["one", "two"]
