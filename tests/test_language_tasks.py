@@ -932,6 +932,38 @@ def test_files_as_published_are_read(tmp_path):
         language_items(["lambada"], tmp_path)
 
 
+def test_hellaswag_is_read_as_its_authors_publish_it(tmp_path):
+    item = {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+            "ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using [1] wrap\u2028", "b", "c", "d [title] e"]}
+    lines = [item, {name: value for name, value in item.items() if name not in ("ctx_a", "ctx_b")} | {"label": "1"}]
+    (tmp_path / "hellaswag_val.jsonl").write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    wanted = {"query": "Roof shingle removal: A man is sitting on a roof. He", "choices": ["is using wrap", "b", "c", "d. e"], "gold": 3}
+    assert language_items(["hellaswag"], tmp_path)["hellaswag"] == [
+        wanted, {**wanted, "query": "Roof shingle removal: A man is sitting on a roof. he", "gold": 1}]
+
+
+@pytest.mark.parametrize(("task", "line", "message"), [
+    ("piqa", [1], "item 1 of 1: must be an object with the fields goal"), ("piqa", {**PIQA, "goal": 5}, "field 'goal' must be of type str"),
+    ("boolq", [1], "item 1 of 1: must be an object with the fields passage"), ("boolq", {"query": 5}, "field 'passage' is missing"),
+    ("hellaswag", [1], "must be an object with the fields query"), ("hellaswag", {"endings": ["a"]}, "field 'query' is missing"),
+    ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": ""}, "field 'gold' must be an integer"),
+    ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": True}, "field 'gold' must be an integer"),
+])
+def test_damaged_lines_of_published_files_are_named(tmp_path, task, line, message):
+    place = tmp_path / {"piqa": "piqa/valid.jsonl", "hellaswag": "hellaswag_val.jsonl"}.get(task, f"{task}.jsonl")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(line), encoding="utf-8")
+    (place.parent / "valid-labels.lst").write_text("0", encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        language_items([task], tmp_path)
+    assert message in str(error.value) and place.name in str(error.value)
+    if task == "piqa":
+        place.write_text(json.dumps(PIQA), encoding="utf-8")
+        (place.parent / "valid-labels.lst").write_text("x", encoding="utf-8")
+        with pytest.raises(ValueError, match="field 'label' must be an integer from 0 to 1, got 'x'"):
+            language_items([task], tmp_path)
+
+
 def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, tokenizer):
     asked = {"tasks": ("lambada", "piqa_continuation", "ifeval"), "max_gen_toks": 4}
     for name, value in (("FINE_TUNED", asked), ("base_model", lambda recipe: tiny), ("base_source", lambda recipe: None),
