@@ -6,7 +6,6 @@
 __all__ = ['Corpus', 'load_corpus']
 
 # %% ../nbs/33_corpus.ipynb #f7a919c4
-import bisect
 import hashlib
 import json
 import re
@@ -17,14 +16,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checks import UserError, check_choice, check_integer
-from .language_data import EOS, hub_errors, read_documents, shakespeare_text
+from .language_data import EOS, TokenBlocks, hub_errors, packed_tokens, read_documents, shakespeare_text
 from .likelihood import NGRAM, ngram_hashes, seen_share
 from .packaged_data import language_folder
 from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
@@ -421,17 +417,13 @@ def measure_overlap(
 
     def hashes(split):
         for shard in record["splits"][split]["shards"]:  # each ends with a document
-            tokens = _memory_map(path / shard["file"])
+            tokens = packed_tokens(path / shard["file"])
             for start in range(0, len(tokens), 2**22):
                 yield ngram_hashes(tokens[start:start + 2**22 + NGRAM - 1], eos)
 
     held_out = {split: np.concatenate([*hashes(split), np.zeros(0, np.uint64)]) for split in SPLITS[1:]}
     shares = {split: seen_share(each, hashes("train")) for split, each in held_out.items()}
     return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": shares[split]} for split in held_out}
-
-
-def _memory_map(path: Path) -> np.ndarray:
-    return np.memmap(path, "<u2", "r")
 
 # %% ../nbs/33_corpus.ipynb #c995367b
 def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verify: bool) -> None:
@@ -451,7 +443,7 @@ def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, 
                 raise UserError(f"{file} must have {shard['tokens']} tokens of 2 bytes, got {file.stat().st_size} bytes; {advice}")
             if verify and file_digest(file) != shard["sha256"]:
                 raise UserError(f"{file} was altered: its SHA-256 is not the one in {MANIFEST}; {advice}")
-            if verify and (top := int(_memory_map(file).max())) >= record["tokenizer"]["vocab_size"]:
+            if verify and (top := int(packed_tokens(file).max())) >= record["tokenizer"]["vocab_size"]:
                 raise UserError(f"{file} has the token {top}, but the vocabulary only {record['tokenizer']['vocab_size']}; {advice}")
 
 
@@ -473,39 +465,6 @@ def open_corpus(
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} is not the manifest of a corpus ({error!r}); delete the corpus and build it again") from error
     return Corpus(path, record)
-
-# %% ../nbs/33_corpus.ipynb #dd1f8e77
-class TokenBlocks(Dataset):
-    "Blocks of packed tokens, read from memory-mapped shards; see `Corpus.blocks`."
-
-    def __init__(self, files: list[Path], sizes: list[int], length: int, overlap: int):
-        check_integer("length", length, 2)
-        check_integer("overlap", overlap, 0)
-        if overlap >= length:
-            raise UserError(f"overlap must be less than length = {length}, got {overlap}")
-        if length > sum(sizes):
-            raise UserError(f"length must be at most {sum(sizes)}, the tokens of this split, got {length}")
-        self.files, self.starts = files, [0, *np.cumsum(sizes).tolist()]
-        self.length, self.stride = length, length - overlap
-        self.count = (self.starts[-1] - overlap) // self.stride
-
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        return [_memory_map(file) for file in self.files]
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_shards"}  # mapped anew in each process
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"index must be from 0 to {self.count - 1}, got {index}")
-        start, stop = index * self.stride, index * self.stride + self.length
-        first, last = bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)
-        parts = [self._shards[i][max(start - self.starts[i], 0):stop - self.starts[i]] for i in range(first, last)]
-        return {"input_ids": torch.from_numpy(np.concatenate(parts).astype(np.int64))}
 
 # %% ../nbs/33_corpus.ipynb #7bc64c5a
 @dataclass(frozen=True)
@@ -529,7 +488,7 @@ class Corpus:
 
     def tokens(self, split: str) -> np.ndarray:
         "The packed tokens of a split, (N,) uint16."
-        shards = [_memory_map(self.path / shard["file"]) for shard in self._split(split)["shards"]]
+        shards = [packed_tokens(self.path / shard["file"]) for shard in self._split(split)["shards"]]
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def blocks(

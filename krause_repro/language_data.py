@@ -6,6 +6,7 @@
 __all__ = ['shakespeare_text', 'question_answers', 'flan_items', 'encode_items', 'ResponseCollator']
 
 # %% ../nbs/30_language_data.ipynb #56976bb6
+import bisect
 import hashlib
 import html
 import json
@@ -14,11 +15,14 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .checks import UserError, check_integer, moved_names
@@ -409,6 +413,46 @@ def text_blocks(
     if not count:
         raise UserError(f"text must have at least {length} tokens (length), got {len(ids)}")
     return torch.tensor(ids[:count * length]).view(count, length), dropped
+
+# %% ../nbs/30_language_data.ipynb #dd1f8e77
+def packed_tokens(
+    path: Path,  # of a shard
+) -> np.ndarray:  # (N,) uint16, read from the disk as they are used
+    "The packed tokens of a shard."
+    return np.memmap(path, "<u2", "r")
+
+
+class TokenBlocks(Dataset):
+    "Blocks of packed tokens, read from shards; see `Corpus.blocks` (page 33)."
+
+    def __init__(self, files: list[Path], sizes: list[int], length: int, overlap: int):
+        check_integer("length", length, 2)
+        check_integer("overlap", overlap, 0)
+        if overlap >= length:
+            raise UserError(f"overlap must be less than length = {length}, got {overlap}")
+        if length > sum(sizes):
+            raise UserError(f"length must be at most {sum(sizes)}, the tokens of this split, got {length}")
+        self.files, self.starts = files, [0, *np.cumsum(sizes).tolist()]
+        self.length, self.stride = length, length - overlap
+        self.count = (self.starts[-1] - overlap) // self.stride
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
+        return [packed_tokens(file) for file in self.files]
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_shards"}  # mapped anew in each process
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be from 0 to {self.count - 1}, got {index}")
+        start, stop = index * self.stride, index * self.stride + self.length
+        first, last = bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)
+        parts = [self._shards[i][max(start - self.starts[i], 0):stop - self.starts[i]] for i in range(first, last)]
+        return {"input_ids": torch.from_numpy(np.concatenate(parts).astype(np.int64))}
 
 # %% ../nbs/30_language_data.ipynb #4d031ca9
 __getattr__ = moved_names(__name__, {"smollm2_folder": "krause_repro.packaged_data"})
