@@ -231,7 +231,16 @@ def load_tokenizer(
         raise UserError(f"tokenizer {name} must be a fast one with an end token and at most {MAX_VOCAB:,} tokens (uint16), got "
                         f"{type(tokenizer).__name__} with {len(tokenizer):,} and the end token {tokenizer.eos_token!r}")
     record = Path(name, TRAINED_ON)
-    return tokenizer, read_json(record) if record.is_file() else None
+    return tokenizer, _read_trained_on(record) if record.is_file() else None
+
+
+def _read_trained_on(path):
+    "The record of a tokenizer's training documents. Raises `UserError` if it is damaged, for held-out documents would not be found."
+    record = read_json(path)
+    listed = record.get("documents") if isinstance(record, dict) else None
+    if not isinstance(listed, list) or not listed or not all(re.fullmatch("[0-9a-f]{16}", str(each)) for each in listed):
+        raise UserError(f"{path} must be an object whose documents are digests of 16 hexadecimal digits, got {record!r:.80}")
+    return record
 
 
 def _choose_tokenizer(source, weights, vocab_size, name):
@@ -346,15 +355,14 @@ def _begun(path: Path) -> dict | None:
     if not (path / PROGRESS).is_file():
         return None
     record = read_json(path / PROGRESS)
-    needed = {"source": dict, "tokenizer": dict, "splits": dict, "weights": list, "parts": int, "shard_tokens": int, "state": object}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in needed.items()):
+    if not isinstance(record, dict) or record.get("sha256") != _sealed(record)["sha256"]:
         raise UserError(f"{path / PROGRESS} is damaged; delete {path} and build the corpus again")
     return record
 
 
 def _sealed(record: dict) -> dict:
-    "A manifest: the record of a finished build with the SHA-256 of its content."
-    content = {key: value for key, value in record.items() if key not in ("state", "sha256")}
+    "The record of a build with the SHA-256 of its content."
+    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "sha256"}))  # as it will be read
     return content | {"sha256": _digest([json.dumps(content, sort_keys=True)])}
 
 # %% ../nbs/33_corpus.ipynb #240d659d
@@ -370,7 +378,7 @@ def _resume(path: Path, source: TextSource | StreamSource, record: dict) -> tupl
     if record["source"] != source.origin:
         raise UserError(f"{path} was begun with the source {record['source']}, got {source.origin}; delete it or name another folder")
     tokenizer, trained_on = load_tokenizer(path / "tokenizer")
-    _check_shards(path, record, tokenizer, verify=False)
+    _check_shards(path, record, tokenizer, verify=True)
     source.seek(record["state"])
     return tokenizer, trained_on
 
@@ -401,9 +409,10 @@ def build_corpus(
             record["tokenizer"]["file_sha256"] = file_digest(path / TOKENIZER_FILE)
         _write_part(path, record["parts"], parts, record)
         record |= {"parts": record["parts"] + 1, "state": source.state()}
-        write_json(path / PROGRESS, record)
+        write_json(path / PROGRESS, _sealed(record))
     _check_splits({split: facts["documents"] for split, facts in record["splits"].items()}, name)
     record["overlap"] = measure_overlap(path, record)
+    record.pop("state", None)
     write_json(path / MANIFEST, _sealed(record))
     (path / PROGRESS).unlink()
 
@@ -442,7 +451,7 @@ def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, 
             if file.stat().st_size != 2 * shard["tokens"]:
                 raise UserError(f"{file} must have {shard['tokens']} tokens of 2 bytes, got {file.stat().st_size} bytes; {advice}")
             if verify and file_digest(file) != shard["sha256"]:
-                raise UserError(f"{file} was altered: its SHA-256 is not the one in {MANIFEST}; {advice}")
+                raise UserError(f"{file} was altered: its SHA-256 is another; {advice}")
             if verify and (top := int(packed_tokens(file).max())) >= record["tokenizer"]["vocab_size"]:
                 raise UserError(f"{file} has the token {top}, but the vocabulary only {record['tokenizer']['vocab_size']}; {advice}")
 

@@ -93,34 +93,43 @@ class Interrupted(Exception):
     "The end of a process."
 
 
-def test_an_interrupted_build_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 300)  # several batches a part
-    documents, write = texts(), corpora._write_part
+def begin(path, stop):
+    "Build a corpus of many parts until so many are written."
+    write, left = corpora._write_part, [stop]
 
+    def interrupted(*arguments):
+        if not left[0]:
+            raise Interrupted
+        left[0] -= 1
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(corpora, "_write_part", interrupted)
+        build_in_parts(path)
+    return path
+
+
+def build_in_parts(path, documents=None):
+    "Several batches a part."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "BATCH_CHARACTERS", 300)
+        build_corpus(path, "text", TextSource(texts() if documents is None else documents, "t"), VOCAB, None, shard_tokens=400)
+
+
+def test_an_interrupted_build_ends_with_the_same_bytes(tmp_path):
     def files(path):
         return {file.name: file.read_bytes() for file in sorted(path.glob("*.bin"))}
 
-    build_corpus(tmp_path / "whole", "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+    build_in_parts(tmp_path / "whole")
     wanted = files(tmp_path / "whole")
     assert len(wanted) > 8
     for stop in (0, 1, 3):
-        path, left = tmp_path / f"stopped{stop}", [stop]
-
-        def interrupted(*arguments, left=left):
-            if not left[0]:
-                raise Interrupted
-            left[0] -= 1
-            write(*arguments)
-
-        monkeypatch.setattr(corpora, "_write_part", interrupted)
-        with pytest.raises(Interrupted):
-            build_corpus(path, "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+        path = begin(tmp_path / f"stopped{stop}", stop)
         assert not (path / "manifest.json").exists()
-        monkeypatch.setattr(corpora, "_write_part", write)
         if stop:
             with pytest.raises(ValueError, match="was begun with the source"):
-                build_corpus(path, "text", TextSource(documents[1:], "t"), VOCAB, None, shard_tokens=400)
-        build_corpus(path, "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+                build_in_parts(path, texts()[1:])
+        build_in_parts(path)
         assert files(path) == wanted and read_json(path / "manifest.json") == read_json(tmp_path / "whole" / "manifest.json")
     blocks = open_corpus(path).blocks("train", 50)  # across the borders of shards
     tokens = np.asarray(open_corpus(path).tokens("train"))
@@ -147,6 +156,37 @@ def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="tokenizer was trained on a (validation|test) document of this corpus"):
         load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
     assert not list((tmp_path / "corpora").rglob("*.bin")) and not list((tmp_path / "corpora").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("content", ["null", "5", '["a"]', '{"sha256": "x"}', *(f'{{"documents": {each}}}' for each in ("5", "[]", "[1]"))])
+def test_a_damaged_list_of_training_documents_is_refused(built, folder, tmp_path, content):
+    shutil.copytree(built.path / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / corpora.TRAINED_ON).write_text(content)
+    with pytest.raises(ValueError, match="trained_on.json must be an object whose documents are digests"):
+        load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
+    assert not list((tmp_path / "corpora").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("fields", [{"state": 0}, {"state": -3}, {"state": ...}, {"weights": [18]}, {"splits": {}}, {"parts": 1},
+                                    {"tokenizer": {}}, {"shard_tokens": 0}, {"empty_documents": ...}, {"sha256": ...}])
+def test_a_build_goes_on_only_from_the_record_that_it_left(tmp_path, fields):
+    path = begin(tmp_path / "corpus", 2)
+    record = read_json(path / "progress.json") | fields
+    write_json(path / "progress.json", {name: value for name, value in record.items() if value is not ...})
+    before = {file.name: file.read_bytes() for file in path.glob("*.*")}
+    with pytest.raises(ValueError, match="progress.json is damaged; delete"):
+        build_in_parts(path)
+    assert {file.name: file.read_bytes() for file in path.glob("*.*")} == before
+
+
+def test_a_build_does_not_go_on_with_an_altered_shard(tmp_path):
+    path = begin(tmp_path / "corpus", 2)
+    shard = path / "train-00000.bin"
+    shard.write_bytes(b"\1\0" + shard.read_bytes()[2:])
+    before = sorted(path.rglob("*"))
+    with pytest.raises(ValueError, match="train-00000.bin was altered"):
+        build_in_parts(path)
+    assert sorted(path.rglob("*")) == before
 
 
 def change(path, **fields):
