@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -222,14 +223,15 @@ def tokenizer_digest(
 def load_tokenizer(
     name: str | Path,  # a folder, or a name on the hub
 ) -> tuple[PreTrainedTokenizerFast, dict | None]:  # and what it was trained on, if that is known
-    "Load a fast tokenizer. Raises `UserError` if it has no end token or more tokens than uint16 can number."
+    "Load a fast tokenizer. Raises `UserError` if it has no end token, gaps between its numbers, or more of them than uint16 has."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (*hub_errors(), ValueError) as error:
         raise FileNotFoundError(f"no tokenizer in {name} ({error})") from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None or len(tokenizer) > MAX_VOCAB:
-        raise UserError(f"tokenizer {name} must be a fast one with an end token and at most {MAX_VOCAB:,} tokens (uint16), got "
-                        f"{type(tokenizer).__name__} with {len(tokenizer):,} and the end token {tokenizer.eos_token!r}")
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None or not highest < len(tokenizer) <= MAX_VOCAB:
+        raise UserError(f"tokenizer {name} must be a fast one with an end token and at most {MAX_VOCAB:,} tokens (uint16), numbered "
+                        f"without a gap, got {type(tokenizer).__name__} with {len(tokenizer):,} and the end token {tokenizer.eos_token!r}")
     record = Path(name, TRAINED_ON)
     return tokenizer, _read_trained_on(record) if record.is_file() else None
 
@@ -287,6 +289,19 @@ class Packer:
         self.backend.encode_special_tokens = True  # as text
         self.weights, self.forbidden = weights, set((trained_on or {}).get("documents", ()))
 
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        "Token ids of each text. Raises `UserError` if they do not spell it."
+        try:
+            found = [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises no other kind
+            raise UserError(f"tokenizer must encode every text of this corpus ({error}); leave it out to train one") from error
+        spelled = self.backend.decode_batch(found, skip_special_tokens=False)
+        if lost := next((pair for pair in zip(texts, spelled, strict=True) if pair[0].strip() != pair[1].strip()), None):
+            text, other = (each[max(len(commonprefix(lost)) - 10, 0):][:30] for each in lost)
+            raise UserError(f"tokenizer must spell every text of this corpus, or bits per byte mean nothing, got {other!r} for {text!r}; "
+                            "leave it out to train one")
+        return found
+
     def pack(
         self,
         documents: Iterable[str],  # the next ones are taken
@@ -297,15 +312,15 @@ class Packer:
         for batch in _batches(documents):
             texts = [text for text in batch if text.strip()]
             empty += len(batch) - len(texts)
-            for text, encoded in zip(texts, self.backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+            for text, ids in zip(texts, self.encode(texts), strict=True):
                 digest = document_digest(text)
                 split = document_split(digest, self.weights)
                 if split != "train" and f"{digest:016x}" in self.forbidden:
                     raise UserError(f"tokenizer was trained on a {split} document of this corpus ({text[:40]!r}…); "
                                     "train it on the training part: leave tokenizer out")
-                parts[split].tokens.append(np.array([*encoded.ids, self.eos], dtype=np.uint16))
+                parts[split].tokens.append(np.array([*ids, self.eos], dtype=np.uint16))
                 parts[split].bytes += len(text.encode())
-                total += len(encoded.ids) + 1
+                total += len(ids) + 1
             if total >= limit:
                 break
         return parts, empty

@@ -6,6 +6,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from krause_repro import corpus as corpora
 from krause_repro.corpus import (
@@ -156,6 +158,34 @@ def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="tokenizer was trained on a (validation|test) document of this corpus"):
         load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
     assert not list((tmp_path / "corpora").rglob("*.bin")) and not list((tmp_path / "corpora").rglob("manifest.json"))
+
+
+def word_tokenizer(path, vocabulary, unknown=None):
+    "A tokenizer of whole words, separated by blanks."
+    plain = Tokenizer(models.WordLevel(vocabulary, unknown))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>", unk_token=unknown).save_pretrained(path)
+
+
+def in_lower_case(path):
+    train_tokenizer(texts(), VOCAB).save_pretrained(path)
+    change(path / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda path: word_tokenizer(path, {"[UNK]": 0, "the": 1, "<e>": 2}, "[UNK]"), "tokenizer must spell every text .* got '.*UNK"),
+    (lambda path: word_tokenizer(path, {"the": 0, "<e>": 1}), "tokenizer must encode every text of this corpus .*Missing"),
+    (lambda path: word_tokenizer(path, {"the": 0, "<e>": 1, "of": 70_000}), "must be a fast one .* numbered without a gap"),
+    (in_lower_case, "tokenizer must spell every text .* got .*indented one' for .*INDENTED One'"),
+])
+def test_a_tokenizer_that_cannot_spell_the_text_is_refused(tmp_path, make, message):
+    (tmp_path / "text").mkdir()
+    for number, text in enumerate(texts()):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{text} INDENTED One", encoding="utf-8")
+    make(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=message):
+        load_corpus("text", source=tmp_path / "text", folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
+    assert not list((tmp_path / "corpora").rglob("*.*"))
 
 
 @pytest.mark.parametrize("content", ["null", "5", '["a"]', '{"sha256": "x"}', *(f'{{"documents": {each}}}' for each in ("5", "[]", "[1]"))])
