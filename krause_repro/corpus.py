@@ -109,6 +109,17 @@ class StreamSource:
             yield row["text"]
 
 # %% ../nbs/33_corpus.ipynb #88dee557
+def _check_parquet(file: str) -> None:
+    "Raise `UserError` for a file that is damaged or has no column text."
+    from pyarrow import ArrowException, parquet
+    try:
+        names = parquet.read_schema(file).names
+    except ArrowException as error:
+        raise UserError(f"{file} is not a whole parquet file ({error}); get it again") from error
+    if "text" not in names:
+        raise UserError(f"{file} must have a column text, got {', '.join(names)}")
+
+
 def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> StreamSource:
     "FineWeb-Edu from a folder with its parquet files, or from the hub at a revision (None: the newest)."
     from datasets import load_dataset  # slow to import, and used only here
@@ -117,6 +128,8 @@ def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> Stre
         files = sorted(str(file) for file in source.rglob("*.parquet"))
         if not files:
             raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
+        for file in files:
+            _check_parquet(file)
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         return StreamSource(rows, {"files": {Path(file).name: Path(file).stat().st_size for file in files}})
     repository, configuration = spec.hub

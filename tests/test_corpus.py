@@ -150,6 +150,28 @@ def test_a_stream_continues_from_its_state(tmp_path):
         next(iter(StreamSource([{"content": "a"}], {})))
 
 
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda content: content[:len(content) // 2], "b.parquet is not a whole parquet file"),
+    (lambda content: b"", "b.parquet is not a whole parquet file"),
+    (lambda content: content.replace(b"text", b"word"), "b.parquet must have a column text, got word"),
+])
+def test_damaged_parquet_files_are_named_before_the_build(tmp_path, damage, message):
+    from datasets import Dataset
+
+    (tmp_path / "files").mkdir()
+    for name in ("a", "b"):
+        Dataset.from_dict({"text": texts(3000)}).to_parquet(tmp_path / "files" / f"{name}.parquet")
+    train_tokenizer(texts(), VOCAB).save_pretrained(tmp_path / "tokenizer")
+    options = {"source": tmp_path / "files", "folder": tmp_path / "corpora", "tokenizer": tmp_path / "tokenizer"}
+    whole = (tmp_path / "files" / "b.parquet").read_bytes()
+    (tmp_path / "files" / "b.parquet").write_bytes(damage(whole))
+    with pytest.raises(ValueError, match=message):
+        load_corpus("fineweb_edu", **options)
+    assert not list((tmp_path / "corpora").rglob("*.*"))
+    (tmp_path / "files" / "b.parquet").write_bytes(whole)
+    assert sum(facts["documents"] for facts in load_corpus("fineweb_edu", **options).manifest["splits"].values()) == 6000
+
+
 def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     whole = train_tokenizer(texts(), VOCAB)
     whole.save_pretrained(tmp_path / "tokenizer")
