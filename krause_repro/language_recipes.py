@@ -198,7 +198,9 @@ class LanguageModelRecipe(Recipe):
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
 
     def changes(self, profile):
-        return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {})
+        changed = LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {})
+        own = {"vocab_size": self.vocab_size} if self.dataset == "fineweb_edu" else {}  # its tokenizer is finished
+        return changed | own
 
     @property
     def config(self) -> LanguageModelConfig:
