@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checks import UserError, check_choice, check_integer
-from .language_data import EOS, TokenBlocks, hub_errors, packed_tokens, read_documents, shakespeare_text
+from .language_data import EOS, TokenBlocks, check_parquet, hub_errors, packed_tokens, read_documents, shakespeare_text
 from .likelihood import NGRAM, ngram_hashes, seen_share
 from .packaged_data import language_folder
 from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
@@ -109,17 +109,6 @@ class StreamSource:
             yield row["text"]
 
 # %% ../nbs/33_corpus.ipynb #88dee557
-def _check_parquet(file: str) -> None:
-    "Raise `UserError` for a file that is damaged or has no column text."
-    from pyarrow import ArrowException, parquet
-    try:
-        names = parquet.read_schema(file).names
-    except ArrowException as error:
-        raise UserError(f"{file} is not a whole parquet file ({error}); get it again") from error
-    if "text" not in names:
-        raise UserError(f"{file} must have a column text, got {', '.join(names)}")
-
-
 def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> StreamSource:
     "FineWeb-Edu from a folder with its parquet files, or from the hub at a revision (None: the newest)."
     from datasets import load_dataset  # slow to import, and used only here
@@ -129,7 +118,7 @@ def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> Stre
         if not files:
             raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
         for file in files:
-            _check_parquet(file)
+            check_parquet(file)
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         return StreamSource(rows, {"files": {Path(file).name: Path(file).stat().st_size for file in files}})
     repository, configuration = spec.hub
@@ -401,9 +390,13 @@ def _check_tokenizer(path, facts, vocab_size, tokenizer):
         raise UserError(f"{path} has another tokenizer, of {facts['vocab_size']} tokens, than {tokenizer or f'one of {vocab_size}'}")
 
 
+def _same_source(origin, other):
+    return {**origin, "name": None} == {**other, "name": None}  # whatever the text's file is called
+
+
 def _resume(path: Path, source: TextSource | StreamSource, record: dict) -> tuple[PreTrainedTokenizerFast, dict | None]:
     "Continue after the last complete part: the source is moved there. Raises `UserError` if the build has other settings or is damaged."
-    if record["source"] != source.origin:
+    if not _same_source(record["source"], source.origin):
         raise UserError(f"{path} was begun with the source {record['source']}, got {source.origin}; delete it or name another folder")
     tokenizer, trained_on = load_tokenizer(path / "tokenizer")
     _check_shards(path, record, tokenizer, verify=True)
@@ -563,9 +556,21 @@ def load_corpus(
         path = Path(source)
     else:
         label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
-        path = (language_folder() / "corpora" if folder is None else Path(folder)) / f"{name}-{label}"
+        folder = language_folder() / "corpora" if folder is None else Path(folder)
+        path = _text_folder(folder, label, source) if name == "text" else folder / f"{name}-{label}"
         _build_missing(path, name, vocab_size, tokenizer, source, download)
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
+
+
+def _text_folder(folder, label, source):
+    "The folder of the user's text, named by its SHA-256; without a source the only one that was built."
+    if source is not None:
+        return folder / f"text-{open_source('text', source).origin['sha256'][:8]}-{label}"
+    named = re.compile(rf"text-([0-9a-f]{{8}}-)?{re.escape(label)}")  # earlier versions had no SHA-256
+    built = [each.parent for each in folder.glob(f"text-*/{MANIFEST}") if named.fullmatch(each.parent.name)]
+    if len(built) > 1:
+        raise UserError(f"source must say which text: {folder} has corpora of {len(built)}")
+    return built[0] if built else folder / f"text-{label}"  # which cannot be built without a source
 
 
 def _build_missing(path, name, vocab_size, tokenizer, source, download):
@@ -586,6 +591,6 @@ def _check_request(corpus, name, vocab_size, tokenizer, source):
     _check_tokenizer(corpus.path, found["tokenizer"], vocab_size, tokenizer)
     if source is not None and Path(source) != corpus.path:
         origin = open_source(name, source).origin
-        if origin != found["source"]:
+        if not _same_source(found["source"], origin):
             raise UserError(f"{corpus.path} was built from {found['source']}, but source is {origin}; delete it or name another folder")
     return corpus

@@ -152,6 +152,19 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return OSError, DatasetsError, HTTPError
 
 
+def check_parquet(
+    file: str | Path,  # of a data set of texts
+) -> None:
+    "Raise `UserError` for a file that is damaged or has no column text."
+    from pyarrow import ArrowException, parquet
+    try:
+        names = parquet.read_schema(file).names
+    except ArrowException as error:
+        raise UserError(f"{file} is not a whole parquet file ({error}); get it again") from error
+    if "text" not in names:
+        raise UserError(f"{file} must have a column text, got {', '.join(names)}")
+
+
 def _stream_flan(n: int) -> list[dict[str, str]]:
     from datasets import load_dataset  # slow to import, and used only here
     from huggingface_hub import HfApi

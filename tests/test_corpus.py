@@ -254,16 +254,33 @@ def train_as_test(path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"source": {}}'])
-def test_a_damaged_record_of_a_build_is_named(tmp_path, content):
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("a text")
-    folder = tmp_path / "corpora" / f"text-bpe{VOCAB}"
-    folder.mkdir(parents=True)
-    (folder / "progress.json").write_text(content)
-    with pytest.raises(ValueError, match=r"progress.json is damaged; delete .*text-bpe"):
-        load_corpus("text", VOCAB, tmp_path / "text", tmp_path / "corpora")
+def test_a_damaged_record_of_a_build_is_named(built, folder, tmp_path, content):
+    path = tmp_path / "corpora" / built.path.name
+    path.mkdir(parents=True)
+    (path / "progress.json").write_text(content)
+    with pytest.raises(ValueError, match=r"progress.json is damaged; delete .*text-[0-9a-f]{8}-bpe300"):
+        load_corpus("text", VOCAB, folder, tmp_path / "corpora")
     with pytest.raises(ValueError, match="source must be a file or folder, got 5"):
         load_corpus("text", VOCAB, 5)
+
+
+def test_two_texts_have_a_corpus_each(built, folder, tmp_path):
+    sources, corpora = [folder, tmp_path / "other"], tmp_path / "corpora"
+    sources[1].mkdir()
+    for number, text in enumerate(texts(seed=3)):
+        (sources[1] / f"{number}.txt").write_text(text, encoding="utf-8")
+    shutil.copytree(built.path, corpora / built.path.name)
+    assert load_corpus("text", VOCAB, folder=corpora).digest == built.digest  # the only one
+    both = [load_corpus("text", VOCAB, source, corpora) for source in sources]
+    assert [each.path.name for each in both] == [f"text-{each.manifest['source']['sha256'][:8]}-bpe300" for each in both]
+    assert both[0].digest == built.digest != both[1].digest
+    with pytest.raises(ValueError, match="source must say which text: .*corpora has corpora of 2"):
+        load_corpus("text", VOCAB, folder=corpora)
+    shutil.copytree(sources[1], tmp_path / "renamed")
+    assert load_corpus("text", VOCAB, tmp_path / "renamed", corpora).path == both[1].path
+    shutil.rmtree(both[1].path)
+    both[0].path.rename(corpora / "text-bpe300")  # of an earlier version
+    assert load_corpus("text", VOCAB, folder=corpora).digest == built.digest
 
 
 @pytest.mark.parametrize(("damage", "error", "message"), [
@@ -333,14 +350,19 @@ def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path)
         load_corpus("novels", VOCAB, built.path)
     (tmp_path / "other").mkdir()
     for number, text in enumerate(texts(seed=3)):
-        (tmp_path / "other" / f"{number}.txt").write_text(text, encoding="utf-8")
+        (tmp_path / "other" / f"{number:03}.txt").write_text(text, encoding="utf-8")
     built.tokenizer.save_pretrained(tmp_path / "same")
     train_tokenizer(texts(), VOCAB - 9).save_pretrained(tmp_path / "another")
     assert load_corpus("text", source=built.path, tokenizer=tmp_path / "same").digest == built.digest
     with pytest.raises(ValueError, match="has another tokenizer, of 300 tokens, than .*another"):
         load_corpus("text", source=built.path, tokenizer=tmp_path / "another")
-    with pytest.raises(ValueError, match="was built from"):
-        load_corpus("text", VOCAB, tmp_path / "other", built.path.parent)
+    other = built.path.parent / f"text-{TextSource(texts(seed=3), '').origin['sha256'][:8]}-bpe300"
+    built.path.rename(other)
+    try:
+        with pytest.raises(ValueError, match="was built from"):
+            load_corpus("text", VOCAB, tmp_path / "other", built.path.parent)
+    finally:
+        other.rename(built.path)
     with pytest.raises(ValueError, match="split must be one of train, validation, test"):
         built.tokens("held_out")
     with pytest.raises(ValueError, match="overlap must be less than length"):
