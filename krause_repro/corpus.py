@@ -280,7 +280,7 @@ class _Part:
     tokens: list[np.ndarray]
     bytes: int = 0
 
-
+# %% ../nbs/33_corpus.ipynb #b7d2f0a6
 class Packer:
     "Tokenizes documents and sorts them into the splits."
 

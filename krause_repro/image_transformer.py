@@ -177,10 +177,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.cumulative_length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def crop(
-        self,
-        tokens_to_remove: int,  # ≤ 0: minus the number of last tokens to remove
-    ) -> None:
+    def crop(self, tokens_to_remove: int) -> None:  # ≤ 0: minus their number
         "Remove the last tokens. Raises `ValueError` for more than there are."
         if not -self.cumulative_length <= tokens_to_remove <= 0:
             raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
