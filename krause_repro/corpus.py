@@ -6,7 +6,6 @@
 __all__ = ['Corpus', 'load_corpus']
 
 # %% ../nbs/33_corpus.ipynb #f7a919c4
-import bisect
 import hashlib
 import json
 import re
@@ -14,17 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checks import UserError, check_choice, check_integer
-from .language_data import EOS, hub_errors, read_documents, shakespeare_text
+from .language_data import EOS, TokenBlocks, check_parquet, hub_errors, packed_tokens, read_documents, shakespeare_text
 from .likelihood import NGRAM, ngram_hashes, seen_share
 from .packaged_data import language_folder
 from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
@@ -120,6 +117,8 @@ def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> Stre
         files = sorted(str(file) for file in source.rglob("*.parquet"))
         if not files:
             raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
+        for file in files:
+            check_parquet(file)
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         return StreamSource(rows, {"files": {Path(file).name: Path(file).stat().st_size for file in files}})
     repository, configuration = spec.hub
@@ -226,16 +225,26 @@ def tokenizer_digest(
 def load_tokenizer(
     name: str | Path,  # a folder, or a name on the hub
 ) -> tuple[PreTrainedTokenizerFast, dict | None]:  # and what it was trained on, if that is known
-    "Load a fast tokenizer. Raises `UserError` if it has no end token or more tokens than uint16 can number."
+    "Load a fast tokenizer. Raises `UserError` if it has no end token, gaps between its numbers, or more of them than uint16 has."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (*hub_errors(), ValueError) as error:
         raise FileNotFoundError(f"no tokenizer in {name} ({error})") from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None or len(tokenizer) > MAX_VOCAB:
-        raise UserError(f"tokenizer {name} must be a fast one with an end token and at most {MAX_VOCAB:,} tokens (uint16), got "
-                        f"{type(tokenizer).__name__} with {len(tokenizer):,} and the end token {tokenizer.eos_token!r}")
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None or not highest < len(tokenizer) <= MAX_VOCAB:
+        raise UserError(f"tokenizer {name} must be a fast one with an end token and at most {MAX_VOCAB:,} tokens (uint16), numbered "
+                        f"without a gap, got {type(tokenizer).__name__} with {len(tokenizer):,} and the end token {tokenizer.eos_token!r}")
     record = Path(name, TRAINED_ON)
-    return tokenizer, read_json(record) if record.is_file() else None
+    return tokenizer, _read_trained_on(record) if record.is_file() else None
+
+
+def _read_trained_on(path):
+    "The record of a tokenizer's training documents. Raises `UserError` if it is damaged, for held-out documents would not be found."
+    record = read_json(path)
+    listed = record.get("documents") if isinstance(record, dict) else None
+    if not isinstance(listed, list) or not listed or not all(re.fullmatch("[0-9a-f]{16}", str(each)) for each in listed):
+        raise UserError(f"{path} must be an object whose documents are digests of 16 hexadecimal digits, got {record!r:.80}")
+    return record
 
 
 def _choose_tokenizer(source, weights, vocab_size, name):
@@ -271,7 +280,7 @@ class _Part:
     tokens: list[np.ndarray]
     bytes: int = 0
 
-
+# %% ../nbs/33_corpus.ipynb #b7d2f0a6
 class Packer:
     "Tokenizes documents and sorts them into the splits."
 
@@ -281,6 +290,19 @@ class Packer:
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # as text
         self.weights, self.forbidden = weights, set((trained_on or {}).get("documents", ()))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        "Token ids of each text. Raises `UserError` if they do not spell it."
+        try:
+            found = [encoded.ids for encoded in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises no other kind
+            raise UserError(f"tokenizer must encode every text of this corpus ({error}); leave it out to train one") from error
+        spelled = self.backend.decode_batch(found, skip_special_tokens=False)
+        if lost := next((pair for pair in zip(texts, spelled, strict=True) if pair[0].strip() != pair[1].strip()), None):
+            text, other = (each[max(len(commonprefix(lost)) - 10, 0):][:30] for each in lost)
+            raise UserError(f"tokenizer must spell every text of this corpus, or bits per byte mean nothing, got {other!r} for {text!r}; "
+                            "leave it out to train one")
+        return found
 
     def pack(
         self,
@@ -292,15 +314,15 @@ class Packer:
         for batch in _batches(documents):
             texts = [text for text in batch if text.strip()]
             empty += len(batch) - len(texts)
-            for text, encoded in zip(texts, self.backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+            for text, ids in zip(texts, self.encode(texts), strict=True):
                 digest = document_digest(text)
                 split = document_split(digest, self.weights)
                 if split != "train" and f"{digest:016x}" in self.forbidden:
                     raise UserError(f"tokenizer was trained on a {split} document of this corpus ({text[:40]!r}…); "
                                     "train it on the training part: leave tokenizer out")
-                parts[split].tokens.append(np.array([*encoded.ids, self.eos], dtype=np.uint16))
+                parts[split].tokens.append(np.array([*ids, self.eos], dtype=np.uint16))
                 parts[split].bytes += len(text.encode())
-                total += len(encoded.ids) + 1
+                total += len(ids) + 1
             if total >= limit:
                 break
         return parts, empty
@@ -350,15 +372,14 @@ def _begun(path: Path) -> dict | None:
     if not (path / PROGRESS).is_file():
         return None
     record = read_json(path / PROGRESS)
-    needed = {"source": dict, "tokenizer": dict, "splits": dict, "weights": list, "parts": int, "shard_tokens": int, "state": object}
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in needed.items()):
+    if not isinstance(record, dict) or record.get("sha256") != _sealed(record)["sha256"]:
         raise UserError(f"{path / PROGRESS} is damaged; delete {path} and build the corpus again")
     return record
 
 
 def _sealed(record: dict) -> dict:
-    "A manifest: the record of a finished build with the SHA-256 of its content."
-    content = {key: value for key, value in record.items() if key not in ("state", "sha256")}
+    "The record of a build with the SHA-256 of its content."
+    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "sha256"}))  # as it will be read
     return content | {"sha256": _digest([json.dumps(content, sort_keys=True)])}
 
 # %% ../nbs/33_corpus.ipynb #240d659d
@@ -369,12 +390,16 @@ def _check_tokenizer(path, facts, vocab_size, tokenizer):
         raise UserError(f"{path} has another tokenizer, of {facts['vocab_size']} tokens, than {tokenizer or f'one of {vocab_size}'}")
 
 
+def _same_source(origin, other):
+    return {**origin, "name": None} == {**other, "name": None}  # whatever the text's file is called
+
+
 def _resume(path: Path, source: TextSource | StreamSource, record: dict) -> tuple[PreTrainedTokenizerFast, dict | None]:
     "Continue after the last complete part: the source is moved there. Raises `UserError` if the build has other settings or is damaged."
-    if record["source"] != source.origin:
+    if not _same_source(record["source"], source.origin):
         raise UserError(f"{path} was begun with the source {record['source']}, got {source.origin}; delete it or name another folder")
     tokenizer, trained_on = load_tokenizer(path / "tokenizer")
-    _check_shards(path, record, tokenizer, verify=False)
+    _check_shards(path, record, tokenizer, verify=True)
     source.seek(record["state"])
     return tokenizer, trained_on
 
@@ -405,9 +430,10 @@ def build_corpus(
             record["tokenizer"]["file_sha256"] = file_digest(path / TOKENIZER_FILE)
         _write_part(path, record["parts"], parts, record)
         record |= {"parts": record["parts"] + 1, "state": source.state()}
-        write_json(path / PROGRESS, record)
+        write_json(path / PROGRESS, _sealed(record))
     _check_splits({split: facts["documents"] for split, facts in record["splits"].items()}, name)
     record["overlap"] = measure_overlap(path, record)
+    record.pop("state", None)
     write_json(path / MANIFEST, _sealed(record))
     (path / PROGRESS).unlink()
 
@@ -421,17 +447,13 @@ def measure_overlap(
 
     def hashes(split):
         for shard in record["splits"][split]["shards"]:  # each ends with a document
-            tokens = _memory_map(path / shard["file"])
+            tokens = packed_tokens(path / shard["file"])
             for start in range(0, len(tokens), 2**22):
                 yield ngram_hashes(tokens[start:start + 2**22 + NGRAM - 1], eos)
 
     held_out = {split: np.concatenate([*hashes(split), np.zeros(0, np.uint64)]) for split in SPLITS[1:]}
     shares = {split: seen_share(each, hashes("train")) for split, each in held_out.items()}
     return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": shares[split]} for split in held_out}
-
-
-def _memory_map(path: Path) -> np.ndarray:
-    return np.memmap(path, "<u2", "r")
 
 # %% ../nbs/33_corpus.ipynb #c995367b
 def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verify: bool) -> None:
@@ -450,8 +472,8 @@ def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, 
             if file.stat().st_size != 2 * shard["tokens"]:
                 raise UserError(f"{file} must have {shard['tokens']} tokens of 2 bytes, got {file.stat().st_size} bytes; {advice}")
             if verify and file_digest(file) != shard["sha256"]:
-                raise UserError(f"{file} was altered: its SHA-256 is not the one in {MANIFEST}; {advice}")
-            if verify and (top := int(_memory_map(file).max())) >= record["tokenizer"]["vocab_size"]:
+                raise UserError(f"{file} was altered: its SHA-256 is another; {advice}")
+            if verify and (top := int(packed_tokens(file).max())) >= record["tokenizer"]["vocab_size"]:
                 raise UserError(f"{file} has the token {top}, but the vocabulary only {record['tokenizer']['vocab_size']}; {advice}")
 
 
@@ -473,39 +495,6 @@ def open_corpus(
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} is not the manifest of a corpus ({error!r}); delete the corpus and build it again") from error
     return Corpus(path, record)
-
-# %% ../nbs/33_corpus.ipynb #dd1f8e77
-class TokenBlocks(Dataset):
-    "Blocks of packed tokens, read from memory-mapped shards; see `Corpus.blocks`."
-
-    def __init__(self, files: list[Path], sizes: list[int], length: int, overlap: int):
-        check_integer("length", length, 2)
-        check_integer("overlap", overlap, 0)
-        if overlap >= length:
-            raise UserError(f"overlap must be less than length = {length}, got {overlap}")
-        if length > sum(sizes):
-            raise UserError(f"length must be at most {sum(sizes)}, the tokens of this split, got {length}")
-        self.files, self.starts = files, [0, *np.cumsum(sizes).tolist()]
-        self.length, self.stride = length, length - overlap
-        self.count = (self.starts[-1] - overlap) // self.stride
-
-    def __len__(self) -> int:
-        return self.count
-
-    @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        return [_memory_map(file) for file in self.files]
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_shards"}  # mapped anew in each process
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"index must be from 0 to {self.count - 1}, got {index}")
-        start, stop = index * self.stride, index * self.stride + self.length
-        first, last = bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)
-        parts = [self._shards[i][max(start - self.starts[i], 0):stop - self.starts[i]] for i in range(first, last)]
-        return {"input_ids": torch.from_numpy(np.concatenate(parts).astype(np.int64))}
 
 # %% ../nbs/33_corpus.ipynb #7bc64c5a
 @dataclass(frozen=True)
@@ -529,7 +518,7 @@ class Corpus:
 
     def tokens(self, split: str) -> np.ndarray:
         "The packed tokens of a split, (N,) uint16."
-        shards = [_memory_map(self.path / shard["file"]) for shard in self._split(split)["shards"]]
+        shards = [packed_tokens(self.path / shard["file"]) for shard in self._split(split)["shards"]]
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def blocks(
@@ -567,9 +556,21 @@ def load_corpus(
         path = Path(source)
     else:
         label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
-        path = (language_folder() / "corpora" if folder is None else Path(folder)) / f"{name}-{label}"
+        folder = language_folder() / "corpora" if folder is None else Path(folder)
+        path = _text_folder(folder, label, source) if name == "text" else folder / f"{name}-{label}"
         _build_missing(path, name, vocab_size, tokenizer, source, download)
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
+
+
+def _text_folder(folder, label, source):
+    "The folder of the user's text, named by its SHA-256; without a source the only one that was built."
+    if source is not None:
+        return folder / f"text-{open_source('text', source).origin['sha256'][:8]}-{label}"
+    named = re.compile(rf"text-([0-9a-f]{{8}}-)?{re.escape(label)}")  # earlier versions had no SHA-256
+    built = [each.parent for each in folder.glob(f"text-*/{MANIFEST}") if named.fullmatch(each.parent.name)]
+    if len(built) > 1:
+        raise UserError(f"source must say which text: {folder} has corpora of {len(built)}")
+    return built[0] if built else folder / f"text-{label}"  # which cannot be built without a source
 
 
 def _build_missing(path, name, vocab_size, tokenizer, source, download):
@@ -590,6 +591,6 @@ def _check_request(corpus, name, vocab_size, tokenizer, source):
     _check_tokenizer(corpus.path, found["tokenizer"], vocab_size, tokenizer)
     if source is not None and Path(source) != corpus.path:
         origin = open_source(name, source).origin
-        if origin != found["source"]:
+        if not _same_source(found["source"], origin):
             raise UserError(f"{corpus.path} was built from {found['source']}, but source is {origin}; delete it or name another folder")
     return corpus

@@ -142,7 +142,7 @@ def check_image_config(
 class PreallocatedLayer(CacheLayerMixin):
     "Preallocated keys and values of one layer: new ones are written in place, and a view of all is returned."
 
-    is_sliding = False
+    is_sliding, is_croppable = False, True
 
     def __init__(
         self,
@@ -176,6 +176,12 @@ class PreallocatedLayer(CacheLayerMixin):
         self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
         self.cumulative_length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def crop(self, tokens_to_remove: int) -> None:  # ≤ 0: minus their number
+        "Remove the last tokens. Raises `ValueError` for more than there are."
+        if not -self.cumulative_length <= tokens_to_remove <= 0:
+            raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
+        self.cumulative_length += tokens_to_remove
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cumulative_length + query_length, 0
@@ -386,11 +392,11 @@ def check_targets(
     config: ImageTransformerConfig,
 ) -> Tensor:  # (B, T − 1), the predicted tokens
     "Raise a `ValueError` unless labels are tokens, or −100 where ignored, of a sequence of at least two tokens."
-    if labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
+    tensor = isinstance(labels, Tensor)
+    if not tensor or labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
+        found = f"{labels.dtype} {tuple(labels.shape)}" if tensor else type(labels).__name__
         raise UserError(
-            f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, "
-            f"got {labels.dtype} {tuple(labels.shape)}"
-        )
+            f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, got {found}")
     targets = check_classes(labels[:, 1:], config.vocab_size)
     if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
         raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")

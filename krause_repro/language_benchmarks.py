@@ -326,8 +326,7 @@ def continuation_model(
                 raise UserError(f"a sentence must have at least two tokens to be scored from the second one, got {short!r}")
             return self._loglikelihood_tokens([(pair, ids[:1], ids[1:]) for pair, ids in texts], disable_tqdm=disable_tqdm)
 
-    longest = getattr(model.config, "positions", None)  # lm-eval looks for it under other names
-    return TextModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=longest)
+    return TextModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
 
 # %% ../nbs/47_language_benchmarks.ipynb #70427436
 def _group_scores(samples, field):
@@ -338,6 +337,11 @@ def _group_scores(samples, field):
     return {name: {"accuracy": sum(values) / len(values), "items": len(values)} for name, values in sorted(groups.items())}
 
 
+def _is_long(lm, prompt, text):
+    "Whether a text with its prompt, or with the start token, is longer than the model's context and the token predicted after it."
+    return len(lm.tok_encode(prompt + text)) + (not prompt) > lm.max_length + 1
+
+
 def _continuation_result(task, scores, samples, lm, standard=None):
     "The result of a task of texts; `standard` holds lm-eval's own scores where they are of another run."
     sums = [[response[0] for response in sample["filtered_resps"]] for sample in samples]
@@ -346,7 +350,7 @@ def _continuation_result(task, scores, samples, lm, standard=None):
     standard = scores if standard is None else standard
     name = "acc_norm,none" if "acc_norm,none" in standard else "acc,none"
     options = [len(sample["arguments"]) for sample in samples]
-    long = [max(len(lm.tok_encode("".join(pair[:2]))) for pair in sample["arguments"]) > lm.max_length for sample in samples]
+    long = [any(_is_long(lm, *pair[:2]) for pair in sample["arguments"]) for sample in samples]
     result = {
         "accuracy": scores["acc,none"], "accuracy_stderr": _number(scores["acc_stderr,none"]), "macro_f1": None,
         "standard_accuracy": standard[name], "standard_stderr": _number(standard[name.replace(",", "_stderr,")]),
@@ -354,7 +358,8 @@ def _continuation_result(task, scores, samples, lm, standard=None):
         "chance": {"accuracy": 0.0 if task == "lambada" else sum(1 / n for n in options) / len(options)},
     }
     if task == "lambada":
-        result["perplexity"] = math.exp(-sum(values[0] for values in sums) / len(sums))
+        nats = -sum(values[0] for values in sums) / len(sums)
+        result["perplexity"] = math.exp(nats) if nats < math.log(sys.float_info.max) else None  # JSON has no infinity
     if task == "blimp":
         result |= {"phenomena": _group_scores(samples, "linguistics_term"), "paradigms": _group_scores(samples, "UID")}
     return result

@@ -6,6 +6,7 @@
 __all__ = ['shakespeare_text', 'question_answers', 'flan_items', 'encode_items', 'ResponseCollator']
 
 # %% ../nbs/30_language_data.ipynb #56976bb6
+import bisect
 import hashlib
 import html
 import json
@@ -14,11 +15,14 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .checks import UserError, check_integer, moved_names
@@ -62,6 +66,10 @@ def split_works(
 EOS = "<|endoftext|>"  # GPT-2's end token; also the line that ends a document in a text file
 
 
+def _read_plain(path: Path) -> str:
+    return read_text(path).removeprefix("\ufeff")  # the byte order mark of some editors
+
+
 def read_documents(
     path: str | Path,  # a folder of .txt files, one document each, or a file with a line `<|endoftext|>` after each document
 ) -> list[str]:
@@ -71,9 +79,9 @@ def read_documents(
         files = sorted(file for file in path.rglob("*.txt") if file.is_file() or file.is_symlink())  # a broken link is an error
         if not files:
             raise UserError(f"{path} must hold text files, but has no .txt file")
-        named = {str(file): read_text(file).strip() for file in files}
+        named = {str(file): _read_plain(file).strip() for file in files}
     else:
-        parts = re.split(rf"^{re.escape(EOS)}$", read_text(path), flags=re.MULTILINE)
+        parts = re.split(rf"^{re.escape(EOS)}[ \t]*$", _read_plain(path), flags=re.MULTILINE)
         if len(parts) > 1 and not parts[-1].strip():
             parts.pop()  # after the last document's end
         named = {f"document {number} of {path}": part.strip() for number, part in enumerate(parts, 1)}
@@ -142,6 +150,19 @@ def hub_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
     from httpx import HTTPError
     return OSError, DatasetsError, HTTPError
+
+
+def check_parquet(
+    file: str | Path,  # of a data set of texts
+) -> None:
+    "Raise `UserError` for a file that is damaged or has no column text."
+    from pyarrow import ArrowException, parquet
+    try:
+        names = parquet.read_schema(file).names
+    except ArrowException as error:
+        raise UserError(f"{file} is not a whole parquet file ({error}); get it again") from error
+    if "text" not in names:
+        raise UserError(f"{file} must have a column text, got {', '.join(names)}")
 
 
 def _stream_flan(n: int) -> list[dict[str, str]]:
@@ -405,6 +426,46 @@ def text_blocks(
     if not count:
         raise UserError(f"text must have at least {length} tokens (length), got {len(ids)}")
     return torch.tensor(ids[:count * length]).view(count, length), dropped
+
+# %% ../nbs/30_language_data.ipynb #dd1f8e77
+def packed_tokens(
+    path: Path,  # of a shard
+) -> np.ndarray:  # (N,) uint16, read from the disk as they are used
+    "The packed tokens of a shard."
+    return np.memmap(path, "<u2", "r")
+
+
+class TokenBlocks(Dataset):
+    "Blocks of packed tokens, read from shards; see `Corpus.blocks` (page 33)."
+
+    def __init__(self, files: list[Path], sizes: list[int], length: int, overlap: int):
+        check_integer("length", length, 2)
+        check_integer("overlap", overlap, 0)
+        if overlap >= length:
+            raise UserError(f"overlap must be less than length = {length}, got {overlap}")
+        if length > sum(sizes):
+            raise UserError(f"length must be at most {sum(sizes)}, the tokens of this split, got {length}")
+        self.files, self.starts = files, [0, *np.cumsum(sizes).tolist()]
+        self.length, self.stride = length, length - overlap
+        self.count = (self.starts[-1] - overlap) // self.stride
+
+    def __len__(self) -> int:
+        return self.count
+
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
+        return [packed_tokens(file) for file in self.files]
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_shards"}  # mapped anew in each process
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be from 0 to {self.count - 1}, got {index}")
+        start, stop = index * self.stride, index * self.stride + self.length
+        first, last = bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)
+        parts = [self._shards[i][max(start - self.starts[i], 0):stop - self.starts[i]] for i in range(first, last)]
+        return {"input_ids": torch.from_numpy(np.concatenate(parts).astype(np.int64))}
 
 # %% ../nbs/30_language_data.ipynb #4d031ca9
 __getattr__ = moved_names(__name__, {"smollm2_folder": "krause_repro.packaged_data"})

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .image_transformer import PreallocatedLayer, check_targets, prompt_length
+from .image_transformer import PreallocatedLayer, check_targets, contain, prompt_length
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
 from .model_base import CheckedConfig, CheckedModel, named_arguments, token_loss
 from .native_decode import DecodeLinear
@@ -40,6 +40,7 @@ class LanguageModelConfig(CheckedConfig):
     """
 
     model_type = "krause_language_model"
+    attribute_map = {"max_position_embeddings": "positions"}  # the name that `generate` and lm-eval look for
 
     vocab_size: int = 50_257  # tokens; GPT-2's tokenizer
     positions: int = 1024  # learned positions, the longest sequence
@@ -119,11 +120,15 @@ def fused_attention(
     mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, n); None: all earlier tokens
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, D)
-    "Softmax attention by PyTorch's fused operator."
+    "Softmax attention by PyTorch's fused operator; a NaN in a later token does not reach an earlier row."
     new, length = query.shape[2], key.shape[2]
     if mask is None and 1 < new < length:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    spoiled = None
+    if new > 1 and not (values_known(key) and (key.detach().sum() + value.detach().sum()).isfinite()):
+        key, value, spoiled = contain(key, value)
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    return output if spoiled is None else output + spoiled[:, :, length - new:]
 
 
 def causal_segments(
@@ -296,9 +301,10 @@ def language_cache(
     config: LanguageModelConfig,
 ) -> Cache:
     "An empty cache for the model's mixer."
-    if config.mixer in WINDOWED:
-        return RingCache(config)
-    return Cache(layers=[PreallocatedLayer(config.positions) for _ in range(config.num_hidden_layers)])
+    rings, layers = config.mixer in WINDOWED, range(config.num_hidden_layers)
+    cache = RingCache(config) if rings else Cache(layers=[PreallocatedLayer(config.positions) for _ in layers])
+    cache.mixer = config.mixer
+    return cache
 
 
 def check_language_cache(
@@ -306,8 +312,10 @@ def check_language_cache(
     config: LanguageModelConfig,
     batch: int,  # sequences of the call
 ) -> None:
-    "Raise a `ValueError` if a cache is not from `language_cache(config)` or was filled with another batch."
-    ring = config.mixer in WINDOWED
+    "Raise a `ValueError` if a cache is not from `language_cache(config)`, is of another mixer, or was filled with another batch."
+    ring, mixer = config.mixer in WINDOWED, getattr(cache, "mixer", config.mixer)
+    if mixer != config.mixer:
+        raise UserError(f"past_key_values must be language_cache(model.config), of mixer {config.mixer!r}, got one of {mixer!r}")
     kind, sizes = (RingLayer, {"window": config.attention_window}) if ring else (PreallocatedLayer, {"length": config.positions})
     shape = batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     check_layers(cache, "language_cache(model.config)", kind, config.num_hidden_layers, shape, **sizes)
@@ -396,8 +404,9 @@ def _generation_options(config, prompt_length, options, default):
 
     new, end = limit("max_new_tokens"), limit("max_length")
     end = end if new is None else prompt_length + new
-    if prompt_length > config.positions or (end or 0) > config.positions:
-        raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {max(prompt_length, end or 0)}")
+    end = max(prompt_length, prompt_length + 1 if end is None else end)  # without a limit, what fits of 20 new tokens
+    if end > config.positions:
+        raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {end}")
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
     cache = take_cache(options)
     if options["use_cache"] and cache is None:

@@ -198,7 +198,7 @@ class LanguageModelRecipe(Recipe):
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
 
     def changes(self, profile):
-        return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {})
+        return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {}) | LM_VOCABULARIES.get(self.dataset, {})
 
     @property
     def config(self) -> LanguageModelConfig:
@@ -224,6 +224,7 @@ LM_SUPPORTS = {  # what differs by mixer, beside the profile: supports of an eig
     "desk": {"window": {"window": 32}, "longformer": {"window": 32}, "top_k": {"top_k": 32}},
     "smoke": {"top_k": {"top_k": 8}},
 }
+LM_VOCABULARIES = {"fineweb_edu": {"vocab_size": 50_257}}  # under every profile: its tokenizer is finished
 LM_SIZES = {  # the published table, and what differs from the size of about 100M parameters
     "100m": ("lm_100m", {}),
     "200m": ("lm_200m", {"width": 960, "depth": 12, "heads": 15, "mlp_width": 2560, "per_device_batch_size": 16}),

@@ -109,6 +109,12 @@ def _are_texts(values, least=2):
     return len(values) >= least and all(isinstance(value, str) and value.strip() for value in values)
 
 
+def _is_number(task, item):
+    "Whether lm-eval would take the prompt of an item for a number: prompts of other tasks hold words of their own."
+    prompt = " ".join([*item["sentences"], item["question"].split("XXXXX")[0]]).strip() if task == "cbt" else item.get("query", "")
+    return task in ("hellaswag", "cbt") and prompt.isdigit()
+
+
 def _item_problem(task, item):
     "What is wrong with an item of a task, or None."
     if not isinstance(item, dict):
@@ -126,6 +132,8 @@ def _item_problem(task, item):
         return f"fields 'options', at least 2, and 'sentences' must hold strings, none empty, got {item['options']!r}"
     if task == "cbt" and (item["answer"] not in item["options"] or item["question"].count("XXXXX") != 1):
         return "field 'options' must hold the answer, and 'question' one XXXXX"
+    if _is_number(task, item):
+        return f"field {'question' if task == 'cbt' else 'query'!r} must make a prompt of more than digits, for lm-eval a number"
     if task == "lambada" and (" " not in item["text"] or item["text"] != item["text"].strip()):
         return "field 'text' must hold at least two words, and no white space around them"
     if task == "mmlu_pro":
@@ -162,21 +170,33 @@ PUBLISHED_FILES = {  # by data set: its file as published, or as copies of it ar
 }
 
 
-def _read_boolq(item):
-    "An item of BoolQ from one whose query holds passage and question."
-    parts = re.fullmatch(r"Passage: (.*)\nQuestion: (.*)\?", item.get("query", ""), re.DOTALL)
-    return item if parts is None else {"passage": parts[1], "question": parts[2], "label": item.get("gold")}
+def _label(given):
+    "A label as an integer if it is one, as text or as a number."
+    return int(given) if isinstance(given, str) and given.isdecimal() else given
+
+
+def _as_published(data, item):
+    "An item with the fields of `ITEM_FIELDS` from a published one; anything else is left for `check_items` to refuse."
+    try:
+        if data == "hellaswag" and "endings" in item:
+            return _from_hub(data, item)
+        if data == "boolq" and (parts := re.fullmatch(r"Passage: (.*)\nQuestion: (.*)\?", item["query"], re.DOTALL)):
+            return {"passage": parts[1], "question": parts[2], "label": item.get("gold")}
+    except (AttributeError, KeyError, TypeError):
+        pass
+    return item
 
 
 def _read_lines(files, data):
     "The items of published files; PIQA's labels are in a file beside its items."
-    items = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    items = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     if data == "piqa":
         labels = (files[0].parent / "valid-labels.lst").read_text(encoding="utf-8").split()
         if len(labels) != len(items):
             raise UserError(f"{files[0].parent / 'valid-labels.lst'} must hold a label for each of {len(items)} items, got {len(labels)}")
-        return [item | {"label": int(label)} for item, label in zip(items, labels, strict=True)]
-    return [_read_boolq(item) for item in items] if data == "boolq" else items
+        pairs = zip(items, labels, strict=True)
+        return [item | {"label": _label(label)} if isinstance(item, dict) else item for item, label in pairs]
+    return [_as_published(data, item) for item in items]
 
 
 def read_task_items(
@@ -318,8 +338,9 @@ def _clean(text):
 def _from_hub(task, item):
     "An item with the fields of `ITEM_FIELDS` from one of the hub."
     if task == "hellaswag":
-        query = _clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-        return {"query": query, "choices": [_clean(ending) for ending in item["endings"]], "gold": int(item["label"])}
+        context = f"{item['ctx_a']} {item['ctx_b'].capitalize()}" if "ctx_a" in item else item["ctx"]
+        query, choices = _clean(f"{item['activity_label']}: {context}"), [_clean(ending) for ending in item["endings"]]
+        return {"query": query, "choices": choices, "gold": _label(item["label"])}
     if task == "arc_easy":
         choices = item["choices"]
         return {"query": f"Question: {item['question']}", "choices": choices["text"], "gold": choices["label"].index(item["answerKey"])}

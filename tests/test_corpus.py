@@ -6,6 +6,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from krause_repro import corpus as corpora
 from krause_repro.corpus import (
@@ -93,34 +95,43 @@ class Interrupted(Exception):
     "The end of a process."
 
 
-def test_an_interrupted_build_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 300)  # several batches a part
-    documents, write = texts(), corpora._write_part
+def begin(path, stop):
+    "Build a corpus of many parts until so many are written."
+    write, left = corpora._write_part, [stop]
 
+    def interrupted(*arguments):
+        if not left[0]:
+            raise Interrupted
+        left[0] -= 1
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(corpora, "_write_part", interrupted)
+        build_in_parts(path)
+    return path
+
+
+def build_in_parts(path, documents=None):
+    "Several batches a part."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "BATCH_CHARACTERS", 300)
+        build_corpus(path, "text", TextSource(texts() if documents is None else documents, "t"), VOCAB, None, shard_tokens=400)
+
+
+def test_an_interrupted_build_ends_with_the_same_bytes(tmp_path):
     def files(path):
         return {file.name: file.read_bytes() for file in sorted(path.glob("*.bin"))}
 
-    build_corpus(tmp_path / "whole", "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+    build_in_parts(tmp_path / "whole")
     wanted = files(tmp_path / "whole")
     assert len(wanted) > 8
     for stop in (0, 1, 3):
-        path, left = tmp_path / f"stopped{stop}", [stop]
-
-        def interrupted(*arguments, left=left):
-            if not left[0]:
-                raise Interrupted
-            left[0] -= 1
-            write(*arguments)
-
-        monkeypatch.setattr(corpora, "_write_part", interrupted)
-        with pytest.raises(Interrupted):
-            build_corpus(path, "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+        path = begin(tmp_path / f"stopped{stop}", stop)
         assert not (path / "manifest.json").exists()
-        monkeypatch.setattr(corpora, "_write_part", write)
         if stop:
             with pytest.raises(ValueError, match="was begun with the source"):
-                build_corpus(path, "text", TextSource(documents[1:], "t"), VOCAB, None, shard_tokens=400)
-        build_corpus(path, "text", TextSource(documents, "t"), VOCAB, None, shard_tokens=400)
+                build_in_parts(path, texts()[1:])
+        build_in_parts(path)
         assert files(path) == wanted and read_json(path / "manifest.json") == read_json(tmp_path / "whole" / "manifest.json")
     blocks = open_corpus(path).blocks("train", 50)  # across the borders of shards
     tokens = np.asarray(open_corpus(path).tokens("train"))
@@ -139,6 +150,28 @@ def test_a_stream_continues_from_its_state(tmp_path):
         next(iter(StreamSource([{"content": "a"}], {})))
 
 
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda content: content[:len(content) // 2], "b.parquet is not a whole parquet file"),
+    (lambda content: b"", "b.parquet is not a whole parquet file"),
+    (lambda content: content.replace(b"text", b"word"), "b.parquet must have a column text, got word"),
+])
+def test_damaged_parquet_files_are_named_before_the_build(tmp_path, damage, message):
+    from datasets import Dataset
+
+    (tmp_path / "files").mkdir()
+    for name in ("a", "b"):
+        Dataset.from_dict({"text": texts(3000)}).to_parquet(tmp_path / "files" / f"{name}.parquet")
+    train_tokenizer(texts(), VOCAB).save_pretrained(tmp_path / "tokenizer")
+    options = {"source": tmp_path / "files", "folder": tmp_path / "corpora", "tokenizer": tmp_path / "tokenizer"}
+    whole = (tmp_path / "files" / "b.parquet").read_bytes()
+    (tmp_path / "files" / "b.parquet").write_bytes(damage(whole))
+    with pytest.raises(ValueError, match=message):
+        load_corpus("fineweb_edu", **options)
+    assert not list((tmp_path / "corpora").rglob("*.*"))
+    (tmp_path / "files" / "b.parquet").write_bytes(whole)
+    assert sum(facts["documents"] for facts in load_corpus("fineweb_edu", **options).manifest["splits"].values()) == 6000
+
+
 def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     whole = train_tokenizer(texts(), VOCAB)
     whole.save_pretrained(tmp_path / "tokenizer")
@@ -147,6 +180,65 @@ def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="tokenizer was trained on a (validation|test) document of this corpus"):
         load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
     assert not list((tmp_path / "corpora").rglob("*.bin")) and not list((tmp_path / "corpora").rglob("manifest.json"))
+
+
+def word_tokenizer(path, vocabulary, unknown=None):
+    "A tokenizer of whole words, separated by blanks."
+    plain = Tokenizer(models.WordLevel(vocabulary, unknown))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<e>", unk_token=unknown).save_pretrained(path)
+
+
+def in_lower_case(path):
+    train_tokenizer(texts(), VOCAB).save_pretrained(path)
+    change(path / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda path: word_tokenizer(path, {"[UNK]": 0, "the": 1, "<e>": 2}, "[UNK]"), "tokenizer must spell every text .* got '.*UNK"),
+    (lambda path: word_tokenizer(path, {"the": 0, "<e>": 1}), "tokenizer must encode every text of this corpus .*Missing"),
+    (lambda path: word_tokenizer(path, {"the": 0, "<e>": 1, "of": 70_000}), "must be a fast one .* numbered without a gap"),
+    (in_lower_case, "tokenizer must spell every text .* got .*indented one' for .*INDENTED One'"),
+])
+def test_a_tokenizer_that_cannot_spell_the_text_is_refused(tmp_path, make, message):
+    (tmp_path / "text").mkdir()
+    for number, text in enumerate(texts()):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{text} INDENTED One", encoding="utf-8")
+    make(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=message):
+        load_corpus("text", source=tmp_path / "text", folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
+    assert not list((tmp_path / "corpora").rglob("*.*"))
+
+
+@pytest.mark.parametrize("content", ["null", "5", '["a"]', '{"sha256": "x"}', *(f'{{"documents": {each}}}' for each in ("5", "[]", "[1]"))])
+def test_a_damaged_list_of_training_documents_is_refused(built, folder, tmp_path, content):
+    shutil.copytree(built.path / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / corpora.TRAINED_ON).write_text(content)
+    with pytest.raises(ValueError, match="trained_on.json must be an object whose documents are digests"):
+        load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
+    assert not list((tmp_path / "corpora").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("fields", [{"state": 0}, {"state": -3}, {"state": ...}, {"weights": [18]}, {"splits": {}}, {"parts": 1},
+                                    {"tokenizer": {}}, {"shard_tokens": 0}, {"empty_documents": ...}, {"sha256": ...}])
+def test_a_build_goes_on_only_from_the_record_that_it_left(tmp_path, fields):
+    path = begin(tmp_path / "corpus", 2)
+    record = read_json(path / "progress.json") | fields
+    write_json(path / "progress.json", {name: value for name, value in record.items() if value is not ...})
+    before = {file.name: file.read_bytes() for file in path.glob("*.*")}
+    with pytest.raises(ValueError, match="progress.json is damaged; delete"):
+        build_in_parts(path)
+    assert {file.name: file.read_bytes() for file in path.glob("*.*")} == before
+
+
+def test_a_build_does_not_go_on_with_an_altered_shard(tmp_path):
+    path = begin(tmp_path / "corpus", 2)
+    shard = path / "train-00000.bin"
+    shard.write_bytes(b"\1\0" + shard.read_bytes()[2:])
+    before = sorted(path.rglob("*"))
+    with pytest.raises(ValueError, match="train-00000.bin was altered"):
+        build_in_parts(path)
+    assert sorted(path.rglob("*")) == before
 
 
 def change(path, **fields):
@@ -162,16 +254,33 @@ def train_as_test(path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"source": {}}'])
-def test_a_damaged_record_of_a_build_is_named(tmp_path, content):
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("a text")
-    folder = tmp_path / "corpora" / f"text-bpe{VOCAB}"
-    folder.mkdir(parents=True)
-    (folder / "progress.json").write_text(content)
-    with pytest.raises(ValueError, match=r"progress.json is damaged; delete .*text-bpe"):
-        load_corpus("text", VOCAB, tmp_path / "text", tmp_path / "corpora")
+def test_a_damaged_record_of_a_build_is_named(built, folder, tmp_path, content):
+    path = tmp_path / "corpora" / built.path.name
+    path.mkdir(parents=True)
+    (path / "progress.json").write_text(content)
+    with pytest.raises(ValueError, match=r"progress.json is damaged; delete .*text-[0-9a-f]{8}-bpe300"):
+        load_corpus("text", VOCAB, folder, tmp_path / "corpora")
     with pytest.raises(ValueError, match="source must be a file or folder, got 5"):
         load_corpus("text", VOCAB, 5)
+
+
+def test_two_texts_have_a_corpus_each(built, folder, tmp_path):
+    sources, corpora = [folder, tmp_path / "other"], tmp_path / "corpora"
+    sources[1].mkdir()
+    for number, text in enumerate(texts(seed=3)):
+        (sources[1] / f"{number}.txt").write_text(text, encoding="utf-8")
+    shutil.copytree(built.path, corpora / built.path.name)
+    assert load_corpus("text", VOCAB, folder=corpora).digest == built.digest  # the only one
+    both = [load_corpus("text", VOCAB, source, corpora) for source in sources]
+    assert [each.path.name for each in both] == [f"text-{each.manifest['source']['sha256'][:8]}-bpe300" for each in both]
+    assert both[0].digest == built.digest != both[1].digest
+    with pytest.raises(ValueError, match="source must say which text: .*corpora has corpora of 2"):
+        load_corpus("text", VOCAB, folder=corpora)
+    shutil.copytree(sources[1], tmp_path / "renamed")
+    assert load_corpus("text", VOCAB, tmp_path / "renamed", corpora).path == both[1].path
+    shutil.rmtree(both[1].path)
+    both[0].path.rename(corpora / "text-bpe300")  # of an earlier version
+    assert load_corpus("text", VOCAB, folder=corpora).digest == built.digest
 
 
 @pytest.mark.parametrize(("damage", "error", "message"), [
@@ -208,6 +317,13 @@ def test_folders_without_text_are_refused(tmp_path, content, message):
         read_documents(tmp_path)
 
 
+def test_marks_of_editors_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(f"one\n{EOS} \ntwo {EOS} \n{EOS}\t\r\nthree".encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_text("four", encoding="utf-8-sig")
+    assert read_documents(tmp_path / "a.txt") == ["one", f"two {EOS}", "three"]
+    assert read_documents(tmp_path)[1] == "four"
+
+
 def test_texts_that_are_too_small_are_refused_and_nothing_is_written(tmp_path):
     (tmp_path / "one.txt").write_text(f"one\n{EOS}\ntwo\n{EOS}\n")
     assert read_documents(tmp_path / "one.txt") == ["one", "two"]
@@ -234,14 +350,19 @@ def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path)
         load_corpus("novels", VOCAB, built.path)
     (tmp_path / "other").mkdir()
     for number, text in enumerate(texts(seed=3)):
-        (tmp_path / "other" / f"{number}.txt").write_text(text, encoding="utf-8")
+        (tmp_path / "other" / f"{number:03}.txt").write_text(text, encoding="utf-8")
     built.tokenizer.save_pretrained(tmp_path / "same")
     train_tokenizer(texts(), VOCAB - 9).save_pretrained(tmp_path / "another")
     assert load_corpus("text", source=built.path, tokenizer=tmp_path / "same").digest == built.digest
     with pytest.raises(ValueError, match="has another tokenizer, of 300 tokens, than .*another"):
         load_corpus("text", source=built.path, tokenizer=tmp_path / "another")
-    with pytest.raises(ValueError, match="was built from"):
-        load_corpus("text", VOCAB, tmp_path / "other", built.path.parent)
+    other = built.path.parent / f"text-{TextSource(texts(seed=3), '').origin['sha256'][:8]}-bpe300"
+    built.path.rename(other)
+    try:
+        with pytest.raises(ValueError, match="was built from"):
+            load_corpus("text", VOCAB, tmp_path / "other", built.path.parent)
+    finally:
+        other.rename(built.path)
     with pytest.raises(ValueError, match="split must be one of train, validation, test"):
         built.tokens("held_out")
     with pytest.raises(ValueError, match="overlap must be less than length"):

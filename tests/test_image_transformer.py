@@ -297,6 +297,7 @@ def test_a_smaller_window_alone_keeps_all_of_it():
 
 @pytest.mark.parametrize(("labels", "message"), [
     (torch.zeros(3, 20), "labels must be integers of the shape"), (torch.zeros(3, 19, dtype=torch.long), r"got torch.int64 \(3, 19\)"),
+    ([[1]], "labels must be integers of the shape .* got list"),
     (torch.full((3, 20), 17), "labels must be classes from 0 to 16, or −100 for none, got 17"), (torch.full((3, 20), -1), "got -1"),
 ])
 def test_labels_that_cannot_be_are_refused(labels, message):

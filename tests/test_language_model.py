@@ -91,6 +91,25 @@ def test_a_later_token_changes_no_bit_of_an_earlier_row(mixer, training, dtype):
         assert torch.equal(logits[:, :kept], whole[:, :kept]) and not torch.equal(logits[:, kept:], whole[:, kept:])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each_mixer
+def test_a_token_that_is_not_finite_reaches_no_earlier_row(mixer, bad):
+    model, ids = small(mixer), tokens() % 18
+    ids[0, 15] = 18
+    poisoned = LanguageModel(model.config).eval()
+    poisoned.load_state_dict(model.state_dict())
+    poisoned.head.weight = nn.Parameter(poisoned.head.weight.detach().clone())  # no longer the embeddings'
+    with torch.no_grad():
+        poisoned.token_embedding.weight[18] = bad
+        for cuts in ([], [7], [14, 15, 16], [16, 20]):
+            clean, found = (in_parts(each, ids, cuts) for each in (model, poisoned))
+            assert torch.equal(found[0, :15], clean[0, :15]) and torch.equal(found[1:], clean[1:])
+            assert not found[0, 15].isfinite().any()
+        assert torch.equal(poisoned(ids).logits[0, :15], model(ids).logits[0, :15])
+        compiled = torch.compile(poisoned, backend="eager")
+        assert torch.equal(compiled(ids).logits[0, :15], model(ids).logits[0, :15])
+
+
 @pytest.mark.parametrize("cuts", [list(range(1, 24)), [7, 8, 19]])
 @each_mixer
 def test_cached_decoding_equals_the_whole_pass(mixer, cuts):
@@ -109,6 +128,33 @@ def test_generate_is_greedy_search(mixer):
     assert torch.equal(made, model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False))
     with torch.no_grad():
         assert torch.equal(made[:, 6:], model(made[:, :-1]).logits[:, 5:].argmax(-1))
+
+
+@pytest.mark.parametrize("mixer", ["standard", "longformer", "routing"])
+def test_a_cropped_cache_is_that_of_the_kept_tokens(mixer):
+    model, ids, cache = small(mixer), tokens(2), language_cache(small(mixer).config)
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        kept = model(ids[:, 9:12], past_key_values=cache).logits
+        for start, draft in ((12, ids[:, :5]), (9, ids[:, :4]), (9, ids[:, 9:12])):  # the last draft is what was there
+            cache.crop(start - cache.get_seq_length())
+            assert cache.get_seq_length() == start
+            found = model(draft, past_key_values=cache).logits
+        assert torch.equal(found, kept) and cache.get_seq_length() == 12
+        with pytest.raises(ValueError, match="tokens_to_remove must be in −12…0, got -13"):
+            cache.crop(-13)
+        cache.crop(0)
+        assert_close(model(ids[:, 12:], past_key_values=cache).logits, model(ids).logits[:, 12:], rtol=0, atol=2e-5)
+    asked = {"max_new_tokens": 12, "do_sample": False}
+    made = model.generate(ids[:1, :6], assistant_model=small("standard", num_hidden_layers=1), **asked)
+    assert torch.equal(made, model.generate(ids[:1, :6], **asked))
+
+
+def test_without_a_limit_as_many_new_tokens_as_fit():
+    model, ids = small("standard"), tokens(2, 24)
+    assert model.generate(ids[:, :10], do_sample=False).shape == (2, 24) and model.generate(ids[:, :2], do_sample=False).shape == (2, 22)
+    with pytest.raises(ValueError, match="prompt and new tokens must fit into the model's 24 positions, got 25"):
+        model.generate(ids)
 
 
 def test_a_ring_does_not_grow():
@@ -387,6 +433,7 @@ def test_settings_that_cannot_be(settings, message):
     ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "attention_mask must be all ones"),
     ({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([[1, 2, 19]])}, "labels must be classes from 0 to 18"),
     ({"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 2).long()}, "labels must be integers of the shape"),
+    ({"input_ids": torch.ones(1, 3).long(), "labels": [[1, 2, 3]]}, "labels must be integers of the shape .* got list"),
     ({"input_ids": torch.ones(1, 3).long(), "past_key_values": DynamicCache()}, "past_key_values must be language_cache"),
     ({"input_ids": torch.ones(1, 3).long(), "use_cache": True, "output_attentions": True}, "output_attentions must be False with a cache"),
 ])
@@ -422,6 +469,11 @@ def test_prompts_that_cannot_be_continued():
         model(tokens(3, 2), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values must be language_cache"):
         small("standard")(ids, past_key_values=cache)
+    for filler, reader in (("standard", "krause"), ("krause", "standard"), ("standard", "standard_wide"), ("window", "krause_only")):
+        cache = language_cache(small(filler).config)
+        small(filler)(ids[:, :8], past_key_values=cache)
+        with pytest.raises(ValueError, match=f"of mixer '{reader}', got one of '{filler}'"):
+            small(reader)(ids[:, 8:], past_key_values=cache)
 
 
 def test_helpers_refuse_what_they_cannot_use():
@@ -431,6 +483,9 @@ def test_helpers_refuse_what_they_cannot_use():
         routing_window(0, 8)
     x = torch.randn(1, 2, 5, 4)
     assert_close(fused_attention(x[:, :, -2:], x, x), fused_attention(x, x, x)[:, :, -2:])
+    whole, mask = F.scaled_dot_product_attention(x, x, x, is_causal=True), torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
+    assert torch.equal(fused_attention(x, x, x), whole)
+    assert torch.equal(fused_attention(x, x, x, mask), F.scaled_dot_product_attention(x, x, x, mask))
 
 
 # Evaluation

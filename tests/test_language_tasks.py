@@ -339,7 +339,10 @@ PIQA, MMLU, IFEVAL = OWN["piqa"][0], OWN["mmlu_pro"][0], OWN["ifeval"][0]
     ("blimp", [{"sentence_good": " ", "sentence_bad": "b", "UID": "u", "linguistics_term": "t"}], "field 'sentence_good' must not be"),
     ("lambada", [{"text": "the dog ran "}], "field 'text' must hold at least two words, and no white space around them"),
     ("hellaswag", [{"query": "q", "choices": ["", "x"], "gold": 1}], "field 'choices' must hold at least 2 strings, none empty"),
+    ("hellaswag", [{"query": "2024", "choices": ["a", "b"], "gold": 1}], "field 'query' must make a prompt of more than digits"),
+    ("hellaswag", [{"query": "²", "choices": ["a", "b"], "gold": 1}], "field 'query' must make a prompt of more than digits"),
     ("cbt", [{"sentences": ["s"], "question": "XXXXX", "options": ["u", 3], "answer": "u"}], "fields 'options', at least 2"),
+    ("cbt", [{"sentences": [], "question": " 7 XXXXX", "options": ["u", "v"], "answer": "u"}], "field 'question' must make a prompt"),
     ("ifeval", [{**IFEVAL, "kwargs": []}], "field 'kwargs' must hold one object for each entry"),
     ("ifeval", [{**IFEVAL, "kwargs": [{}, {}]}], "field 'kwargs' must hold one object for each entry"),
     ("ifeval", [{**IFEVAL, "kwargs": ["num_words"]}], "field 'kwargs' must hold one object for each entry"),
@@ -804,20 +807,62 @@ def test_texts_are_scored_by_their_summed_log_probability(speller):
     assert found["blimp"]["phenomena"].keys() == {"anaphor_agreement", "subject_verb_agreement"}
     assert {name: score["items"] for name, score in found["blimp"]["paradigms"].items()}.popitem()[1] == 2
     for task in ("hellaswag", "cbt", "piqa_continuation"):
-        right, right_by_byte = [], []
+        right, right_by_character = [], []
         for item in TEXTS[task]:
             prompt, choices = encode(task_prompt(task, item)), task_choices(task, item)
             sums = [summed(model, prompt + encode(f" {choice}"), len(prompt)) for choice in choices]
             gold = item["options"].index(item["answer"]) if task == "cbt" else item.get("gold", item.get("label"))
             right.append(max(range(len(sums)), key=sums.__getitem__) == gold)
-            by_byte = [total / len(choice.encode()) for total, choice in zip(sums, choices, strict=True)]
-            right_by_byte.append(max(range(len(sums)), key=by_byte.__getitem__) == gold)
+            by_character = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
+            right_by_character.append(max(range(len(sums)), key=by_character.__getitem__) == gold)
         assert found[task]["accuracy"] == pytest.approx(sum(right) / len(right))
-        assert found[task]["standard_accuracy"] == pytest.approx(sum(right_by_byte) / len(right_by_byte))
+        assert found[task]["standard_accuracy"] == pytest.approx(sum(right_by_character) / len(right_by_character))
         chance = sum(1 / len(task_choices(task, item)) for item in TEXTS[task]) / len(TEXTS[task])
         assert found[task]["chance"]["accuracy"] == pytest.approx(chance)
     table = language_table({"letters": found})
     assert "| blimp, lm-eval's scoring | letters | 4 |" in table and "| lambada | chance | 3 | 0.00 | — |" in table
+
+
+def test_standard_scores_are_by_character_not_by_byte(speller, tmp_path):
+    (model, tokenizer), choices = speller, ["日本", "dry"]
+    prompt, *texts = (tokenizer.encode(text, add_special_tokens=False) for text in ("A fox", *(f" {choice}" for choice in choices)))
+    sums = [summed(model, prompt + text, len(prompt)) for text in texts]
+    (tmp_path / "hellaswag.json").write_text(json.dumps([{"query": "A fox", "choices": choices, "gold": 0}]), encoding="utf-8")
+    by_character, by_byte = ([total / size for total, size in zip(sums, sizes, strict=True)]
+                             for sizes in (map(len, choices), (len(choice.encode()) for choice in choices)))
+    assert by_character[0] < by_character[1] and by_byte[0] > by_byte[1]
+    assert evaluate_language(model, tokenizer, "hellaswag", tmp_path)["hellaswag"]["standard_accuracy"] == 0
+
+
+@pytest.mark.parametrize(("task", "item", "cut"), [
+    ("lambada", {"text": "the river was dry"}, [0, 0, 1]),
+    ("blimp", {"sentence_good": "the river was dry", "sentence_bad": "the river", "UID": "u", "linguistics_term": "t"}, [0, 1, 1]),
+])
+def test_a_text_is_cut_if_it_is_longer_than_the_context_and_one_token(speller, tmp_path, task, item, cut):
+    "Of BLiMP with the start token."
+    model, tokenizer = speller
+    (tmp_path / f"{task}.json").write_text(json.dumps([item]), encoding="utf-8")
+    ids, found = tokenizer.encode("the river was dry", add_special_tokens=False), []
+    try:
+        for model.config.positions in (len(ids), len(ids) - 1, len(ids) - 2):
+            found.append(evaluate_language(model, tokenizer, task, tmp_path)[task])
+    finally:
+        model.config.positions = 512
+    assert [each["truncated"] for each in found] == cut
+    if task == "lambada":
+        assert found[1]["perplexity"] == pytest.approx(math.exp(-summed(model, ids, len(ids) - 4)), rel=1e-4)
+
+
+def test_a_perplexity_that_no_number_holds_is_none(speller):
+    model, tokenizer = speller
+    weight = model.norm.weight.detach().clone()
+    try:
+        with torch.no_grad():
+            model.norm.weight.mul_(1e4)
+        assert evaluate_language(model, tokenizer, "lambada", "local")["lambada"]["perplexity"] is None
+    finally:
+        with torch.no_grad():
+            model.norm.weight.copy_(weight)
 
 
 def test_the_last_word_must_be_the_most_likely_one_token_by_token(speller):
@@ -836,10 +881,35 @@ def test_the_last_word_must_be_the_most_likely_one_token_by_token(speller):
         model.config.positions = 512
 
 
+def test_prompts_are_cut_to_the_positions_of_a_model_from_scratch(speller, checkers):
+    model, tokenizer = speller
+    model.config.positions = 64
+    try:
+        found = evaluate_language(model, tokenizer, "mmlu_pro", "local", batch_size=2)["mmlu_pro"]
+        with pytest.raises(ValueError, match="max_gen_toks=64 must be below 64, the context length of this model"):
+            evaluate_language(model, tokenizer, "ifeval", "local", max_gen_toks=64)
+    finally:
+        model.config.positions = 512
+    answers = tokenizer.convert_tokens_to_ids(ANSWERS["mmlu_pro"])
+    right = []
+    for item in OWN["mmlu_pro"]:
+        with torch.no_grad():
+            last = model(torch.tensor([tokenizer.encode(task_prompt("mmlu_pro", item), add_special_tokens=False)[-64:]])).logits[0, -1]
+        right.append(last[answers[:len(item["options"])]].argmax().item() == item["answer_index"])
+    assert (found["accuracy"], found["truncated"]) == (pytest.approx(sum(right) / len(right)), len(right))
+
+
 def test_the_rest_of_the_sentence_belongs_to_each_candidate():
     item = TEXTS["cbt"][0]
     assert task_choices("cbt", item)[1] == "fox went back thirsty ."
     assert task_prompt("cbt", item).endswith(" to drink. One day the river was dry , and the")
+
+
+def test_choices_may_hold_any_character(speller, tmp_path):
+    item = {"sentences": ["A fox ."], "question": "the XXXXX's \"🦊\" <b>\\n & 'x' .", "options": ["🦊", "日本", "it's"], "answer": "日本"}
+    assert task_choices("cbt", item) == [option + "'s \"🦊\" <b>\\n & 'x' ." for option in item["options"]]
+    (tmp_path / "cbt.json").write_text(json.dumps([item]), encoding="utf-8")
+    assert evaluate_language(*speller, "cbt", tmp_path)["cbt"]["items"] == 1
 
 
 def test_files_as_published_are_read(tmp_path):
@@ -860,6 +930,38 @@ def test_files_as_published_are_read(tmp_path):
         language_items(["piqa"], tmp_path)
     with pytest.raises(FileNotFoundError, match="lambada.json or lambada_test.jsonl"):
         language_items(["lambada"], tmp_path)
+
+
+def test_hellaswag_is_read_as_its_authors_publish_it(tmp_path):
+    item = {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+            "ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using [1] wrap\u2028", "b", "c", "d [title] e"]}
+    lines = [item, {name: value for name, value in item.items() if name not in ("ctx_a", "ctx_b")} | {"label": "1"}]
+    (tmp_path / "hellaswag_val.jsonl").write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    wanted = {"query": "Roof shingle removal: A man is sitting on a roof. He", "choices": ["is using wrap", "b", "c", "d. e"], "gold": 3}
+    assert language_items(["hellaswag"], tmp_path)["hellaswag"] == [
+        wanted, {**wanted, "query": "Roof shingle removal: A man is sitting on a roof. he", "gold": 1}]
+
+
+@pytest.mark.parametrize(("task", "line", "message"), [
+    ("piqa", [1], "item 1 of 1: must be an object with the fields goal"), ("piqa", {**PIQA, "goal": 5}, "field 'goal' must be of type str"),
+    ("boolq", [1], "item 1 of 1: must be an object with the fields passage"), ("boolq", {"query": 5}, "field 'passage' is missing"),
+    ("hellaswag", [1], "must be an object with the fields query"), ("hellaswag", {"endings": ["a"]}, "field 'query' is missing"),
+    ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": ""}, "field 'gold' must be an integer"),
+    ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": True}, "field 'gold' must be an integer"),
+])
+def test_damaged_lines_of_published_files_are_named(tmp_path, task, line, message):
+    place = tmp_path / {"piqa": "piqa/valid.jsonl", "hellaswag": "hellaswag_val.jsonl"}.get(task, f"{task}.jsonl")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(line), encoding="utf-8")
+    (place.parent / "valid-labels.lst").write_text("0", encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        language_items([task], tmp_path)
+    assert message in str(error.value) and place.name in str(error.value)
+    if task == "piqa":
+        place.write_text(json.dumps(PIQA), encoding="utf-8")
+        (place.parent / "valid-labels.lst").write_text("x", encoding="utf-8")
+        with pytest.raises(ValueError, match="field 'label' must be an integer from 0 to 1, got 'x'"):
+            language_items([task], tmp_path)
 
 
 def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, tokenizer):

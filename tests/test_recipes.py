@@ -279,6 +279,8 @@ def test_language_models_are_the_papers():
             assert [published.pop("table"), *published.values()] == [f"lm_{size}", *numbers]
     assert recipes["lm_krause_only_100m/fineweb_edu"].published == recipes["lm_krause_100m/openstax"].published == {}
     assert {"width", "depth"} <= set(recipes["lm_krause_200m/fineweb_edu"].unpublished)
+    for profile, trained in (("smoke", 512), ("desk", 4096)):  # the tokenizer of FineWeb-Edu is finished
+        assert (krause.at(profile).vocab_size, recipes["lm_krause_100m/text"].at(profile).vocab_size) == (50_257, trained)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
