@@ -308,7 +308,7 @@ def show_evaluation(
 # %% ../nbs/80_cli.ipynb #98012aac
 def evaluate_model(
     model: str,  # a folder, a GGUF file, a name on the hub, smollm2 (from a package), or the directory of a run
-    tasks: str = None,  # comma-separated, such as boolq,cb or blimp,lambada; default: all of the paper's for fine-tuned models
+    tasks: str = None,  # comma-separated, such as boolq,cb or blimp,lambada; default: all of the paper's for such models
     adapter: str = None,  # a folder with a trained adapter
     source: str = "hub",  # of items: hub, local (a few test items of this package), a JSON file, or a folder of items
     limit: int = None,  # maximum number of items per task, drawn at random
@@ -321,9 +321,8 @@ def evaluate_model(
 ) -> None:
     "Evaluate a language model on the paper's benchmarks, beside chance and constant answers."
     from krause_repro.language_benchmarks import check_answers, check_language_run, evaluate_language
-    from krause_repro.language_tasks import LANGUAGE_TASKS
 
-    given = {"tasks": LANGUAGE_TASKS if tasks is None else tasks, "source": source, "batch_size": batch_size, "limit": limit,
+    given = {"tasks": default_tasks(model) if tasks is None else tasks, "source": source, "batch_size": batch_size, "limit": limit,
              "anli_labels": anli_labels, "max_gen_toks": max_gen_toks, "item_seed": item_seed}
     check_evaluation_files(model, adapter, output)  # a large model takes minutes to load
     items = check_language_run(**given)
@@ -336,6 +335,18 @@ def evaluate_model(
     finally:  # keep the results of the other tasks if one fails
         if results:
             show_evaluation(model, adapter, given, results, output)
+
+
+def default_tasks(
+    model: str,  # as of `evaluate_model`
+) -> tuple[str, ...]:
+    "The paper's tasks: continuations for the run of a model from scratch, prompts for all others."
+    from krause_repro.language_recipes import LanguageModelRecipe
+    from krause_repro.language_tasks import CONTINUATION_TASKS, LANGUAGE_TASKS
+    from krause_repro.runs import open_run
+
+    scratch = (Path(model) / "recipe.json").is_file() and isinstance(open_run(model).recipe, LanguageModelRecipe)
+    return CONTINUATION_TASKS[:-1] if scratch else LANGUAGE_TASKS
 
 
 def load_evaluated(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 
+from krause_repro import cli
 from krause_repro import tasks as training_tasks
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from krause_repro.corpus import train_tokenizer
@@ -40,6 +41,7 @@ from krause_repro.language_model_evaluation import (
 from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
+from krause_repro.records import write_json
 from krause_repro.ring_cache import RingLayer, cache_bytes
 from krause_repro.runs import open_run
 from krause_repro.sinks import evaluate_text_sinks, text_sink_profile, text_sink_table
@@ -610,6 +612,12 @@ def check_evaluation(run, model, monkeypatch):
     for use in (lambda: sample_text(run, "the", 5), lambda: run_model(run), lambda: evaluate_text_sinks([run])):
         with pytest.raises(ValueError, match="source must be the corpus of the run .*, got another text or tokenizer"):
             use()
+
+
+def test_the_command_evaluates_a_model_from_scratch_on_continuations(tmp_path):
+    recipe = get_recipe("lm_window_100m/openstax").at("desk")
+    write_json(tmp_path / "recipe.json", {"fingerprint": recipe.fingerprint, "seed": 0, "recipe": recipe.to_dict()})
+    assert cli.default_tasks(str(tmp_path))[0] == "blimp" and cli.default_tasks("smollm2")[0] == "boolq"
 
 
 def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):
