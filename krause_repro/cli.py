@@ -336,7 +336,7 @@ def evaluate_model(
         if results:
             show_evaluation(model, adapter, given, results, output)
 
-
+# %% ../nbs/80_cli.ipynb #5e0a77c4
 def default_tasks(
     model: str,  # as of `evaluate_model`
 ) -> tuple[str, ...]:
