@@ -152,41 +152,6 @@ def summarise_sigma(
     sigmas = [learned_sigma(r) for r in runs]
     return None if sigmas[0] is None else summarise_curves(sigmas)
 
-# %% ../nbs/41_evaluation.ipynb #8db0a9bf
-def provenance(
-    runs: list[Run],  # of one recipe, one for each seed
-) -> dict:
-    "Provenance of a result: seeds, commits, versions, device, threads, data, training time in seconds. Raises `UserError` as `add_seeds`."
-    def one(run):
-        end, begin = run.summary(), run.environment()
-        return {
-            "chosen_epochs": [end["chosen_epoch"]], "parameters": end["parameters"], "seconds": summarise([end["seconds"]]),
-            "seeds": [run.seed], "commits": [begin["commit"]], "threads": [end["threads"]], "device": begin["device"],
-            "versions": begin["versions"], **{name: begin[name] for name in ("data", "corpus") if name in begin},
-        }
-
-    return reduce(add_seeds, map(one, runs))
-
-# %% ../nbs/41_evaluation.ipynb #cf0e2ea0
-def summarise_runs(
-    runs: list[Run],  # of one recipe, one for each seed
-    tests: list[dict],  # `test_accuracy` of each run
-) -> dict:
-    "The result of a classifier: accuracies, curves and σ over seeds, the paper's accuracy, and provenance."
-    return {
-        "test_accuracy": summarise([t["accuracy"] for _, t in zip(runs, tests, strict=True)]), "test_images": tests[0]["images"],
-        "held_out_accuracy": summarise([r.summary()["held_out_accuracy"] for r in runs]), "curves": training_curves(runs),
-        "sigma": summarise_sigma(runs), "paper": runs[0].recipe.published.get("accuracy"), **provenance(runs),
-    }
-
-
-def evaluate_runs(
-    runs: list[Run],  # of one recipe, one for each seed
-    source: str | Path | None = None,  # the user's data folder
-) -> dict:  # as `summarise_runs`
-    "Evaluate each run on the test images, and summarise."
-    return summarise_runs(runs, [test_accuracy(r, source) for r in runs])
-
 # %% ../nbs/41_evaluation.ipynb #7b1f0c22
 SEED_LISTS = ("seeds", "commits", "threads", "chosen_epochs")  # one entry per seed
 FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # kept of the seeds that were there first
@@ -228,6 +193,41 @@ def add_seeds(
         raise UserError(f"{place} must be the same for all seeds, got {first!r:.60} and {second!r:.60}")
 
     return {key: added(earlier[key], later[key], key) if key in earlier else later[key] for key in later}
+
+# %% ../nbs/41_evaluation.ipynb #8db0a9bf
+def provenance(
+    runs: list[Run],  # of one recipe, one for each seed
+) -> dict:
+    "Provenance of a result: seeds, commits, versions, device, threads, data, training time in seconds. Raises `UserError` as `add_seeds`."
+    def one(run):
+        end, begin = run.summary(), run.environment()
+        return {
+            "chosen_epochs": [end["chosen_epoch"]], "parameters": end["parameters"], "seconds": summarise([end["seconds"]]),
+            "seeds": [run.seed], "commits": [begin["commit"]], "threads": [end["threads"]], "device": begin["device"],
+            "versions": begin["versions"], **{name: begin[name] for name in ("data", "corpus") if name in begin},
+        }
+
+    return reduce(add_seeds, map(one, runs))
+
+# %% ../nbs/41_evaluation.ipynb #cf0e2ea0
+def summarise_runs(
+    runs: list[Run],  # of one recipe, one for each seed
+    tests: list[dict],  # `test_accuracy` of each run
+) -> dict:
+    "The result of a classifier: accuracies, curves and σ over seeds, the paper's accuracy, and provenance."
+    return {
+        "test_accuracy": summarise([t["accuracy"] for _, t in zip(runs, tests, strict=True)]), "test_images": tests[0]["images"],
+        "held_out_accuracy": summarise([r.summary()["held_out_accuracy"] for r in runs]), "curves": training_curves(runs),
+        "sigma": summarise_sigma(runs), "paper": runs[0].recipe.published.get("accuracy"), **provenance(runs),
+    }
+
+
+def evaluate_runs(
+    runs: list[Run],  # of one recipe, one for each seed
+    source: str | Path | None = None,  # the user's data folder
+) -> dict:  # as `summarise_runs`
+    "Evaluate each run on the test images, and summarise."
+    return summarise_runs(runs, [test_accuracy(r, source) for r in runs])
 
 # %% ../nbs/41_evaluation.ipynb #7ce17d26
 _CIFAR10_LABELS = {
