@@ -169,7 +169,7 @@ def summarise_recipe(
     if items is not None and experiment not in ("language_models", "textbooks"):
         raise UserError(f"items are for a language model, such as lm_krause_100m/openstax; got recipe {recipe!r}")
     if items not in (None, "hub", "local") and not Path(items).exists():
-        raise FileNotFoundError(f"items must be hub or a folder that is there, got {items}")
+        raise FileNotFoundError(f"items must be hub, local, or a folder that is there, got {items}")
     from krause_repro.evaluation import save_finished
     from krause_repro.results import result_path
 
@@ -376,6 +376,9 @@ COMMANDS = {"list": list_recipes, "run": run_notebooks, "train": train_recipe, "
             "evaluate": evaluate_model, "summarise": summarise_recipe}
 
 
+PATHS = ("source", "items", "corpus", "output", "adapter", "model")  # arguments that may be files or folders
+
+
 def usage() -> str:
     "What `krause-repro` and `krause-repro --help` print."
     commands = "\n".join(f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items())
@@ -421,7 +424,8 @@ def options(
         reject(f"unrecognized arguments: {' '.join(extra)}")
     check_options(given)
     # the shell expands the ~ of "--source ~/data", but not of "--source=~/data"
-    return {key: os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value for key, value in given.items()}
+    paths = {key: os.path.expanduser(value) for key, value in given.items() if key in PATHS and isinstance(value, str)}
+    return given | paths
 
 # %% ../nbs/80_cli.ipynb #825f5ec1
 class Ended(KeyboardInterrupt):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -298,9 +299,10 @@ class Packer:
         except Exception as error:  # the library raises no other kind
             raise UserError(f"tokenizer must encode every text of this corpus ({error}); leave it out to train one") from error
         spelled = self.backend.decode_batch(found, skip_special_tokens=False)
-        if lost := next((pair for pair in zip(texts, spelled, strict=True) if pair[0].strip() != pair[1].strip()), None):
+        pairs = ([normalize("NFC", each).strip() for each in pair] for pair in zip(texts, spelled, strict=True))
+        if lost := next((pair for pair in pairs if pair[0] != pair[1]), None):
             text, other = (each[max(len(commonprefix(lost)) - 10, 0):][:30] for each in lost)
-            raise UserError(f"tokenizer must spell every text of this corpus, or bits per byte mean nothing, got {other!r} for {text!r}; "
+            raise UserError(f"tokenizer must spell every text of this corpus, or bits per byte mean nothing, got {other!a} for {text!a}; "
                             "leave it out to train one")
         return found
 
@@ -373,7 +375,7 @@ def _begun(path: Path) -> dict | None:
         return None
     record = read_json(path / PROGRESS)
     if not isinstance(record, dict) or record.get("sha256") != _sealed(record)["sha256"]:
-        raise UserError(f"{path / PROGRESS} is damaged; delete {path} and build the corpus again")
+        raise UserError(f"{path / PROGRESS} is damaged, or of an earlier version; delete {path} and build the corpus again")
     return record
 
 
@@ -564,13 +566,15 @@ def load_corpus(
 
 def _text_folder(folder, label, source):
     "The folder of the user's text, named by its SHA-256; without a source the only one that was built."
+    earlier = folder / f"text-{label}"  # of versions that did not name it so
     if source is not None:
-        return folder / f"text-{open_source('text', source).origin['sha256'][:8]}-{label}"
-    named = re.compile(rf"text-([0-9a-f]{{8}}-)?{re.escape(label)}")  # earlier versions had no SHA-256
-    built = [each.parent for each in folder.glob(f"text-*/{MANIFEST}") if named.fullmatch(each.parent.name)]
+        digest = open_source("text", source).origin["sha256"]
+        same = (earlier / MANIFEST).is_file() and read_json(earlier / MANIFEST).get("source", {}).get("sha256") == digest
+        return earlier if same else folder / f"text-{digest[:8]}-{label}"
+    built = [m.parent for m in folder.glob(f"*/{MANIFEST}") if re.fullmatch(rf"text-([0-9a-f]{{8}}-)?{re.escape(label)}", m.parent.name)]
     if len(built) > 1:
         raise UserError(f"source must say which text: {folder} has corpora of {len(built)}")
-    return built[0] if built else folder / f"text-{label}"  # which cannot be built without a source
+    return built[0] if built else earlier  # which cannot be built without a source
 
 
 def _build_missing(path, name, vocab_size, tokenizer, source, download):

@@ -186,13 +186,14 @@ def add_seeds(
             return {key: made[key] if key in made else added(first[key], second[key], f"{place}.{key}") for key in second}
         if name in SEED_LISTS:
             return [*first, *second]
-        if name in FIRST_SEEDS or first == second or top in MACHINES and second in first.split(", "):
+        if name in FIRST_SEEDS or first == second or top in MACHINES and f", {second}," in f", {first},":
             return first
         if top in MACHINES:
             return f"{first}, {second}"
         raise UserError(f"{place} must be the same for all seeds, got {first!r:.60} and {second!r:.60}")
 
-    return {key: added(earlier[key], later[key], key) if key in earlier else later[key] for key in later}
+    both = {key: added(earlier[key], later[key], key) for key in later if key in earlier}
+    return {**({"corpus": earlier["corpus"]} if "corpus" in earlier else {}), **{key: both.get(key, later[key]) for key in later}}
 
 # %% ../nbs/41_evaluation.ipynb #8db0a9bf
 def provenance(
@@ -201,10 +202,12 @@ def provenance(
     "Provenance of a result: seeds, commits, versions, device, threads, data, training time in seconds. Raises `UserError` as `add_seeds`."
     def one(run):
         end, begin = run.summary(), run.environment()
+        commits = dict.fromkeys(each["commit"] for each in (begin, *begin.get("continued", ())))
         return {
             "chosen_epochs": [end["chosen_epoch"]], "parameters": end["parameters"], "seconds": summarise([end["seconds"]]),
-            "seeds": [run.seed], "commits": [begin["commit"]], "threads": [end["threads"]], "device": begin["device"],
-            "versions": begin["versions"], **{name: begin[name] for name in ("data", "corpus") if name in begin},
+            "seeds": [run.seed], "threads": [end["threads"]], "device": begin["device"], "versions": begin["versions"],
+            "commits": [begin["commit"] if len(commits) == 1 else ", ".join(map(str, commits))],
+            **{name: begin[name] for name in ("data", "corpus") if name in begin},
         }
 
     return reduce(add_seeds, map(one, runs))

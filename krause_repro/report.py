@@ -479,8 +479,8 @@ def _accuracy_finding(root):
     controls = f" KViT minus itself without top-k: {effect(selection)}." if selection else ""
     controls += f" Distance minus dot product, on the same window without top-k: {effect(score)}." if score else ""
     fashion = on_fashion(root)
-    other = f" On Fashion-MNIST, not corrected: {effect(fashion['pre'])}; {effect(fashion['post'])}." if fashion else ""
-    level = f"; on Fashion-MNIST{'' if fashion['counts'] else ', which is not counted,'} {fashion['level']}" if fashion else ""
+    other = f" On Fashion-MNIST {effect(fashion['pre'])}, with the same norm {effect(fashion['post'])}, not corrected." if fashion else ""
+    level = f"; on Fashion-MNIST{'' if fashion['counts'] else ' the lead is not counted, since'} {fashion['level']}" if fashion else ""
     return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
             f"the same place in both: {effect(norm)}.{other}{controls} *But* the models are small "
             f"({size_in_words('kvit_s/cifar10')}), {rising} of the {len(trained)} kinds trained on CIFAR-10 were still improving{level}.")

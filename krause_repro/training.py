@@ -287,9 +287,10 @@ def _start(run: Run, restart: bool, left_out: dict) -> None:
     remove_leftovers(run.path)
     now = environment()
     if (run.path / "recipe.json").is_file():
-        begun = run.environment()
-        if changed := {name: now[name] for name in ("commit", "versions", "device") if now[name] != begun.get(name)}:
-            write_json(run.path / "environment.json", {**begun, "continued": [*begun.get("continued", []), changed]})
+        begun, names = run.environment(), ("commit", "versions", "device")
+        parts = [{name: each.get(name) for name in names} for each in (begun, *begun.get("continued", ()), now)]
+        if parts[-1] != parts[-2]:
+            write_json(run.path / "environment.json", {**begun, "continued": parts[1:]})
     else:
         write_json(run.path / "environment.json", {**now, **left_out})
         write_json(run.path / "recipe.json", {"fingerprint": run.recipe.fingerprint, "seed": run.seed, "recipe": run.recipe.to_dict()})

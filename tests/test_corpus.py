@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from krause_repro import corpus as corpora
@@ -210,6 +210,12 @@ def test_a_tokenizer_that_cannot_spell_the_text_is_refused(tmp_path, make, messa
     assert not list((tmp_path / "corpora").rglob("*.*"))
 
 
+def test_accents_may_be_composed_by_the_tokenizer():
+    tokenizer = train_tokenizer(texts(), VOCAB)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert corpora.Packer(tokenizer, (18, 1, 1), None).encode(["cafe\u0301"]) == [tokenizer.backend_tokenizer.encode("café").ids]
+
+
 @pytest.mark.parametrize("content", ["null", "5", '["a"]', '{"sha256": "x"}', *(f'{{"documents": {each}}}' for each in ("5", "[]", "[1]"))])
 def test_a_damaged_list_of_training_documents_is_refused(built, folder, tmp_path, content):
     shutil.copytree(built.path / "tokenizer", tmp_path / "tokenizer")
@@ -226,7 +232,7 @@ def test_a_build_goes_on_only_from_the_record_that_it_left(tmp_path, fields):
     record = read_json(path / "progress.json") | fields
     write_json(path / "progress.json", {name: value for name, value in record.items() if value is not ...})
     before = {file.name: file.read_bytes() for file in path.glob("*.*")}
-    with pytest.raises(ValueError, match="progress.json is damaged; delete"):
+    with pytest.raises(ValueError, match="progress.json is damaged, or of an earlier version; delete"):
         build_in_parts(path)
     assert {file.name: file.read_bytes() for file in path.glob("*.*")} == before
 
@@ -258,7 +264,7 @@ def test_a_damaged_record_of_a_build_is_named(built, folder, tmp_path, content):
     path = tmp_path / "corpora" / built.path.name
     path.mkdir(parents=True)
     (path / "progress.json").write_text(content)
-    with pytest.raises(ValueError, match=r"progress.json is damaged; delete .*text-[0-9a-f]{8}-bpe300"):
+    with pytest.raises(ValueError, match=r"progress.json is damaged, or of an earlier version; delete .*text-[0-9a-f]{8}-bpe300"):
         load_corpus("text", VOCAB, folder, tmp_path / "corpora")
     with pytest.raises(ValueError, match="source must be a file or folder, got 5"):
         load_corpus("text", VOCAB, 5)
@@ -281,6 +287,7 @@ def test_two_texts_have_a_corpus_each(built, folder, tmp_path):
     shutil.rmtree(both[1].path)
     both[0].path.rename(corpora / "text-bpe300")  # of an earlier version
     assert load_corpus("text", VOCAB, folder=corpora).digest == built.digest
+    assert load_corpus("text", VOCAB, sources[0], corpora).path.name == "text-bpe300"  # not built again
 
 
 @pytest.mark.parametrize(("damage", "error", "message"), [

@@ -531,6 +531,9 @@ def test_seeds_of_two_machines_are_one_result():
         add_seeds(first, {**second, "paper": 95.2})
     with pytest.raises(UserError, match=r"test_accuracy must have a value for each of the seeds \[0\], got 2"):
         add_seeds({**first, "seeds": [0]}, second)
+    named = add_seeds(add_seeds({**first, "device": "H200"}, second), result([3], [0.9], "2.15"))
+    assert named["device"] == "H200, CPU"
+    assert add_seeds({**first, "corpus": "a"}, second)["corpus"] == add_seeds(first, {**second, "corpus": "a"})["corpus"] == "a"
     more = add_seeds(first, {**second, "versions": {**second["versions"], "datasets": "5"}})
     assert more["versions"] == {"torch": "2.14, 2.15", "python": "3.11", "datasets": "5"}
 
@@ -565,7 +568,7 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
     for arguments, message in (
             (["karm/fashion_mnist"], "recipe must be in a plan of results/plans"), (["karm/minst"], "did you mean karm/mnist?"),
             (["karm/mnist", "--items", "hub"], "items are for a language model"),
-            (["lm_window_100m/openstax", "--items", "nowhere"], "items must be hub or a folder that is there, got nowhere"),
+            (["lm_window_100m/openstax", "--items", "nowhere"], "items must be hub, local, or a folder that is there"),
             (["karm/mnist", "--limit", "5"], "limit is for the items")):
         assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)

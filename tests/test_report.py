@@ -392,7 +392,8 @@ def test_readme_and_results_show_the_committed_desk_results():
 
 
 def test_what_the_readme_says_of_the_window_follows_from_the_results():
-    assert "is less accurate by less than what counts here, one point" in (project_root() / "README.md").read_text(encoding="utf-8")
+    text = (project_root() / "README.md").read_text(encoding="utf-8")
+    assert "KViT is not shown to be more accurate. Averaged over the settings of the ablation the distance gains less than" in text
     results, effects = claims.part_effects(None)
     assert outcome(effects["window"], "helps", "harms") == "helps" and outcome(effects["distance"], "helps", "harms") == "below the bar"
     assert not any(is_shown(claims.softmax_control(results, support)) for support in ("local", "local_top_k"))

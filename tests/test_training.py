@@ -446,7 +446,8 @@ def test_killed_again_and_again_beside_other_folders_among_the_checkpoints(start
     path = run_path(recipe, 0, tmp_path) / "environment.json"
     write_json(path, read_json(path) | {"commit": "of another code"})
     run = start()
-    assert same(run, finished) and run.environment()["continued"] == [{"commit": finished.environment()["commit"]}]
+    (part,) = run.environment()["continued"]
+    assert same(run, finished) and part["commit"] == finished.environment()["commit"] and part["device"] == run.environment()["device"]
     assert all((folder / "model.safetensors").read_bytes() == b"mine" for folder in others)
 
 
