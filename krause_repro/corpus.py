@@ -563,7 +563,7 @@ def load_corpus(
         _build_missing(path, name, vocab_size, tokenizer, source, download)
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
 
-
+# %% ../nbs/33_corpus.ipynb #ab3f19d6
 def _text_folder(folder, label, source):
     "The folder of the user's text, named by its SHA-256; without a source the only one that was built."
     earlier = folder / f"text-{label}"  # of versions that did not name it so
