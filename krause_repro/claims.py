@@ -19,7 +19,7 @@ from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_models, sink_verdict, window_effect
 from krause_repro.statistics import (
-    corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, seed_values, span,
+    MIN_EFFECT, corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, seed_values, span,
     unpaired_difference,
 )
 
@@ -69,8 +69,14 @@ def planned_difference(
     if not all(result and set(plan["seeds"]) <= set(result["seeds"]) for result in pair):
         return None
     found = corrected_difference(*pair, len(plan["comparisons"]), field)
-    shown = is_shown(found, plan["smallest_difference"])
-    return {**found, "verdict": (HOLDS if better * found["mean"] > 0 else DOES_NOT_HOLD) if shown else NOT_SHOWN}
+    return {**found, "verdict": _verdict(found, plan["smallest_difference"], better)}
+
+
+def _verdict(difference: dict, smallest: float = MIN_EFFECT, better: int = 1) -> str:
+    "Whether the first model is better; `better` is the sign of a difference that is."
+    if not is_shown(difference, smallest):
+        return NOT_SHOWN
+    return HOLDS if better * difference["mean"] > 0 else DOES_NOT_HOLD
 
 
 def _together(own: str | None, other: str) -> str:
@@ -205,11 +211,9 @@ def _judge_accuracy(root):
             evidence.append(f"{CLASSIFIER_LABELS['desk'][f'{name}/cifar10'][0].capitalize()}: {percent(baseline['test_accuracy'])}.")
     rising = [CLASSIFIER_LABELS["desk"][name][0] for name, model in results.items() if model and is_undertrained(model["curves"])]
     evidence.append(f"Undertrained by the rule of notebook 61: {'; '.join(rising) or 'none'}.")
-    own, verdict = cifar["verdict"] if cifar else None, cifar["verdict"] if cifar else NOT_YET
-    if fashion and fashion["counts"]:
-        other = outcome(fashion["pre"], HOLDS, DOES_NOT_HOLD)
-        verdict = _together(own, other if other in VERDICTS else NOT_SHOWN)
-    return Finding(verdict, numbers, tuple(evidence))
+    own = cifar["verdict"] if cifar else None
+    counts = fashion and fashion["counts"]
+    return Finding(_together(own, _verdict(fashion["pre"])) if counts else own or NOT_YET, numbers, tuple(evidence))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
 
@@ -421,8 +425,7 @@ def _judge_bits(root):
     if fashion:
         evidence.append(f"Fashion-MNIST: {fashion_counts(root)}.")
     smallest = plan["smallest_difference"] if plan else 0
-    other = _of_pairs([NOT_SHOWN if not is_shown(each, smallest) else HOLDS if each["mean"] < 0 else DOES_NOT_HOLD
-                       for each in fashion.values()] or [NOT_YET])
+    other = _of_pairs([_verdict(each, smallest, -1) for each in fashion.values()] or [NOT_YET])
     done = own and all(own.values())
     shown = own if done else fashion
     ours = ("MNIST " if done else "Fashion-MNIST ") + ", ".join(f"{rival.upper()} {effect(each, 1, 2)}" for rival, each in shown.items())

@@ -63,9 +63,10 @@ def cached_test(
     record = read_json(path) if path.is_file() else {"model": ""}
     if not isinstance(record, dict) or "model" not in record:
         raise UserError(f"{path} must hold the results of a model, got {record!r:.60}; delete it to evaluate again")
-    if source is not None or record["model"] != model:
+    stale = record["model"] != model
+    if stale or source is not None:
         check_same_data(run, source)
-    if record["model"] != model:
+    if stale:
         record = {**measure(), "model": model}
         write_json(path, record)
     return {name: value for name, value in record.items() if name != "model"}
@@ -192,8 +193,8 @@ def add_seeds(
             return f"{first}, {second}"
         raise UserError(f"{place} must be the same for all seeds, got {first!r:.60} and {second!r:.60}")
 
-    both = {key: added(earlier[key], later[key], key) for key in later if key in earlier}
-    return {**({"corpus": earlier["corpus"]} if "corpus" in earlier else {}), **{key: both.get(key, later[key]) for key in later}}
+    kept = {key: value for key, value in earlier.items() if key == "corpus"}  # which the later seeds may not name
+    return {**kept, **later, **{key: added(earlier[key], later[key], key) for key in later if key in earlier}}
 
 # %% ../nbs/41_evaluation.ipynb #8db0a9bf
 def provenance(

@@ -468,7 +468,7 @@ def _language_speed_lines(speed):
     return [note, language_speed_table({**speed, "rows": branched})]
 
 # %% ../nbs/70_report.ipynb #d903ae62
-def _accuracy_finding(root):
+def _accuracy_finding(root, fashion):
     plan, results, lead, norm = on_cifar10(root)
     if not (lead and norm):
         return f"KViT on {cifar10_so_far(plan, results)}."
@@ -478,7 +478,6 @@ def _accuracy_finding(root):
     selection, score = (planned_difference("cifar10", plan, results, *(f"{name}/cifar10" for name in pair)) for pair in pairs)
     controls = f" KViT minus itself without top-k: {effect(selection)}." if selection else ""
     controls += f" Distance minus dot product, on the same window without top-k: {effect(score)}." if score else ""
-    fashion = on_fashion(root)
     other = f" On Fashion-MNIST {effect(fashion['pre'])}, with the same norm {effect(fashion['post'])}, not corrected." if fashion else ""
     level = f"; on Fashion-MNIST{'' if fashion['counts'] else ' the lead is not counted, since'} {fashion['level']}" if fashion else ""
     return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
@@ -493,16 +492,16 @@ def findings(
     found = judged(root)
     generator, (results, effects) = get_recipe("karm/fashion_mnist").at("desk"), part_effects(root)
     control, part = softmax_control(results, "local_top_k"), {name: effect(each) for name, each in effects.items()}
-    arm, larm = (effect(each, 1, 2) for each in earlier_bits(root).values())
+    fashion, (arm, larm) = on_fashion(root), (effect(each, 1, 2) for each in earlier_bits(root).values())
     sinks = [n for file, n in sink_numbers(root)[0].items() if file != "untrained_branch"][-1]
     weaker = "" if sinks["near"] < sinks["base_near"] else ": the sink is not weaker"
     ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in generation_speeds(root).items())
     texts = {
-        ("accuracy",): _accuracy_finding(root),
+        ("accuracy",): _accuracy_finding(root, fashion),
         ("parts",): f"On Fashion-MNIST the window changes accuracy by {part['window']} points, top-k by {part['top-k']}, distance instead "
                     f"of the dot product by {part['distance']}; 3 intervals, not corrected. *But* KViT minus softmax attention with "
                     f"the same window, top-k and norm is {effect(control)}: {'a' if is_shown(control) else 'no'} difference is shown; "
-                    f"{on_fashion(root)['level']}.",
+                    f"{fashion['level']}.",
         ("linear", "flops"): f"Attention over N tokens: {found['linear'].ours}. FLOPs of KViT against ViT: "
                              f"{CLAIMS['flops'].paper()} in the paper; here {found['flops'].ours}. *But* times are of one CPU.",
         ("bits", "generation_speed"): f"On Fashion-MNIST KARM minus ARM is {arm} bits per dimension, KARM minus LARM {larm}; "
