@@ -9,10 +9,9 @@ __all__ = ['plain_answers']
 from collections.abc import Callable
 from pathlib import Path
 
-from .checks import UserError, did_you_mean
 from .evaluation import evaluate_runs, read_plan, train_seeds
 from .image_recipes import SUPPORTS, ablation_name
-from .recipes import RECIPES, get_recipe
+from .recipes import get_recipe
 from .records import project_root
 from .reference import SCORES
 from .results import check_train, load_or_compute, result_path
@@ -66,14 +65,15 @@ def planned_results(
 def planned_experiment(
     recipe: str,  # key of `RECIPES`
     root: Path | None = None,  # the project's folder
-) -> str:
-    "Folder of the results of a recipe in a plan. Raises `UserError` for a recipe that is in none."
-    plans = {folder: read_plan(plan, root) for plan, (folder, *_) in PLANNED_RESULTS.items()}
-    planned = {name: folder for folder, plan in plans.items() for name in (*plan["models"], *plan["baselines"])}
-    if recipe not in planned:
-        known = [name for name in planned if name in RECIPES]
-        raise UserError(f"recipe must be in a plan of results/plans, got {recipe!r}{did_you_mean(recipe, known)}")
-    return planned[recipe]
+) -> str | None:  # None for a recipe that is in no plan
+    "Folder of the results of a recipe in a plan."
+    if not ((root or project_root()) / "results" / "plans").is_dir():  # the package is installed, and this is no clone
+        return None
+    for name, (folder, *_) in PLANNED_RESULTS.items():
+        plan = read_plan(name, root)
+        if recipe in (*plan["models"], *plan["baselines"]):
+            return folder
+    return None
 
 # %% ../nbs/42_ablation.ipynb #07b26bf0
 def factor_effect(

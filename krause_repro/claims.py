@@ -12,15 +12,14 @@ from pathlib import Path
 
 from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
 from .bench_attention import relative_values, scaling_series
-from .drawing import plural
 from .evaluation import CLASSIFIER_LABELS, finished_runs, is_undertrained, means_so_far, pending_results
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_models, sink_verdict, window_effect
 from krause_repro.statistics import (
-    MIN_EFFECT, corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, seed_values, span,
-    unpaired_difference,
+    MIN_EFFECT, corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
+    span, unpaired_difference,
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
@@ -96,7 +95,7 @@ def _of_pairs(verdicts: list[str]) -> str:
 def size_in_words(name: str) -> str:
     "Size and length of the desk recipe `name`."
     recipe = get_recipe(name).at("desk")
-    return f"width {recipe.width}, depth {recipe.depth}, {recipe.epochs:g} epoch{'' if recipe.epochs == 1 else 's'}"
+    return f"width {recipe.width}, depth {recipe.depth}, {plural(recipe.epochs, 'epoch')}"
 
 
 def softmax_control(results: dict[str, dict], support: str, norm: str = "post") -> dict:

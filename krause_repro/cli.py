@@ -154,31 +154,33 @@ def sample_recipe(
 
 # %% ../nbs/80_cli.ipynb #6f0ad706
 def summarise_recipe(
-    recipe: str,  # of a plan in results/plans, such as kvit_s/cifar10
+    recipe: str,  # such as kvit_s/cifar10
     profile: str = "desk",  # smoke, desk or paper
     source: str = None,  # folder with the data, if it is not found automatically
     items: str = None,  # of a language model: also score it on the zero-shot suites in this folder, or from the hub
     limit: int = None,  # with items: maximum number of items per task, drawn at random
 ) -> None:
-    "Evaluate a recipe's finished runs on the test data, and add their seeds to its results."
+    "Evaluate a recipe's finished runs on the test data: add their seeds to its results, or print the scores if it is in no plan."
     if limit is not None and items is None:
         raise UserError("limit is for the items of the zero-shot suites; give items, a folder or hub")
     from krause_repro.ablation import planned_experiment
+    from krause_repro.recipes import get_recipe
 
-    experiment = planned_experiment(recipe)
+    chosen, experiment = get_recipe(recipe).at(profile), planned_experiment(recipe)
     if items is not None and experiment not in ("language_models", "textbooks"):
-        raise UserError(f"items are for a language model, such as lm_krause_100m/openstax; got recipe {recipe!r}")
+        raise UserError(f"items are for a language model of a plan, such as lm_krause_100m/openstax; got recipe {recipe!r}")
     if items not in (None, "hub", "local") and not Path(items).exists():
         raise FileNotFoundError(f"items must be hub, local, or a folder that is there, got {items}")
+    if experiment is None:
+        print_scores(chosen, source)
+        return
     from krause_repro.evaluation import save_finished
-    from krause_repro.results import result_path
+    from krause_repro.statistics import plural
 
     for folder, summary in result_summaries(experiment, items, limit).items():
-        path = result_path(f"{folder}/{recipe.partition('/')[0]}", profile)
-        before = path.read_bytes() if path.is_file() else None
-        made = save_finished(folder, recipe, profile, source=source, summary=summary)
-        what = "Unchanged, since no other seed is finished" if made.read_bytes() == before else "Result"
-        print(f"{what}: {made}", flush=True)
+        path, added = save_finished(folder, recipe, profile, source=source, summary=summary)
+        what = f"Result, with {plural(len(added), 'seed')} more" if added else "Unchanged, since no other seed is finished"
+        print(f"{what}: {path}", flush=True)
 
 
 def result_summaries(
@@ -205,6 +207,45 @@ def result_summaries(
     else:
         from krause_repro.generation_evaluation import evaluate_generators as evaluate
     return {experiment: evaluate}
+
+# %% ../nbs/80_cli.ipynb #6f0ad707
+def run_scores(
+    run: object,  # a finished `Run`
+    source: str | None = None,  # as of `summarise_recipe`
+) -> dict[str, float]:
+    "Scores of a run on the test data; of fine-tuning, on held-out data."
+    from krause_repro.generation_recipes import ImageGenerationRecipe
+    from krause_repro.image_recipes import ImageClassificationRecipe
+    from krause_repro.language_recipes import LanguageModelRecipe
+
+    if isinstance(run.recipe, ImageClassificationRecipe):
+        from krause_repro.evaluation import test_accuracy as measure
+    elif isinstance(run.recipe, ImageGenerationRecipe):
+        from krause_repro.generation_evaluation import test_bits as measure
+    elif isinstance(run.recipe, LanguageModelRecipe):
+        from krause_repro.language_model_evaluation import test_text as measure
+    else:
+        return {name: score for name, score in run.summary().items() if name.startswith("held_out_")}
+    return {name: score for name, score in measure(run, source).items() if isinstance(score, (int, float))}
+
+
+def print_scores(
+    recipe: object,  # under its profile
+    source: str | None = None,  # as of `summarise_recipe`
+) -> None:
+    "Print the scores of a recipe's finished runs. Raises `FileNotFoundError` if there is none."
+    from krause_repro.evaluation import finished_seeds
+    from krause_repro.runs import run_path
+    from krause_repro.training import check_source
+
+    check_source(recipe, source)
+    folder = run_path(recipe, 0).parent
+    seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*") if path.name.removeprefix("seed-").isdigit())
+    if not (finished := finished_seeds(recipe, seeds)):
+        raise FileNotFoundError(f"no finished run of {recipe.name} under profile {recipe.profile!r} in {folder}")
+    for each in finished:
+        print(f"seed {each.seed}: " + ", ".join(f"{name} {score:.6g}" for name, score in run_scores(each, source).items()), flush=True)
+
 
 # %% ../nbs/80_cli.ipynb #1319dfa7
 def fetch_data(

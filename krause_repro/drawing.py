@@ -26,6 +26,7 @@ from PIL import Image
 from .checks import UserError
 from .records import atomic_write, project_root
 from .results import Fields
+from .statistics import plural
 
 # %% ../nbs/55_drawing.ipynb #e748ba12
 COLOURS = {
@@ -116,15 +117,6 @@ def figure_folder(
         raise UserError(f"profile is {profile!r}; allowed are {', '.join(FIGURE_PROFILES)}")
     root = project_root() if root is None else Path(root)
     return root / "figures" if profile == "desk" else root / "runs" / profile / "figures"
-
-# %% ../nbs/55_drawing.ipynb #7d463dc5
-def plural(
-    count: int | tuple[int, int],  # how many, or the least and the most
-    thing: str,  # the noun in the singular
-) -> str:
-    "A number with its noun: `1 seed`, `3 seeds`, `1 to 3 seeds`."
-    least, most = count if isinstance(count, tuple) else (count, count)
-    return (f"{most}" if least == most else f"{least} to {most}") + f" {thing}" + ("" if most == 1 else "s")
 
 # %% ../nbs/55_drawing.ipynb #fc5155b2
 @contextmanager

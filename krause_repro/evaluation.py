@@ -6,7 +6,7 @@
 __all__ = ['test_accuracy', 'train_seeds', 'summarise_runs', 'evaluate_runs', 'nearest_neighbours']
 
 # %% ../nbs/41_evaluation.ipynb #2c570b24
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -26,10 +26,11 @@ from .records import file_digest, git_output, project_root, read_json, write_jso
 from .results import load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, check_same_data, run_path, weights_file
 from krause_repro.statistics import (
-    corrected_difference, decimals, finished_table, markdown_table, outcome, pool, seeds_in_words, signed_interval, summarise,
+    corrected_difference, decimals, finished_table, markdown_table, outcome, plural, pool, seeds_in_words, signed_interval, summarise,
     summarise_curves,
 )
 from .swin import WindowAttention
+from .tasks import TrainedRecipe
 from .training import build_trainer, check_source, train
 
 # %% ../nbs/41_evaluation.ipynb #909ca3f1
@@ -396,7 +397,7 @@ def means_so_far(
     marks = {name: " (undertrained)" if is_undertrained(result["curves"], gain) else "" for name, result in trained.items()}
     means = [f"{labels[name]} {scale * result[field]['mean']:.{digits}f}{marks[name]}".strip() for name, result in trained.items()]
     fewest = min((len(result["seeds"]) for result in trained.values()), default=0)
-    return f"unfinished ({fewest} seed{'' if fewest == 1 else 's'}): {', '.join(means)}" if means else "not finished"
+    return f"unfinished ({plural(fewest, 'seed')}): {', '.join(means)}" if means else "not finished"
 
 
 def seed_range(
@@ -420,6 +421,19 @@ def altered_note(
     return f"{sum(counts.values())} of the {total:,} images ({parts}) are JPEG copies of the published ones, not the original pixels."
 
 # %% ../nbs/41_evaluation.ipynb #8040d52d
+def finished_seeds(
+    recipe: TrainedRecipe,  # under its profile
+    seeds: Iterable[int],  # those of interest
+    runs: str | Path = "runs",  # folder of run directories, relative to the project
+) -> list[Run]:
+    "The runs that are finished. Raises an error that names a missing or damaged file."
+    finished = [run for run in (Run(run_path(recipe, seed, runs), recipe, seed) for seed in seeds) if run.finished]
+    for run in finished:
+        check_run(run)
+        check_finished(run)
+    return finished
+
+
 def save_finished(
     experiment: str,  # folder of the results
     name: str,  # key of `RECIPES`
@@ -428,7 +442,7 @@ def save_finished(
     source: str | Path | None = None,  # the user's data folder
     root: Path | None = None,  # project folder, for the result
     summary: Callable[[list[Run], str | Path | None], dict] = evaluate_runs,  # from the runs and the data folder to the result
-) -> Path:
+) -> tuple[Path, list[int]]:  # the file, and the seeds that are new in it
     """Evaluate the finished seeds of a recipe that its result file lacks, and add them to it; without new seeds it stays as it is.
 
     Raises `FileNotFoundError` if there is neither a file nor a finished run, and `UserError` if the file is of another recipe.
@@ -441,18 +455,14 @@ def save_finished(
     if earlier and stale_recipes(earlier, [recipe]):
         raise UserError(f"{result_path(file, profile, root)} was made with another recipe {name}; move it away")
     known = earlier["seeds"] if earlier else []
-    found = [Run(run_path(recipe, seed, runs), recipe, seed) for seed in recipe.seeds]
-    finished = [run for run in found if run.finished and run.seed not in known]
-    if known and not finished:
-        return result_path(file, profile, root)
+    finished = finished_seeds(recipe, [seed for seed in recipe.seeds if seed not in known], runs)
     if not finished:
-        raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {found[0].path.parent}")
-    for run in finished:
-        check_run(run)
-        check_finished(run)
+        if known:
+            return result_path(file, profile, root), []
+        raise FileNotFoundError(f"no finished run of {name} under profile {profile!r} in {run_path(recipe, 0, runs).parent}")
     result = summary(finished, source)
     added = add_seeds(earlier, result) if earlier else result
-    return save_result(file, {"recipes": {name: recipe.to_dict()}, **added}, profile, root)
+    return save_result(file, {"recipes": {name: recipe.to_dict()}, **added}, profile, root), result["seeds"]
 
 # %% ../nbs/41_evaluation.ipynb #e7f1a4d8
 NEIGHBOURS = (1, 3, 5, 10, 20, 50)  # candidates for k

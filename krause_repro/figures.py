@@ -20,9 +20,10 @@ from PIL import Image
 from .checks import UserError
 from krause_repro.drawing import (
     COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, ink, kind_colour,
-    label_lines, line_styles, new_figure, plural, require_each, require_fields,
+    label_lines, line_styles, new_figure, require_each, require_fields,
 )
 from .records import atomic_write
+from .statistics import plural
 
 # %% ../nbs/56_figures.ipynb #a1b903cf
 def _merged(points: np.ndarray, decimals: int = 2) -> tuple[np.ndarray, np.ndarray]:

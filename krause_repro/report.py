@@ -21,7 +21,6 @@ from krause_repro.claims import (
     CLAIMS, VERDICTS, cifar10_so_far, claims_table, earlier_bits, fashion_counts, generation_speeds, judged, mnist_so_far, on_cifar10,
     on_fashion, part_effects, planned_difference, sink_numbers, size_in_words, softmax_control,
 )
-from .drawing import plural
 from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, planned_table, read_plan, trained_table
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
@@ -38,7 +37,7 @@ from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path
 from .sinks import branch_files, sink_answer, sink_models
-from .statistics import MIN_EFFECT, decimals, effect, is_shown, markdown_table
+from .statistics import MIN_EFFECT, decimals, effect, is_shown, markdown_table, plural
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
@@ -194,10 +193,6 @@ def model_parameters(
         return VisionTransformer(get_recipe(name).config).num_parameters()
 
 # %% ../nbs/70_report.ipynb #8f592b36
-def _seeds(count):
-    return f"{count} seed{'s' if count > 1 else ''}"
-
-
 def format_ours(
     name: str,  # the recipe
     column: str,  # key of `MEASURED`
@@ -207,8 +202,8 @@ def format_ours(
     "Mean ± standard deviation, number of seeds, size and length of training."
     field, scale, digits = MEASURED[column]
     epochs = get_recipe(name).at(profile).epochs
-    return (f"{decimals(result[field], digits, scale)} ({_seeds(result[field]['n'])}; {result['parameters']:,} parameters, "
-            f"{epochs:g} epoch{'' if epochs == 1 else 's'})")
+    return (f"{decimals(result[field], digits, scale)} ({plural(result[field]['n'], 'seed')}; {result['parameters']:,} parameters, "
+            f"{plural(epochs, 'epoch')})")
 
 # %% ../nbs/70_report.ipynb #2da034b3
 def our_cell(
@@ -410,7 +405,7 @@ def generation_section(
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     note = (f"{finished_runs(models, plan['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
-            f"but {karm.held_out:,} held out, {_times(karm.epochs)}, all test images{made}:")
+            f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
     speed = load_result("generation_speed", "desk", root) if result_path("generation_speed", "desk", root).is_file() else None
     tables = trained_table(models, IMAGE_BITS, plan["flat_gain"]), bits_table(results, baselines)
     return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
@@ -518,10 +513,6 @@ def findings(
     return "\n".join(f"- **{verdicts[names]}.** {text}" for names, text in texts.items())
 
 # %% ../nbs/70_report.ipynb #5ad3c1e7
-def _times(epochs):
-    return "one epoch" if epochs == 1 else f"{epochs:g} epochs"
-
-
 def claims_by_verdict(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown, a paragraph for each verdict

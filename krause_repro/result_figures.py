@@ -20,9 +20,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from .checks import UserError
 from krause_repro.drawing import (
     COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, house_style, ink, kind_colour, label_lines,
-    line_styles, new_figure, plural, require_each, require_fields,
+    line_styles, new_figure, require_each, require_fields,
 )
 from .figures import hide_axes, plot_by_layer
+from .statistics import plural
 
 # %% ../nbs/57_result_figures.ipynb #82f8e08d
 @house_style()

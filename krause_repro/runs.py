@@ -200,8 +200,18 @@ def _recorded(run: Run, name: str) -> object:
     return run.environment().get(name) if (run.path / "environment.json").is_file() else None
 
 
-def _check_corpus(run: Run, digest: str) -> None:
-    if _recorded(run, "corpus") not in (None, digest):
+def check_data(
+    run: Run,  # begun or finished
+    origin: dict | None = None,  # of images, from `data_origin`
+    corpus: str | None = None,  # digest of the corpus
+) -> None:
+    "Raise `UserError` if the run was trained on other files of images, on another text or with another tokenizer."
+    found = _recorded(run, "data")
+    if found and origin is not None:
+        digests = [[sorted(part["files"].values()) for part in data.values()] for data in (found, origin)]
+        if digests[0] != digests[1]:
+            raise UserError(f"source must be the data of the run {run.path}, got other files of {run.recipe.dataset}")
+    if corpus is not None and _recorded(run, "corpus") not in (None, corpus):
         raise UserError(f"source must be the corpus of the run {run.path}, got another text or tokenizer")
 
 
@@ -209,13 +219,9 @@ def check_same_data(
     run: Run,  # begun or finished
     source: str | Path | None = None,  # the user's data
 ) -> None:
-    "Raise `UserError` if the run was trained on other files of images, on another text or with another tokenizer."
-    if origin := _recorded(run, "data"):
-        digests = [[sorted(part["files"].values()) for part in data.values()] for data in (origin, data_origin(run.recipe.dataset, source))]
-        if digests[0] != digests[1]:
-            raise UserError(f"source must be the data of the run {run.path}, got other files of {run.recipe.dataset}")
-    if _recorded(run, "corpus") is not None:
-        _check_corpus(run, recipe_corpus(run.recipe, source).digest)
+    "Read the user's data, as far as the run recorded its own, and `check_data`."
+    check_data(run, data_origin(run.recipe.dataset, source) if _recorded(run, "data") else None,
+               recipe_corpus(run.recipe, source).digest if _recorded(run, "corpus") else None)
 
 
 def run_corpus(
@@ -224,7 +230,7 @@ def run_corpus(
 ) -> Corpus:
     "The corpus of a run. Raises `UserError` for another one than it was trained on."
     corpus = recipe_corpus(run.recipe, source)
-    _check_corpus(run, corpus.digest)
+    check_data(run, corpus=corpus.digest)
     return corpus
 
 # %% ../nbs/35_runs.ipynb #ea22fb00

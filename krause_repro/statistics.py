@@ -237,3 +237,12 @@ def span(
     values = list(values)
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return low if low == high else f"{low}{to}{high}"
+
+# %% ../nbs/40_statistics.ipynb #7d463dc5
+def plural(
+    count: float | tuple[float, float],  # how many, or the least and the most
+    thing: str,  # the noun in the singular
+) -> str:
+    "A number with its noun: `1 seed`, `3 seeds`, `1 to 3 seeds`."
+    least, most = count if isinstance(count, tuple) else (count, count)
+    return (f"{most:g}" if least == most else f"{least:g} to {most:g}") + f" {thing}" + ("" if most == 1 else "s")

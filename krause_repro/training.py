@@ -40,8 +40,8 @@ from krause_repro.records import (
     InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
 )
 from krause_repro.runs import (
-    ADVICE, Run, RunWriter, TrainingDiverged, check_diverged, check_finished, check_run, check_same_data, drop_damaged, last_checkpoint,
-    not_finite, relocate, run_path,
+    ADVICE, Run, RunWriter, TrainingDiverged, check_data, check_diverged, check_finished, check_run, check_same_data, drop_damaged,
+    last_checkpoint, not_finite, relocate, run_path,
 )
 from .tasks import Task, TextSplits, TrainedRecipe, check_batch, check_launch, random_splits, task_of
 
@@ -416,6 +416,8 @@ def _train_locked(run, model, splits, processes, restart, unreadable, progress, 
         if processes.is_main_process:
             data = {"data": splits.origin, "corpus": getattr(splits, "corpus", None)}
             _start(run, restart, left_out | {name: value for name, value in data.items() if value})
+            if isinstance(run.recipe, LanguageModelRecipe):
+                splits.tokenizer.save_pretrained(run.path)
     if splits.left_out and processes.is_main_process:
         print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
     trainer = build_trainer(run.recipe, model, splits, run.path / "checkpoints", run.seed, progress)
@@ -460,7 +462,7 @@ def train(
     with processes.main_process_first():  # the main process fills the cache
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
     if not restart:
-        check_same_data(run, source)
+        check_data(run, splits.origin, getattr(splits, "corpus", None))
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     with locked(run.path) if processes.is_main_process else nullcontext():

@@ -47,8 +47,8 @@ from krause_repro.evaluation import (
 from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import git_state
-from krause_repro.results import result_path, save_result
-from krause_repro.runs import Run
+from krause_repro.results import save_result
+from krause_repro.runs import Run, run_path
 from krause_repro.statistics import (
     MIN_EFFECT,
     corrected_difference,
@@ -463,13 +463,14 @@ def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_pa
     monkeypatch.setattr(evaluation, "get_recipe", lambda name: replace(recipe, profile="paper"))
     monkeypatch.setattr(type(recipe), "changes", lambda self, profile: {})
     monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: run.path if seed == 0 else tmp_path / "not begun")
-    path = save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
+    path, new = save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
+    assert new == [0]
     result = json.loads(path.read_text(encoding="utf-8"))
     assert path == tmp_path / "results" / "smoke" / "folder" / "kvit_t.json" and result["seeds"] == [0]
     assert result["recipes"].keys() == {recipe.name} and result["test_accuracy"]["n"] == 1
     monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: tmp_path / "not begun")
     before = path.read_bytes()
-    assert save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path) == path and path.read_bytes() == before
+    assert save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path) == (path, []) and path.read_bytes() == before
     with pytest.raises(FileNotFoundError, match="no finished run of kvit_t/fashion_mnist under profile 'smoke'"):
         save_finished("other", recipe.name, "smoke", source=source, root=tmp_path)
 
@@ -478,13 +479,28 @@ def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_pa
     saved = json.loads((second / "recipe.json").read_text(encoding="utf-8"))
     (second / "recipe.json").write_text(json.dumps(saved | {"seed": 1}), encoding="utf-8")
     monkeypatch.setattr(evaluation, "run_path", lambda recipe, seed, runs: second if seed == 1 else tmp_path / "not begun")
-    both = json.loads(save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path).read_text(encoding="utf-8"))
+    assert save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path) == (path, [1])
+    both = json.loads(path.read_text(encoding="utf-8"))
     assert both["seeds"] == [0, 1] and both["test_accuracy"]["values"] == 2 * result["test_accuracy"]["values"]
     assert both["curves"]["validation_accuracy"]["mean"] == pytest.approx(result["curves"]["validation_accuracy"]["mean"])
     assert len(both["commits"]) == 2 and both["versions"] == result["versions"]
     monkeypatch.setattr(evaluation, "get_recipe", lambda name: replace(recipe, profile="paper", lr=0.5))
     with pytest.raises(UserError, match="was made with another recipe kvit_t/fashion_mnist"):
         save_finished("folder", recipe.name, "smoke", source=source, root=tmp_path)
+
+
+def test_scores_of_a_recipe_in_no_plan_are_printed(finished, source, tmp_path, monkeypatch, capsys):
+    recipe, command = finished.recipe, ["summarise", finished.recipe.name, "--profile", "smoke", "--source", str(source)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(recipe), "at", lambda self, profile: recipe)
+    assert cli.main(command) == 2 and "no finished run of kvit_t/fashion_mnist" in capsys.readouterr().err
+    path = run_path(recipe, 0)
+    shutil.copytree(finished.path, path)
+    (path.parent / "seed-of another tool").mkdir()
+    assert cli.main(command) == 0
+    expected = test_accuracy(Run(path, recipe, 0))
+    assert capsys.readouterr().out == f"seed 0: accuracy {expected['accuracy']:.6g}, loss {expected['loss']:.6g}, images 64\n"
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
@@ -543,19 +559,17 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
 
     def save(folder, recipe, profile, source, summary):
         saved.append((folder, recipe, profile, source, getattr(summary, "func", summary).__name__))
-        (tmp_path / folder).write_text("new", encoding="utf-8")
-        return tmp_path / folder
+        return tmp_path / folder, [0, 2]
 
     monkeypatch.setattr(evaluation, "save_finished", save)
     assert cli.main(["summarise", "lm_window_100m/openstax", "--source", "here", "--items", "hub", "--limit", "5"]) == 0
     assert saved == [(folder, "lm_window_100m/openstax", "desk", "here", summary) for folder, summary in (
         ("language_model_tasks", "evaluate_zero_shot"), ("language_models", "evaluate_language_models"),
         ("language_model_sinks", "evaluate_text_sinks"))]
-    assert capsys.readouterr().out.splitlines() == [f"Result: {tmp_path / folder}" for folder, *_ in saved]
+    assert capsys.readouterr().out.splitlines() == [f"Result, with 2 seeds more: {tmp_path / folder}" for folder, *_ in saved]
     monkeypatch.setenv("HOME", str(tmp_path))
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "save_finished", lambda folder, *_, source, **options: saved.append(source) or
-                        result_path("image_classification/convolution", "desk"))
+        patched.setattr(evaluation, "save_finished", lambda folder, *_, source, **options: saved.append(source) or (folder, []))
         assert cli.main(["summarise", "convolution/cifar10", "--source=~/data"]) == 0 and saved.pop() == f"{tmp_path}/data"
     assert capsys.readouterr().out.startswith("Unchanged, since no other seed is finished: ")
     saved.clear()
@@ -566,11 +580,12 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
         ("image_classification", "evaluate_runs"), ("image_generation", "evaluate_generators"), ("textbooks", "evaluate_fine_tuning"),
         ("textbook_tasks", "evaluate_zero_shot"), ("textbooks", "evaluate_fine_tuning")]
     for arguments, message in (
-            (["karm/fashion_mnist"], "recipe must be in a plan of results/plans"), (["karm/minst"], "did you mean karm/mnist?"),
+            (["karm/fashion_mnist", "--source", "nowhere"], "source must be a file or folder that is there"),
+            (["karm/minst"], "such as karm/mnist"),
             (["karm/mnist", "--items", "hub"], "items are for a language model"),
             (["lm_window_100m/openstax", "--items", "nowhere"], "items must be hub, local, or a folder that is there"),
             (["karm/mnist", "--limit", "5"], "limit is for the items")):
         assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where there is no plan
     assert cli.main(["summarise", "karm/mnist"]) == 2
-    assert f"{tmp_path}/results/plans/cifar10.json is missing; the plans are part of the project" in capsys.readouterr().err
+    assert f"no finished run of karm/mnist under profile 'desk' in {tmp_path}/runs/desk/karm/mnist" in capsys.readouterr().err

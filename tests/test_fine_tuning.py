@@ -17,7 +17,7 @@ from test_training import Killed, Stop, assert_trained_alike, train_by_two
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
-from krause_repro import fine_tuning_evaluation, packaged_data, sinks, tasks, training
+from krause_repro import cli, fine_tuning_evaluation, packaged_data, sinks, tasks, training
 from krause_repro.branched_models import add_krause_branch
 from krause_repro.corpus import textbooks
 from krause_repro.fine_tuning_evaluation import (
@@ -454,6 +454,7 @@ def test_a_summary_and_its_tables(run, alone):
     results = {each.recipe.name: json.loads(json.dumps(evaluate_fine_tuning([each]))) for each in (alone, run)}
     with_branch = results["krause_smollm2/questions"]
     assert with_branch["token_loss"]["values"] == [run.summary()["held_out_token_loss"]] and with_branch["letter_accuracy"] is None
+    assert cli.run_scores(run) == {f"held_out_{name}": with_branch[name]["mean"] for name in ("token_loss", "token_accuracy")}
     assert len(with_branch["sigma"]["mean"]) == 2 and results["lora_smollm2/questions"]["sigma"] is None
     over, plain = with_branch["over_training"], results["lora_smollm2/questions"]["over_training"]
     assert plain is None and over["steps"] == [0, 3, 6] and not any("eval_gate" in line for line in alone.metrics())

@@ -240,7 +240,7 @@ def test_test_bits_are_of_the_test_images_and_computed_once(run, tiny):
     assert found == bits_per_dimension(run.model(), load_splits(tiny).test.images) and found["images"] == 30
     assert json.loads((run.path / "test.json").read_text()) == found | {"model": file_digest(run.path / "model.safetensors")}
     kept = (run.path / "test.json").stat().st_mtime_ns
-    assert test_bits(run) == found and (run.path / "test.json").stat().st_mtime_ns == kept
+    assert cli.run_scores(run) == test_bits(run) == found and (run.path / "test.json").stat().st_mtime_ns == kept
 
 
 @pytest.fixture
