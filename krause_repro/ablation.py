@@ -9,7 +9,7 @@ __all__ = ['plain_answers']
 from collections.abc import Callable
 from pathlib import Path
 
-from .evaluation import evaluate_runs, read_plan, train_seeds
+from .evaluation import CLASSIFIER_LABELS, evaluate_runs, read_plan, train_seeds
 from .image_recipes import SUPPORTS, ablation_name
 from .recipes import get_recipe
 from .records import project_root
@@ -65,10 +65,12 @@ def planned_results(
 def planned_experiment(
     recipe: str,  # key of `RECIPES`
     root: Path | None = None,  # the project's folder
-) -> str | None:  # None for a recipe that is in no plan
-    "Folder of the results of a recipe in a plan."
+) -> str | None:  # None for a recipe that has none
+    "Folder of the results of a recipe in a plan, or of a baseline that came later."
     if not ((root or project_root()) / "results" / "plans").is_dir():  # the package is installed, and this is no clone
         return None
+    if recipe in CLASSIFIER_LABELS["desk"]:
+        return "image_classification"
     for name, (folder, *_) in PLANNED_RESULTS.items():
         plan = read_plan(name, root)
         if recipe in (*plan["models"], *plan["baselines"]):

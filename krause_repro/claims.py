@@ -204,7 +204,7 @@ def _judge_accuracy(root):
         evidence.append(f"Fashion-MNIST, {size_in_words('kvit_t/fashion_mnist')}{'' if fashion['counts'] else ', not counted'}: KViT − ViT "
                         f"{effect(fashion['pre'])} points; with equal norms {effect(fashion['post'])}; "
                         f"{plural(fashion['pre']['n'], 'seed')}, not corrected; {fashion['level']}.")
-    for name in ("softmax_regression", "convolution"):
+    for name in ("softmax_regression", "convolution", "residual"):
         baseline = load_result(f"image_classification/{name}", "desk", root, missing_ok=True)
         if baseline:
             evidence.append(f"{CLASSIFIER_LABELS['desk'][f'{name}/cifar10'][0].capitalize()}: {percent(baseline['test_accuracy'])}.")

@@ -242,6 +242,7 @@ _CIFAR10_LABELS = {
     "softmax_s_local_top_k/cifar10": ("softmax on KViT's window and top-k", "softmax_local"),
     "kvit_s_full/cifar10": ("KViT without window and top-k", "krause_full"),
     "softmax_regression/cifar10": ("softmax regression on pixels", "neutral"), "convolution/cifar10": ("convolutional network", "neutral"),
+    "residual/cifar10": ("residual network", "neutral"),
 }
 CLASSIFIER_LABELS = {  # by profile and recipe: label and kind of colour
     "smoke": {
@@ -366,10 +367,10 @@ def finished_runs(
     models: dict[str, dict],  # by recipe: a result with "seeds", or none for a model that is not trained
     planned: list[int] | tuple[int, ...],  # seeds of each
 ) -> str:
-    "How many of the planned runs are finished, in words."
+    "How many of the runs are finished, in words."
     done = [len((m or {}).get("seeds", ())) for m in models.values()]
     models = f"{sum(map(bool, done))} of {len(done)} models have a seed or more"
-    return f"{sum(done)} of {len(done) * len(planned)} planned runs are finished; {models}"
+    return f"{sum(done)} of {len(done) * len(planned)} runs are finished; {models}"
 
 
 def pending_results(

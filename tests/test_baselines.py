@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForImageClassification
 
-from krause_repro.baselines import PixelClassifier, PixelClassifierConfig, nearest_classes
+from krause_repro.baselines import PixelClassifier, PixelClassifierConfig, ResidualBlock, nearest_classes
 from krause_repro.recipes import RECIPES
 
 
@@ -17,10 +18,21 @@ def test_without_stages_it_is_a_linear_map_of_all_pixels():
     assert torch.equal(output.logits, pixels.flatten(1) @ model.head.weight.T + model.head.bias)
 
 
-def test_the_convolutional_network_has_as_many_parameters_as_the_transformers():
+def test_the_convolutional_networks_have_as_many_parameters_as_the_transformers():
     counts = {name: sum(parameter.numel() for parameter in AutoModelForImageClassification.from_config(RECIPES[name].at("desk").config)
-                        .parameters()) for name in ("convolution/cifar10", "kvit_s/cifar10", "vit_s/cifar10")}
-    assert counts["convolution/cifar10"] == pytest.approx(counts["kvit_s/cifar10"], rel=0.02)
+                        .parameters()) for name in ("convolution/cifar10", "residual/cifar10", "kvit_s/cifar10", "vit_s/cifar10")}
+    assert all(count == pytest.approx(counts["kvit_s/cifar10"], rel=0.02) for count in counts.values())
+
+
+def test_a_residual_block_adds_its_convolutions_to_what_it_gets():
+    torch.manual_seed(0)
+    model, x = PixelClassifier(PixelClassifierConfig(stages=(4, 6), blocks=2, image_size=8, num_labels=3)).eval(), torch.randn(2, 4, 8, 8)
+    blocks = [each for each in model.stages if isinstance(each, ResidualBlock)]
+    assert len(blocks) == 4 and not [*PixelClassifier(PixelClassifierConfig(stages=None, blocks=2)).stages.parameters()]
+    first, second = (each.weight for each in blocks[0].layers if isinstance(each, torch.nn.Conv2d))
+    inner = F.conv2d(x, first, padding=1) / (1 + 1e-5) ** 0.5  # batch normalisation before any training
+    outer = F.conv2d(inner.relu(), second, padding=1) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(blocks[0](x), (x + outer).relu())
 
 
 def test_each_stage_halves_the_image_and_sees_its_neighbours(tmp_path):
@@ -33,6 +45,7 @@ def test_each_stage_halves_the_image_and_sees_its_neighbours(tmp_path):
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"stages": (8,) * 6}, "stages must be at most 5"), ({"stages": (0,)}, "stages must be"), ({"image_size": 0}, "image_size must be"),
+    ({"blocks": -1}, "blocks must be"), ({"blocks": 1.5}, "blocks must be"),
 ])
 def test_settings_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):

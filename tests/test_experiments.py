@@ -47,7 +47,7 @@ def fine_tuning_files(profile):
 
 def cifar_files():
     plan = read_plan("cifar10")
-    names = [*plan["models"], *(name for name in plan["baselines"] if "/" in name)]
+    names = [*plan["models"], *(name for name in plan["baselines"] if "/" in name), "residual/cifar10"]
     files = {f"image_classification/{name.partition('/')[0]}": [get_recipe(name)] for name in names}
     return files | {"image_classification/nearest_neighbours": [get_recipe("softmax_regression/cifar10")]}
 

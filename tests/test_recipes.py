@@ -466,7 +466,7 @@ def test_numpy_numbers_and_lists_are_taken_as_pythons():
 def test_on_cifar10_all_models_are_trained_alike_at_a_desk():
     names = ("kvit_s", "vit_s", "kvit_s_local", "kvit_s_full", *(name.partition("/")[0] for name in (*CIFAR_CONTROLS, *baseline_recipes())))
     found = [asdict(RECIPES[f"{name}/cifar10"].at("desk")) for name in names]
-    model = {"name", "score", "radius", "metric", "top_k", "norm", "layer_norm_eps", "unpublished", "published", "stages"}
+    model = {"name", "score", "radius", "metric", "top_k", "norm", "layer_norm_eps", "unpublished", "published", "stages", "blocks"}
     assert {key for recipe in found for key in recipe if recipe[key] != found[0].get(key)} <= model
     kvit = asdict(RECIPES["kvit_s/cifar10"])
     for name, change in CIFAR_CONTROLS.items():

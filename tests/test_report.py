@@ -79,7 +79,7 @@ def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
 
 def test_the_results_count_trained_generators(tmp_path):
     text = generation_section(tmp_path)
-    assert text.startswith("0 of 18 planned runs are finished") and "Not finished: KARM (Krause); ARM (softmax);" in text
+    assert text.startswith("0 of 18 runs are finished") and "Not finished: KARM (Krause); ARM (softmax);" in text
     karm, bits = get_recipe("karm/mnist").at("desk"), {"order 1": {"bits_per_dim": 3.9, "bits_per_dim_all": 3.8}}
     save_result("image_generation/baselines", {"recipes": {karm.name: karm.to_dict()}, "bits": bits}, "desk", tmp_path)
     assert "| counts, bigram | 3.900 | 3.800 |" in generation_section(tmp_path)
