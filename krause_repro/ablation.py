@@ -115,7 +115,7 @@ FACTORS = (  # position in a cell, first and second level
 def ablation_names(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> list[str]:
-    "The recipes of notebook 65 under a profile; under smoke a few that cover every code path."
+    "The recipes of notebook 65 under a profile; under smoke four cells, a control and the baseline."
     if profile != "smoke":
         return [*ABLATION_CELLS.values(), *ABLATION_CONTROLS.values(), ABLATION_BASELINE]
     few = [name for (score, support, norm), name in ABLATION_CELLS.items()

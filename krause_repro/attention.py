@@ -189,7 +189,7 @@ def _refusal(implementation, neighborhood, top_k, key_mask, device):
     if implementation == "triton" and torch.device(device).type != "cuda" and not INTERPRETED:
         return "needs CUDA tensors"
     if implementation in ("flex", "triton") and transforms_active():
-        return 'knows no transforms of torch.func and no forward-mode derivatives; use implementation="reference"'
+        return 'does not support transforms of torch.func or forward-mode derivatives; use implementation="reference"'
     return reasons[implementation]
 
 

@@ -53,7 +53,7 @@ def collect_attention(
     states: bool = False,  # also return the hidden states before the first and after each layer
     **inputs: Tensor,  # of the model: pixel_values, input_ids, …
 ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:  # per layer (B, H, T, T), for Swin (B·windows, H, N, N); hidden states (B, T, d)
-    "Attention weights of all heads and layers. Raises `ValueError` for a model that does not return them."
+    "Attention weights of all heads and layers; the model is left in eval mode. Raises `ValueError` for one that does not return them."
     asked = {"output_attentions": True} | ({"output_hidden_states": True} if states else {})
     output = model.eval()(**inputs, **asked)
     weights = list(output.attentions or [])

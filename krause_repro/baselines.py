@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .checks import UserError, check_integer
 from .model_base import named_arguments
-from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_images, check_pixels, image_sides
+from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_image_settings, check_pixels, image_sides
 
 # %% ../nbs/14_baselines.ipynb #e7730c5b
 class PixelClassifierConfig(ImageConfig):
@@ -29,7 +29,7 @@ class PixelClassifierConfig(ImageConfig):
     blocks: int = 0  # residual blocks of each stage
 
     def check(self):
-        check_images(self)
+        check_image_settings(self)
         for channels in self.stages or []:
             check_integer("stages", channels, 1)
         check_integer("blocks", self.blocks, 0)
@@ -119,7 +119,7 @@ def nearest_classes(
     ks: tuple[int, ...],  # numbers of neighbours
     chunk: int = 500,  # queries at a time
 ) -> dict[int, Tensor]:  # by number of neighbours: classes (M,)
-    "The most frequent class among the nearest training images."
+    "The most frequent class among the nearest training images. Raises `ValueError` for more neighbours than training images."
     for k in ks:
         if check_integer("ks", k, 1) > len(train):
             raise UserError(f"ks must be at most {len(train)}, the number of training images, got {k}")

@@ -156,7 +156,7 @@ def _training_rows(base, recipe):
 def bench_language(
     recipe: LanguageSpeedRecipe = LANGUAGE_SPEED,
 ) -> dict:  # "rows", "notes", "memory" in bytes, "macs" for each context, "goals" for each pass
-    "Tokens per second of a language model with a Krause branch and without, timed in turns, and the memory and FLOPs that the branch adds."
+    "Tokens per second of a language model with a Krause branch and without, in turns; memory of the branch, and multiply-accumulates."
     check_integer("tokens", recipe.tokens, 1)
     base = benchmark_language_model(recipe.base)
     memory, models = branch_memory(base), deployed_models(base)

@@ -83,7 +83,7 @@ def report_benchmark(
         print(note)
     if "busy" in result:
         print(f"cores busy: {100 * result['busy']:.0f}% (processor seconds / seconds × threads)")
-    print(f"medians of interleaved rounds; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
+    print(f"medians; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
     print(f"saved to {write_json(benchmark_path(result['benchmark']), result)}")
 
 # %% ../nbs/54_benchmarks.ipynb #392f42b6

@@ -243,8 +243,9 @@ def add_krause_branch(
 ) -> PreTrainedModel:  # the same object
     """Add a Krause branch to every self-attention layer of a pretrained model (paper, Section 5, Figure 6).
 
-    Raises `ValueError` for invalid settings, a model without such layers or with cross-attention, one that already has branches,
-    and one wrapped by peft (add the branch first, then LoRA). The model is changed only after all branches have been created.
+    Raises `TypeError` for anything but a model of 🤗 Transformers, `ValueError` for invalid settings, a model without such layers, with
+    an encoder or with cross-attention, one that already has branches, and one wrapped by peft (add the branch first, then LoRA).
+    The model is changed only after all branches have been created.
     """
     settings = BranchSettings(window, top_k, sigma, gate_init, freeze_sigma, random_biases, ignore_cache)
     if isinstance(model, PeftModel):

@@ -65,6 +65,16 @@ def check_positive(
         raise UserError(f"{name} must be a number > 0, got {value!r}")
     return value if type(value) in (int, float) else float(value)
 
+# %% ../nbs/01_checks.ipynb #25d41c7e
+def check_flag(
+    name: str,  # the argument's name, for the message
+    value: bool,  # the value given
+) -> bool:
+    "Return `value`, or raise a `ValueError` that names the argument unless it is True or False."
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, got {value!r}")
+    return value
+
 # %% ../nbs/01_checks.ipynb #e05a6c18
 def _similarity(
     name: str,
@@ -126,16 +136,6 @@ def check_choice(
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
-# %% ../nbs/01_checks.ipynb #25d41c7e
-def check_flag(
-    name: str,  # the argument's name, for the message
-    value: bool,  # the value given
-) -> bool:
-    "Return `value`, or raise a `ValueError` that names the argument unless it is True or False."
-    if not isinstance(value, bool):
-        raise UserError(f"{name} must be True or False, got {value!r}")
-    return value
-
 # %% ../nbs/01_checks.ipynb #7f24e50b
 def values_known(
     x: "Tensor",  # of any kind
@@ -166,14 +166,16 @@ def check_weights(
     files = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else None
     if files is None:
         return
-    led_to = [name for file in files if file.name.endswith(".safetensors.index.json") for name in _shards(file)]
+    shards = [name for file in files if file.name.endswith(".safetensors.index.json") for name in _shards(file)]
     weights = [file for file in files if file.suffix == ".safetensors"]
-    pickled = [name for name in led_to if not str(name).endswith(".safetensors")]
+    pickled = [name for name in shards if not str(name).endswith(".safetensors")]
     pickled += [file.name for file in files if file.suffix in _PICKLE_SUFFIXES and not weights]
     if pickled:
         raise UserError(f"{folder} has pickled weights, {pickled[0]}, which could run code and are not read; save them as safetensors")
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights: there is no .safetensors file")
+    if missing := [name for name in shards if not Path(folder, name).is_file()]:
+        raise FileNotFoundError(f"{Path(folder, missing[0])} is missing, which the index of the weights lists; save the model again")
     for file in weights:
         try:
             with safe_open(file, "pt"):

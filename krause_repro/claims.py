@@ -236,7 +236,8 @@ def _judge_parts(root):
             verdict = outcome(found, "higher", "lower", plan["smallest_difference"])
             evidence.append(f"CIFAR-10, {first} − {second}: {effect(found)} points, corrected: {verdict}.")
     ours = ", ".join(f"{part} {100 * row['mean']:+.2f} {told[part]}" for part, row in effects.items())
-    return Finding(HOLDS if len(helped) == len(PARTS) else IN_PART if helped else DOES_NOT_HOLD, ours, tuple(evidence))
+    none = DOES_NOT_HOLD if "harms" in told.values() else NOT_SHOWN
+    return Finding(HOLDS if len(helped) == len(PARTS) else IN_PART if helped else none, ours, tuple(evidence))
 
 def _published_parts() -> str:
     base, *rows = (row[1] for row in published_tables()["table13_kvit_ablation"]["rows"])
@@ -287,6 +288,13 @@ def _exponents(rows: list[dict], sweep: str, name: str, least: float = 0) -> lis
     return [exponent for exponent in found if exponent is not None]
 
 
+def _at_length(rows: list[dict]) -> str:
+    "Ratio of the peak memory at the greatest length that both implementations reach."
+    peaks = {(row["name"], row["length"]): row["peak_bytes"] for row in rows if row["sweep"] == "length" and row.get("peak_bytes")}
+    both = [length for name, length in peaks if name == "fused full" and ("banded, C++", length) in peaks]
+    return f", {peaks['fused full', max(both)] / peaks['banded, C++', max(both)]:.1f} at {max(both):,} tokens" if both else ""
+
+
 def _judge_linear(root):
     cost, least = load_result("cost", "desk", root), COST.at("desk").fit_from
     rows, attention = cost["scaling"]["rows"], cost["attention"]["rows"]
@@ -301,7 +309,7 @@ def _judge_linear(root):
         f"fused full attention {span(full, 2, ' to ')}.",
         *([f"Exponent in W at the windows measured: {span(window, 2, ' to ')}, at most linear as claimed."] if window else []),
         f"Softmax on the same window takes {span(softmax, 2, ' to ')} times as long.",
-        *([f"At its peak fused full attention needs {span(memory, 1, ' to ')} times as much memory."] if memory else []),
+        *([f"At its peak fused full attention needs {span(memory, 1, ' to ')} times as much memory{_at_length(rows)}."] if memory else []),
     )
     faster = "as fast" if max(softmax) <= LINEAR else "slower"
     return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD,
@@ -326,7 +334,8 @@ def _judge_heads(root):
         f"Groups of tokens in the last layer, KViT − ViT: {effect(groups, 1, 1)}. KViT trained − untrained: {effect(learned, 1, 1)}.",
         f"Before training, KViT − softmax on KViT's window and top-k: {effect(score, 1, 1)}: what the score adds to the support.",
     )
-    verdict = HOLDS if all(more) else IN_PART if any(more) else DOES_NOT_HOLD
+    less = any(is_shown(each, 0) and each["mean"] < 0 for each in (heads, groups, learned))
+    verdict = HOLDS if all(more) else IN_PART if any(more) else DOES_NOT_HOLD if less else NOT_SHOWN
     last = {name: each["clusters"]["mean"][-1] for name, each in (("k", kvit["trained"]), ("u", kvit["untrained"]), ("v", vit["trained"]))}
     diverse = "more diverse heads" if more[0] else "no difference of heads shown"
     ours = f"{last['k']:.1f} groups, untrained {last['u']:.1f}, ViT {last['v']:.1f}; {diverse}"
@@ -494,7 +503,8 @@ def _judge_fine_tuning(root):
     evidence = [f"SmolLM2-135M-Instruct, {data}, {each['steps']:g} steps: with a branch minus without {effect(each, 1, 3)} nats per "
                 f"token, {plural(each['n'], 'seed')}; before the first step {each['before']:+.3f}." for data, each in short.items()]
     found = {pair: planned_difference("textbooks", plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
-    evidence += [f"Textbooks: {first} − {second} {effect(each, 1, 3)} nats per token, corrected: {each['verdict']}."
+    evidence += [f"Textbooks: {first} − {second} {effect(each, 1, 3)} nats per token, corrected: "
+                 f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
                  for (first, second), each in found.items() if each]
     if found and all(found.values()):
         best = min(found.values(), key=lambda each: each["mean"])
@@ -538,7 +548,8 @@ def _judge_from_scratch(root):
     pairs = [pair for pair in map(tuple, plan["comparisons"] if plan else ())
              if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]]  # the published model and the paper's rivals
     found = {pair: planned_difference("language_models", plan, results, *pair) for pair in pairs}
-    evidence = [f"{first} − {second}: {effect(each, 1, 3)} bits per token, corrected: {each['verdict']}."
+    evidence = [f"{first} − {second}: {effect(each, 1, 3)} bits per token, corrected: "
+                f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
                 for (first, second), each in found.items() if each]
     if not found or not all(found.values()):
         evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")

@@ -23,7 +23,7 @@ from fastcore.script import anno_parser
 
 import krause_repro
 from .checks import UserError, check_choice, did_you_mean
-from .runner import book, check_output, interactive, notebooks, run, site_folder
+from .runner import book, check_output, interactive, notebooks, page_status, run, site_folder
 from .website import site
 
 # %% ../nbs/80_cli.ipynb #d0af11b3
@@ -51,8 +51,7 @@ def summary(
     "A table with the outcome of each page."
     rows = [("page", "status", "seconds")]
     for record in records:
-        because = f" because of {record['because']}" if record.get("because") else ""
-        rows.append((record["notebook"], f"{record['status']}{because}", "" if record["seconds"] is None else f"{record['seconds']:.1f}"))
+        rows.append((record["notebook"], page_status(record), "" if record["seconds"] is None else f"{record['seconds']:.1f}"))
     wide = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{row[0]:<{wide[0]}}  {row[1]:<{wide[1]}}  {row[2]:>{wide[2]}}".rstrip() for row in rows)
 
@@ -131,7 +130,8 @@ def sample_recipe(
 
     chosen = get_recipe(recipe).at(profile)
     if not isinstance(chosen, (ImageGenerationRecipe, LanguageModelRecipe)):
-        raise UserError(f"recipe {recipe!r} is not an image generator; choose one such as karm/fashion_mnist, or a model of text")
+        raise UserError(f"recipe must be of an image generator or of a language model from scratch, such as karm/fashion_mnist or "
+                        f"lm_krause_100m/shakespeare, got {recipe!r}")
     from krause_repro.runs import Run, check_run, run_path
 
     run = Run(run_path(chosen, seed), chosen, seed)
@@ -349,7 +349,7 @@ def show_evaluation(
 # %% ../nbs/80_cli.ipynb #98012aac
 def evaluate_model(
     model: str,  # a folder, a GGUF file, a name on the hub, smollm2 (from a package), or the directory of a run
-    tasks: str = None,  # comma-separated, such as boolq,cb or blimp,lambada; default: all of the paper's for such models
+    tasks: str = None,  # comma-separated, such as boolq,cb or blimp,lambada; default: `default_tasks`
     adapter: str = None,  # a folder with a trained adapter
     source: str = "hub",  # of items: hub, local (a few test items of this package), a JSON file, or a folder of items
     limit: int = None,  # maximum number of items per task, drawn at random
@@ -381,13 +381,13 @@ def evaluate_model(
 def default_tasks(
     model: str,  # as of `evaluate_model`
 ) -> tuple[str, ...]:
-    "The paper's tasks: continuations for the run of a model from scratch, prompts for all others."
+    "Default tasks: continuations, without CBT, for a run from scratch; the paper's prompted benchmarks for all other models."
     from krause_repro.language_recipes import LanguageModelRecipe
-    from krause_repro.language_tasks import CONTINUATION_TASKS, LANGUAGE_TASKS
+    from krause_repro.language_tasks import LANGUAGE_TASKS, ZERO_SHOT_TASKS
     from krause_repro.runs import open_run
 
     scratch = (Path(model) / "recipe.json").is_file() and isinstance(open_run(model).recipe, LanguageModelRecipe)
-    return CONTINUATION_TASKS[:-1] if scratch else LANGUAGE_TASKS
+    return ZERO_SHOT_TASKS if scratch else LANGUAGE_TASKS
 
 
 def load_evaluated(
@@ -501,7 +501,7 @@ def tell(
 def main(
     arguments: list[str] | None = None,  # the command line after the program's name; by default the process's own
 ) -> int:
-    "The command `krause-repro`; returns its exit code: 0 done, 1 a notebook failed, 2 bad input, 128 + the signal that ended it."
+    "The command `krause-repro`. Exit code: 0 done, 1 a notebook failed, 2 invalid input or an I/O error, 128 + the signal that ended it."
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -218,7 +218,7 @@ TRAINED_ON = "trained_on.json"  # beside the files of a tokenizer
 def tokenizer_digest(
     tokenizer: PreTrainedTokenizerBase,  # with an end token
 ) -> str:
-    "SHA-256 of the tokens with their numbers, and of the end token's number."
+    "SHA-256 of the vocabulary (tokens and ids) and of the end token's id."
     listed = sorted(tokenizer.get_vocab().items(), key=lambda item: item[::-1])
     return hashlib.sha256(json.dumps([listed, tokenizer.eos_token_id]).encode()).hexdigest()
 
@@ -226,7 +226,7 @@ def tokenizer_digest(
 def load_tokenizer(
     name: str | Path,  # a folder, or a name on the hub
 ) -> tuple[PreTrainedTokenizerFast, dict | None]:  # and what it was trained on, if that is known
-    "Load a fast tokenizer. Raises `UserError` if it has no end token, gaps between its numbers, or more of them than uint16 has."
+    "Load a fast tokenizer. Raises `UserError` if it has no end token, gaps between its token ids, or more of them than uint16 can hold."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (*hub_errors(), ValueError) as error:
@@ -573,7 +573,7 @@ def _text_folder(folder, label, source):
         return earlier if same else folder / f"text-{digest[:8]}-{label}"
     built = [m.parent for m in folder.glob(f"*/{MANIFEST}") if re.fullmatch(rf"text-([0-9a-f]{{8}}-)?{re.escape(label)}", m.parent.name)]
     if len(built) > 1:
-        raise UserError(f"source must say which text: {folder} has corpora of {len(built)}")
+        raise UserError(f"source must say which text: {folder} has corpora of {len(built)} texts")
     return built[0] if built else earlier  # which cannot be built without a source
 
 

@@ -94,8 +94,8 @@ def hk_run(
 # %% ../nbs/00_dynamics.ipynb #925f5e4c
 def hk_bifurcation(
     agents: int = 200,  # N, placed evenly on [0, 1]
-    smallest: float = 0.02,  # first confidence radius
-    largest: float = 0.30,  # last confidence radius
+    smallest: float = 0.02,  # about the first confidence radius, (round(smallest · N) + 1/√2) / N
+    largest: float = 0.30,  # about the last one, the same of `largest`
 ) -> dict:  # {"radii": (R,), "opinions": (R, N) sorted, "agents": N, "steps": (R,)} as plain lists
     """Final opinions on [0, 1] against the confidence radius, at (m + 1/√2)/N for whole m between two radii.
 

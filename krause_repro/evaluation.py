@@ -56,7 +56,7 @@ def cached_test(
     run: Run,  # finished
     measure: Callable[[], dict],  # evaluates the model on the test data
     name: str = "test.json",  # of the file
-    source: str | Path | None = None,  # the user's data; if given, or if there is no file, they must be those of the run
+    source: str | Path | None = None,  # the user's data, which must be those of the run
 ) -> dict:
     "Test metrics from a file in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
     path, weights = run.path / name, weights_file(run)
@@ -259,7 +259,6 @@ FLAT_GAIN, FLAT_SHARE = 0.005, 0.2  # gain of held-out accuracy; last part of th
 # %% ../nbs/41_evaluation.ipynb #689edff7
 def last_gain(
     curves: dict,  # from `training_curves`; or with "held_out", the "mean" loss over "epochs" or "steps"
-    share: float = FLAT_SHARE,  # last part of the schedule
 ) -> float | None:  # None without an evaluation before that part
     "Gain of mean held-out accuracy, or fall of mean held-out loss, over the last part of the schedule."
     if "validation_accuracy" in curves:
@@ -267,7 +266,7 @@ def last_gain(
     else:
         held_out = curves["held_out"]
         times, values = held_out["epochs" if "epochs" in held_out else "steps"], [-loss for loss in held_out["mean"]]
-    before = [value for time, value in zip(times, values, strict=True) if time <= (1 - share) * times[-1] + 1e-6]
+    before = [value for time, value in zip(times, values, strict=True) if time <= (1 - FLAT_SHARE) * times[-1] + 1e-6]
     return values[-1] - before[-1] if before else None
 
 
@@ -393,12 +392,12 @@ def means_so_far(
     scale: float = 1,  # factor to the unit shown
     digits: int = 2,  # decimals
 ) -> str:
-    "Means of models of a plan that has not all its seeds, marked if undertrained."
+    "Means of models of a plan that has not all its seeds, each over its own seeds, marked if undertrained."
     trained, gain = {name: results[name] for name in labels if results.get(name)}, (plan or {}).get("flat_gain", FLAT_GAIN)
-    marks = {name: " (undertrained)" if is_undertrained(result["curves"], gain) else "" for name, result in trained.items()}
-    means = [f"{labels[name]} {scale * result[field]['mean']:.{digits}f}{marks[name]}".strip() for name, result in trained.items()]
-    fewest = min((len(result["seeds"]) for result in trained.values()), default=0)
-    return f"unfinished ({plural(fewest, 'seed')}): {', '.join(means)}" if means else "not finished"
+    marks = {name: ", undertrained" if is_undertrained(result["curves"], gain) else "" for name, result in trained.items()}
+    means = [f"{labels[name]} {scale * result[field]['mean']:.{digits}f} ({plural(len(result['seeds']), 'seed')}{marks[name]})".strip()
+             for name, result in trained.items()]
+    return f"unfinished: {', '.join(means)}" if means else "not finished"
 
 
 def seed_range(

@@ -194,10 +194,10 @@ def centred_in_dtype(
 ) -> tuple[Tensor, Tensor]:  # of the given dtype
     "Queries and keys relative to a centre of their segment and key head; in half precision only where the difference is hardly rounded."
     one_each = query[:, ::query.shape[1] // key.shape[1]]
-    asked, own = first_query_and_key(upcast_to_float32(one_each), upcast_to_float32(key), key_mask, segment_ids)
-    centre = between(asked, own)  # (B, Hk, Tk, D)
+    first_query, first_key = first_query_and_key(upcast_to_float32(one_each), upcast_to_float32(key), key_mask, segment_ids)
+    centre = between(first_query, first_key)  # (B, Hk, Tk, D)
     if query.dtype in (torch.float16, torch.bfloat16):
-        apart = (asked - own).square().mean(-1, keepdim=True)
+        apart = (first_query - first_key).square().mean(-1, keepdim=True)
         centre = centre.where((apart > 0) & (centre.square() > 256 * apart), 0)
     shift = repeat_kv(centre[:, :, -query.shape[2]:], query.shape[1])
     return (query - shift).to(query.dtype), (key - centre).to(key.dtype)
@@ -236,11 +236,11 @@ def gathered_rows(
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, Dv)
     "`reference_attention` on an image grid, selecting and normalising only each patch's candidates; any device and dtype."
-    hub = int(neighborhood.cls_token)
+    num_cls = int(neighborhood.cls_token)
     key, value = (repeat_kv(x, query.shape[1]).contiguous() for x in (key, value))  # once, not in each matrix multiplication
-    near, support, scatter = _near_weights(query[:, :, hub:], key, neighborhood, top_k, score, sigma)
+    near, support, scatter = _near_weights(query[:, :, num_cls:], key, neighborhood, top_k, score, sigma)
     output = weighted_sum(scatter(near), value, dropout, lambda: scatter(support))
-    if not hub:
+    if not num_cls:
         return output
     energy = relative_energy(query[:, :, :1], key, score)  # (B, H, 1, T): the CLS token attends to all
     row, kept = masked_softmax(energy, score_temperature(energy, score, sigma, query.shape[-1]), None, top_k)
@@ -267,7 +267,7 @@ def _without(x, out):
     return x.masked_fill(out.unsqueeze(-1), 0)
 
 
-def _considers(allowed, bad, causal):
+def _attends_to_any(allowed, bad, causal):
     "Rows (B, H, Tq or 1, C) that may attend to any of the keys `bad` (B, H, Tk, C)."
     if allowed is None:
         return bad.cumsum(-2) > 0 if causal else bad.any(-2, keepdim=True)
@@ -364,7 +364,7 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         if key_mask is not None:
             key = _without(key, ~key_mask.unsqueeze(1))
         bad_queries, bad_keys = (half_square_norm(x).isnan() for x in (query, key))
-        bad, scale = bad_queries | _considers(allowed, bad_keys.unsqueeze(-1), causal).squeeze(-1), 1.0
+        bad, scale = bad_queries | _attends_to_any(allowed, bad_keys.unsqueeze(-1), causal).squeeze(-1), 1.0
         query, key = augment(_without(query, bad_queries), _without(key, bad_keys), score, temperature)
         alone = _alone(allowed, query.shape[2], key.shape[2], causal)
         query = query if alone is None else _without(query, alone.to(query.device))
@@ -377,7 +377,7 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
             output = _fused_attention(query, key, long_value, allowed, causal, dropout, scale)
         return output[..., :value.shape[-1]].to(value.dtype)
 
-    output = sum_of_support(product, lambda x: _considers(allowed, x, causal), value)
+    output = sum_of_support(product, lambda x: _attends_to_any(allowed, x, causal), value)
     if bad is not None:
         output = output.masked_fill(bad.unsqueeze(-1), torch.nan)
     return output if key_mask is None else output.masked_fill(~allowed.any(-1, keepdim=True), 0)

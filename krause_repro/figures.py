@@ -222,8 +222,8 @@ def _value_grid(ax: Axes, values: np.ndarray, keep: np.ndarray, query: int, top:
     image = ax.imshow(np.where(keep, values, np.nan), vmin=0, vmax=top)
     for (row, column), value in np.ndenumerate(values):
         if keep[row, column]:
-            ink = "white" if value < 0.55 * top else "black"
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=7.5)
+            readable = "white" if value < 0.55 * top else "black"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=readable, size=7.5)
         else:
             _cell(ax, row, column, facecolor="#F4F4F4", edgecolor="#BDBDBD", hatch="////", fill=True, linewidth=0.4, zorder=1)
     _cell(ax, *divmod(query, values.shape[1]))

@@ -28,7 +28,7 @@ from .recipes import get_recipe
 from .records import atomic_write, check_writable, file_digest, locked, read_json, remove_leftovers, write_json
 from .results import pack_images
 from .runs import Run
-from .sampling import check_sampling, complete_images, evaluating, first_prompts, written_batches
+from .sampling import check_sampling, complete_images, evaluating, first_prompts, generate_batches
 from .statistics import decimals, describe_difference, finished_table, paired_difference, seed_values, summarise, summarise_curves
 from .training import check_source, train
 
@@ -133,7 +133,7 @@ def sample_run(
         kept = _saved_images(folder)
         levels = None if model.config.start_token else first_frequencies(load_splits(run.recipe, source).train.images, run.recipe.levels)
         prompts, start = first_prompts(model.config, seed, levels), time.perf_counter()
-        for numbers, images in written_batches(model, prompts, range(len(kept), count), seed, temperature, top_p, batch, progress):
+        for numbers, images in generate_batches(model, prompts, range(len(kept), count), seed, temperature, top_p, batch, progress):
             seconds, start = time.perf_counter() - start, time.perf_counter()
             write_json(folder / "settings.json", settings)  # only after the first batch has been sampled
             with atomic_write(folder / f"images-{numbers[0]:06}.safetensors") as temporary:

@@ -370,7 +370,7 @@ def check_distinct(
     test: ImageSet,
     name: str,  # of the data set, for the message
 ) -> None:
-    "Raise `UserError` if a part holds images twice, or test images are among those for training."
+    "Raise `UserError` if a part has more than `COPIES` of repeated images, or so many of the test images are for training."
     seen = set()
     for split, part in (("train", train), ("test", test)):
         own = {image.tobytes() for image in part.images.numpy()}

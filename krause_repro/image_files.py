@@ -31,7 +31,7 @@ from torchvision.datasets.utils import check_integrity
 
 from .checks import UserError, check_choice
 from .image_recipes import PIXELS
-from .records import cache_folder, disk_error, read_json, scratch_folder
+from .records import cache_folder, disk_error, file_digest, read_json, scratch_folder
 
 # %% ../nbs/27_image_files.ipynb #e8760a65
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DataSpec:
     channels: int
     train: int  # images in the training part
     test: int  # images in the test part
-    mean: tuple[float, ...]  # of training pixels in [0, 1], per channel
+    mean: tuple[float, ...]  # for normalisation of pixels in [0, 1], per channel
     std: tuple[float, ...]
     package: str | None = None  # Debian package with the files
     package_folder: str | None = None  # folder of the files in that package
@@ -200,7 +200,7 @@ def unpack_package(
 
 # %% ../nbs/27_image_files.ipynb #392369fc
 def download_dataset(
-    name: str,  # key of `DATA`
+    name: str,  # "fashion_mnist", "mnist", "cifar10" or "cifar100"
 ) -> None:
     "Download a data set with torchvision into the download folder."
     classes = {
@@ -235,7 +235,7 @@ def read_idx(
 
 # %% ../nbs/27_image_files.ipynb #4983e403
 def read_idx_images(
-    name: str,  # key of `DATA`
+    name: str,  # key of `IDX_FOLDERS`
     folder: Path,  # its folder
     split: str,  # "train" or "test"
 ) -> tuple[Tensor, Tensor]:
@@ -251,7 +251,7 @@ def read_idx_images(
 
 # %% ../nbs/27_image_files.ipynb #c2a11090
 def read_cifar(
-    name: str,  # key of `DATA`
+    name: str,  # "cifar10" or "cifar100"
     folder: Path,  # its folder
     split: str,  # "train" or "test"
 ) -> tuple[Tensor, Tensor]:
@@ -349,6 +349,9 @@ def check_class_means(
                          f"the mean of class {each} must be {means} ± {MEANS_WITHIN}, got {told}")
 
 # %% ../nbs/27_image_files.ipynb #e3a5c861
+DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # Pillow's errors for damaged files
+
+
 def _image_pixels(row: dict | None, name: str) -> np.ndarray:
     "Decode an image of a Parquet file. Raises for missing bytes, damaged images and another size or mode."
     side, mode = SIDES[name], "RGB" if DATA[name].channels == 3 else "L"
@@ -462,7 +465,7 @@ def data_origin(
     for split in ("train", "test"):
         files, images = _open_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
         altered = altered_images(files[0][0].parent, split, images)
-        origin[split] = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path, *_ in files}, "images": images,
+        origin[split] = {"files": {path.name: file_digest(path) for path, *_ in files}, "images": images,
                          "altered": _jpeg_images(files) if altered is None else altered}
     return origin
 
@@ -552,7 +555,7 @@ def check_unreadable(
     return unreadable
 
 # %% ../nbs/27_image_files.ipynb #d031bfe7
-DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # Pillow's errors for damaged files
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 
 
 def to_rgb(
@@ -570,9 +573,6 @@ def to_rgb(
     if tags.get(PHOTOMETRIC) == 0:  # 0 is white
         levels = top - levels
     return Image.fromarray(np.rint(levels * 255 / top).clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 
 # %% ../nbs/27_image_files.ipynb #a9ceee00
 def read_image(

@@ -21,7 +21,7 @@ from .vision_transformer import NORMS, POSITIONS, SIZES, VisionTransformerConfig
 # %% ../nbs/23_image_recipes.ipynb #e7917868
 IMAGE_DATASETS = ("fashion_mnist", "cifar10", "cifar100", "imagenet", "photographs", "mnist", "digits", "photograph_tiles")
 _CIFAR, _IMAGENET = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-PIXELS = {  # mean and standard deviation of training pixels in [0, 1], per channel
+PIXELS = {  # mean and standard deviation that normalise pixels in [0, 1], per channel
     "fashion_mnist": ((0.2860,), (0.3530,)), "cifar10": _CIFAR, "cifar100": _CIFAR, "imagenet": _IMAGENET, "photographs": _IMAGENET,
     "mnist": ((0.1307,), (0.3081,)), "digits": ((0.0192,), (0.0236,)), "photograph_tiles": _IMAGENET,  # digits: levels 0…16 of 255
 }
@@ -102,7 +102,7 @@ class ImageClassificationRecipe(Recipe):
     cutmix_probability: float | None = 0.8  # per batch, otherwise MixUp; None: neither
     cutmix_alpha: float = 1.0
     mixup_alpha: float = 0.8
-    augmentation: str = "crop_flip"  # "crop_flip", "crop_flip_erase", "imagenet" or "imagenet_jitter"
+    augmentation: str = "crop_flip"  # key of `AUGMENTATIONS`
     crop_padding: int = 4  # pixels
     train_images: int | None = None  # size of a fixed random subset; None: all that are not held out
     test_images: int | None = None  # size of a fixed random subset; None: all

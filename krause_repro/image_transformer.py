@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments, token_loss
+from .model_base import CheckedConfig, CheckedModel, check_label_range, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, ring_positions, take_cache
@@ -259,14 +259,23 @@ def image_cache(
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
 
 # %% ../nbs/13_image_transformer.ipynb #e52b3996
-def _causal_softmax(query, key, value):
-    "Causal softmax attention of the last T of n tokens; a NaN in a later token does not reach an earlier row."
-    new, all_ = query.shape[2], key.shape[2]
-    if new == 1:
-        return F.scaled_dot_product_attention(query, key, value)
-    key, value, spoiled = contain(key, value)
-    mask = None if new == all_ else torch.ones(new, all_, dtype=torch.bool, device=query.device).tril(all_ - new)
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None) + spoiled[:, :, all_ - new:]
+def fused_attention(
+    query: Tensor,  # (B, H, T, D), the last T tokens
+    key: Tensor,  # (B, H, n, D)
+    value: Tensor,  # (B, H, n, D)
+    mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, n); None: all earlier tokens
+    dropout: float = 0.0,  # probability of dropping a weight
+) -> Tensor:  # (B, H, T, D)
+    "Softmax attention by PyTorch's fused operator; a NaN in a later token does not reach an earlier row."
+    new, length = query.shape[2], key.shape[2]
+    if mask is None and 1 < new < length:
+        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+    spoiled = None
+    cheap = key.device.type == "cpu" and values_known(key)  # on a GPU, reading a value forces a synchronisation
+    if new > 1 and not (cheap and (key.detach().sum() + value.detach().sum()).isfinite()):
+        key, value, spoiled = contain(key, value)
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    return output if spoiled is None else output + spoiled[:, :, length - new:]
 
 # %% ../nbs/13_image_transformer.ipynb #fcfdf5fb
 class PixelAttention(nn.Module):
@@ -309,7 +318,7 @@ class PixelAttention(nn.Module):
             return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.sigma)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        return _causal_softmax(query, key, value)
+        return fused_attention(query, key, value)
 
     def forward(self, hidden, cache=None, maps=None):
         "Map tokens (B, T, d) to tokens; append the attention weights to `maps` if given."
@@ -360,14 +369,18 @@ class PixelBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 # %% ../nbs/13_image_transformer.ipynb #ef137ca0
+INDICES = (torch.int32, torch.int64)
+
+
 def check_tokens(
     input_ids: Tensor,  # must be (B, T) integers of the vocabulary
     config: ImageTransformerConfig,
     past: int,  # number of earlier tokens
 ) -> None:
     "Raise a `ValueError` for tokens of the wrong shape, dtype, range or length."
-    if input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
-        raise UserError(f"input_ids must be integers of shape (B, T), not empty, got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or input_ids.dtype not in INDICES or not input_ids.numel():
+        found = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        raise UserError(f"input_ids must be integers of shape (B, T), int32 or int64 and not empty, got {found}")
     if past + input_ids.shape[1] > config.positions:
         raise UserError(f"input_ids must end within the image's {config.positions} tokens, got {input_ids.shape[1]} after {past}")
     if not values_known(input_ids):
@@ -397,7 +410,7 @@ def check_targets(
         found = f"{labels.dtype} {tuple(labels.shape)}" if tensor else type(labels).__name__
         raise UserError(
             f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, got {found}")
-    targets = check_classes(labels[:, 1:], config.vocab_size)
+    targets = check_label_range(labels[:, 1:], config.vocab_size)
     if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
         raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")
     return targets
@@ -520,9 +533,9 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def generate(self, inputs=None, **kwargs):
-        """As in 🤗 Transformers; by default to the end of the image, with a cache, and sampling from all grey levels.
+        """As in 🤗 Transformers; by default to the end of the image, with a cache, and samples are drawn from all grey levels (no top-k).
 
-        Raises `ValueError`, before any work, for more new tokens than the image has left.
+        Raises `ValueError`, before any work, for `max_new_tokens` beyond the end of the image.
         """
         length = prompt_length(kwargs.get("input_ids") if inputs is None else inputs)
         return super().generate(inputs, **_generation_options(self, length, kwargs))

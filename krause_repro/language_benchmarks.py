@@ -29,8 +29,8 @@ from .fine_tuning_evaluation import check_not_empty, finite_logits
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from krause_repro.language_tasks import (
-    ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, check_ifeval, check_language_tasks, evaluation_split, fixed_draws, import_lm_eval,
-    language_items, language_overrides, task_config, task_file, task_prompt,
+    ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, ZERO_SHOT_TASKS, check_ifeval, check_language_tasks, evaluation_split, fixed_draws,
+    import_lm_eval, language_items, language_overrides, task_config, task_file, task_prompt,
 )
 from .runs import Run, run_corpus
 from .statistics import finished_table, markdown_table, percent, summarise
@@ -52,7 +52,7 @@ def answer_token(
 
 # %% ../nbs/47_language_benchmarks.ipynb #d770c1b3
 def task_answers(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
     item: dict,  # of that task
 ) -> list[str]:  # empty for IFEval and continuations
     "The allowed answers in the order of the prompt."
@@ -119,10 +119,11 @@ def macro_f1(
 
 # %% ../nbs/47_language_benchmarks.ipynb #ff5ad9e1
 def constant_scores(
-    right: list[int],  # how often each answer is correct
+    counts: list[int],  # how often each answer is correct
 ) -> list[dict[str, float]]:  # one entry for each answer
     "Accuracy and macro-F1 of predicting the same answer for every item."
-    return [count_scores([[n if column == given else 0 for column in range(len(right))] for n in right]) for given in range(len(right))]
+    answers = range(len(counts))
+    return [count_scores([[n if column == given else 0 for column in answers] for n in counts]) for given in answers]
 
 
 def chance_scores(
@@ -476,7 +477,7 @@ def _over_seeds(scores):
 def evaluate_zero_shot(
     runs: list[Run],  # of one recipe, one for each seed
     source: str | Path | None = None,  # the user's text or corpus, for the tokenizer
-    tasks: str | list[str] | tuple[str, ...] = CONTINUATION_TASKS[:-1],  # names; CBT's data are not on every machine
+    tasks: str | list[str] | tuple[str, ...] = ZERO_SHOT_TASKS,  # names
     items: str | Path = "hub",  # as `source` of `evaluate_language`
     limit: int | None = None,  # at most so many items of each task, drawn at random; None for all
     item_seed: int = 0,  # of the draw
@@ -490,8 +491,8 @@ def evaluate_zero_shot(
     return {"tasks": found, **provenance(runs)}
 
 
-# IFEval is shorter than the paper's, whose answers have up to 1,280 tokens: on a CPU they take hours
-FINE_TUNED = {"tasks": (*CONTINUATION_TASKS[:-1], "ifeval"), "max_gen_toks": 256}
+# answers to IFEval are limited to 256 tokens instead of lm-eval's 1,280, which take hours on a CPU
+FINE_TUNED = {"tasks": (*ZERO_SHOT_TASKS, "ifeval"), "max_gen_toks": 256}
 evaluate_fine_tuned_zero_shot = partial(evaluate_zero_shot, **FINE_TUNED)
 
 

@@ -10,9 +10,7 @@ import bisect
 import hashlib
 import html
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .checks import UserError, check_integer, moved_names
 from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
 from .packaged_data import find_or_download, language_folder
-from .records import read_text
+from .records import read_text, write_text
 
 # %% ../nbs/30_language_data.ipynb #d615abed
 def clean_work(
@@ -202,10 +200,7 @@ def flan_items(
                                     "source, or use question_answers(), which needs no hub") from error
         if wrong := [item for item in items if not all(isinstance(value, str) for value in item.values())]:
             raise UserError(f"{FLAN} must have inputs and targets that are strings, got {wrong[0]!r:.80}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            Path(work, path.name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-            os.replace(Path(work, path.name), path)
+        write_text(path, "".join(json.dumps(item) + "\n" for item in items))
     items = read_item_lines(path)
     if len(items) < n:
         raise UserError(f"n must be at most {len(items)}, the number of items in {path}, got {n}")

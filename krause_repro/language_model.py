@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .image_transformer import PreallocatedLayer, check_targets, contain, prompt_length
+from .image_transformer import INDICES, PreallocatedLayer, check_targets, fused_attention, prompt_length
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
 from .model_base import CheckedConfig, CheckedModel, named_arguments, token_loss
 from .native_decode import DecodeLinear
@@ -29,7 +29,7 @@ from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
 MIXERS = ("standard", "window", "top_k", "longformer", "routing", "krause", "krause_only", "standard_wide")
-UNPACKED = ("longformer", "routing")  # have patterns of positions and of clusters, which know no packed sequences
+UNPACKED = ("longformer", "routing")  # their masks ignore the bounds of packed sequences
 WINDOWED = ("window", "krause_only")  # their cache is a ring of the last W tokens
 
 # %% ../nbs/19_language_model.ipynb #11368b50
@@ -103,7 +103,7 @@ def check_language_config(
         check_global_tokens(config.global_tokens, config.positions)
     if config.mixer == "routing":
         routing_window(config.clusters, config.positions)
-        check_integer("num_attention_heads of routing, one half local,", config.num_attention_heads, 2)
+        check_integer("num_attention_heads of mixer='routing', half of which are local,", config.num_attention_heads, 2)
 
 
 def branch_settings(
@@ -113,25 +113,6 @@ def branch_settings(
     return BranchSettings(config.attention_window, config.attention_top_k, config.sigma, config.gate_init)
 
 # %% ../nbs/19_language_model.ipynb #81442ffd
-def fused_attention(
-    query: Tensor,  # (B, H, T, D), the last T tokens
-    key: Tensor,  # (B, H, n, D)
-    value: Tensor,  # (B, H, n, D)
-    mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, n); None: all earlier tokens
-    dropout: float = 0.0,  # probability of dropping a weight
-) -> Tensor:  # (B, H, T, D)
-    "Softmax attention by PyTorch's fused operator; a NaN in a later token does not reach an earlier row."
-    new, length = query.shape[2], key.shape[2]
-    if mask is None and 1 < new < length:
-        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
-    spoiled = None
-    cheap = key.device.type == "cpu" and values_known(key)  # on a GPU to look at values would wait for it
-    if new > 1 and not (cheap and (key.detach().sum() + value.detach().sum()).isfinite()):
-        key, value, spoiled = contain(key, value)
-    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
-    return output if spoiled is None else output + spoiled[:, :, length - new:]
-
-
 def causal_segments(
     segment_ids: Tensor | None,  # (B, T) of packed sequences
 ) -> Tensor | None:  # (B, 1, T, T) bool; None: all earlier tokens
@@ -322,9 +303,6 @@ def check_language_cache(
     check_layers(cache, "language_cache(model.config)", kind, config.num_hidden_layers, shape, **sizes)
 
 # %% ../nbs/19_language_model.ipynb #f786d9dc
-INDICES = (torch.int32, torch.int64)
-
-
 def check_language_tokens(
     input_ids: Tensor,  # must be (B, T) integers of the vocabulary
     attention_mask: Tensor | None,  # must be all ones
@@ -397,15 +375,15 @@ def _init_language_weights(model, module):
         nn.init.normal_(module.centroids)
 
 # %% ../nbs/19_language_model.ipynb #9a08cb20
-def _generation_options(config, prompt_length, options, default):
+def _generation_options(config, length, options, default):
     "The arguments of `generate`, with a cache. Raises `ValueError` for more tokens than the model has positions."
     def limit(name):
         settings = (options.get("generation_config"), default)
         return next((each for each in (options.get(name), *(getattr(each, name, None) for each in settings)) if each is not None), None)
 
     new, end = limit("max_new_tokens"), limit("max_length")
-    end = end if new is None else prompt_length + new
-    end = max(prompt_length, prompt_length + 1 if end is None else end)  # without a limit, what fits of 20 new tokens
+    end = end if new is None else length + new
+    end = max(length, length + 1 if end is None else end)  # without a limit 🤗 Transformers makes 20 tokens, fewer where positions end
     if end > config.positions:
         raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {end}")
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves

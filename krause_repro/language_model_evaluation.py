@@ -33,7 +33,7 @@ from .tasks import corpus_splits, recipe_corpus
 # %% ../nbs/45_language_model_evaluation.ipynb #a1850453
 LENGTHS_MEASURED = 2  # training lengths
 POSITION_BLOCKS, GATE_BLOCKS = 512, 64  # at most so many
-SMOKE_BLOCKS = 64  # of each kind under the profile smoke; the others take all of the test split
+SMOKE_BLOCKS = 64  # at most so many under the profile smoke
 
 
 def with_further_positions(
@@ -64,17 +64,17 @@ def text_blocks_of(
     count: int | None = None,  # at most so many; None: all
 ) -> Subset:  # of "input_ids"
     "Blocks of the test split that share one token."
-    few = SMOKE_BLOCKS if recipe.profile == "smoke" else None
-    return spaced(corpus.blocks("test", lengths * recipe.context, overlap=1), few or count)
+    if recipe.profile == "smoke":
+        count = min(SMOKE_BLOCKS, count or SMOKE_BLOCKS)
+    return spaced(corpus.blocks("test", lengths * recipe.context, overlap=1), count)
 
 # %% ../nbs/45_language_model_evaluation.ipynb #27c19ac2
 def position_edges(
     length: int,  # T, of a block in training, at least 2
-    lengths: int = LENGTHS_MEASURED,  # measured, in training lengths
 ) -> list[int]:  # last position of each bin, ascending
     "Bins of positions, doubling every second one below T, then eighths of T."
     doubling = sorted({round(2 ** (i / 2)) for i in range(2 * length.bit_length())})
-    beyond = {length + length * i // 8 - 1 for i in range(1, 8 * (lengths - 1) + 1)}
+    beyond = {length + length * i // 8 - 1 for i in range(1, 8 * (LENGTHS_MEASURED - 1) + 1)}
     return [edge for edge in doubling if edge < 0.8 * (length - 1)] + sorted({length - 1, *beyond})
 
 
@@ -134,10 +134,12 @@ def evaluate_language_models(
     }
 
 # %% ../nbs/45_language_model_evaluation.ipynb #aa41fee8
+NGRAM_ORDER = 5  # tokens of the longest n-grams
+
+
 def ngram_baselines(
     recipe: LanguageModelRecipe,  # under its profile
     source: str | Path | None = None,  # the user's text or corpus
-    order: int = 5,  # tokens of the longest n-grams
 ) -> dict:  # "all" and "seen": "bits_per_token", "bits_per_byte", "train_tokens"; "ngram_order", "test_tokens"
     "Bits of the test text under Kneser–Ney models of all training tokens, and of the blocks that the models see."
     corpus, splits, length = recipe_corpus(recipe, source), corpus_splits(recipe, source), recipe.context
@@ -146,11 +148,11 @@ def ngram_baselines(
     texts = {"all": whole, "seen": whole[:length * (chosen[-1] + 1)].reshape(-1, length)[chosen].reshape(-1)}
 
     def measure(text):
-        found = KneserNey(text, corpus.vocab_size, order).bits(corpus.tokens("test"))[1:len(splits.test) * (length - 1) + 1]
+        found = KneserNey(text, corpus.vocab_size, NGRAM_ORDER).bits(corpus.tokens("test"))[1:len(splits.test) * (length - 1) + 1]
         bits = float(found.reshape(-1, length - 1)[judged].mean())
         return {"bits_per_token": bits, "bits_per_byte": bits / corpus.bytes_per_token("test"), "train_tokens": len(text)}
 
-    return {**{name: measure(text) for name, text in texts.items()}, "ngram_order": order, "test_tokens": len(judged) * (length - 1)}
+    return {**{name: measure(text) for name, text in texts.items()}, "ngram_order": NGRAM_ORDER, "test_tokens": len(judged) * (length - 1)}
 
 # %% ../nbs/45_language_model_evaluation.ipynb #7526cee3
 def sample_text(
@@ -227,6 +229,6 @@ def position_table(
         return m["label"], *(f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" for part in found)
 
     length = next(iter(models.values()))["by_position"]["length"]
-    ends = (length // 4, length // 2, length - 1, length + length // 2, 2 * length - 1)
+    ends = (length // 4, length // 2, length - 1, length + length // 2 - 1, 2 * length - 1)
     spans = [f"positions {low + 1:,} to {high:,}" for low, high in pairwise(ends)]
     return markdown_table(("bits per token", *spans), map(row, models.values()))

@@ -123,7 +123,7 @@ def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
 # %% ../nbs/25_language_recipes.ipynb #c19be4f2
 @dataclass(frozen=True)
 class TextbookTuningRecipe(FineTuningRecipe):
-    "LoRA on textbooks, until held-out loss is flat (ours)."
+    "LoRA on textbooks, with a learning rate of its own for log σ and at least 8 evaluations (ours)."
 
     sigma_lr: float = 0.02  # learning rate of log σ
     evaluations: ClassVar[int] = 8

@@ -35,6 +35,7 @@ ITEM_FIELDS = {  # by task: fields of an item, named as on the hub, with their t
     "cbt": {"sentences": list, "question": str, "options": list, "answer": str},
 }
 CONTINUATION_TASKS = ("blimp", "lambada", "hellaswag", "arc_easy", "piqa_continuation", "boolq_continuation", "cbt")
+ZERO_SHOT_TASKS = CONTINUATION_TASKS[:-1]  # without CBT, whose data are not on every machine
 
 # %% ../nbs/46_language_tasks.ipynb #1f5399d6
 LANGUAGE_TASKS = tuple(task for task in ITEM_FIELDS if task not in CONTINUATION_TASKS)
@@ -57,7 +58,7 @@ def check_language_tasks(
 
 # %% ../nbs/46_language_tasks.ipynb #ea875864
 def task_file(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
 ) -> Path:
     "The YAML file of a task: this package's own, or lm-eval's for IFEval."
     if task == "ifeval":
@@ -82,7 +83,7 @@ _TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_s
 
 # %% ../nbs/46_language_tasks.ipynb #5208ceca
 def task_config(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
 ) -> dict[str, object]:
     "The contents of the YAML file of a task."
     return yaml.load(task_file(task).read_text(encoding="utf-8"), Loader=_TaskLoader)
@@ -133,7 +134,7 @@ def _item_problem(task, item):
     if task == "cbt" and (item["answer"] not in item["options"] or item["question"].count("XXXXX") != 1):
         return "field 'options' must hold the answer, and 'question' one XXXXX"
     if _is_number(task, item):
-        return f"field {'question' if task == 'cbt' else 'query'!r} must make a prompt of more than digits, for lm-eval a number"
+        return f"field {'question' if task == 'cbt' else 'query'!r} must not make a prompt of digits only: lm-eval takes it for a number"
     if task == "lambada" and (" " not in item["text"] or item["text"] != item["text"].strip()):
         return "field 'text' must hold at least two words, and no white space around them"
     if task == "mmlu_pro":
@@ -151,7 +152,7 @@ def _item_problem(task, item):
 
 # %% ../nbs/46_language_tasks.ipynb #8d4da3e9
 def check_items(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
     items: object,  # contents of a file or data set
     place: str | Path,  # file or data set, for the message
 ) -> list[dict]:
@@ -348,7 +349,7 @@ def _from_hub(task, item):
 
 
 def hub_items(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
 ) -> list[dict]:
     "The items of a task from the hub or its cache. Raises `FileNotFoundError` that names both if neither has them."
     import datasets
@@ -377,7 +378,7 @@ def _subset(items, limit, seed):
 
 
 def language_items(
-    tasks: list[str],  # of `LANGUAGE_TASKS`
+    tasks: list[str],  # keys of `ITEM_FIELDS`
     source: str | Path = "hub",  # "hub", "local" (this package's items), a JSON file of one task, or a folder of <task>.json
     limit: int | None = None,  # at most so many items of each task, drawn at random; None for all
     item_seed: int = 0,  # of the draw
@@ -396,7 +397,7 @@ def language_items(
 
 # %% ../nbs/46_language_tasks.ipynb #94a71fac
 def task_prompt(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
     item: dict,  # of that task
 ) -> str:
     "The prompt of an item, as the model sees it."
@@ -421,7 +422,7 @@ ANLI_LABELS = ("correct", "swapped")
 
 
 def language_overrides(
-    task: str,  # one of `LANGUAGE_TASKS`
+    task: str,  # key of `ITEM_FIELDS`
     anli_labels: str = "correct",  # one of `ANLI_LABELS`
     max_gen_toks: int = 1280,  # maximum length of an answer to an IFEval prompt, in tokens; lm-eval's own default
 ) -> dict[str, object]:

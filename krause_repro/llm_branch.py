@@ -110,7 +110,7 @@ class TokenGate(nn.Module):
     def softmax_share(self, standard, krause):
         "Weight of the softmax output (B, T, 1), for two outputs (B, T, d)."
         dtype = self.proj.weight.dtype
-        if is_unmodified(self.proj, nn.Linear):  # two products instead of one over [standard, krause], which would be copied and kept
+        if is_unmodified(self.proj, nn.Linear):  # two matrix multiplications: a concatenation would be kept for backward
             for_standard, for_krause = self.proj.weight.chunk(2, 1)
             logits = F.linear(standard.to(dtype), for_standard, self.proj.bias) + F.linear(krause.to(dtype), for_krause)
         else:  # the projection is wrapped (by LoRA on all linear layers, for example) or has hooks
@@ -410,7 +410,7 @@ def note_padding(
     decoder: nn.Module,  # that holds the layers
     args: tuple,  # of its forward
     kwargs: dict,  # of its forward
-) -> None:
+) -> tuple[tuple, dict]:  # the arguments, with `krause_padding`
     "Forward pre-hook of the decoder: passes the padding of the keys, or the packed sequences, to its layers."
     given, window = _by_name(decoder, args, kwargs), decoder.krause_window
     tokens, cache = given.get("input_ids"), take_cache(given)

@@ -58,7 +58,7 @@ def _check_common(config, others):
 class CheckedConfig(PreTrainedConfig):
     """A configuration that refuses unknown names, and values that `check` does not allow.
 
-    Raises `TypeError` for a name, with the nearest one, and `ValueError` for a value that cannot be.
+    Raises `TypeError` for an unknown name, with the nearest known one, and `ValueError` for an invalid value.
     """
 
     def __post_init__(self, **kwargs):
@@ -107,7 +107,7 @@ class CheckedConfig(PreTrainedConfig):
         super().update(config_dict)
 
 # %% ../nbs/10_model_base.ipynb #e469507d
-def check_classes(
+def check_label_range(
     labels: Tensor,  # integers, of any shape
     classes: int,  # number of classes
 ) -> Tensor:  # the labels as int64
@@ -122,7 +122,7 @@ def check_classes(
 def named_arguments(
     method: Callable,  # of a model, without `**kwargs`
 ) -> Callable:
-    "Let a method refuse unknown argument names and suggest the nearest one; arguments that are None count as not given."
+    "Make a method raise a `TypeError` for unknown argument names, with the nearest known one; unknown ones that are None are ignored."
     known = [*inspect.signature(method).parameters][1:]
 
     @wraps(method)
@@ -139,7 +139,7 @@ def token_loss(
     targets: Tensor,  # (B, T), token ids
     **options,  # of `torch.nn.functional.cross_entropy`
 ) -> Tensor:  # a scalar, or (B·T,) with reduction="none"; in nats
-    "Cross-entropy in float32, for logits in float64 in float64."
+    "Cross-entropy in float32, or in float64 for float64 logits."
     wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets.flatten(), **options)
 

@@ -17,7 +17,7 @@ def linear_applies(
     x: Tensor,  # (..., K)
     weight: Tensor,  # (N, K)
 ) -> bool:
-    "Whether `native_linear` supports these: at most 16 rows, contiguous float32 on a CPU, no gradient, widths in whole vectors."
+    "Whether `native_linear` supports these: at most 16 rows, float32 on a CPU, contiguous weights, no gradient or autocast."
     return (
         0 < x.numel() <= MAX_DECODE_ROWS * x.shape[-1]
         and x.dtype == weight.dtype == torch.float32

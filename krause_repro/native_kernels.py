@@ -262,7 +262,7 @@ def native_band(
     neighborhood: CausalWindow,
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
     *,
-    score: str = "krause",  # one of `attention.SCORES`
+    score: str = "krause",  # one of `reference.SCORES`
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
@@ -297,7 +297,7 @@ def native_lists(
     neighborhood: GridWindow,
     top_k: int | None = None,  # keys kept in each row; None keeps the whole window
     *,
-    score: str = "krause",  # one of `attention.SCORES`
+    score: str = "krause",  # one of `reference.SCORES`
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, Dv)

@@ -107,15 +107,15 @@ def _first_in_segments(query, key, key_mask, start, first):
     def at(x, place):
         return x.gather(-2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1]))
 
-    asked, own = at(query, start.clamp_min(first) - first), at(key, start.clamp_min(first))
+    first_query, first_key = at(query, start.clamp_min(first) - first), at(key, start.clamp_min(first))
     if key_mask is None:
-        return asked, own
+        return first_query, first_key
     place = torch.arange(key.shape[-2], device=key.device)
     before = place.where(key_mask, -1).cummax(-1).values.gather(1, start.clamp_min(first))  # the last real key so far
     after = place.where(key_mask, len(place) - 1).flip(-1).cummin(-1).values.flip(-1).gather(1, start.clamp_min(first))
     real = key_mask.gather(1, start.clamp_min(first))[:, None, :, None]
-    own = own.where(real, at(key, before.where(before >= start, after)))
-    return asked.where(real, own), own
+    first_key = first_key.where(real, at(key, before.where(before >= start, after)))
+    return first_query.where(real, first_key), first_key
 
 # %% ../nbs/02_reference.ipynb #41d0c9aa
 def _real_key(key, real, first):
@@ -132,29 +132,29 @@ def first_query_and_key(
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
     segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences
 ) -> tuple[Tensor, Tensor]:  # (B, H, 1, D) each; with segments (B, H, Tk, D), for each token those of its segment
-    "The first query and its own key; in place of padding, the nearest real key."
+    "The first query and its own key; if that key is padding, in place of both the last real key before it or else the first after it."
     first = max(key.shape[-2] - query.shape[-2], 0)
     if segment_ids is not None:
         return _first_in_segments(query, key, key_mask, segment_starts(segment_ids), first)
-    own, asked = key[..., first:first + 1, :], query[..., :1, :]
+    first_key, first_query = key[..., first:first + 1, :], query[..., :1, :]
     if key_mask is not None:
         real = key_mask[:, None, first:first + 1, None]
-        own = own.where(real, _real_key(key, key_mask, first))
-        asked = asked.where(real, own)
-    return asked, own
+        first_key = first_key.where(real, _real_key(key, key_mask, first))
+        first_query = first_query.where(real, first_key)
+    return first_query, first_key
 
 
 @torch.no_grad()
 def between(
-    asked: Tensor,  # (..., D)
-    own: Tensor,  # (..., D)
+    first: Tensor,  # (..., D)
+    second: Tensor,  # (..., D)
 ) -> Tensor:  # (..., D), finite
     "The median of two points and zero in each dimension, which ignores NaN; zero where it is huge."
     smaller, larger = torch.fmin, torch.fmax  # they ignore NaN
     if torch.onnx.is_in_onnx_export():  # ONNX has neither
-        own, asked = own.where(~own.isnan(), asked), asked.where(~asked.isnan(), own)
+        first, second = first.where(~first.isnan(), second), second.where(~second.isnan(), first)
         smaller, larger = torch.minimum, torch.maximum
-    middle = smaller(own, asked).clamp_min(0) + larger(own, asked).clamp_max(0)
+    middle = smaller(first, second).clamp_min(0) + larger(first, second).clamp_max(0)
     return middle.where(middle.abs() < torch.finfo(middle.dtype).max ** 0.25, 0)
 
 
@@ -164,7 +164,7 @@ def centred(
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
     segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, each with a centre of its own
 ) -> tuple[Tensor, Tensor]:
-    "Queries and keys relative to a point near them, which depends on no real token after the first query."
+    "Queries and keys relative to a point near them, which depends on no later token, unless there is no real key up to the first query."
     centre = between(*first_query_and_key(query, key, key_mask, segment_ids))
     return query - centre[..., -query.shape[-2]:, :], key - centre
 

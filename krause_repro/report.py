@@ -144,7 +144,7 @@ def colour_results(
     return load_or_run_grid("image_generation_colour", names, profile, "never", root=root, summary=evaluate_generators)
 
 # %% ../nbs/70_report.ipynb #954f6c57
-def language_results(
+def fine_tuning_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict | None]:
@@ -179,7 +179,7 @@ def sink_results(
 def classifier_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
-) -> dict[str, dict]:
+) -> dict[str, dict | None]:
     "The image classification results of a profile by recipe; None for a missing one."
     return load_or_run_grid("image_classification", list(CLASSIFIER_LABELS[check_profile(profile)]), profile, "never", root=root)
 
@@ -446,7 +446,7 @@ def fine_tuning_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The fine-tuned models of notebook 63 as RESULTS.md shows them, attention sinks, and speed; a dash for a model without a result."
-    results = language_results("desk", root)
+    results = fine_tuning_results("desk", root)
     finished = [result for result in results.values() if result]
     one = finished[0] if finished else None
     made = f"; {one['device']}, torch {one['versions']['torch']}, {'bfloat16' if one['bf16'] else 'float32'}" if one else ""
@@ -477,7 +477,7 @@ def _accuracy_finding(root, fashion):
     level = f"; on Fashion-MNIST{'' if fashion['counts'] else ' the lead is not counted, since'} {fashion['level']}" if fashion else ""
     return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
             f"the same place in both: {effect(norm)}.{other}{controls} *But* the models are small "
-            f"({size_in_words('kvit_s/cifar10')}), {rising} of the {len(trained)} kinds trained on CIFAR-10 were still improving{level}.")
+            f"({size_in_words('kvit_s/cifar10')}), {rising} of the {len(trained)} transformers on CIFAR-10 were still improving{level}.")
 
 
 def findings(

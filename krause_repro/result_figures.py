@@ -112,7 +112,7 @@ def _factor_panel(ax: Axes, rows: list[dict], where: str, places: list[str], joi
 def plot_factors(
     data: dict,  # {"panels": [{"title", "rows": [{"label", "kind", "place", "values": [seeds], "mean"}]}], "places", "joined", "metric"}
 ) -> Figure:
-    "Values (in 0..1) of a grid of models in percent: one factor on the axis, one as colour, one as panels; each seed is a dot."
+    "Values (in 0..1) of a grid of models in percent: one factor on the axis, one as colour, one as panels; dots are seeds."
     panels, places, joined, metric = require_fields(data, "data", "panels", "places", "joined", "metric")
     entries = require_each(panels, "data['panels']", "title", "rows")
     shown = [[place for place in places if any(row.get("place") == place for row in rows)] or places for _, rows in entries]
@@ -341,6 +341,12 @@ def plot_samples(
         axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=ink(kind_colour(kind, "data")), rotation=0, ha="right", va="center")
     return fig
 
+# %% ../nbs/57_result_figures.ipynb #30e59132
+def _cell_block(ax: Axes, shape: tuple[int, ...], given: int) -> None:
+    "Hatch the rows of an image (C, H, W) that are not given."
+    ax.add_patch(Rectangle((-0.5, given - 0.5), shape[2], shape[1] - given, facecolor="#F4F4F4", edgecolor="#BDBDBD", hatch="////",
+                           linewidth=0))
+
 # %% ../nbs/57_result_figures.ipynb #a7a924cb
 @house_style()
 def plot_completions(
@@ -369,12 +375,6 @@ def plot_completions(
         axes[0, place].set_title(label, size=9, color=ink(kind_colour(kind, "data")), loc="left")
         place += len(completed[0])
     return fig
-
-# %% ../nbs/57_result_figures.ipynb #30e59132
-def _cell_block(ax: Axes, shape: tuple[int, ...], given: int) -> None:
-    "Hatch the rows of an image (C, H, W) that are not given."
-    ax.add_patch(Rectangle((-0.5, given - 0.5), shape[2], shape[1] - given, facecolor="#F4F4F4", edgecolor="#BDBDBD", hatch="////",
-                           linewidth=0))
 
 # %% ../nbs/57_result_figures.ipynb #6f904d1e
 def _sink_panel(ax: Axes, series: list[dict], where: str) -> None:

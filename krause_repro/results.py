@@ -173,14 +173,14 @@ def _curve_and_mean(value):
 
 
 KINDS = {
-    "a number": _number, "null": lambda value: value is None, "a text": _text, "an object": _object,
+    "a number": _number, "null": lambda value: value is None, "a string": _text, "an object": _object,
     "a list of numbers": _list(_number), "a list of objects": _list(_object), "a list of lists of numbers": _list(_list(_number)),
     "two numbers": lambda value: _list(_number)(value) and len(value) == 2,
-    "a list of true and false": _list(lambda value: isinstance(value, bool)),
-    "a list of texts and nulls": _list(lambda value: value is None or _text(value)),
+    "a list of booleans": _list(lambda value: isinstance(value, bool)),
+    "a list of strings and nulls": _list(lambda value: value is None or _text(value)),
     "named objects": lambda value: _object(value) and len(value) > 0 and all(map(_object, value.values())),
     "named lists of objects": lambda value: _object(value) and len(value) > 0 and all(map(_list(_object), value.values())),
-    "named numbers and texts": lambda value: _object(value) and all(_number(each) or _text(each) for each in value.values()),
+    "an object of numbers and strings": lambda value: _object(value) and all(_number(each) or _text(each) for each in value.values()),
     "a summary (mean and sd are numbers)": _mean_and_sd(_number), "a curve (mean and sd are lists)": _mean_and_sd(_list(_number)),
     "an object with all_layers, a summary": _curve_and_mean,
 }
@@ -205,11 +205,11 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "two numbers": "ratio_quartiles speed_ratio_quartiles seconds_quartiles",
     "a list of numbers or null": "cls_weight",
     "a list of lists of numbers": "image maps counts opinions",
-    "a list of texts and nulls": "commits",
-    "a list of true and false": "mechanism.window mechanism.selected",
+    "a list of strings and nulls": "commits",
+    "a list of booleans": "mechanism.window mechanism.selected",
     "a list of objects": "panels series swin entry_operations layers rows",
-    "a text": "name profile device case pass label title kind model dataset ptflops_version source anli_labels",
-    "named numbers and texts": "versions goals dense local measured counter ptflops macs.base macs.branch",
+    "a string": "name profile device case pass label title kind model dataset ptflops_version source anli_labels",
+    "an object of numbers and strings": "versions goals dense local measured counter ptflops macs.base macs.branch",
     "an object": "recipes curves before data completions samples mechanism bifurcation selection scaling grids missing attention "
                  "runs data.held_out data.train",
     "an object or null": "letters frechet phenomena over_training",

@@ -308,13 +308,19 @@ def ended_on_error(
         raise
 
 # %% ../nbs/58_runner.ipynb #d02bf57d
+def page_status(
+    record: dict[str, object],  # of a page
+) -> str:
+    "The status of a page, and the page because of which it did not run."
+    return record["status"] + (f" because of {record['because']}" if record.get("because") else "")
+
+
 def outcome(
     record: dict[str, object],  # of a page
 ) -> str:
     "The status of a page and its duration, for the log."
-    because = f" because of {record['because']}" if record.get("because") else ""
     seconds = "" if record["seconds"] is None else f", {record['seconds']} s"
-    return f"{record['status']}{because}{seconds}"
+    return f"{page_status(record)}{seconds}"
 
 # %% ../nbs/58_runner.ipynb #f04b9f90
 def page_workers(

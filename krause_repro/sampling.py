@@ -145,7 +145,7 @@ def continue_tokens(
     return model.generate(prompts, do_sample=False, logits_processor=processors, attention_mask=torch.ones_like(prompts))
 
 # %% ../nbs/31_sampling.ipynb #cf4fd17e
-def written_batches(
+def generate_batches(
     model: ImageTransformer,
     prompts: Callable[[list], Tensor],  # from image numbers to (B, P) tokens
     numbers: Sequence[int | tuple[int, ...]],  # of the images
@@ -177,7 +177,7 @@ def first_prompts(
     config: ImageTransformerConfig,
     seed: int,  # of all random streams
     first_levels: Tensor | None = None,  # (V,) frequencies of the first token; needed by models without a start token
-) -> Callable[[list[int]], Tensor]:  # prompts of new images, for `written_batches`
+) -> Callable[[list[int]], Tensor]:  # prompts of new images, for `generate_batches`
     "Prompts of new images: the start token, or a first token sampled from its frequencies."
     if config.start_token:
         if first_levels is not None:
@@ -215,7 +215,7 @@ def sample_images(
     check_sampling(seed, temperature, top_p, batch, first, count)
     prompts = first_prompts(model.config, seed, first_levels)
     numbers = range(first, first + count)
-    return torch.cat([x for _, x in written_batches(model, prompts, numbers, seed, temperature, top_p, batch, progress)])
+    return torch.cat([x for _, x in generate_batches(model, prompts, numbers, seed, temperature, top_p, batch, progress)])
 
 # %% ../nbs/31_sampling.ipynb #6bb2c6b7
 def complete_images(
@@ -243,6 +243,6 @@ def complete_images(
         raise UserError(f"rows must be between 1 and {height - 1}, got {rows}")
     given = image_tokens(images, config)[:, :int(config.start_token) + rows * width * channels]
     numbers = [(first + image, sample, 2) for image in range(len(images)) for sample in range(samples)]  # 2: other streams than new images
-    written = written_batches(
+    written = generate_batches(
         model, lambda some: given[[image - first for image, *_ in some]], numbers, seed, temperature, top_p, batch, progress)
     return torch.cat([x for _, x in written]).unflatten(0, (len(images), samples))

@@ -216,6 +216,15 @@ def _over_layers(result: dict, kind: str, name: str) -> float:
     return result["sinks"][kind][name]["all_layers"]["mean"]
 
 # %% ../nbs/49_sinks.ipynb #8e718d3f
+def masked_beyond_window(
+    near: float,  # mean attention on token 0 of the queries that see it through the window
+    window: int,  # W
+    length: int,  # tokens of a passage, T
+) -> float:
+    "The same averaged over all queries, if those beyond the window give token 0 nothing."
+    return near * (window - 1) / (length - 1)
+
+
 def window_effect(
     base: dict,  # `measure_sinks` of the base model
     krause: dict,  # of the model with a branch
@@ -224,13 +233,14 @@ def window_effect(
 ) -> dict[str, float]:  # means over layers "base", "cut" and "branch", and the "share" of the fall
     "Fall of first-token attention from the base model's softmax to the branch, and the share of it that the window explains."
     whole, near = (_over_layers(base, "softmax", name) for name in ("first_all", "first_near"))
-    branch, cut = _over_layers(krause, "krause", "first_all"), near * (window - 1) / (length - 1)
+    branch, cut = _over_layers(krause, "krause", "first_all"), masked_beyond_window(near, window, length)
     if not all(map(math.isfinite, (whole, near, branch))):
         raise UserError(f"base and krause must hold finite numbers, got {whole}, {near} and {branch} on the first token")
     return {"base": whole, "cut": cut, "branch": branch, "share": (whole - cut) / (whole - branch) if whole != branch else math.nan}
 
 # %% ../nbs/49_sinks.ipynb #8a2df311
 SINK_LEFT = 0.5, 0.1  # share of the base model's excess over uniform attention: from the first on a sink is there, below the second gone
+MIN_BASE_EXCESS = 0.05  # of the base model's attention on token 0
 
 
 def sink_verdict(
@@ -244,7 +254,7 @@ def sink_verdict(
         if not math.isfinite(number):
             raise UserError(f"{name} must be a finite number, got {number!r}")
     whole = base - base_uniform
-    if whole < SINK_LEFT[1] / 2:
+    if whole < MIN_BASE_EXCESS:
         return "never there"
     share = (value - uniform) / whole
     return "there" if share >= SINK_LEFT[0] else "weaker" if share >= SINK_LEFT[1] else "gone"
@@ -386,7 +396,7 @@ TEXT_PASSAGES = 32  # evenly spaced blocks of the test split
 def evaluate_text_sinks(
     runs: list[Run],  # of one recipe of a language model from scratch, one for each seed
     source: str | Path | None = None,  # the user's text or corpus
-) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support"; and provenance
+) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support" of the first seed; and provenance
     "First-token attention of language models from scratch on passages of the test text."
     recipe = runs[0].recipe
     blocks = text_blocks_of(recipe, run_corpus(runs[0], source), 1, TEXT_PASSAGES)

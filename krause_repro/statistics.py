@@ -135,13 +135,6 @@ def corrected_difference(
 # %% ../nbs/40_statistics.ipynb #c55ca2e9
 MIN_EFFECT = 0.01  # smallest difference of accuracy that counts, in 0…1
 
-
-def seeds_in_words(
-    seeds: list[int],
-) -> str:
-    "Number and names of seeds, such as `2 (seeds 0, 1)`."
-    return f"{len(seeds)} (seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))})"
-
 # %% ../nbs/40_statistics.ipynb #68e770a6
 def is_shown(
     difference: dict,  # from `paired_difference`, in 0…1
@@ -246,3 +239,10 @@ def plural(
     "A number with its noun: `1 seed`, `3 seeds`, `1 to 3 seeds`."
     least, most = count if isinstance(count, tuple) else (count, count)
     return (f"{most:g}" if least == most else f"{least:g} to {most:g}") + f" {thing}" + ("" if most == 1 else "s")
+
+
+def seeds_in_words(
+    seeds: list[int],
+) -> str:
+    "Number and names of seeds, such as `2 (seeds 0, 1)`."
+    return f"{len(seeds)} (seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))})"

@@ -22,13 +22,13 @@ from .attention import merge_heads
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import named_arguments
 from .reference import SCORES, pairwise_energy, score_temperature, weighted_sum
-from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_images, check_pixels
+from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_image_settings, check_pixels
 
 # %% ../nbs/12_swin.ipynb #233e7ed8
 def window_weights(
     query: Tensor,  # (B, H, N, D), the tokens of one window in each row of the batch
     key: Tensor,  # (B, H, N, D)
-    score: str,  # one of `attention.SCORES`
+    score: str,  # one of `reference.SCORES`
     sigma: Tensor | None,  # bandwidth (H,), only for the Krause score
     offset: Tensor | float = 0.0,  # position bias and mask, added to the logits; broadcastable to (B, H, N, N)
 ) -> Tensor:  # (B, H, N, N), float32 or float64; rows sum to one
@@ -99,7 +99,7 @@ def check_window(
     window: tuple[int, int],  # must be ≥ 1
     shift: tuple[int, int],  # must be ≥ 0 and smaller than the window
     heads: int,  # must divide `dim`
-    score: str,  # must be one of `attention.SCORES`
+    score: str,  # must be one of `reference.SCORES`
     sigma: float,  # must be > 0
 ) -> None:
     "Raise a `ValueError` that names the first invalid argument of a window attention and what is allowed."
@@ -114,7 +114,7 @@ def check_window(
 
 # %% ../nbs/12_swin.ipynb #c810e21a
 class WindowAttention(ShiftedWindowAttention):
-    "torchvision's shifted window attention with a score of notebook 06 (paper's KSwin)."
+    "torchvision's shifted window attention with one of the scores of page 02 (paper's KSwin)."
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class WindowAttention(ShiftedWindowAttention):
         shift_size: list[int],  # rows and columns the windows are shifted by
         num_heads: int,  # number of heads H
         *,
-        score: str = "krause",  # one of `attention.SCORES`
+        score: str = "krause",  # one of `reference.SCORES`
         sigma: float = 4.0,  # initial bandwidth of each head, only for the Krause score
         learn_sigma: bool = True,  # False keeps σ at its initial value
         pad_small_maps: bool = False,  # pad maps smaller than the window, or attend over all of them?
@@ -180,7 +180,7 @@ SWIN_SIZES = {"T": {"depths": (2, 2, 6, 2)}, "S": {"depths": (2, 2, 18, 2)}}  # 
 class SwinClassifierConfig(ImageConfig):
     """Settings of a Swin transformer; the defaults are the paper's KSwin-T for CIFAR-10.
 
-    `attention_score="softmax"` alone makes it torchvision's Swin-T.
+    `attention_score="softmax"` alone gives the Swin-T baseline: torchvision's architecture with windows of 4×4 and drop-path 0.1.
     Raises `ValueError` for settings that do not fit together, `TypeError` for one that does not exist.
     """
 
@@ -215,7 +215,7 @@ def check_swin_config(
     "Raise a `ValueError` that names the first invalid setting and what is allowed."
     for name in ("patch_size", "embed_dim", "window_size", "num_labels"):
         check_integer(name, getattr(config, name), 1)
-    check_images(config, config.patch_size)
+    check_image_settings(config, config.patch_size)
     for name in ("depths", "num_heads"):
         if not isinstance(getattr(config, name), (list, tuple)) or not getattr(config, name):
             raise UserError(f"{name} must be a list of one number for each stage, got {getattr(config, name)!r}")

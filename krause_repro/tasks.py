@@ -35,7 +35,7 @@ from krause_repro.language_data import (
     text_blocks,
 )
 from krause_repro.language_models import (
-    ADAPTER_FILES, add_adapter, base_facts, load_language_model, load_tokenizer, lora_config, save_adapter,
+    ADAPTER_FILES, add_adapter, base_fingerprint, load_language_model, load_tokenizer, lora_config, save_adapter,
 )
 from .language_recipes import RUNNING_TEXT, FineTuningRecipe, LanguageModelRecipe
 from .model_base import token_loss
@@ -136,7 +136,7 @@ def _generation_collators(recipe: ImageGenerationRecipe, splits: Splits, channel
 # %% ../nbs/34_tasks.ipynb #cdcc10e1
 @dataclass(frozen=True)
 class TextSplits(Splits):
-    "Tokenised splits. Held-out and test split are the same, since nothing is selected on them."
+    "Tokenised splits. In fine-tuning, held-out and test split are the same, since nothing is selected on them."
 
     tokenizer: PreTrainedTokenizerBase | None = None
     counts: dict = field(default_factory=dict)  # per split: items or blocks, tokens, and numbers of truncated and dropped items
@@ -180,7 +180,7 @@ def _adapted_model(run) -> PeftModel:
 
 
 def _adapter_saver(model: PeftModel) -> Callable:
-    base = base_facts(model.get_base_model())  # before FSDP shards the weights
+    base = base_fingerprint(model.get_base_model())  # before FSDP shards the weights
     return lambda model, path, weights: save_adapter(model, path, weights, base)
 
 # %% ../nbs/34_tasks.ipynb #4a4a8aba
@@ -328,6 +328,19 @@ def read_model(
         raise UserError(f"{path} does not fit {run.path / 'config.json'}: {', '.join(wrong[:3])}; {run.remedy}")
     return model
 
+# %% ../nbs/34_tasks.ipynb #519e1732
+def save_model(
+    model: PreTrainedModel,
+    path: Path,  # the run directory
+    weights: dict[str, torch.Tensor] | None = None,  # full state dict, if the model itself is sharded
+) -> None:
+    "Write all files of the model, such as `config.json` and `model.safetensors`, each atomically."
+    with scratch_folder(path) as aside:
+        with disk_errors(path / "model.safetensors"):
+            model.save_pretrained(aside, state_dict=weights)
+        for file in aside.iterdir():
+            os.replace(file, path / file.name)
+
 # %% ../nbs/34_tasks.ipynb #d96d8b7e
 def _model_task(auto: type, load: Callable, *others: object) -> Task:
     "The task of a model trained from scratch."
@@ -389,16 +402,3 @@ def check_batch(
         told = f"processes × per_device_batch_size, {share}" if share > processes else f"the number of processes, {processes}"
         raise UserError(f"batch_size = {recipe.batch_size} must be a multiple of {told}")
     return processes
-
-# %% ../nbs/34_tasks.ipynb #519e1732
-def save_model(
-    model: PreTrainedModel,
-    path: Path,  # the run directory
-    weights: dict[str, torch.Tensor] | None = None,  # full state dict, if the model itself is sharded
-) -> None:
-    "Write all files of the model, such as `config.json` and `model.safetensors`, each atomically."
-    with scratch_folder(path) as aside:
-        with disk_errors(path / "model.safetensors"):
-            model.save_pretrained(aside, state_dict=weights)
-        for file in aside.iterdir():
-            os.replace(file, path / file.name)

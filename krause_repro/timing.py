@@ -77,9 +77,9 @@ LONG_ROUNDS = 3  # if one round exceeds the budget
 # %% ../nbs/38_timing.ipynb #a36ca177
 def in_turns(
     contenders: dict[str, Callable[[], object]],  # functions to time, by name
-    budget: float = 3.0,  # seconds for all rounds
+    budget: float = 3.0,  # seconds for all rounds; `ROUNDS[0]` of them may take more
 ) -> dict[str, list[float]]:  # seconds per round
-    "`interleave` with as many rounds as fit into a budget: 5 to 15 after a warm-up, or 3 where one round alone exceeds it."
+    "`interleave` with as many rounds as fit into a budget, but 5 to 15, after a warm-up; 3 in all if one round alone exceeds it."
     check_positive("budget", budget)
     first = interleave(contenders, rounds=1, warmup=0)
     spent = sum(times[0] for times in first.values())

@@ -124,12 +124,12 @@ def _sliding_window(mask_function):
 
 
 def _packed_by(mask_function, batch_size, queries, past, window, device, custom):
-    "The packed sequences (B, T) that a causal mask function keeps apart, or None; an error for another, by its values at a window's ends."
+    "Segment ids (B, T) of the packed sequences in a mask function, None for the causal one. Raises a `ValueError` for any other pattern."
     if mask_function is causal_mask_function:
         return None
     if custom:
         raise UserError(_OTHER_PATTERN)
-    row = past + torch.arange(queries, device=device)[:, None]
+    row = past + torch.arange(queries, device=device)[:, None]  # the pattern is told by four columns of each row
     column = row + torch.tensor([1, 0, -1, 1 - window], device=device)  # next, itself, previous, first of the window
     batch, last = torch.arange(batch_size, device=device)[:, None, None], past + queries - 1
     seen = mask_function(batch, batch.new_zeros(()), row, column.clamp(0, last)).broadcast_to(batch_size, *column.shape)
@@ -246,7 +246,7 @@ def krause_attention_forward(
     attention_mask: Tensor | None,  # of `krause_mask`
     scaling: float | None = None,  # not used: σ² takes its place
     dropout: float = 0.0,  # probability of dropping a weight
-    **kwargs,  # other requests, which raise an error
+    **kwargs,  # options of the model: those in `_UNSUPPORTED` raise an error, unknown ones are ignored
 ) -> tuple[Tensor, Tensor | None]:  # (B, Tq, H, Dv), and the weights (B, H, T, T) if the model returns attentions
     "The attention function of `attn_implementation='krause'` (paper, Section 4, with a causal window)."
     sigma, window, top_k = krause_settings(module.config)

@@ -84,15 +84,15 @@ def _centre(q, k, first, own, own_is_real, sq, sk, dim, SCORE: tl.constexpr, MAS
     d = tl.arange(0, D)
     if SCORE != KRAUSE or MASKED == 2:  # a block of several sequences has no common one: they are centred before
         return tl.zeros((D,), tl.float32)
-    asked = tl.load(q + first * sq[2] + d * sq[3], d < dim, 0.0).to(tl.float32)
-    near = tl.load(k + own * sk[2] + d * sk[3], (d < dim) & own_is_real, 0.0).to(tl.float32)
-    near = tl.where(own_is_real & (near == near), near, asked)
-    asked = tl.where(asked == asked, asked, near)
-    centre = tl.maximum(tl.minimum(near, asked), 0.0) + tl.minimum(tl.maximum(near, asked), 0.0)
+    first_query = tl.load(q + first * sq[2] + d * sq[3], d < dim, 0.0).to(tl.float32)
+    first_key = tl.load(k + own * sk[2] + d * sk[3], (d < dim) & own_is_real, 0.0).to(tl.float32)
+    first_key = tl.where(own_is_real & (first_key == first_key), first_key, first_query)
+    first_query = tl.where(first_query == first_query, first_query, first_key)
+    centre = tl.maximum(tl.minimum(first_key, first_query), 0.0) + tl.minimum(tl.maximum(first_key, first_query), 0.0)
     centre = tl.where(tl.abs(centre) < 4294967296.0, centre, 0.0)
     if q.dtype.element_ty == tl.float32:
         return centre
-    apart = tl.sum((asked - near) * (asked - near), 0) / dim
+    apart = tl.sum((first_query - first_key) * (first_query - first_key), 0) / dim
     least = tl.where(apart > 0, 256.0 * apart, float("inf"))
     return tl.where(centre * centre > least, centre, 0.0)
 
@@ -456,7 +456,7 @@ class _Launch:
 
 # %% ../nbs/05_triton_kernels.ipynb #31527cc2
 def _interpreted(*tensors):
-    "In Triton's interpreter, which knows no bfloat16 products, the tensors in float32; else as they are."
+    "In Triton's interpreter, which has no bfloat16 matrix multiplication, the tensors in float32; else as they are."
     if INTERPRETED and tensors[0].dtype == torch.bfloat16:
         return [x.float() for x in tensors]
     return list(tensors)
@@ -536,7 +536,7 @@ def _backward(ctx, grad, _):
 
 
 def _no_batching(info, dims, *arguments):
-    raise RuntimeError('the Triton kernels know no torch.func transforms; use implementation="reference"')
+    raise RuntimeError('the Triton kernels do not support torch.func transforms; use implementation="reference"')
 
 
 _attend.register_autograd(_backward, setup_context=_save)

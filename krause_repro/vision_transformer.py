@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .attention import KrauseAttention
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
-from .model_base import CheckedConfig, CheckedModel, check_classes, named_arguments
+from .model_base import CheckedConfig, CheckedModel, check_label_range, named_arguments
 from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, upcast_to_float32
 
 # %% ../nbs/11_vision_transformer.ipynb #c6cf69e0
@@ -50,7 +50,7 @@ def image_sides(
     return tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
 
 
-def check_images(
+def check_image_settings(
     config: ImageConfig,
     patch: int = 1,  # must divide the sides
 ) -> None:
@@ -114,7 +114,7 @@ class VisionTransformerConfig(ImageConfig):
 def _check_sizes(config) -> None:
     for name in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels"):
         check_integer(name, getattr(config, name), 1)
-    check_images(config, config.patch_size)
+    check_image_settings(config, config.patch_size)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
     if config.positions == "rotary" and config.hidden_size // config.num_attention_heads % 4:
@@ -343,7 +343,7 @@ def classification_loss(
     if problem == "regression" and classes == 1 and labels.shape == logits.shape[:1]:
         labels = labels.unsqueeze(1)
     indices = _check_labels(labels, logits.shape, problem)
-    labels = check_classes(labels, classes) if indices else labels.to(logits.dtype)
+    labels = check_label_range(labels, classes) if indices else labels.to(logits.dtype)
     loss = {"regression": F.mse_loss, "multi_label_classification": F.binary_cross_entropy_with_logits}.get(problem, F.cross_entropy)
     if num_items_in_batch is None:
         return loss(logits, labels)

@@ -285,7 +285,7 @@ def site_row(
 def mark_needs(
     rows: list[dict[str, object]],  # of `site_row`, changed
 ) -> None:
-    "Mark the pages that were skipped because another failed: not executed, or executed before it."
+    "Mark pages as not run if a page that they need failed, and they have no executed copy, or one from before that failure."
     failed = {row["page"].stem: row["executed"] for row in rows if row["status"] == "failed"}
     for row in rows:
         because = failed_need(row["page"].stem, failed)

@@ -257,7 +257,7 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
     folder = samples_folder(moved, 3, 1.0, 1.0)
     for path in folder.glob("images-*"):
         path.unlink()
-    written, real = [], generation_evaluation.written_batches
+    written, real = [], generation_evaluation.generate_batches
 
     def interrupted(*arguments):
         for batch in real(*arguments):
@@ -266,11 +266,11 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
             written.append(batch[0])
             yield batch
 
-    monkeypatch.setattr(generation_evaluation, "written_batches", interrupted)
+    monkeypatch.setattr(generation_evaluation, "generate_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_run(moved, 7, batch=2, seed=3, progress=False)
     assert written == [[0, 1], [2, 3]] and len(list(folder.glob("images-*"))) == 2
-    monkeypatch.setattr(generation_evaluation, "written_batches", real)
+    monkeypatch.setattr(generation_evaluation, "generate_batches", real)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}
     assert torch.equal(sample_run(moved, 7, batch=2, seed=3, progress=False), whole)
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("images-*")}.items()
@@ -442,7 +442,7 @@ def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["sample", "kvit_t/fashion_mnist"], "is not an image generator; choose one such as karm/fashion_mnist"),
+    (["sample", "kvit_t/fashion_mnist"], "recipe must be of an image generator or of a language model from scratch"),
     (["sample", "karm/nothing"], "recipe must be one of"),
     (["sample", "karm_no_window/digits", "--profile", "desk", "--seed", "77"], "is not finished; finish it with: krause-repro train"),
 ])

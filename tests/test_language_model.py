@@ -412,7 +412,7 @@ def test_the_loss_is_of_the_next_token_and_ignores_what_is_marked():
     ({"mixer": "longformer", "global_tokens": [0, 24]}, "each of global_tokens must be a position of the sequence, 0 to 23, got 24"),
     ({"mixer": "longformer", "global_tokens": [1, 1]}, "global_tokens must be different"),
     ({"mixer": "routing", "clusters": 5}, "clusters must divide the 24 positions of the sequence, got 5"),
-    ({"mixer": "routing", "num_attention_heads": 1}, "num_attention_heads of routing"),
+    ({"mixer": "routing", "num_attention_heads": 1}, "num_attention_heads of mixer='routing'"),
     ({"mixer": "krause", "attention_top_k": 7}, "top_k must be at most window = 6, got 7"),
     ({"num_attention_heads": 5}, "num_attention_heads must divide hidden_size = 32, got 5"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings must be True"),

@@ -39,7 +39,7 @@ from krause_repro import branched_models, language_data, llm_branch
 from krause_repro.branched_models import add_krause_branch, branch_sigmas, mean_gates, recorded_branches, remove_krause_branch
 from krause_repro.language_models import (
     add_adapter,
-    base_facts,
+    base_fingerprint,
     check_base,
     load_language_model,
     lora_config,
@@ -704,7 +704,7 @@ def test_a_model_with_a_branch_on_the_meta_device_has_shapes():
 
 def test_facts_know_a_base_model_by_its_weights():
     base = small(branch=False)
-    facts = json.loads(json.dumps(base_facts(base)))
+    facts = json.loads(json.dumps(base_fingerprint(base)))
     check_base(copy.deepcopy(base).bfloat16(), facts, "a")
     check_base(get_peft_model(copy.deepcopy(base), lora_config(base)).get_base_model(), facts, "a")
     check_base(add_krause_branch(copy.deepcopy(base)), facts, "a")
@@ -722,10 +722,10 @@ def test_facts_of_packed_weights_are_unknown():
     packed = copy.deepcopy(base)
     layer = next(iter(attention_layers(packed).values()))
     layer.q_proj.weight = torch.nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
-    facts = base_facts(packed)
+    facts = base_fingerprint(packed)
     assert facts["weights"]["layer 0 q_proj"] is None and len(facts["weights"]["layer 1 q_proj"]) == 9
     check_base(base, facts, "a")
-    check_base(packed, base_facts(base), "a")
+    check_base(packed, base_fingerprint(base), "a")
 
 
 # All or nothing
@@ -1316,7 +1316,7 @@ def test_an_adapter_is_saved_from_weights_gathered_elsewhere(tmp_path):
         for parameter in whole.parameters():
             if parameter.requires_grad:
                 parameter += 0.3
-    save_adapter(part, tmp_path / "adapter", whole.state_dict(), base=base_facts(remove_krause_branch(small("wide llama"))))
+    save_adapter(part, tmp_path / "adapter", whole.state_dict(), base=base_fingerprint(remove_krause_branch(small("wide llama"))))
     loaded = add_adapter(remove_krause_branch(small("wide llama")), tmp_path / "adapter").eval()
     assert branches(loaded)[0].bandwidth.log_sigma.mean() > branches(part)[0].bandwidth.log_sigma.mean() + 0.2
     for name, tensor in whole.state_dict().items():

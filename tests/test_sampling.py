@@ -15,9 +15,9 @@ from krause_repro.sampling import (
     complete_images,
     continue_tokens,
     first_prompts,
+    generate_batches,
     sample_images,
     seeded_uniforms,
-    written_batches,
 )
 
 
@@ -185,7 +185,7 @@ def test_completions_keep_what_is_given():
 
 
 def test_bars_count_images(capsys):
-    assert len(list(written_batches(small(), first_prompts(small().config, 0), range(5), batch=2))) == 3
+    assert len(list(generate_batches(small(), first_prompts(small().config, 0), range(5), batch=2))) == 3
     drawn = capsys.readouterr().err
     assert "5.0 of 5 images" in drawn and "0.0 of 5 images" in drawn
 
@@ -193,7 +193,7 @@ def test_bars_count_images(capsys):
 def test_the_bar_moves_with_every_token(monkeypatch):
     moves = []
     monkeypatch.setattr(sampling.tqdm, "update", lambda self, n: moves.append(n))
-    list(written_batches(small(), first_prompts(small().config, 0), range(3), batch=2, progress=False))
+    list(generate_batches(small(), first_prompts(small().config, 0), range(3), batch=2, progress=False))
     assert moves == pytest.approx([2 / 12] * 12 + [1 / 12] * 12)
 
 

@@ -219,7 +219,7 @@ def test_the_operator_is_one_for_pytorch():
         slopes.append(torch.autograd.grad(sum(x.square().sum() for x in first), tensors))
     for one, other in zip(*slopes, strict=True):
         assert_close(one, other, rtol=1e-3, atol=1e-3)
-    with pytest.raises(RuntimeError, match="know no torch.func transforms"):
+    with pytest.raises(RuntimeError, match="do not support torch.func transforms"):
         torch.func.vmap(lambda q: torch.ops.krause_repro.triton_forward(q, *tensors[1:], tau, None, None, 3, 2, 0)[0])(
             torch.stack([tensors[0].detach()] * 2))
 

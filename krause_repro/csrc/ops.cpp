@@ -31,7 +31,7 @@ static void reject_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet 
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 static void reject_transforms(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK(false, op.schema().name(), " knows no transforms of torch.func (vmap, grad, jvp, ...); use implementation=\"reference\"");
+  TORCH_CHECK(false, op.schema().name(), " does not support transforms of torch.func (vmap, grad, jvp, ...); use implementation=\"reference\"");
 }
 
 }  // namespace krause
