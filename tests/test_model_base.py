@@ -395,8 +395,11 @@ def test_missing_and_damaged_weights_are_named(tmp_path):
         index.write_text(text)
         with pytest.raises(ValueError, match=message):
             VisionTransformer.from_pretrained(tmp_path)
-    index.unlink()
     weights.write_bytes(whole)
+    index.write_text(json.dumps({"weight_map": {"head.weight": weights.name, "head.bias": "part-2.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"part-2\.safetensors is missing, which the index of the weights lists"):
+        VisionTransformer.from_pretrained(tmp_path)
+    index.unlink()
     (tmp_path / "optimizer.pt").write_bytes(b"")  # beside whole weights, a trainer's files do not matter
     assert VisionTransformer.from_pretrained(tmp_path).head.weight.equal(model.head.weight)
     assert VisionTransformer.from_pretrained(None, config=model.config, state_dict=model.state_dict()).head.weight.equal(model.head.weight)
