@@ -200,12 +200,12 @@ def figure_files(
     return sorted(figure_folder(profile, root).glob("[!.]*.png"))
 
 
-def figure_index(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: str | Path | None = None,  # the project's folder
-) -> list[dict[str, str | Path]]:
-    "`read_figure` of every saved figure of one profile, by name."
-    return [read_figure(png) for png in figure_files(profile, root)]
+def illustration(
+    fig: Figure,  # made of example numbers
+) -> Figure:  # the same
+    "Say on a figure of the book that its numbers are made up."
+    fig.suptitle("illustration, made-up numbers", fontsize=9, color=COLOURS["neutral"], style="italic")
+    return fig
 
 # %% ../nbs/55_drawing.ipynb #5bb7f934
 def field_path(

@@ -58,6 +58,31 @@ def base_fingerprint(
     return {name: getattr(config, name) for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")} | {
         "weights": _weight_samples(model)}
 
+# %% ../nbs/17_language_models.ipynb #be6c9acd
+def check_base(
+    model: PreTrainedModel,  # the model that gets the adapter
+    fingerprint: dict,  # of the model it was trained on
+    adapter: str | Path,  # for the message
+    tolerance: float = 0.02,  # largest relative distance of a matrix's sampled weights
+) -> None:
+    "Raise a `ValueError` if an adapter belongs to another base model."
+    own, other = base_fingerprint(model), f"adapter {adapter} is of another base model: its"
+    for name, value in fingerprint.items():
+        if name != "weights" and own[name] != value:
+            raise UserError(f"{other} {name} is {value}, this model's is {own[name]}")
+    for name, values in own["weights"].items():
+        apart = _relative_distance(values, fingerprint["weights"].get(name))
+        if not apart <= tolerance:  # also if it is NaN
+            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where {tolerance:.0%} is allowed")
+
+
+def _relative_distance(values, others):
+    "‖a − b‖ / ‖b‖; 0 if one of them is unknown."
+    if values is None or others is None:
+        return 0.0
+    values, others = torch.tensor(values, dtype=torch.float64), torch.tensor(others, dtype=torch.float64)
+    return ((values - others).norm() / others.norm().clamp_min(1e-12)).item()
+
 # %% ../nbs/17_language_models.ipynb #a415b275
 _LORA_TARGETS = (*PROJECTIONS, "gate_proj", "up_proj", "down_proj")
 
@@ -110,31 +135,6 @@ def parameter_counts(
     "Numbers of trainable, frozen and all parameters; shared ones count once."
     trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     return {"trainable": trainable, "frozen": total - trainable, "total": total}
-
-# %% ../nbs/17_language_models.ipynb #be6c9acd
-def check_base(
-    model: PreTrainedModel,  # the model that gets the adapter
-    fingerprint: dict,  # of the model it was trained on
-    adapter: str | Path,  # for the message
-    tolerance: float = 0.02,  # largest relative distance of a matrix's sampled weights
-) -> None:
-    "Raise a `ValueError` if an adapter belongs to another base model."
-    own, other = base_fingerprint(model), f"adapter {adapter} is of another base model: its"
-    for name, value in fingerprint.items():
-        if name != "weights" and own[name] != value:
-            raise UserError(f"{other} {name} is {value}, this model's is {own[name]}")
-    for name, values in own["weights"].items():
-        apart = _relative_distance(values, fingerprint["weights"].get(name))
-        if not apart <= tolerance:  # also if it is NaN
-            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where {tolerance:.0%} is allowed")
-
-
-def _relative_distance(values, others):
-    "‖a − b‖ / ‖b‖; 0 if one of them is unknown."
-    if values is None or others is None:
-        return 0.0
-    values, others = torch.tensor(values, dtype=torch.float64), torch.tensor(others, dtype=torch.float64)
-    return ((values - others).norm() / others.norm().clamp_min(1e-12)).item()
 
 # %% ../nbs/17_language_models.ipynb #a1194347
 _TASK_TYPE = "an adapter with a Krause branch"  # replaces the task type, so that plain `peft` refuses the adapter

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from krause_repro import image_data, image_recipes
-from krause_repro.drawing import figure_index
+from krause_repro.drawing import figure_files, read_figure
 from krause_repro.evaluation import read_plan
 from krause_repro.flops import COUNTED
 from krause_repro.generation_evaluation import GENERATOR_LABELS
@@ -128,6 +128,6 @@ def test_a_page_saves_the_recipes_it_was_passed(tmp_path, monkeypatch, source):
     assert [result["recipes"] for result in saved] == [{recipe.name: recipe.at("smoke").to_dict()} for recipe in TRIO]
     files = [path.read_text(encoding="utf-8") for path in result_path("image_classification/any", "smoke", tmp_path).parent.glob("*.json")]
     assert len(files) == 5 and not any("cifar10" in name for text in files for name in json.loads(text)["recipes"])  # a newcomer has none
-    drawn = figure_index("smoke", tmp_path)
+    drawn = [read_figure(png) for png in figure_files("smoke", tmp_path)]
     assert drawn and {figure["notebook"] for figure in drawn} == {page} and {figure["profile"] for figure in drawn} == {"smoke"}
     assert not (tmp_path / "figures").exists()

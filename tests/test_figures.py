@@ -405,7 +405,7 @@ def test_saved_files_say_what_they_show(tmp_path):
     for name in ("second", "first"):
         png, svg = drawing.save_figure(draw(), name, profile="desk", root=tmp_path, **SAVE)
         assert (png, svg) == (tmp_path / "figures" / f"{name}.png", tmp_path / "figures" / f"{name}.svg")
-    index = drawing.figure_index("desk", root=tmp_path)
+    index = [drawing.read_figure(png) for png in drawing.figure_files("desk", root=tmp_path)]
     assert [entry["name"] for entry in index] == ["first", "second"]
     folder = tmp_path / "figures"
     assert index[0] == {"name": "first", "caption": SAVE["caption"], "notebook": "56_figures", "profile": "desk",
@@ -414,7 +414,7 @@ def test_saved_files_say_what_they_show(tmp_path):
     ElementTree.fromstring(text)
     assert SAVE["caption"] in text and "56_figures" in text and "dc:date" not in text
     assert Image.open(png).size[0] == drawing.WIDTH * drawing.DPI
-    assert drawing.figure_index("smoke", root=tmp_path) == []
+    assert drawing.figure_files("smoke", root=tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "another's"])
@@ -463,7 +463,7 @@ def test_index_names_a_stranger(tmp_path):
     (tmp_path / "figures").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "figures" / "stranger.png")
     with pytest.raises(ValueError, match="stranger.png carries no Title, Description, Source, Comment"):
-        drawing.figure_index("desk", root=tmp_path)
+        drawing.read_figure(tmp_path / "figures" / "stranger.png")
 
 
 def test_only_smoke_is_stamped(tmp_path, monkeypatch):
