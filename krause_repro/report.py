@@ -37,7 +37,7 @@ from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path
 from .sinks import branch_files, sink_answer, sink_models
-from .statistics import MIN_EFFECT, decimals, effect, is_shown, markdown_table, plural
+from .statistics import MIN_EFFECT, decimals, effect, is_shown, markdown_table, percent, plural
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
@@ -475,9 +475,11 @@ def _accuracy_finding(root, fashion):
     controls += f" Distance minus dot product, on the same window without top-k: {effect(score)}." if score else ""
     other = f" On Fashion-MNIST {effect(fashion['pre'])}, with the same norm {effect(fashion['post'])}, not corrected." if fashion else ""
     level = f"; on Fashion-MNIST{'' if fashion['counts'] else ' the lead is not counted, since'} {fashion['level']}" if fashion else ""
+    network = load_result("image_classification/residual", "desk", root, missing_ok=True)
+    beside = f"; a residual convolutional network of as many parameters reaches {percent(network['test_accuracy'])}%" if network else ""
     return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
             f"the same place in both: {effect(norm)}.{other}{controls} *But* the models are small "
-            f"({size_in_words('kvit_s/cifar10')}), {rising} of the {len(trained)} transformers on CIFAR-10 were still improving{level}.")
+            f"({size_in_words('kvit_s/cifar10')}), {rising} of the {len(trained)} transformers were still improving{beside}{level}.")
 
 
 def findings(
