@@ -9,7 +9,7 @@ __all__ = ['plain_answers']
 from collections.abc import Callable
 from pathlib import Path
 
-from .evaluation import CLASSIFIER_LABELS, evaluate_runs, read_plan, train_seeds
+from .evaluation import CLASSIFIER_LABELS, evaluate_runs, is_undertrained, read_plan, train_seeds
 from .image_recipes import SUPPORTS, ablation_name
 from .recipes import get_recipe
 from .records import project_root
@@ -83,6 +83,7 @@ def factor_effect(
     factor: int,  # position in the tuple
     first: str,  # level
     second: str,  # level it is compared with
+    comparisons: int = 1,  # made together
 ) -> dict | None:  # as `paired_difference`, with the number of "settings" averaged over; None without a pair
     "Accuracy at the first level minus accuracy at the second, averaged over the other factors."
     def other(cell):
@@ -93,7 +94,7 @@ def factor_effect(
     if not pairs:
         return None
     means = [[sum(values) / len(pairs) for values in zip(*side, strict=True)] for side in zip(*pairs, strict=True)]
-    return {**paired_difference(*means), "settings": len(pairs)}
+    return {**paired_difference(*means, comparisons), "settings": len(pairs)}
 
 # %% ../nbs/42_ablation.ipynb #38872020
 ABLATION_CELLS = {
@@ -132,18 +133,19 @@ def _values(results, *names):
 def averaged_effects(
     results: dict[str, dict | None],  # by recipe: result of `summarise_runs`
 ) -> list[dict]:  # "label" and the fields of `factor_effect`
-    "The effect of each factor, averaged over the trained settings of the others."
+    "The effect of each factor, averaged over the trained settings of the others; intervals are corrected for the seven effects."
     labels = {**SCORE_LABELS, **SUPPORT_LABELS, "post": "post-norm", "pre": "pre-norm"}
     trained = {cell: results[name] for cell, name in ABLATION_CELLS.items() if results.get(name)}
     accuracies = dict(zip(trained, seed_values(list(trained.values())), strict=True))
-    effects = {f"{labels[first]} − {labels[second]}": factor_effect(accuracies, place, first, second) for place, first, second in FACTORS}
+    effects = {f"{labels[first]} − {labels[second]}": factor_effect(accuracies, place, first, second, len(FACTORS))
+               for place, first, second in FACTORS}
     return [{"label": label, **effect} for label, effect in effects.items() if effect]
 
 # %% ../nbs/42_ablation.ipynb #5302fa63
 def _named_differences(results, pairs):
-    "Differences between the pairs of models, by label; pairs with a model that is not trained are left out."
+    "Differences between the pairs of models, by label, corrected for their number; pairs with a model that is not trained are left out."
     found = {label: _values(results, *pair) for label, pair in pairs.items()}
-    return [{"label": label, **paired_difference(*values)} for label, values in found.items() if values]
+    return [{"label": label, **paired_difference(*values, len(pairs))} for label, values in found.items() if values]
 
 # %% ../nbs/42_ablation.ipynb #52055143
 def single_changes(
@@ -179,7 +181,7 @@ def difference_table(
     rows: list[dict],  # "label" and the fields of `paired_difference` or `factor_effect`
 ) -> str:  # Markdown
     "Differences in percentage points with their intervals, and whether they count."
-    return markdown_table(("difference", "settings averaged", "points", "95% interval", "counts?"), [
+    return markdown_table(("difference", "settings averaged", "points", "95% interval, corrected", "counts?"), [
         (row["label"], row.get("settings", 1), f"{100 * row['mean']:+.2f}", signed_interval(row["interval"]),
          outcome(row, "yes", "yes")) for row in rows])
 
@@ -187,9 +189,10 @@ def difference_table(
 def cell_table(
     results: dict[str, dict | None],  # by recipe: result of `summarise_runs`
 ) -> str:  # Markdown
-    "Test accuracy of every model of the ablation; a dash if it is not trained."
+    "Test accuracy of every model of the ablation; a dash if it is not trained. † marks an undertrained model."
     def accuracy(name):
-        return percent(results[name]["test_accuracy"]) if results.get(name) else None
+        result = results.get(name)
+        return percent(result["test_accuracy"]) + (" †" if is_undertrained(result["curves"]) else "") if result else None
 
     rows = [(SCORE_LABELS[score], SUPPORT_LABELS[support], accuracy(name), accuracy(ABLATION_CELLS[score, support, "pre"]))
             for (score, support, norm), name in ABLATION_CELLS.items() if norm == "post"]

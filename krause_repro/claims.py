@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .ablation import ABLATION_CELLS, PLANNED_RESULTS, ablation_names, averaged_effects, load_or_run_grid, planned_results
+from .ablation import PLANNED_RESULTS, load_or_run_grid, planned_results
 from .bench_attention import relative_values, scaling_series
-from .evaluation import CLASSIFIER_LABELS, finished_runs, is_undertrained, means_so_far, pending_results
+from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, means_so_far, pending_results
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_models, sink_verdict, window_effect
 from krause_repro.statistics import (
-    MIN_EFFECT, corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
+    MIN_EFFECT, corrected_difference, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
     span, unpaired_difference,
 )
 
@@ -78,13 +78,6 @@ def _verdict(difference: dict, smallest: float = MIN_EFFECT, better: int = 1) ->
     return HOLDS if better * difference["mean"] > 0 else DOES_NOT_HOLD
 
 
-def _together(own: str | None, other: str) -> str:
-    "Verdict from the paper's own data (None: not finished) and from other data."
-    if own is None:
-        return IN_PART if other in (HOLDS, IN_PART) else NOT_YET
-    return own if own == other or not {own, other} & {HOLDS, IN_PART} else IN_PART
-
-
 def _of_pairs(verdicts: list[str]) -> str:
     "Verdict of a claim that is compared with several rivals."
     if len(set(verdicts)) == 1:
@@ -98,22 +91,14 @@ def size_in_words(name: str) -> str:
     return f"width {recipe.width}, depth {recipe.depth}, {plural(recipe.epochs, 'epoch')}"
 
 
-def softmax_control(results: dict[str, dict], support: str, norm: str = "post") -> dict:
-    "KViT minus softmax with a `norm` on a `support`, from the ablation's `results`."
-    names = [ABLATION_CELLS[cell] for cell in (("krause", "local_top_k", "post"), ("softmax", support, norm))]
-    return paired_difference(*seed_values([results[name] for name in names]))
-
-
-PARTS = {"distance": "RBF − dot product", "window": "window − full", "top-k": "window + top-k − window"}
-
-
-def part_effects(root: Path | None = None):  # the project's folder
-    "The ablation's results and the effect of each part; None if a cell is missing."
-    results = load_or_run_grid("ablations", ablation_names("desk"), "desk", "never", root=root)
-    if not all(results.values()):
-        return results, None
-    rows = {row["label"]: row for row in averaged_effects(results)}
-    return results, {part: rows[label] for part, label in PARTS.items()}
+def undertrained_line(
+    results: dict[str, dict | None],  # by recipe, each with "curves"
+    labels: dict[str, str],  # by recipe, of those that are told of
+    gain: float,  # the plan's, from which on a model is undertrained
+) -> str:
+    "The models that were still improving when training stopped, in words."
+    rising = [label for name, label in labels.items() if results.get(name) and is_undertrained(results[name]["curves"], gain)]
+    return f"Undertrained by the plan's rule: {'; '.join(rising) or 'none'}."
 
 # %% ../nbs/68_claims.ipynb #2e54cc04
 def claim_text(
@@ -178,73 +163,58 @@ def cifar10_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
     return f"CIFAR-10 {means_so_far(plan, results, 'test_accuracy', labels, 100, 1)}"
 
 # %% ../nbs/68_claims.ipynb #b9d2e6f3
-def on_fashion(root: Path | None = None):  # the project's folder
-    """On Fashion-MNIST: KViT minus ViT by norm, what a linear model reaches, and whether KViT exceeds it: else its lead is not counted.
-
-    Empty before the ablation is finished.
-    """
-    results, effects = part_effects(root)
-    if not effects:
-        return {}
-    linear, kvit = (results[f"{name}/fashion_mnist"]["test_accuracy"] for name in ("softmax_regression", "kvit_t"))
-    return {**{norm: softmax_control(results, "full", norm) for norm in ("pre", "post")}, "counts": kvit["mean"] > linear["mean"],
-            "level": f"softmax regression on the pixels reaches {percent(linear)}%, KViT {percent(kvit)}%"}
-
-
 def _judge_accuracy(root):
     plan, results, cifar, post = on_cifar10(root)
-    fashion = on_fashion(root)
+    labels = {name: label for name, (label, _) in CLASSIFIER_LABELS["desk"].items()}
     numbers = f"CIFAR-10 {effect(cifar)}; with equal norms {effect(post)}" if cifar and post else cifar10_so_far(plan, results)
     evidence = [
         f"CIFAR-10, {size_in_words('kvit_s/cifar10')}: KViT − ViT {effect(cifar)} points; with equal norms {effect(post)}; seeds "
         f"{', '.join(map(str, cifar['seeds']))}, corrected for {len(plan['comparisons'])} comparisons." if cifar and post else
         f"CIFAR-10, finished so far: {pending_results(results, 'test_accuracy', 100, 2)}. No verdict before all seeds are.",
     ]
-    if fashion:
-        evidence.append(f"Fashion-MNIST, {size_in_words('kvit_t/fashion_mnist')}{'' if fashion['counts'] else ', not counted'}: KViT − ViT "
-                        f"{effect(fashion['pre'])} points; with equal norms {effect(fashion['post'])}; "
-                        f"{plural(fashion['pre']['n'], 'seed')}, not corrected; {fashion['level']}.")
     for name in ("softmax_regression", "convolution", "residual"):
         baseline = load_result(f"image_classification/{name}", "desk", root, missing_ok=True)
         if baseline:
-            evidence.append(f"{CLASSIFIER_LABELS['desk'][f'{name}/cifar10'][0].capitalize()}: {percent(baseline['test_accuracy'])}.")
-    rising = [CLASSIFIER_LABELS["desk"][name][0] for name, model in results.items() if model and is_undertrained(model["curves"])]
-    evidence.append(f"Undertrained by the rule of notebook 61: {'; '.join(rising) or 'none'}.")
-    own = cifar["verdict"] if cifar else None
-    counts = fashion and fashion["counts"]
-    return Finding(_together(own, _verdict(fashion["pre"])) if counts else own or NOT_YET, numbers, tuple(evidence))
+            later = ", added after the other test results were known" if name == "residual" else ""
+            evidence.append(f"{labels[f'{name}/cifar10'].capitalize()}: {percent(baseline['test_accuracy'])}%, "
+                            f"{plural(len(baseline['seeds']), 'seed')}{later}.")
+    evidence += [undertrained_line(results, labels, plan["flat_gain"]), altered_note(results)] if plan else []
+    return Finding(cifar["verdict"] if cifar else NOT_YET, numbers, tuple(filter(None, evidence)))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
 
+
 # %% ../nbs/68_claims.ipynb #63283f38
+PARTS = {  # planned comparisons of models that differ in one part; the plan has none for the window
+    "distance": ("kvit_s_local/cifar10", "softmax_s_local/cifar10"), "top-k": ("kvit_s/cifar10", "kvit_s_local/cifar10"),
+}
+
+
+def part_effects(root: Path | None = None):  # the project's folder
+    "On CIFAR-10, the planned difference that each part makes, by part; finished ones only. And what each is called."
+    plan, results = planned_results("cifar10", root)
+    found = {part: planned_difference("cifar10", plan, results, *pair) for part, pair in PARTS.items()} if plan else {}
+    effects = {part: each for part, each in found.items() if each}
+    return effects, {part: outcome(each, "helps", "harms", plan["smallest_difference"]) for part, each in effects.items()}
+
+
 def _judge_parts(root):
-    results, effects = part_effects(root)
-    if effects is None:
-        return Finding(NOT_YET, "not finished", ("Some cells of the ablation are not finished.",))
-    told = {part: outcome(row, "helps", "harms") for part, row in effects.items()}
-    helped = [part for part, word in told.items() if word == "helps"]
-    evidence = [f"{part} ({PARTS[part]}, averaged over {row['settings']} settings): {effect(row)} points, "
-                f"{plural(row['n'], 'seed')}: {told[part]}." for part, row in effects.items()]
-    for support, words in (("local_top_k", "window and top-k"), ("local", "window, without top-k")):
-        control = softmax_control(results, support)
-        evidence.append(f"KViT − softmax on the same {words}: {effect(control)} points: {outcome(control, 'higher', 'lower')}.")
-    plan, cifar = planned_results("cifar10", root)
-    for first, second in plan["comparisons"] if plan else ():
-        found = planned_difference("cifar10", plan, cifar, first, second)
-        if found and "local" in first + second:
-            first, second = (CLASSIFIER_LABELS["desk"][name][0] for name in (first, second))
-            verdict = outcome(found, "higher", "lower", plan["smallest_difference"])
-            evidence.append(f"CIFAR-10, {first} − {second}: {effect(found)} points, corrected: {verdict}.")
-    ours = ", ".join(f"{part} {100 * row['mean']:+.2f} {told[part]}" for part, row in effects.items())
-    none = DOES_NOT_HOLD if "harms" in told.values() else NOT_SHOWN
-    return Finding(HOLDS if len(helped) == len(PARTS) else IN_PART if helped else none, ours, tuple(evidence))
+    effects, told = part_effects(root)
+    labels = {name: label for name, (label, _) in CLASSIFIER_LABELS["desk"].items()}
+    evidence = [f"CIFAR-10, {part} ({' − '.join(labels[name] for name in PARTS[part])}): {effect(each)} points, "
+                f"{plural(each['n'], 'seed')}, corrected: {told[part]}." for part, each in effects.items()]
+    evidence.append(f"Not tested by a planned comparison: {', '.join(['window', *(part for part in PARTS if part not in effects)])}.")
+    ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())
+    words = set(told.values())
+    verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else NOT_YET
+    return Finding(verdict, f"CIFAR-10: {ours}" if ours else "not finished", tuple(evidence))
 
 def _published_parts() -> str:
     base, *rows = (row[1] for row in published_tables()["table13_kvit_ablation"]["rows"])
     whole, window, distance = (row - base for row in rows)
     return f"distance {distance:+.2f}, then window {window - distance:+.2f}, top-k {whole - window:+.2f} points (Table 13)"
 
-CLAIMS["parts"] = Claim("Distance, window and top-k each help", _published_parts, "65_ablations", _judge_parts)
+CLAIMS["parts"] = Claim("Distance, window and top-k each help", _published_parts, "61_image_classification", _judge_parts)
 
 # %% ../nbs/68_claims.ipynb #b4d3820d
 def _published_saving() -> list[float]:
@@ -396,49 +366,38 @@ def _published_sinks() -> str:
 CLAIMS["sinks"] = Claim("Attention sinks are alleviated", _published_sinks, "63_llm_finetuning", _judge_sinks)
 
 # %% ../nbs/68_claims.ipynb #55d60a5a
-def earlier_bits(root: Path | None = None):  # the project's folder
-    "KARM minus ARM and minus LARM on Fashion-MNIST, in bits per dimension; empty before all are trained."
-    names = [f"{model}/fashion_mnist" for model in ("karm", "arm", "larm")]
-    grid = load_or_run_grid("image_generation_fashion_mnist", names, "desk", "never", root=root)
-    if not all(grid.values()):
-        return {}
-    karm, *rivals = seed_values(list(grid.values()), "bits_per_dim")
-    return {rival: paired_difference(karm, bits) for rival, bits in zip(("arm", "larm"), rivals, strict=True)}
-
-
-def fashion_counts(root: Path | None = None):  # the project's folder
-    "The best table of counts on Fashion-MNIST beside the rivals, in words."
-    counts, *rivals = (load_result(f"image_generation_fashion_mnist/{name}", "desk", root) for name in ("baselines", "arm", "larm"))
-    best, (arm, larm) = min(each["bits_per_dim"] for each in counts["bits"].values()), (each["bits_per_dim"] for each in rivals)
-    return f"a table of counts reaches {best:.2f}, ARM {decimals(arm, 2)}, LARM {decimals(larm, 2)}"
-
-
 def mnist_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
     "Mean bits on MNIST, from the `plan` and `results` of `planned_results`."
     labels = {f"{model}/mnist": model.upper() for model in ("karm", "arm", "larm")}
     return f"MNIST {means_so_far(plan, results, 'bits_per_dim', labels, 1, 3)}"
 
 
-def _judge_bits(root):
+def on_mnist(root: Path | None = None):  # the project's folder
+    "The plan, its results, and KARM minus each rival (None before all seeds are finished)."
     plan, results = planned_results("mnist", root)
-    fashion, own = earlier_bits(root), {}
-    evidence = [f"Fashion-MNIST, {size_in_words('karm/fashion_mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, "
-                f"{plural(each['n'], 'seed')}." for rival, each in fashion.items()]
-    if plan:
-        own = {rival: planned_difference("mnist", plan, results, "karm/mnist", f"{rival}/mnist") for rival in ("arm", "larm")}
-        evidence += [f"MNIST, {size_in_words('karm/mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, corrected."
-                     for rival, each in own.items() if each]
-        if not all(own.values()):
-            evidence.append(f"MNIST, finished so far: {pending_results(results, 'bits_per_dim')}.")
-    if fashion:
-        evidence.append(f"Fashion-MNIST: {fashion_counts(root)}.")
+    return plan, results, {rival: planned_difference("mnist", plan, results, "karm/mnist", f"{rival}/mnist") if plan else None
+                           for rival in ("arm", "larm")}
+
+
+def best_counts(root: Path | None = None) -> str:  # the project's folder
+    "Bits of the best table of counts on MNIST, in words."
+    counts = load_result("image_generation/baselines", "desk", root, missing_ok=True)
+    if not counts:
+        return "no table of counts yet"
+    return f"the best table of counts needs {min(each['bits_per_dim'] for each in counts['bits'].values()):.3f}"
+
+
+def _judge_bits(root):
+    plan, results, found = on_mnist(root)
     smallest = plan["smallest_difference"] if plan else 0
-    other = _of_pairs([_verdict(each, smallest, -1) for each in fashion.values()] or [NOT_YET])
-    done = own and all(own.values())
-    shown = own if done else fashion
-    ours = ("MNIST " if done else "Fashion-MNIST ") + ", ".join(f"{rival.upper()} {effect(each, 1, 2)}" for rival, each in shown.items())
-    return Finding(_together(_of_pairs([each["verdict"] for each in own.values()]) if done else None, other),
-                   ours if shown else mnist_so_far(plan, results), tuple(evidence))
+    evidence = [f"MNIST, {size_in_words('karm/mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, "
+                f"{plural(each['n'], 'seed')}, corrected for {len(plan['comparisons'])} comparisons: "
+                f"{outcome(each, 'more', 'fewer', smallest)}." for rival, each in found.items() if each]
+    evidence.append(f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
+    done = all(found.values())
+    ours = ", ".join(f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
+    return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else NOT_YET,
+                   f"MNIST{'' if done else ', unfinished:'} {ours}" if ours else "not finished", tuple(evidence))
 
 def _published_bits() -> str:
     def less(table):

@@ -392,12 +392,13 @@ def means_so_far(
     scale: float = 1,  # factor to the unit shown
     digits: int = 2,  # decimals
 ) -> str:
-    "Means of models of a plan that has not all its seeds, each over its own seeds, marked if undertrained."
+    "Means of models of a plan, each over its own seeds, marked if undertrained, after the word *unfinished* if one has not all its seeds."
     trained, gain = {name: results[name] for name in labels if results.get(name)}, (plan or {}).get("flat_gain", FLAT_GAIN)
     marks = {name: ", undertrained" if is_undertrained(result["curves"], gain) else "" for name, result in trained.items()}
     means = [f"{labels[name]} {scale * result[field]['mean']:.{digits}f} ({plural(len(result['seeds']), 'seed')}{marks[name]})".strip()
              for name, result in trained.items()]
-    return f"unfinished: {', '.join(means)}" if means else "not finished"
+    done = plan and all(results.get(name) and set(plan["seeds"]) <= set(results[name]["seeds"]) for name in labels)
+    return ("" if done else "unfinished: ") + ", ".join(means) if means else "not finished"
 
 
 def seed_range(
@@ -412,7 +413,7 @@ def altered_note(
     models: dict[str, dict],  # by recipe: a result of `summarise_runs`
 ) -> str:  # empty if no result says so
     "A sentence on how many images differ from the published pixels."
-    data = next((m["data"] for m in models.values() if m.get("data")), {})
+    data = next((m["data"] for m in models.values() if m and m.get("data")), {})
     counts = {split: part["altered"] for split, part in data.items()}
     if not any(counts.values()):
         return ""

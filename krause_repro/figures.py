@@ -140,9 +140,11 @@ def plot_particles(
 def animate_particles(
     data: dict,  # {"panels": [{"title", "kind", "dimension": 2 or 3, "times": [S], "groups": [S], "snapshots": S lists of points}]}
     path: str | Path,  # a .webp file
-    milliseconds: int = 90,  # per frame; the last one stays for two seconds
 ) -> Path:
-    "Write particles as an animated WebP, a panel per interaction and a frame per time. Source: the animations of the paper's project page."
+    """Write particles as an animated WebP, a panel per interaction and a frame per time; the last one stays for two seconds.
+
+    Source: the animations of the paper's project page.
+    """
     panels, path = require_fields(data, "data", "panels")[0], Path(path)
     fig, axes = new_figure(WIDTH / len(panels) + 0.6, 1, len(panels), subplot_kw={"frame_on": False})
     for i, panel in enumerate(panels):
@@ -163,7 +165,7 @@ def animate_particles(
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as new:
-        frames[0].save(new, "WEBP", save_all=True, append_images=frames[1:], duration=[milliseconds] * (len(frames) - 1) + [2000], loop=0,
+        frames[0].save(new, "WEBP", save_all=True, append_images=frames[1:], duration=[90] * (len(frames) - 1) + [2000], loop=0,
                        quality=60)
     return path
 

@@ -326,7 +326,8 @@ class Splits:
     held_out: Dataset
     test: Dataset
     left_out: tuple[str, ...] = ()  # undecodable files of both splits
-    origin: dict[str, dict] = field(default_factory=dict)  # from `data_origin`
+    origin: dict[str, dict] = field(default_factory=dict)  # of images, from `data_origin`
+    corpus: str | None = None  # digest of the corpus of a language model from scratch
 
 
 def load_splits(

@@ -189,11 +189,10 @@ def summarise_sinks(
 def sink_passages(
     recipe: SinkRecipe,
     tokenizer: PreTrainedTokenizerBase,  # of the model
-    source: str | Path | None = None,  # the user's archive of Shakespeare's works, or a folder with it or with its texts
 ) -> Tensor:  # (passages, length)
     "Passages of the test works, each with the tokenizer's start token if it has one."
     start = torch.tensor(start_tokens(tokenizer), dtype=torch.long)
-    blocks, _ = text_blocks(tokenizer, list(split_works(shakespeare_text(source))["test"].values()), recipe.length - len(start))
+    blocks, _ = text_blocks(tokenizer, list(split_works(shakespeare_text())["test"].values()), recipe.length - len(start))
     blocks = torch.cat([start.expand(len(blocks), -1), blocks], 1)
     if not 0 < recipe.passages <= len(blocks):
         raise UserError(f"passages must be between 1 and {len(blocks)} of {recipe.length} tokens, got {recipe.passages}")

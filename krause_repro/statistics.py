@@ -64,11 +64,12 @@ def _with_interval(summary, comparisons=1):
 def paired_difference(
     first: list[float],  # one number per seed
     second: list[float],  # of the same seeds in the same order
+    comparisons: int = 1,  # made together
 ) -> dict:  # "values", "mean", "sd", "n" and "interval", the 95% confidence interval or None
-    "Differences first − second by seed, with their mean and its 95% confidence interval (Student's t, at least two seeds)."
+    "Differences first − second by seed, with their mean and its 95% interval (Student's t, Bonferroni-corrected, at least two seeds)."
     if len(first) != len(second):
         raise UserError(f"first and second must have one value for each of the same seeds, got {len(first)} and {len(second)}")
-    return _with_interval(summarise([a - b for a, b in zip(first, second, strict=True)]))
+    return _with_interval(summarise([a - b for a, b in zip(first, second, strict=True)]), comparisons)
 
 
 def seed_values(

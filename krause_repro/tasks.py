@@ -140,7 +140,6 @@ class TextSplits(Splits):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     counts: dict = field(default_factory=dict)  # per split: items or blocks, tokens, and numbers of truncated and dropped items
-    corpus: str | None = None  # digest of the corpus, for models from scratch
 
 
 def base_source(

@@ -414,7 +414,7 @@ def _train_locked(run, model, splits, processes, restart, unreadable, progress, 
     left_out = _left_out(splits, unreadable)
     with processes.main_process_first():
         if processes.is_main_process:
-            data = {"data": splits.origin, "corpus": getattr(splits, "corpus", None)}
+            data = {"data": splits.origin, "corpus": splits.corpus}
             _start(run, restart, left_out | {name: value for name, value in data.items() if value})
             if isinstance(run.recipe, LanguageModelRecipe):
                 splits.tokenizer.save_pretrained(run.path)
@@ -463,7 +463,7 @@ def train(
     with processes.main_process_first():  # the main process fills the cache
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
     if not restart:
-        check_data(run, splits.origin, getattr(splits, "corpus", None))
+        check_data(run, splits.origin, splits.corpus)
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     with locked(run.path) if processes.is_main_process else nullcontext():

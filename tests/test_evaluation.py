@@ -285,7 +285,8 @@ def cells_with(**effects):
     "Made-up results: 80% and so much more for each level or recipe named, the same in every seed but for a common noise."
     def result(*levels):
         base = 0.80 + sum(effects.get(level, 0) for level in levels)
-        return {"seeds": [0, 1, 2], "test_accuracy": summarise([base - 0.003, base, base + 0.003])}
+        curves = {"epochs": [1, 4], "validation_accuracy": {"mean": [base, base]}}
+        return {"seeds": [0, 1, 2], "test_accuracy": summarise([base - 0.003, base, base + 0.003]), "curves": curves}
 
     cells = {name: result(*cell) for cell, name in ABLATION_CELLS.items()}
     return cells | {name: result(name.partition("/")[0]) for name in ABLATION_CONTROLS.values()}

@@ -72,8 +72,6 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
     "61_image_classification": cifar_files(),
     "62_image_generation": generator_files("mnist") | {
-        f"image_generation_fashion_mnist/{model}": [get_recipe(f"{model}/fashion_mnist")] for model in GENERATOR_LABELS
-    } | {"image_generation_fashion_mnist/baselines": [get_recipe("karm/fashion_mnist")]} | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
     "63_llm_finetuning": fine_tuning_files("desk") | planned_files("textbooks", "textbooks")
