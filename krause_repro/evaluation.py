@@ -22,7 +22,7 @@ from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
 from .recipes import get_recipe
-from .records import file_digest, git_output, project_root, read_json, write_json
+from .records import file_digest, project_root, read_json, write_json
 from .results import load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, check_same_data, run_path, weights_file
 from krause_repro.statistics import (
@@ -254,7 +254,7 @@ CLASSIFIER_LABELS = {  # by profile and recipe: label and kind of colour
 }
 
 # %% ../nbs/41_evaluation.ipynb #a85c13f6
-FLAT_GAIN, FLAT_SHARE = 0.005, 0.2  # gain of held-out accuracy; last part of the schedule
+FLAT_GAIN, FLAT_LOSS, FLAT_SHARE = 0.005, 0.01, 0.2  # gain of held-out accuracy, fall of held-out loss; last part of the schedule
 
 # %% ../nbs/41_evaluation.ipynb #689edff7
 def last_gain(
@@ -278,16 +278,41 @@ def is_undertrained(
     found = last_gain(curves)
     return found is None or found >= gain
 
+
+def undertrained_mark(
+    curves: dict,  # as for `last_gain`
+    gain: float = FLAT_GAIN,  # gain from which on a model is undertrained
+) -> str:
+    "The word beside the number of an undertrained model, with a space before it; empty for others."
+    return " *(undertrained)*" if is_undertrained(curves, gain) else ""
+
 # %% ../nbs/41_evaluation.ipynb #4ee98c25
+PLAN_FIELDS = {  # of a plan that decide what is compared
+    "models": list, "baselines": list, "comparisons": list, "seeds": list, "smallest_difference": float, "counts_as_a_difference": str,
+    "flat_gain": float,
+}
+
+
+def _check_plan(plan, path):
+    for field, kind in PLAN_FIELDS.items():
+        if not isinstance(plan, dict) or not isinstance(plan.get(field), kind):
+            raise UserError(f"{path} must be an object whose {field} is a {kind.__name__}, got {plan!r:.60}")
+    for pair in plan["comparisons"]:
+        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(plan["models"]):
+            raise UserError(f"{path}: comparisons must be pairs of models, got {pair!r:.60}")
+
+
 def read_plan(
     name: str,  # of the file under `results/plans`
     root: Path | None = None,  # project folder
-) -> dict:  # with "commit", the last one that changed the file; None outside a repository
-    "The planned comparisons of an experiment."
+) -> dict:  # with "commit", in which it was fixed; None if the file differs from that commit's
+    "The planned comparisons of an experiment. Raises `UserError` for a damaged file."
     path = (root or project_root()) / "results" / "plans" / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the plans are part of the project, so call this in a clone of it")
-    return {**read_json(path), "commit": git_output("log", "-1", "--format=%H", "--", path.name, folder=path.parent) or None}
+    plan, fixed = read_json(path), read_json(path.with_name("commits.json")).get(name, {})
+    _check_plan(plan, path)
+    return {**plan, "commit": fixed["commit"] if fixed.get("sha256") == file_digest(path) else None}
 
 # %% ../nbs/41_evaluation.ipynb #c07d335f
 @dataclass(frozen=True)
@@ -329,7 +354,8 @@ def planned_table(
         return label, seeds_in_words(found["seeds"]), mean, interval, verdict
 
     head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
-    note = f"A difference counts if {plan['counts_as_a_difference']}. Fixed before the first run, in commit {str(plan['commit'])[:10]}."
+    fixed = f"Fixed before the first run, in commit {plan['commit'][:10]}" if plan["commit"] else "Not the plan that was committed"
+    note = f"A difference counts if {plan['counts_as_a_difference']}. {fixed}."
     return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
 
 # %% ../nbs/41_evaluation.ipynb #26d8a7f3
@@ -343,7 +369,7 @@ def trained_table(
         return decimals(m[field], measure.digits, measure.scale)
 
     def marked(m):
-        return shown(m, measure.field) + (" *(undertrained)*" if is_undertrained(m["curves"], flat_gain) else "")
+        return shown(m, measure.field) + undertrained_mark(m["curves"], flat_gain)
 
     def gained(m):
         gain = last_gain(m["curves"])

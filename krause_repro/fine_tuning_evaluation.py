@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .branched_models import branch_sigmas
 from .checks import UserError
-from .evaluation import Measure, cached_test, finished_model, on_device, provenance, step_curves
+from krause_repro.evaluation import (
+    FLAT_LOSS, Measure, cached_test, finished_model, on_device, provenance, step_curves, undertrained_mark,
+)
 from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
@@ -219,7 +221,8 @@ def fine_tuning_table(
         if result is None:
             return data, label, *(None,) * 7
         loss = result["token_loss"]
-        return (data, label, f"{result['before']['token_loss']['mean']:.3f}", decimals(loss), f"{math.exp(loss['mean']):.2f}",
+        after = decimals(loss) + undertrained_mark(result["curves"], FLAT_LOSS)
+        return (data, label, f"{result['before']['token_loss']['mean']:.3f}", after, f"{math.exp(loss['mean']):.2f}",
                 percent(result["token_accuracy"]), percent(result["letter_accuracy"]), result["steps"], loss["n"])
 
     rows = [row(*item) for item in results.items()]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from .checks import UserError, check_integer
-from .evaluation import Measure, cached_test, curve, finished_model, provenance, summarise_sigma
+from .evaluation import FLAT_LOSS, Measure, cached_test, curve, finished_model, provenance, summarise_sigma, undertrained_mark
 from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, ImageSet, load_splits
 from .image_transformer import image_tokens
@@ -314,7 +314,8 @@ def bits_table(
         if result is None:
             return _label(name), *(None,) * 5
         frechet = result["frechet"] and decimals(result["frechet"])
-        return (_label(name), decimals(result["bits_per_dim"]), decimals(result["bits_per_dim_all"]), frechet, len(result["seeds"]),
+        bits = decimals(result["bits_per_dim"]) + undertrained_mark(result["curves"], FLAT_LOSS)
+        return (_label(name), bits, decimals(result["bits_per_dim_all"]), frechet, len(result["seeds"]),
                 f"{result['parameters']:,}")
 
     rows = [row(*item) for item in results.items()]

@@ -21,7 +21,9 @@ from krause_repro.claims import (
     CLAIMS, VERDICTS, best_counts, cifar10_so_far, claims_table, generation_speeds, judged, mnist_so_far, on_cifar10, on_mnist,
     part_effects, sink_numbers, size_in_words,
 )
-from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, planned_table, read_plan, trained_table
+from krause_repro.evaluation import (
+    CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, finished_runs, is_undertrained, planned_table, read_plan, trained_table,
+)
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS, TEXTBOOK_LABELS, evaluate_fine_tuning, fine_tuning_differences, fine_tuning_table, parameter_table,
 )
@@ -106,7 +108,9 @@ RECIPE_ROWS = {  # by table and row: the recipe whose result stands beside it; T
 }
 
 
-MEASURED = {"accuracy": ("test_accuracy", 100, 2), "bits_per_dim": ("bits_per_dim", 1, 4)}  # by column: field, scale, decimals
+MEASURED = {  # by column: field, scale, decimals, and the gain from which on a model is undertrained
+    "accuracy": ("test_accuracy", 100, 2, FLAT_GAIN), "bits_per_dim": ("bits_per_dim", 1, 4, FLAT_LOSS),
+}
 COUNTED_COLUMNS = ("parameters", "gflops_as_published")
 
 
@@ -197,11 +201,11 @@ def format_ours(
     result: dict,  # of `summarise_runs` or `summarise_generators`
     profile: str,  # "smoke", "desk" or "paper"
 ) -> str:
-    "Mean ± standard deviation, number of seeds, size and length of training."
-    field, scale, digits = MEASURED[column]
+    "Mean ± standard deviation, number of seeds, size and length of training, and whether that was too short."
+    field, scale, digits, gain = MEASURED[column]
     epochs = get_recipe(name).at(profile).epochs
     return (f"{decimals(result[field], digits, scale)} ({plural(result[field]['n'], 'seed')}; {result['parameters']:,} parameters, "
-            f"{plural(epochs, 'epoch')})")
+            f"{plural(epochs, 'epoch')}{', undertrained' if is_undertrained(result['curves'], gain) else ''})")
 
 # %% ../nbs/70_report.ipynb #2da034b3
 def our_cell(
@@ -312,9 +316,11 @@ def classification_section(
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
+    nearest = load_result("image_classification/nearest_neighbours", "desk", root, missing_ok=True)
+    beside = [f"{nearest['k']} nearest neighbours on pixels: {100 * nearest['accuracy']:.2f}%."] if nearest else []
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{made}):",
-        trained_table(models), planned_table(models, plan), altered_note(models),
+        trained_table(models), *beside, planned_table(models, plan), altered_note(models),
         f"Of the {count['published']} published numbers collected here, {count['measured']} have a measured one of ours beside them, for a "
         f"smaller model; {count['counted']} parameter counts and FLOPs were counted at the paper's size.",
     ])

@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import re
+import statistics
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,6 +185,26 @@ KINDS = {
     "an object with all_layers, a summary": _curve_and_mean,
 }
 
+# %% ../nbs/21_results.ipynb #5b0c7a2e
+def _same(first, second):
+    return math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _inconsistency(value):
+    "What is wrong between the fields of an object, if anything."
+    values, times, parts = value.get("values"), value.get("epochs", value.get("steps")), {k: v for k, v in value.items() if _object(v)}
+    if values and _list(_number)(values) and _number(value.get("mean")):
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        if not _same(value["mean"], statistics.fmean(values)) or not _same(value.get("sd") or 0.0, sd):
+            return f"must have the mean and standard deviation of its values {values}, got {value['mean']} and {value.get('sd')}"
+    for name, part in parts.items():
+        if isinstance(value.get("seeds"), list) and isinstance(part.get("values"), list) and len(part["values"]) != len(value["seeds"]):
+            return f"must have a value of {name} for each of the seeds {value['seeds']}, got {len(part['values'])}"
+        own_times = not isinstance(times, list) or {"epochs", "steps"} & part.keys()
+        if not own_times and isinstance(part.get("mean"), list) and len(part["mean"]) != len(times):
+            return f"must have {len(times)} points in {name}.mean, one for each time, got {len(part['mean'])}"
+    return None
+
 # %% ../nbs/21_results.ipynb #6d848d32
 _SUMMARY, _CURVE = "a summary (mean and sd are numbers)", "a curve (mean and sd are lists)"
 FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
@@ -259,6 +280,8 @@ def check_fields(
         if kinds and not any(KINDS[kind](held) for kind in kinds.split(" or ")):
             raise UserError(f"{file}: {path}{field} must be {kinds}, got {json.dumps(held):.60}; {remedy}")
     held = {field: each if field == "recipes" else check_fields(each, file, remedy, f"{path}{field}") for field, each in value.items()}
+    if problem := _inconsistency(value):
+        raise UserError(f"{file}: {place or 'the result'} {problem}; {remedy}")
     return Fields(held, file, remedy, path)
 
 # %% ../nbs/21_results.ipynb #fd94cf47

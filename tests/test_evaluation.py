@@ -13,6 +13,7 @@ from krause_repro import cli, evaluation
 from krause_repro.ablation import (
     ABLATION_CELLS,
     ABLATION_CONTROLS,
+    PLANNED_RESULTS,
     averaged_effects,
     cell_table,
     difference_table,
@@ -46,7 +47,7 @@ from krause_repro.evaluation import (
 )
 from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
-from krause_repro.records import git_state
+from krause_repro.records import git_output, project_root, read_json
 from krause_repro.results import save_result
 from krause_repro.runs import Run, run_path
 from krause_repro.statistics import (
@@ -429,9 +430,38 @@ def test_other_plans_are_about_recipes_too(name):
     assert all(RECIPES[each].at("desk").seeds == tuple(plan["seeds"]) for each in plan["models"]) and plan["flat_share"] == FLAT_SHARE
 
 
-def test_without_git_a_plan_has_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert read_plan("mnist")["commit"] is None and git_state() == {"commit": None, "dirty": None}
+def test_a_plan_names_the_commit_before_its_runs_and_none_once_it_is_changed(tmp_path):
+    folder = project_root() / "results"
+    for name, (results, *_) in PLANNED_RESULTS.items():
+        commit = read_plan(name)["commit"]
+        if git_output("cat-file", "-t", commit, folder=folder) == "commit":  # else a shallow clone, or none
+            assert git_output("show", f"{commit}:results/plans/{name}.json", folder=folder).strip() == (
+                folder / "plans" / f"{name}.json").read_text(encoding="utf-8").strip()
+            runs = {run for path in (folder / "desk" / results).glob("*.json") for each in read_json(path).get("commits", ())
+                    for run in each.split(", ")}
+            assert runs and all(git_output("merge-base", commit, run, folder=folder) == commit for run in runs)
+    shutil.copytree(folder / "plans", tmp_path / "results" / "plans")
+    path = tmp_path / "results" / "plans" / "mnist.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("0.02,", "0.001,"), encoding="utf-8")
+    plan = read_plan("mnist", tmp_path)
+    assert plan["commit"] is None
+    models = {name: {"label": name} for name in plan["models"]}
+    assert "Not the plan that was committed." in planned_table(models, plan) and "first run" not in planned_table(models, plan)
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('"seeds": [', '"seed": [', "whose seeds is a list"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist"', "comparisons must be pairs of models"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist", "arm/mnits"', "comparisons must be pairs of models"),
+])
+def test_a_damaged_plan_is_named(tmp_path, old, new, message):
+    shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
+    path = tmp_path / "results" / "plans" / "mnist.json"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError, match=f"mnist.json.*{message}"):
+        read_plan("mnist", tmp_path)
 
 
 def test_the_committed_plan_is_about_recipes():

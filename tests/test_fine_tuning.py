@@ -528,7 +528,7 @@ def test_a_model_without_a_sink_has_none_to_lose():
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
-    monkeypatch.setattr(sinks, "shakespeare_text", lambda source: works)
+    monkeypatch.setattr(sinks, "shakespeare_text", lambda: works)
     recipe, tokenizer = replace(SINKS.at("smoke"), length=24, window=8, passages=5), byte_tokenizer()
     passages = sink_passages(recipe, tokenizer)
     assert passages.shape == (5, 24)

@@ -484,7 +484,7 @@ def test_recipes_must_be_of_the_profile(tmp_path):
 
 
 def test_the_table_has_every_summary_with_its_origin(tmp_path):
-    found = {"mean": 0.75, "sd": 0.25, "n": 2, "values": [0.5, 1.0]}
+    found = {"mean": 0.75, "sd": 0.125**0.5, "n": 2, "values": [0.5, 1.0]}
     curve = {"mean": [0.1, 0.2], "sd": [0.0, 0.0]}
     result = {"test_accuracy": found, "curves": {"loss": curve}, "recipes": {"m/d": {"lr": found}}, "seeds": [0, 1]}
     save_result("b", result, "smoke", tmp_path)
@@ -493,7 +493,7 @@ def test_the_table_has_every_summary_with_its_origin(tmp_path):
         lines = list(csv.DictReader(file))
     assert [(line["result"], line["quantity"], line["mean"]) for line in lines] == [
         ("a/one", "parts.0.loss", "2.0"), ("b", "test_accuracy", "0.75")]
-    assert lines[1] | {"values": "0.5 1.0", "recipes": "m/d", "seeds": "0 1", "sd": "0.25", "n": "2"} == lines[1]
+    assert lines[1] | {"values": "0.5 1.0", "recipes": "m/d", "seeds": "0 1", "sd": str(0.125**0.5), "n": "2"} == lines[1]
     saved = load_result("b", "smoke", tmp_path)
     origin = {"commit": saved["commit"], "device": saved["device"], "torch": saved["versions"]["torch"]}
     assert lines[1] | origin == lines[1]

@@ -64,7 +64,8 @@ def test_without_results_only_parameters_and_flops_are_ours(tmp_path):
 
 def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
     recipe, bits = get_recipe("karm/mnist"), summarise([0.56, 0.57])
-    result = {"recipes": {recipe.name: recipe.to_dict()}, "bits_per_dim": bits, "parameters": 9_809_760}
+    flat, falling = ({"held_out": {"epochs": [24, 30], "mean": [0.6 + fall, 0.6], "sd": [0, 0]}} for fall in (0, 0.02))
+    result = {"recipes": {recipe.name: recipe.to_dict()}, "bits_per_dim": bits, "parameters": 9_809_760, "curves": flat}
     save_result("image_generation/karm", result, "paper", tmp_path)
     lines = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM |")]
     ours = "0.5650 ± 0.0071 (2 seeds; 9,809,760 parameters, 30 epochs)"
@@ -72,9 +73,10 @@ def test_generators_stand_beside_the_papers_once_they_are_trained(tmp_path):
     twice = [line for line in report("paper", tmp_path).splitlines() if line.startswith("| KARM (W=128, k=96) |")]
     assert twice == [f"| KARM (W=128, k=96) | 0.5652 | {ours} |"] and coverage("paper", tmp_path)["measured"] == 2
     colour = get_recipe("larm/cifar10")
-    result = {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2]), "parameters": 52_274_432}
+    result = {"recipes": {colour.name: colour.to_dict()}, "bits_per_dim": summarise([3.2]), "parameters": 52_274_432,
+              "curves": falling}
     save_result("image_generation_colour/larm", result, "paper", tmp_path)
-    assert "| LARM | 3.1836 | 3.2000 (1 seed; 52,274,432 parameters, 30 epochs) | 14.4032 |" in report("paper", tmp_path)
+    assert "| LARM | 3.1836 | 3.2000 (1 seed; 52,274,432 parameters, 30 epochs, undertrained) | 14.4032 |" in report("paper", tmp_path)
 
 
 def test_the_results_count_trained_generators(tmp_path):
@@ -98,7 +100,7 @@ def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_si
 def tuned(name, values):
     recipe, right = get_recipe(name).at("desk"), summarise([0.6] * len(values))
     before = {"token_loss": summarise([2.5]), "token_accuracy": summarise([0.4])}
-    seeds = {"seeds": list(range(len(values)))}
+    seeds = {"seeds": list(range(len(values))), "curves": {"held_out": {"steps": [20, 25], "mean": [1.8, 1.7], "sd": [0, 0]}}}
     return {"recipes": {recipe.name: recipe.to_dict()}, **seeds, "token_loss": summarise(values), "token_accuracy": right,
             "before": before, "letter_accuracy": None, "letters": None, "steps": 25, "bf16": True, "trainable": 5, "frozen": 95,
             "parameters": 100}
@@ -120,7 +122,8 @@ def test_the_results_show_what_is_tuned_and_the_answer_on_sinks(tmp_path):
         save_result(f"fine_tuning_questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
     text = fine_tuning_section(tmp_path)
     assert text.startswith("2 of 4 models are fine-tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
-    assert "LoRA + Krause branch minus LoRA: -0.100 nats per token" in text and "| questions | LoRA | 2.500 | 1.700 ± 0.100 |" in text
+    assert "LoRA + Krause branch minus LoRA: -0.100 nats per token" in text and (
+        "| questions | LoRA | 2.500 | 1.700 ± 0.100 *(undertrained)* |" in text)
     models = {"base": ("lora_smollm2/questions", {"softmax": (0.6, 0.5)}),
               "krause_questions": ("krause_smollm2/questions", {"softmax": (0.6, 0.5), "krause": (0.5, 0.0), "mixed": (0.6, 0.4)})}
     for file, (name, kinds) in models.items():
@@ -156,7 +159,7 @@ def one_model(values):
     accuracy = summarise(values)
     return {
         "test_accuracy": accuracy, "held_out_accuracy": accuracy, "parameters": 123456, "paper": 95.35, "test_images": 10,
-        "seeds": list(range(len(values))), "seconds": summarise([60.0]),
+        "seeds": list(range(len(values))), "seconds": summarise([60.0] * len(values)),
         "curves": {"epochs": [1, 4], "validation_accuracy": {"mean": [0.5, 0.5], "sd": [0, 0]}},
     }
 
@@ -325,6 +328,9 @@ DAMAGE = {  # file, place, what is put there (None: it is taken out), what the m
     "text for a number": ("fine_tuning_questions/lora_smollm2", "token_loss|mean", "1.5", "token_loss must be a summary"),
     "empty list": ("cost", "scaling|rows", [], "scaling.rows must be a list of objects, got []"),
     "a value too few": ("image_generation_colour/karm", "bits_per_dim|values|0", None, "bits_per_dim must be a number or a summary"),
+    "another mean": ("image_classification/residual", "test_accuracy|mean", 0.99, "must have the mean and standard deviation"),
+    "a seed too few": ("image_classification/kvit_s", "seeds|0", None, "must have a value of test_accuracy for each of the seeds"),
+    "a time too few": ("image_classification/kvit_s", "curves|epochs|0", None, "curves must have 19 points in"),
     "object for a list": ("cost", "images|rows", {"ratio": 1}, "images.rows must be a list of objects"),
     "one quartile": ("language_speed", "rows|0|ratio_quartiles|0", None, "rows[0].ratio_quartiles must be two numbers"),
     "layers of different numbers": ("sinks/krause_questions", "sinks|krause|first_all|sd", [0.1], "sinks.krause.first_all must be"),
