@@ -64,7 +64,7 @@ def expected_results(
         "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
     }
     files = ["particles", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
-             "cost", "counting", "training_profile", "attention_maps", "attention_maps/untrained"]
+             "cost", "counting", "training_profile", "training_speed", "attention_maps", "attention_maps/untrained"]
     return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
 
 

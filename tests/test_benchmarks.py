@@ -47,7 +47,14 @@ from krause_repro.bench_language import (
     text_speed_series,
     text_speed_table,
 )
-from krause_repro.bench_models import bench_images, bench_training, forward_pass, training_step
+from krause_repro.bench_models import (
+    bench_images,
+    bench_training,
+    forward_pass,
+    training_speed_table,
+    training_speeds,
+    training_step,
+)
 from krause_repro.benchmarks import BENCHMARKS, bench_cost, bench_dynamics, format_rows, report_benchmark
 from krause_repro.drawing import COLOURS
 from krause_repro.flops import language_mac_table
@@ -336,6 +343,15 @@ def test_image_rows_give_images_per_second():
     rows = bench_images(replace(SMOKE, images=(case,)), passes=("forward",))["rows"]
     assert [(row["name"], row["pass"], row["images"]) for row in rows] == [("ViT", "forward", 3), ("KViT", "forward", 3)]
     assert all(row["images_per_second"] == pytest.approx(3 / row["seconds"]) for row in rows)
+
+
+def test_every_classifier_has_its_images_per_second():
+    recipes = {name: replace(get_recipe(name).at("smoke"), batch_size=size) for name, size in
+               (("kvit_t/fashion_mnist", 3), ("softmax_regression/fashion_mnist", 2))}
+    speeds = training_speeds(recipes, budget=0.1)
+    assert [row["images_per_second"] * row["seconds"] for row in speeds["rows"]] == pytest.approx([3, 2])
+    lines = training_speed_table(speeds, dict(zip(recipes, ("KViT", "linear"), strict=True))).splitlines()
+    assert lines[2].startswith("| KViT | ") and lines[2].endswith("| 1.00 | 1.00 |") and lines[3].startswith("| linear | ")
 
 
 def test_the_training_that_is_timed_is_real_training(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from krause_repro import image_data, image_recipes
 from krause_repro.drawing import figure_files, read_figure
-from krause_repro.evaluation import read_plan
+from krause_repro.evaluation import CLASSIFIER_LABELS, read_plan
 from krause_repro.flops import COUNTED
 from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.generation_recipes import GENERATORS
@@ -70,7 +70,7 @@ ON_WINDOW = get_recipe("ablation_softmax_local_top_k_post/fashion_mnist")
 TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "textbook", "language_model")  # beginnings of files
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
-    "61_image_classification": cifar_files(),
+    "61_image_classification": cifar_files() | {"training_speed": [get_recipe(name) for name in CLASSIFIER_LABELS["desk"]]},
     "62_image_generation": generator_files("mnist") | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
