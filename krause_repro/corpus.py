@@ -115,8 +115,7 @@ def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> Stre
     from datasets import load_dataset  # slow to import, and used only here
     from huggingface_hub import HfApi
     if source is not None:
-        files = sorted(str(file) for file in source.rglob("*.parquet"))
-        if not files:
+        if not (files := sorted(map(str, source.rglob("*.parquet")))):
             raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
         for file in files:
             check_parquet(file)
@@ -199,8 +198,7 @@ def train_tokenizer(
     vocab_size: int,  # tokens, the 256 bytes and the end token included
 ) -> PreTrainedTokenizerFast:
     "Train a byte-level BPE tokenizer. Raises `UserError` if the text is too small for so many tokens."
-    check_integer("vocab_size", vocab_size, MIN_VOCAB)
-    if vocab_size > MAX_VOCAB:
+    if check_integer("vocab_size", vocab_size, MIN_VOCAB) > MAX_VOCAB:
         raise UserError(f"vocab_size must be at most {MAX_VOCAB:,}, what uint16 can hold, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -545,6 +543,7 @@ def load_corpus(
     folder: str | Path | None = None,  # where corpora are built; None: `corpora` in the language folder (page 29)
     tokenizer: str | Path | None = None,  # a folder or a name on the hub, instead of training one
     download: bool = True,  # may the text be downloaded?
+    build: bool = True,  # may it be built?
 ) -> Corpus:
     "Open a corpus; build it first if it is not there. Raises `UserError` and `FileNotFoundError` that name what is wrong or missing."
     check_choice("name", name, CORPORA)
@@ -560,7 +559,8 @@ def load_corpus(
         label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
         folder = language_folder() / "corpora" if folder is None else Path(folder)
         path = _text_folder(folder, label, source) if name == "text" else folder / f"{name}-{label}"
-        _build_missing(path, name, vocab_size, tokenizer, source, download)
+        if build:
+            _build_missing(path, name, vocab_size, tokenizer, source, download)
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
 
 # %% ../nbs/33_corpus.ipynb #ab3f19d6

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from .branched_models import add_krause_branch
 from .checks import UserError, check_choice
-from .corpus import Corpus, load_corpus, textbooks
+from .corpus import CORPORA, Corpus, load_corpus, textbooks
 from .generation_recipes import ImageGenerationRecipe
 from .image_data import Collator, ImageSet, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
@@ -235,9 +235,11 @@ def _language_collators(recipe: FineTuningRecipe, splits: TextSplits, channels_l
 def recipe_corpus(
     recipe: LanguageModelRecipe,
     source: str | Path | None = None,  # the user's text, or the folder of a finished corpus
+    **options: bool,  # of `load_corpus`
 ) -> Corpus:
     "The corpus of a recipe. Raises `UserError` for one of another tokenizer."
-    corpus = load_corpus(recipe.dataset, None if recipe.vocab_size == 50_257 else recipe.vocab_size, source)
+    finished = CORPORA[recipe.dataset].vocab_size is None  # its tokenizer is not trained
+    corpus = load_corpus(recipe.dataset, None if finished else recipe.vocab_size, source, **options)
     if corpus.vocab_size != recipe.vocab_size:
         raise UserError(f"vocab_size must be that of the corpus in {corpus.path}, {corpus.vocab_size}, got {recipe.vocab_size}")
     return corpus
