@@ -178,8 +178,8 @@ class LanguageModelRecipe(Recipe):
     weight_decay: float = 0.1  # not on σ, biases and norms (our choice)
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    train_blocks: int | None = None  # size of a fixed random subset; None: all
-    held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training
+    train_blocks: int | None = None  # size of a fixed random subset; None: all; a text other than FineWeb-Edu may have fewer
+    held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training; another text may have fewer
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
     allowed: ClassVar[dict[str, Allowed]] = {
         **Recipe.allowed, **TRAINING, "dataset": one_of(*LM_DATASETS), "mixer": one_of(*MIXERS), "context": integers(2),

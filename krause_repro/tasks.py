@@ -251,13 +251,21 @@ def corpus_splits(
     unreadable: str = "stop",  # for images; unused
 ) -> TextSplits:
     "The packed blocks of a recipe. Raises `UserError` before training for a corpus of another tokenizer and for too few blocks."
-    corpus = recipe_corpus(recipe, source)
-    splits = {"train": 0, "validation": 1, "test": 1}  # tokens that consecutive blocks share
-    train, held_out, test = (corpus.blocks(split, recipe.context, overlap=overlap) for split, overlap in splits.items())
-    if not 0 < recipe.held_out <= len(held_out):
-        raise UserError(f"held_out must be between 1 and {len(held_out)} blocks of {recipe.context} tokens, got {recipe.held_out}")
-    train = Subset(train, _subset(len(train), recipe.train_blocks, "train_blocks"))
-    held_out = Subset(held_out, [i * len(held_out) // recipe.held_out for i in range(recipe.held_out)])
+    corpus, splits = recipe_corpus(recipe, source), {"train": 0, "validation": 1, "test": 1}  # tokens that consecutive blocks share
+    try:
+        train, held_out, test = (corpus.blocks(split, recipe.context, overlap=overlap) for split, overlap in splits.items())
+    except UserError as error:
+        raise UserError(f"source must have at least one block of {recipe.context} tokens in each split ({error})") from error
+    limit, count = recipe.train_blocks, recipe.held_out
+    if CORPORA[recipe.dataset].hub is None:  # of a text of another size as many as there are
+        if len(train) < recipe.batch_size:
+            raise UserError(f"source must have at least {recipe.batch_size} training blocks of {recipe.context} tokens, one batch, "
+                            f"got {len(train)}; take a longer text or the profile desk or smoke")
+        limit, count = limit and min(limit, len(train)), min(count, len(held_out))
+    if not 0 < count <= len(held_out):
+        raise UserError(f"held_out must be between 1 and {len(held_out)} blocks of {recipe.context} tokens, got {count}")
+    train = Subset(train, _subset(len(train), limit, "train_blocks"))
+    held_out = Subset(held_out, [i * len(held_out) // count for i in range(count)])
     parts = {"train": train, "held_out": held_out, "test": test}
     counts = {part: {"items": len(each), "tokens": len(each) * recipe.context} for part, each in parts.items()}
     return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from krause_repro import corpus as corpora
+from krause_repro import tasks
 from krause_repro.corpus import (
     CORPORA,
     SPLITS,
@@ -23,6 +25,7 @@ from krause_repro.corpus import (
     train_tokenizer,
 )
 from krause_repro.language_data import EOS, read_documents
+from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, write_json
 
 VOCAB = 300
@@ -376,3 +379,18 @@ def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path)
         built.blocks("train", 8, 8)
     with pytest.raises(ValueError, match="length must be at most"):
         built.blocks("test", 10**6)
+
+
+def test_of_a_short_text_training_takes_what_there_is(built, monkeypatch):
+    recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB)
+    splits = tasks.corpus_splits(recipe, built.path)
+    found = [len(built.blocks("train", 64)), len(built.blocks("validation", 64, 1))]
+    assert found[0] < recipe.train_blocks and found[1] < recipe.held_out
+    assert [len(splits.train), len(splits.held_out)] == [splits.counts[part]["items"] for part in ("train", "held_out")] == found
+    for change, message in (({"batch_size": 4800}, "source must have at least 4800 training blocks of 64 tokens, one batch"),
+                            ({"context": 4000}, "source must have at least one block of 4000 tokens in each split")):
+        with pytest.raises(ValueError, match=message):
+            tasks.corpus_splits(replace(recipe, **change), built.path)
+    monkeypatch.setattr(tasks, "recipe_corpus", lambda *_: built)  # of FineWeb-Edu as many as the recipe says
+    with pytest.raises(ValueError, match=f"held_out must be between 1 and {found[1]} blocks"):
+        tasks.corpus_splits(replace(recipe, dataset="fineweb_edu"))
