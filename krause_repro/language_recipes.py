@@ -216,7 +216,7 @@ LM_PROFILES = {
     },
     "smoke": {
         "seeds": (0, 1), "vocab_size": 512, "context": 64, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "window": 8, "top_k": 4,
-        "batch_size": 16, "per_device_batch_size": 16, "lr": 3e-3, "train_blocks": 256, "held_out": 32, "bf16": False,
+        "batch_size": 16, "per_device_batch_size": 8, "lr": 3e-3, "train_blocks": 256, "held_out": 32, "bf16": False,
     },
 }
 LM_SUPPORTS = {  # what differs by mixer, beside the profile: supports of an eighth of the context
@@ -227,7 +227,7 @@ LM_SUPPORTS = {  # what differs by mixer, beside the profile: supports of an eig
 LM_VOCABULARIES = {"fineweb_edu": {"vocab_size": 50_257}}  # under every profile: its tokenizer is finished
 LM_SIZES = {  # the published table, and what differs from the size of about 100M parameters
     "100m": ("lm_100m", {}),
-    "200m": ("lm_200m", {"width": 960, "depth": 12, "heads": 15, "mlp_width": 2560, "per_device_batch_size": 16}),
+    "200m": ("lm_200m", {"width": 960, "depth": 12, "heads": 15, "mlp_width": 2560}),
 }
 LM_ROWS = {"krause": "Krause", "window": "Window", "standard": "Standard", "top_k": "Top-k", "longformer": "Longformer",
            "routing": "Routing"}

@@ -3,6 +3,7 @@
 import pickle
 from copy import deepcopy
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ from krause_repro.language_recipes import (
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
 from krause_repro.reference import SCORES
+from krause_repro.tasks import check_batch
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]
@@ -281,6 +283,13 @@ def test_language_models_are_the_papers():
     assert {"width", "depth"} <= set(recipes["lm_krause_200m/fineweb_edu"].unpublished)
     for profile, trained in (("smoke", 512), ("desk", 4096)):  # the tokenizer of FineWeb-Edu is finished
         assert (krause.at(profile).vocab_size, recipes["lm_krause_100m/text"].at(profile).vocab_size) == (50_257, trained)
+
+
+def test_language_models_start_in_several_processes(monkeypatch):
+    for profile, counts in (("paper", (1, 2, 4, 8, 16)), ("smoke", (1, 2))):
+        for recipe, processes in product(language_model_recipes().values(), counts):
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            assert check_batch(recipe.at(profile)) == processes, recipe.name
 
 
 @pytest.mark.parametrize("profile", PROFILES)
