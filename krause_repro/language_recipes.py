@@ -12,7 +12,7 @@ from typing import ClassVar
 from .checks import UserError
 from .generation_recipes import published_row
 from .image_recipes import TRAINING, check_heads
-from .language_model import MIXERS, LanguageModelConfig
+from .language_model import MIXERS, UNPACKED, LanguageModelConfig
 from .llm_branch import BranchSettings
 from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, is_number, one_of, or_none, tuples
 
@@ -181,13 +181,14 @@ class LanguageModelRecipe(Recipe):
     train_blocks: int | None = None  # size of a fixed random subset; None: all; a text other than FineWeb-Edu may have fewer
     held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training; another text may have fewer
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
+    document_mask: bool = False  # does each document of a block attend to itself alone, from position 0?
     allowed: ClassVar[dict[str, Allowed]] = {
         **Recipe.allowed, **TRAINING, "dataset": one_of(*LM_DATASETS), "mixer": one_of(*MIXERS), "context": integers(2),
         **dict.fromkeys(("vocab_size", "width", "depth", "heads", "mlp_width", "window", "top_k", "clusters", "batch_size",
                          "per_device_batch_size", "held_out"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("dropout", "warmup_share"), FRACTION),
-        **dict.fromkeys(("reset_gate", "gradient_checkpointing"), FLAG), "final_lr_share": SHARE, "betas": tuples(FRACTION, 2),
-        "global_tokens": tuples(integers(0)), "train_blocks": or_none(integers(1)), "gate_init": GATE_INIT,
+        **dict.fromkeys(("reset_gate", "gradient_checkpointing", "document_mask"), FLAG), "final_lr_share": SHARE,
+        "betas": tuples(FRACTION, 2), "global_tokens": tuples(integers(0)), "train_blocks": or_none(integers(1)), "gate_init": GATE_INIT,
     }
 
     def check_together(self):
@@ -196,6 +197,12 @@ class LanguageModelRecipe(Recipe):
             raise UserError(f"batch_size = {self.batch_size} must be a multiple of per_device_batch_size, {self.per_device_batch_size}")
         if self.gradient_checkpointing and self.mixer == "routing":
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
+        if self.document_mask and self.mixer in UNPACKED:
+            raise UserError(f"document_mask must be False for {self.mixer}, whose mask does not keep documents apart")
+
+    def to_dict(self) -> dict:
+        "The fields as JSON-serialisable data. `document_mask` is left out at its default, since earlier versions did not have it."
+        return {name: value for name, value in super().to_dict().items() if name != "document_mask" or value}
 
     def changes(self, profile):
         return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {}) | LM_VOCABULARIES.get(self.dataset, {})

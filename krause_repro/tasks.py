@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator,
@@ -271,13 +272,20 @@ def corpus_splits(
     return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)
 
 
-def _collate_blocks(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _collate_blocks(examples: list[dict[str, Tensor]], eos: int | None = None) -> dict[str, Tensor]:
+    "A batch of blocks. With an end token, positions start again after it, and no document's first token is predicted."
     tokens = torch.stack([example["input_ids"] for example in examples])
-    return {"input_ids": tokens, "labels": tokens}
+    if eos is None:
+        return {"input_ids": tokens, "labels": tokens}
+    first, places = F.pad(tokens[:, :-1] == eos, (1, 0)), torch.arange(tokens.shape[1])
+    positions = places - torch.where(first, places, 0).cummax(1).values
+    return {"input_ids": tokens, "labels": tokens.masked_fill(first, IGNORED), "position_ids": positions}
 
 
 def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
-    return (_collate_blocks,) * 2
+    if not recipe.document_mask:
+        return (_collate_blocks,) * 2
+    return (partial(_collate_blocks, eos=splits.tokenizer.eos_token_id if splits.tokenizer else 0),) * 2  # random tokens: 0 ends a document
 
 # %% ../nbs/34_tasks.ipynb #5e5e391b
 def random_splits(

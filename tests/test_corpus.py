@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -394,3 +395,18 @@ def test_of_a_short_text_training_takes_what_there_is(built, monkeypatch):
     monkeypatch.setattr(tasks, "recipe_corpus", lambda *_: built)  # of FineWeb-Edu as many as the recipe says
     with pytest.raises(ValueError, match=f"held_out must be between 1 and {found[1]} blocks"):
         tasks.corpus_splits(replace(recipe, dataset="fineweb_edu"))
+
+
+def test_with_a_document_mask_packed_documents_are_each_alone(built):
+    recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB, document_mask=True)
+    task, eos = tasks.task_of(recipe), built.tokenizer.eos_token_id
+    collate, _ = task.collators(recipe, tasks.TextSplits([], [], [], tokenizer=built.tokenizer), False)
+    one, two = ([*draw, eos] for draw in np.random.default_rng(0).integers(10, VOCAB, (2, 20)).tolist())
+    batch = collate([{"input_ids": torch.tensor(one + two)}])
+    assert batch["position_ids"].tolist() == [[*range(21)] * 2] and batch["labels"].tolist() == [[*one, -100, *two[1:]]]
+    torch.manual_seed(0)
+    model = task.build(recipe).eval()
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([each])).logits for each in (one, two)], 1)
+        torch.testing.assert_close(model(**batch).logits, alone)
+        assert not torch.allclose(model(batch["input_ids"]).logits, alone, atol=1e-3)

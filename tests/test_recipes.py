@@ -374,6 +374,13 @@ def test_fingerprint_is_of_the_deciding_fields(name):
     assert replace(recipe).fingerprint == recipe.fingerprint
 
 
+def test_a_field_of_a_later_version_changes_no_earlier_recipe():
+    recipe = get_recipe("lm_krause_100m/openstax").at("desk")
+    masked = replace(recipe, document_mask=True)
+    assert "document_mask" not in recipe.to_dict() and masked.to_dict() == recipe.to_dict() | {"document_mask": True}
+    assert recipe.fingerprint == "e827067495ffc4df" != masked.fingerprint
+
+
 def test_fingerprints_tell_all_recipes_and_profiles_apart():
     found = [recipe.at(profile).fingerprint for recipe in RECIPES.values() for profile in PROFILES]
     assert len(set(found)) == len(found)
@@ -413,7 +420,7 @@ WRONG = {  # by field, in every kind of recipe that has it
     "gate_init": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
     "gradient_checkpointing": [None], "train_items": [0, -1], "dimension": [1], "particles": [1], "step": [0, 2], "duration": [0],
     "integrator": ["rk5"], "starts": [0], "vocab_size": [0], "context": [1, 2.0], "mixer": ["flash", None], "reset_gate": ["no"],
-    "global_tokens": [3, (-1,)], "clusters": [0], "betas": [(0.9,), (0.9, 1.0)], "train_blocks": [0],
+    "global_tokens": [3, (-1,)], "clusters": [0], "betas": [(0.9,), (0.9, 1.0)], "train_blocks": [0], "document_mask": [0, None],
 }
 
 
@@ -443,6 +450,7 @@ def test_every_field_of_every_recipe_has_its_rule():
     ("lm_krause_100m/openstax", {"batch_size": 975}, "batch_size = 975 must be a multiple of per_device_batch_size, 61"),
     ("lm_krause_100m/openstax", {"width": 760}, "heads must divide width = 760, got 12"),
     ("lm_routing_100m/openstax", {"gradient_checkpointing": True}, "gradient_checkpointing must be False for routing"),
+    ("lm_longformer_100m/openstax", {"document_mask": True}, "document_mask must be False for longformer"),
     ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of per_device_batch_size, 4"),
 ])
 def test_fields_that_do_not_fit_together_are_refused(name, change, message):
