@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from krause_repro import corpus as corpora
-from krause_repro import tasks
+from krause_repro import language_model_evaluation, tasks
 from krause_repro.corpus import (
     CORPORA,
     SPLITS,
@@ -26,6 +26,8 @@ from krause_repro.corpus import (
     train_tokenizer,
 )
 from krause_repro.language_data import EOS, read_documents
+from krause_repro.language_model_evaluation import ngram_baselines
+from krause_repro.likelihood import KneserNey
 from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, write_json
 
@@ -410,3 +412,15 @@ def test_with_a_document_mask_packed_documents_are_each_alone(built):
         alone = torch.cat([model(torch.tensor([each])).logits for each in (one, two)], 1)
         torch.testing.assert_close(model(**batch).logits, alone)
         assert not torch.allclose(model(batch["input_ids"]).logits, alone, atol=1e-3)
+
+
+def test_the_ngram_baseline_counts_no_more_tokens_than_fit_and_says_what_both_splits_hold(built, monkeypatch):
+    recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB)
+    whole, total = ngram_baselines(recipe, built.path), built.manifest["splits"]["train"]["tokens"]
+    assert (whole["all"]["train_tokens"], whole["seen"]["train_tokens"]) == (total, total // 64 * 64)
+    assert whole["overlap"] == built.manifest["overlap"] and whole["overlap"]["test"]["ngrams"] > 0
+    monkeypatch.setattr(language_model_evaluation, "NGRAM_TOKENS", 1000)
+    part = ngram_baselines(recipe, built.path)
+    assert (part["all"]["train_tokens"], part["seen"]["train_tokens"]) == (1000, 960)
+    bits = KneserNey(built.tokens("train")[:1000], VOCAB, 5).bits(built.tokens("test"))
+    assert part["all"]["bits_per_token"] == bits[1:len(built.blocks("test", 64, 1)) * 63 + 1].mean() > whole["all"]["bits_per_token"]
