@@ -330,6 +330,17 @@ def test_folders_without_text_are_refused(tmp_path, content, message):
         read_documents(tmp_path)
 
 
+def test_what_a_folder_of_texts_holds_beside_them(tmp_path):
+    for name in ("b.TXT", "a.txt", "in/c.Txt", ".hidden.txt", ".git/d.txt", "e.md", "f"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with pytest.warns(UserWarning, match=f"2 of 5 files in {tmp_path} are not read, such as e.md"):
+        assert read_documents(tmp_path) == ["a.txt", "b.TXT", "in/c.Txt"]
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="loop is a link to a folder"):
+        read_documents(tmp_path)
+
+
 def test_marks_of_editors_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(f"one\n{EOS} \ntwo {EOS} \n{EOS}\t\r\nthree".encode("utf-8-sig"))
     (tmp_path / "b.txt").write_text("four", encoding="utf-8-sig")
