@@ -4,6 +4,7 @@ import random
 import shutil
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from krause_repro.corpus import (
 )
 from krause_repro.language_data import EOS, read_documents
 from krause_repro.language_model_evaluation import ngram_baselines
-from krause_repro.likelihood import KneserNey
+from krause_repro.likelihood import KneserNey, ngram_hashes
 from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, write_json
 
@@ -435,3 +436,30 @@ def test_the_ngram_baseline_counts_no_more_tokens_than_fit_and_says_what_both_sp
     assert (part["all"]["train_tokens"], part["seen"]["train_tokens"]) == (1000, 960)
     bits = KneserNey(built.tokens("train")[:1000], VOCAB, 5).bits(built.tokens("test"))
     assert part["all"]["bits_per_token"] == bits[1:len(built.blocks("test", 64, 1)) * 63 + 1].mean() > whole["all"]["bits_per_token"]
+
+
+def test_the_overlap_is_that_of_sets_and_reads_the_training_text_once(tmp_path, monkeypatch):
+    calls, shared = [], texts()[0] * 2
+    monkeypatch.setattr(corpora, "ngram_hashes", lambda tokens, eos: calls.append(len(tokens)) or ngram_hashes(tokens, eos))
+    documents = [f"{text} {shared if number % 3 else ''} {text}" for number, text in enumerate(texts())]
+    (tmp_path / "texts").write_text(f"\n{EOS}\n".join(documents), encoding="utf-8")
+    corpus = load_corpus("text", VOCAB, tmp_path / "texts", tmp_path / "corpora")
+
+    def grams(split):
+        tokens, eos = corpus.tokens(split).tolist(), corpus.tokenizer.eos_token_id
+        return [each for i in range(len(tokens) - 12) if eos not in (each := tuple(tokens[i:i + 13]))]
+
+    seen = set(grams("train"))
+    for split in ("validation", "test"):
+        held_out, found = grams(split), corpus.manifest["overlap"][split]
+        assert found == {"ngrams": len(held_out), "in_train": pytest.approx(sum(each in seen for each in held_out) / len(held_out))}
+        assert 0 < found["in_train"] < 1
+    assert sorted(calls) == sorted(len(corpus.tokens(split)) for split in SPLITS)
+
+
+def test_only_a_corpus_with_a_finished_tokenizer_is_asked_for_without_a_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tasks, "load_corpus", lambda name, size, source: asked.append((name, size)) or SimpleNamespace(vocab_size=50_257))
+    for dataset in ("fineweb_edu", "text"):  # a text of the user may have GPT-2's tokenizer, too
+        tasks.recipe_corpus(replace(get_recipe("lm_krause_100m/text"), dataset=dataset, vocab_size=50_257))
+    assert asked == [("fineweb_edu", None), ("text", 50_257)]
