@@ -147,9 +147,25 @@ def textbook_recipes() -> dict[str, TextbookTuningRecipe]:
 # %% ../nbs/25_language_recipes.ipynb #7dc81a36
 LM_DATASETS = ("fineweb_edu", "openstax", "novels", "shakespeare", "text")  # of page 33; "text": the user's own file or folder
 
+# %% ../nbs/25_language_recipes.ipynb #5b8e20d1
+@dataclass(frozen=True)
+class PackedRecipe(Recipe):
+    "Training on blocks of packed documents."
+
+    train_blocks: int | None = None  # size of a fixed random subset; None: all; a text other than FineWeb-Edu may have fewer
+    held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training; another text may have fewer
+    document_mask: bool = False  # does each document of a block attend to itself alone, from position 0?
+    allowed: ClassVar[dict[str, Allowed]] = {
+        **Recipe.allowed, "train_blocks": or_none(integers(1)), "held_out": integers(1), "document_mask": FLAG,
+    }
+
+    def to_dict(self) -> dict:
+        "The fields as JSON-serialisable data. `document_mask` is left out at its default, since earlier versions did not have it."
+        return {name: value for name, value in super().to_dict().items() if name != "document_mask" or value}
+
 # %% ../nbs/25_language_recipes.ipynb #9f256504
 @dataclass(frozen=True)
-class LanguageModelRecipe(Recipe):
+class LanguageModelRecipe(PackedRecipe):
     "A language model trained from scratch; defaults: the Krause model of about 100M parameters on FineWeb-Edu (paper, appendix)."
 
     dataset: str = "fineweb_edu"  # a corpus (page 33)
@@ -178,17 +194,14 @@ class LanguageModelRecipe(Recipe):
     weight_decay: float = 0.1  # not on σ, biases and norms (our choice)
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    train_blocks: int | None = None  # size of a fixed random subset; None: all; a text other than FineWeb-Edu may have fewer
-    held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training; another text may have fewer
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
-    document_mask: bool = False  # does each document of a block attend to itself alone, from position 0?
     allowed: ClassVar[dict[str, Allowed]] = {
-        **Recipe.allowed, **TRAINING, "dataset": one_of(*LM_DATASETS), "mixer": one_of(*MIXERS), "context": integers(2),
+        **PackedRecipe.allowed, **TRAINING, "dataset": one_of(*LM_DATASETS), "mixer": one_of(*MIXERS), "context": integers(2),
         **dict.fromkeys(("vocab_size", "width", "depth", "heads", "mlp_width", "window", "top_k", "clusters", "batch_size",
-                         "per_device_batch_size", "held_out"), integers(1)),
+                         "per_device_batch_size"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("dropout", "warmup_share"), FRACTION),
-        **dict.fromkeys(("reset_gate", "gradient_checkpointing", "document_mask"), FLAG), "final_lr_share": SHARE,
-        "betas": tuples(FRACTION, 2), "global_tokens": tuples(integers(0)), "train_blocks": or_none(integers(1)), "gate_init": GATE_INIT,
+        **dict.fromkeys(("reset_gate", "gradient_checkpointing"), FLAG), "final_lr_share": SHARE, "betas": tuples(FRACTION, 2),
+        "global_tokens": tuples(integers(0)), "gate_init": GATE_INIT,
     }
 
     def check_together(self):
@@ -199,10 +212,6 @@ class LanguageModelRecipe(Recipe):
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
         if self.document_mask and self.mixer in UNPACKED:
             raise UserError(f"document_mask must be False for {self.mixer}, whose mask does not keep documents apart")
-
-    def to_dict(self) -> dict:
-        "The fields as JSON-serialisable data. `document_mask` is left out at its default, since earlier versions did not have it."
-        return {name: value for name, value in super().to_dict().items() if name != "document_mask" or value}
 
     def changes(self, profile):
         return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {}) | LM_VOCABULARIES.get(self.dataset, {})
