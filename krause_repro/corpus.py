@@ -115,8 +115,7 @@ def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> Stre
     from datasets import load_dataset  # slow to import, and used only here
     from huggingface_hub import HfApi
     if source is not None:
-        files = sorted(str(file) for file in source.rglob("*.parquet"))
-        if not files:
+        if not (files := sorted(map(str, source.rglob("*.parquet")))):
             raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
         for file in files:
             check_parquet(file)
@@ -180,8 +179,7 @@ def open_source(
     else:
         path = _find_text(name, source)
         found = TextSource(read_documents(path), path.name)
-    parts = Counter(document_split(document_digest(text), spec.weights) for text in found.documents)
-    _check_splits(parts, found.origin["name"])
+    _check_splits(Counter(document_split(document_digest(text), spec.weights) for text in found.documents), found.origin["name"])
     return found
 
 
@@ -199,8 +197,7 @@ def train_tokenizer(
     vocab_size: int,  # tokens, the 256 bytes and the end token included
 ) -> PreTrainedTokenizerFast:
     "Train a byte-level BPE tokenizer. Raises `UserError` if the text is too small for so many tokens."
-    check_integer("vocab_size", vocab_size, MIN_VOCAB)
-    if vocab_size > MAX_VOCAB:
+    if check_integer("vocab_size", vocab_size, MIN_VOCAB) > MAX_VOCAB:
         raise UserError(f"vocab_size must be at most {MAX_VOCAB:,}, what uint16 can hold, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -454,7 +451,9 @@ def measure_overlap(
                 yield ngram_hashes(tokens[start:start + 2**22 + NGRAM - 1], eos)
 
     held_out = {split: np.concatenate([*hashes(split), np.zeros(0, np.uint64)]) for split in SPLITS[1:]}
-    shares = {split: seen_share(each, hashes("train")) for split, each in held_out.items()}
+    wanted = np.unique(np.concatenate([*held_out.values(), np.array([2**64 - 1], np.uint64)]))  # no hash is beyond the last
+    seen = [np.unique(part[wanted[np.searchsorted(wanted, part)] == part]) for part in hashes("train")]  # one pass for both splits
+    shares = {split: seen_share(each, [np.concatenate(seen)]) for split, each in held_out.items()}
     return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": shares[split]} for split in held_out}
 
 # %% ../nbs/33_corpus.ipynb #c995367b
@@ -545,6 +544,7 @@ def load_corpus(
     folder: str | Path | None = None,  # where corpora are built; None: `corpora` in the language folder (page 29)
     tokenizer: str | Path | None = None,  # a folder or a name on the hub, instead of training one
     download: bool = True,  # may the text be downloaded?
+    build: bool = True,  # may it be built?
 ) -> Corpus:
     "Open a corpus; build it first if it is not there. Raises `UserError` and `FileNotFoundError` that name what is wrong or missing."
     check_choice("name", name, CORPORA)
@@ -560,7 +560,8 @@ def load_corpus(
         label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
         folder = language_folder() / "corpora" if folder is None else Path(folder)
         path = _text_folder(folder, label, source) if name == "text" else folder / f"{name}-{label}"
-        _build_missing(path, name, vocab_size, tokenizer, source, download)
+        if build:
+            _build_missing(path, name, vocab_size, tokenizer, source, download)
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
 
 # %% ../nbs/33_corpus.ipynb #ab3f19d6
@@ -594,7 +595,6 @@ def _check_request(corpus, name, vocab_size, tokenizer, source):
         raise UserError(f"{corpus.path} is the corpus {found['name']} with {corpus.vocab_size} tokens, not {name}")
     _check_tokenizer(corpus.path, found["tokenizer"], vocab_size, tokenizer)
     if source is not None and Path(source) != corpus.path:
-        origin = open_source(name, source).origin
-        if not _same_source(found["source"], origin):
+        if not _same_source(found["source"], origin := open_source(name, source).origin):
             raise UserError(f"{corpus.path} was built from {found['source']}, but source is {origin}; delete it or name another folder")
     return corpus

@@ -26,13 +26,14 @@ import torch
 from .checks import UserError, check_integer
 from .evaluation import cached_test, finished_model, on_device, provenance
 from .fine_tuning_evaluation import check_not_empty, finite_logits
+from .language_model_evaluation import run_tokenizer
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from krause_repro.language_tasks import (
     ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, ZERO_SHOT_TASKS, check_ifeval, check_language_tasks, evaluation_split, fixed_draws,
     import_lm_eval, language_items, language_overrides, task_config, task_file, task_prompt,
 )
-from .runs import Run, run_corpus
+from .runs import Run
 from .statistics import finished_table, markdown_table, percent, summarise
 from .tasks import base_model, base_source
 from .transformers_attention import named_options
@@ -440,13 +441,13 @@ def language_table(
 # %% ../nbs/47_language_benchmarks.ipynb #ca6a7724
 def run_model(
     run: Run,  # finished, of a language model from scratch or a fine-tuned one
-    source: str | Path | None = None,  # the user's text or corpus, for the tokenizer of a model from scratch
+    source: str | Path | None = None,  # the user's text or corpus, which must be that of a model from scratch
 ) -> tuple[torch.nn.Module, object]:
     "The model of a run and its tokenizer."
     if not isinstance(run.recipe, (LanguageModelRecipe, FineTuningRecipe)):
         raise UserError(f"run {run.path} is of {run.recipe.name}, which is not a language model")
     scratch = isinstance(run.recipe, LanguageModelRecipe)
-    tokenizer = run_corpus(run, source).tokenizer if scratch else load_tokenizer(base_source(run.recipe))
+    tokenizer = run_tokenizer(run, source) if scratch else load_tokenizer(base_source(run.recipe))
     return finished_model(run), tokenizer
 
 
@@ -457,7 +458,7 @@ def _zero_shot_scores(run, source, task, options):
 
     asked = [options["items"][task], options["limit"], options["max_gen_toks"]]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    return cached_test(run, measure, f"{task}_{digest[:16]}.json")["scores"]
+    return cached_test(run, measure, f"{task}_{digest[:16]}.json", source)["scores"]
 
 
 def _over_seeds(scores):
@@ -476,7 +477,7 @@ def _over_seeds(scores):
 # %% ../nbs/47_language_benchmarks.ipynb #df5f2a57
 def evaluate_zero_shot(
     runs: list[Run],  # of one recipe, one for each seed
-    source: str | Path | None = None,  # the user's text or corpus, for the tokenizer
+    source: str | Path | None = None,  # the user's text or corpus, which must be that of a model from scratch
     tasks: str | list[str] | tuple[str, ...] = ZERO_SHOT_TASKS,  # names
     items: str | Path = "hub",  # as `source` of `evaluate_language`
     limit: int | None = None,  # at most so many items of each task, drawn at random; None for all

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,16 +69,28 @@ def _read_plain(path: Path) -> str:
     return read_text(path).removeprefix("\ufeff")  # the byte order mark of some editors
 
 
+def _text_files(folder: Path) -> list[Path]:
+    "The .txt files of a folder. Names that begin with a dot are skipped. Raises `UserError` for a link to a folder, and for no file."
+    shown = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if link := next((file for file in shown if file.is_symlink() and file.is_dir()), None):
+        raise UserError(f"{link} is a link to a folder, which is not followed; remove it, or put a copy of the folder in its place")
+    files = [file for file in shown if file.is_file() or file.is_symlink()]  # a broken link is an error
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    if not texts:
+        raise UserError(f"{folder} must hold text files, but has no .txt file")
+    if others := [file.name for file in files if file.suffix.lower() != ".txt"]:
+        warnings.warn(f"{len(others)} of {len(files)} files in {folder} are not read, such as {others[0]}: their names do not end in .txt",
+                      stacklevel=3)
+    return texts
+
+
 def read_documents(
     path: str | Path,  # a folder of .txt files, one document each, or a file with a line `<|endoftext|>` after each document
 ) -> list[str]:
     "The documents of a text, without white space around them. Raises `UserError` for an empty document and a folder without text."
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.txt") if file.is_file() or file.is_symlink())  # a broken link is an error
-        if not files:
-            raise UserError(f"{path} must hold text files, but has no .txt file")
-        named = {str(file): _read_plain(file).strip() for file in files}
+        named = {str(file): _read_plain(file).strip() for file in _text_files(path)}
     else:
         parts = re.split(rf"^{re.escape(EOS)}[ \t]*$", _read_plain(path), flags=re.MULTILINE)
         if len(parts) > 1 and not parts[-1].strip():

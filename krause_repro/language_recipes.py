@@ -12,7 +12,7 @@ from typing import ClassVar
 from .checks import UserError
 from .generation_recipes import published_row
 from .image_recipes import TRAINING, check_heads
-from .language_model import MIXERS, LanguageModelConfig
+from .language_model import MIXERS, UNPACKED, LanguageModelConfig
 from .llm_branch import BranchSettings
 from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, is_number, one_of, or_none, tuples
 
@@ -147,9 +147,25 @@ def textbook_recipes() -> dict[str, TextbookTuningRecipe]:
 # %% ../nbs/25_language_recipes.ipynb #7dc81a36
 LM_DATASETS = ("fineweb_edu", "openstax", "novels", "shakespeare", "text")  # of page 33; "text": the user's own file or folder
 
+# %% ../nbs/25_language_recipes.ipynb #5b8e20d1
+@dataclass(frozen=True)
+class PackedRecipe(Recipe):
+    "Training on blocks of packed documents."
+
+    train_blocks: int | None = None  # size of a fixed random subset; None: all; a text other than FineWeb-Edu may have fewer
+    held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training; another text may have fewer
+    document_mask: bool = False  # does each document of a block attend to itself alone, from position 0?
+    allowed: ClassVar[dict[str, Allowed]] = {
+        **Recipe.allowed, "train_blocks": or_none(integers(1)), "held_out": integers(1), "document_mask": FLAG,
+    }
+
+    def to_dict(self) -> dict:
+        "The fields as JSON-serialisable data. `document_mask` is left out at its default, since earlier versions did not have it."
+        return {name: value for name, value in super().to_dict().items() if name != "document_mask" or value}
+
 # %% ../nbs/25_language_recipes.ipynb #9f256504
 @dataclass(frozen=True)
-class LanguageModelRecipe(Recipe):
+class LanguageModelRecipe(PackedRecipe):
     "A language model trained from scratch; defaults: the Krause model of about 100M parameters on FineWeb-Edu (paper, appendix)."
 
     dataset: str = "fineweb_edu"  # a corpus (page 33)
@@ -178,16 +194,14 @@ class LanguageModelRecipe(Recipe):
     weight_decay: float = 0.1  # not on σ, biases and norms (our choice)
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    train_blocks: int | None = None  # size of a fixed random subset; None: all
-    held_out: int = 2048  # blocks of the validation split, evenly spaced, evaluated while training
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
     allowed: ClassVar[dict[str, Allowed]] = {
-        **Recipe.allowed, **TRAINING, "dataset": one_of(*LM_DATASETS), "mixer": one_of(*MIXERS), "context": integers(2),
+        **PackedRecipe.allowed, **TRAINING, "dataset": one_of(*LM_DATASETS), "mixer": one_of(*MIXERS), "context": integers(2),
         **dict.fromkeys(("vocab_size", "width", "depth", "heads", "mlp_width", "window", "top_k", "clusters", "batch_size",
-                         "per_device_batch_size", "held_out"), integers(1)),
+                         "per_device_batch_size"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("dropout", "warmup_share"), FRACTION),
         **dict.fromkeys(("reset_gate", "gradient_checkpointing"), FLAG), "final_lr_share": SHARE, "betas": tuples(FRACTION, 2),
-        "global_tokens": tuples(integers(0)), "train_blocks": or_none(integers(1)), "gate_init": GATE_INIT,
+        "global_tokens": tuples(integers(0)), "gate_init": GATE_INIT,
     }
 
     def check_together(self):
@@ -196,6 +210,8 @@ class LanguageModelRecipe(Recipe):
             raise UserError(f"batch_size = {self.batch_size} must be a multiple of per_device_batch_size, {self.per_device_batch_size}")
         if self.gradient_checkpointing and self.mixer == "routing":
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
+        if self.document_mask and self.mixer in UNPACKED:
+            raise UserError(f"document_mask must be False for {self.mixer}, whose mask does not keep documents apart")
 
     def changes(self, profile):
         return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {}) | LM_VOCABULARIES.get(self.dataset, {})
@@ -216,7 +232,7 @@ LM_PROFILES = {
     },
     "smoke": {
         "seeds": (0, 1), "vocab_size": 512, "context": 64, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64, "window": 8, "top_k": 4,
-        "batch_size": 16, "per_device_batch_size": 16, "lr": 3e-3, "train_blocks": 256, "held_out": 32, "bf16": False,
+        "batch_size": 16, "per_device_batch_size": 8, "lr": 3e-3, "train_blocks": 256, "held_out": 32, "bf16": False,
     },
 }
 LM_SUPPORTS = {  # what differs by mixer, beside the profile: supports of an eighth of the context
@@ -227,7 +243,7 @@ LM_SUPPORTS = {  # what differs by mixer, beside the profile: supports of an eig
 LM_VOCABULARIES = {"fineweb_edu": {"vocab_size": 50_257}}  # under every profile: its tokenizer is finished
 LM_SIZES = {  # the published table, and what differs from the size of about 100M parameters
     "100m": ("lm_100m", {}),
-    "200m": ("lm_200m", {"width": 960, "depth": 12, "heads": 15, "mlp_width": 2560, "per_device_batch_size": 16}),
+    "200m": ("lm_200m", {"width": 960, "depth": 12, "heads": 15, "mlp_width": 2560}),
 }
 LM_ROWS = {"krause": "Krause", "window": "Window", "standard": "Standard", "top_k": "Top-k", "longformer": "Longformer",
            "routing": "Routing"}

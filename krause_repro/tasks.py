@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator,
@@ -25,7 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from .branched_models import add_krause_branch
 from .checks import UserError, check_choice
-from .corpus import Corpus, load_corpus, textbooks
+from .corpus import CORPORA, Corpus, load_corpus, textbooks
 from .generation_recipes import ImageGenerationRecipe
 from .image_data import Collator, ImageSet, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
@@ -235,9 +236,11 @@ def _language_collators(recipe: FineTuningRecipe, splits: TextSplits, channels_l
 def recipe_corpus(
     recipe: LanguageModelRecipe,
     source: str | Path | None = None,  # the user's text, or the folder of a finished corpus
+    **options: bool,  # of `load_corpus`
 ) -> Corpus:
     "The corpus of a recipe. Raises `UserError` for one of another tokenizer."
-    corpus = load_corpus(recipe.dataset, None if recipe.vocab_size == 50_257 else recipe.vocab_size, source)
+    finished = CORPORA[recipe.dataset].vocab_size is None  # its tokenizer is not trained
+    corpus = load_corpus(recipe.dataset, None if finished else recipe.vocab_size, source, **options)
     if corpus.vocab_size != recipe.vocab_size:
         raise UserError(f"vocab_size must be that of the corpus in {corpus.path}, {corpus.vocab_size}, got {recipe.vocab_size}")
     return corpus
@@ -249,25 +252,40 @@ def corpus_splits(
     unreadable: str = "stop",  # for images; unused
 ) -> TextSplits:
     "The packed blocks of a recipe. Raises `UserError` before training for a corpus of another tokenizer and for too few blocks."
-    corpus = recipe_corpus(recipe, source)
-    splits = {"train": 0, "validation": 1, "test": 1}  # tokens that consecutive blocks share
-    train, held_out, test = (corpus.blocks(split, recipe.context, overlap=overlap) for split, overlap in splits.items())
-    if not 0 < recipe.held_out <= len(held_out):
-        raise UserError(f"held_out must be between 1 and {len(held_out)} blocks of {recipe.context} tokens, got {recipe.held_out}")
-    train = Subset(train, _subset(len(train), recipe.train_blocks, "train_blocks"))
-    held_out = Subset(held_out, [i * len(held_out) // recipe.held_out for i in range(recipe.held_out)])
+    corpus, splits = recipe_corpus(recipe, source), {"train": 0, "validation": 1, "test": 1}  # tokens that consecutive blocks share
+    try:
+        train, held_out, test = (corpus.blocks(split, recipe.context, overlap=overlap) for split, overlap in splits.items())
+    except UserError as error:
+        raise UserError(f"source must have at least one block of {recipe.context} tokens in each split ({error})") from error
+    limit, count = recipe.train_blocks, recipe.held_out
+    if CORPORA[recipe.dataset].hub is None:  # of a text of another size as many as there are
+        if len(train) < recipe.batch_size:
+            raise UserError(f"source must have at least {recipe.batch_size} training blocks of {recipe.context} tokens, one batch, "
+                            f"got {len(train)}; take a longer text or the profile desk or smoke")
+        limit, count = limit and min(limit, len(train)), min(count, len(held_out))
+    if not 0 < count <= len(held_out):
+        raise UserError(f"held_out must be between 1 and {len(held_out)} blocks of {recipe.context} tokens, got {count}")
+    train = Subset(train, _subset(len(train), limit, "train_blocks"))
+    held_out = Subset(held_out, [i * len(held_out) // count for i in range(count)])
     parts = {"train": train, "held_out": held_out, "test": test}
     counts = {part: {"items": len(each), "tokens": len(each) * recipe.context} for part, each in parts.items()}
     return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)
 
 
-def _collate_blocks(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _collate_blocks(examples: list[dict[str, Tensor]], eos: int | None = None) -> dict[str, Tensor]:
+    "A batch of blocks. With an end token, positions start again after it, and no document's first token is predicted."
     tokens = torch.stack([example["input_ids"] for example in examples])
-    return {"input_ids": tokens, "labels": tokens}
+    if eos is None:
+        return {"input_ids": tokens, "labels": tokens}
+    first, places = F.pad(tokens[:, :-1] == eos, (1, 0)), torch.arange(tokens.shape[1])
+    positions = places - torch.where(first, places, 0).cummax(1).values
+    return {"input_ids": tokens, "labels": tokens.masked_fill(first, IGNORED), "position_ids": positions}
 
 
 def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
-    return (_collate_blocks,) * 2
+    if not recipe.document_mask:
+        return (_collate_blocks,) * 2
+    return (partial(_collate_blocks, eos=splits.tokenizer.eos_token_id if splits.tokenizer else 0),) * 2  # random tokens: 0 ends a document
 
 # %% ../nbs/34_tasks.ipynb #5e5e391b
 def random_splits(

@@ -2,14 +2,18 @@
 
 import random
 import shutil
+from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from krause_repro import corpus as corpora
+from krause_repro import language_model_evaluation, tasks
 from krause_repro.corpus import (
     CORPORA,
     SPLITS,
@@ -23,6 +27,9 @@ from krause_repro.corpus import (
     train_tokenizer,
 )
 from krause_repro.language_data import EOS, read_documents
+from krause_repro.language_model_evaluation import ngram_baselines
+from krause_repro.likelihood import KneserNey, ngram_hashes
+from krause_repro.recipes import get_recipe
 from krause_repro.records import read_json, write_json
 
 VOCAB = 300
@@ -324,6 +331,17 @@ def test_folders_without_text_are_refused(tmp_path, content, message):
         read_documents(tmp_path)
 
 
+def test_what_a_folder_of_texts_holds_beside_them(tmp_path):
+    for name in ("b.TXT", "a.txt", "in/c.Txt", ".hidden.txt", ".git/d.txt", "e.md", "f"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with pytest.warns(UserWarning, match=f"2 of 5 files in {tmp_path} are not read, such as e.md"):
+        assert read_documents(tmp_path) == ["a.txt", "b.TXT", "in/c.Txt"]
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="loop is a link to a folder"):
+        read_documents(tmp_path)
+
+
 def test_marks_of_editors_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(f"one\n{EOS} \ntwo {EOS} \n{EOS}\t\r\nthree".encode("utf-8-sig"))
     (tmp_path / "b.txt").write_text("four", encoding="utf-8-sig")
@@ -376,3 +394,72 @@ def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path)
         built.blocks("train", 8, 8)
     with pytest.raises(ValueError, match="length must be at most"):
         built.blocks("test", 10**6)
+
+
+def test_of_a_short_text_training_takes_what_there_is(built, monkeypatch):
+    recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB)
+    splits = tasks.corpus_splits(recipe, built.path)
+    found = [len(built.blocks("train", 64)), len(built.blocks("validation", 64, 1))]
+    assert found[0] < recipe.train_blocks and found[1] < recipe.held_out
+    assert [len(splits.train), len(splits.held_out)] == [splits.counts[part]["items"] for part in ("train", "held_out")] == found
+    for change, message in (({"batch_size": 4800}, "source must have at least 4800 training blocks of 64 tokens, one batch"),
+                            ({"context": 4000}, "source must have at least one block of 4000 tokens in each split")):
+        with pytest.raises(ValueError, match=message):
+            tasks.corpus_splits(replace(recipe, **change), built.path)
+    monkeypatch.setattr(tasks, "recipe_corpus", lambda *_: built)  # of FineWeb-Edu as many as the recipe says
+    with pytest.raises(ValueError, match=f"held_out must be between 1 and {found[1]} blocks"):
+        tasks.corpus_splits(replace(recipe, dataset="fineweb_edu"))
+
+
+def test_with_a_document_mask_packed_documents_are_each_alone(built):
+    recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB, document_mask=True)
+    task, eos = tasks.task_of(recipe), built.tokenizer.eos_token_id
+    collate, _ = task.collators(recipe, tasks.TextSplits([], [], [], tokenizer=built.tokenizer), False)
+    one, two = ([*draw, eos] for draw in np.random.default_rng(0).integers(10, VOCAB, (2, 20)).tolist())
+    batch = collate([{"input_ids": torch.tensor(one + two)}])
+    assert batch["position_ids"].tolist() == [[*range(21)] * 2] and batch["labels"].tolist() == [[*one, -100, *two[1:]]]
+    torch.manual_seed(0)
+    model = task.build(recipe).eval()
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([each])).logits for each in (one, two)], 1)
+        torch.testing.assert_close(model(**batch).logits, alone)
+        assert not torch.allclose(model(batch["input_ids"]).logits, alone, atol=1e-3)
+
+
+def test_the_ngram_baseline_counts_no_more_tokens_than_fit_and_says_what_both_splits_hold(built, monkeypatch):
+    recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB)
+    whole, total = ngram_baselines(recipe, built.path), built.manifest["splits"]["train"]["tokens"]
+    assert (whole["all"]["train_tokens"], whole["seen"]["train_tokens"]) == (total, total // 64 * 64)
+    assert whole["overlap"] == built.manifest["overlap"] and whole["overlap"]["test"]["ngrams"] > 0
+    monkeypatch.setattr(language_model_evaluation, "NGRAM_TOKENS", 1000)
+    part = ngram_baselines(recipe, built.path)
+    assert (part["all"]["train_tokens"], part["seen"]["train_tokens"]) == (1000, 960)
+    bits = KneserNey(built.tokens("train")[:1000], VOCAB, 5).bits(built.tokens("test"))
+    assert part["all"]["bits_per_token"] == bits[1:len(built.blocks("test", 64, 1)) * 63 + 1].mean() > whole["all"]["bits_per_token"]
+
+
+def test_the_overlap_is_that_of_sets_and_reads_the_training_text_once(tmp_path, monkeypatch):
+    calls, shared = [], texts()[0] * 2
+    monkeypatch.setattr(corpora, "ngram_hashes", lambda tokens, eos: calls.append(len(tokens)) or ngram_hashes(tokens, eos))
+    documents = [f"{text} {shared if number % 3 else ''} {text}" for number, text in enumerate(texts())]
+    (tmp_path / "texts").write_text(f"\n{EOS}\n".join(documents), encoding="utf-8")
+    corpus = load_corpus("text", VOCAB, tmp_path / "texts", tmp_path / "corpora")
+
+    def grams(split):
+        tokens, eos = corpus.tokens(split).tolist(), corpus.tokenizer.eos_token_id
+        return [each for i in range(len(tokens) - 12) if eos not in (each := tuple(tokens[i:i + 13]))]
+
+    seen = set(grams("train"))
+    for split in ("validation", "test"):
+        held_out, found = grams(split), corpus.manifest["overlap"][split]
+        assert found == {"ngrams": len(held_out), "in_train": pytest.approx(sum(each in seen for each in held_out) / len(held_out))}
+        assert 0 < found["in_train"] < 1
+    assert sorted(calls) == sorted(len(corpus.tokens(split)) for split in SPLITS)
+
+
+def test_only_a_corpus_with_a_finished_tokenizer_is_asked_for_without_a_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tasks, "load_corpus", lambda name, size, source: asked.append((name, size)) or SimpleNamespace(vocab_size=50_257))
+    for dataset in ("fineweb_edu", "text"):  # a text of the user may have GPT-2's tokenizer, too
+        tasks.recipe_corpus(replace(get_recipe("lm_krause_100m/text"), dataset=dataset, vocab_size=50_257))
+    assert asked == [("fineweb_edu", None), ("text", 50_257)]

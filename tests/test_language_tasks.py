@@ -36,8 +36,11 @@ from krause_repro.language_benchmarks import (
     evaluate_language,
     language_table,
     macro_f1,
+    run_model,
 )
+from krause_repro.language_data import EOS
 from krause_repro.language_model import LanguageModel, LanguageModelConfig
+from krause_repro.language_model_evaluation import sample_text
 from krause_repro.language_tasks import (
     CONTINUATION_TASKS,
     LANGUAGE_TASKS,
@@ -51,6 +54,10 @@ from krause_repro.language_tasks import (
     task_file,
     task_prompt,
 )
+from krause_repro.recipes import get_recipe
+from krause_repro.records import write_json
+from krause_repro.runs import Run, run_path
+from krause_repro.tasks import recipe_corpus, save_model, task_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE_TASKS = LANGUAGE_TASKS[:-1]
@@ -964,11 +971,37 @@ def test_damaged_lines_of_published_files_are_named(tmp_path, task, line, messag
             language_items([task], tmp_path)
 
 
+def test_a_run_of_the_users_text_needs_the_text_only_to_compare_it(no_downloads, tmp_path, monkeypatch):
+    words = [f"w{draw}{'aeiou'[draw % 5]}{draw * 7 % 31}" for draw in range(400)]
+    for name in ("one", "other", "third"):
+        documents = [" ".join(random.Random(f"{name}{number}").choices(words, k=90)) for number in range(80)]
+        (tmp_path / name).write_text(f"\n{EOS}\n".join(documents), encoding="utf-8")
+    recipe = get_recipe("lm_krause_100m/text").at("smoke")
+    corpus, _ = (recipe_corpus(recipe, tmp_path / name) for name in ("one", "other"))
+    run = Run(run_path(recipe, 0, tmp_path / "runs"), recipe, 0)
+    corpus.tokenizer.save_pretrained(run.path)
+    save_model(task_of(recipe).build(recipe), run.path)
+    for name, content in (("environment", {"commit": None, "device": "CPU", "versions": {}, "corpus": corpus.digest}),
+                          ("recipe", {"fingerprint": recipe.fingerprint, "seed": 0, "recipe": recipe.to_dict()}),
+                          ("finished", {"seconds": 1, "steps": 1, "chosen_epoch": 1, "threads": 1, "parameters": 1, "held_out_loss": 1})):
+        write_json(run.path / f"{name}.json", content)
+    (run.path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1}\n', encoding="utf-8")
+    monkeypatch.setattr(language_benchmarks, "provenance", lambda runs: {})
+    scores = language_benchmarks.evaluate_zero_shot([run], tmp_path / "one", "piqa_continuation", "local", 2)
+    assert scores["tasks"]["piqa_continuation"]["items"] == 2
+    assert sample_text(run, "w1", 3) == sample_text(run, "w1", 3, source=tmp_path / "one") and len(run_model(run)[1]) == 512
+    for name, error, message in (("other", ValueError, "source must be the corpus of the run"),
+                                 ("third", FileNotFoundError, "leave source out, as .*seed-0 holds its tokenizer")):
+        with pytest.raises(error, match=message):
+            sample_text(run, "w1", 3, source=tmp_path / name)
+    assert len(list((no_downloads / "language" / "corpora").iterdir())) == 2  # nothing is built of a text to refuse it
+
+
 def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, tokenizer):
     asked = {"tasks": ("lambada", "piqa_continuation", "ifeval"), "max_gen_toks": 4}
     for name, value in (("FINE_TUNED", asked), ("base_model", lambda recipe: tiny), ("base_source", lambda recipe: None),
                         ("load_tokenizer", lambda source: tokenizer), ("run_model", lambda run, source: (tiny, tokenizer)),
-                        ("cached_test", lambda run, measure, file: measure()), ("provenance", lambda runs: {})):
+                        ("cached_test", lambda run, measure, file, source: measure()), ("provenance", lambda runs: {})):
         monkeypatch.setattr(language_benchmarks, name, value)
     base = language_benchmarks.evaluate_base_zero_shot(None, "local", 2)
     assert language_benchmarks.evaluate_zero_shot([None], items="local", limit=2, **asked) == base

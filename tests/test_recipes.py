@@ -3,6 +3,7 @@
 import pickle
 from copy import deepcopy
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ from krause_repro.language_recipes import (
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
 from krause_repro.reference import SCORES
+from krause_repro.tasks import check_batch
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]
@@ -283,6 +285,13 @@ def test_language_models_are_the_papers():
         assert (krause.at(profile).vocab_size, recipes["lm_krause_100m/text"].at(profile).vocab_size) == (50_257, trained)
 
 
+def test_language_models_start_in_several_processes(monkeypatch):
+    for profile, counts in (("paper", (1, 2, 4, 8, 16)), ("smoke", (1, 2))):
+        for recipe, processes in product(language_model_recipes().values(), counts):
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            assert check_batch(recipe.at(profile)) == processes, recipe.name
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_language_models_differ_by_their_mixer_alone(profile):
     recipes = [language_model_recipes()[f"lm_{mixer}_100m/openstax"].at(profile) for mixer in MIXERS]
@@ -365,6 +374,13 @@ def test_fingerprint_is_of_the_deciding_fields(name):
     assert replace(recipe).fingerprint == recipe.fingerprint
 
 
+def test_a_field_of_a_later_version_changes_no_earlier_recipe():
+    recipe = get_recipe("lm_krause_100m/openstax").at("desk")
+    masked = replace(recipe, document_mask=True)
+    assert "document_mask" not in recipe.to_dict() and masked.to_dict() == recipe.to_dict() | {"document_mask": True}
+    assert recipe.fingerprint == "e827067495ffc4df" != masked.fingerprint
+
+
 def test_fingerprints_tell_all_recipes_and_profiles_apart():
     found = [recipe.at(profile).fingerprint for recipe in RECIPES.values() for profile in PROFILES]
     assert len(set(found)) == len(found)
@@ -404,7 +420,7 @@ WRONG = {  # by field, in every kind of recipe that has it
     "gate_init": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
     "gradient_checkpointing": [None], "train_items": [0, -1], "dimension": [1], "particles": [1], "step": [0, 2], "duration": [0],
     "integrator": ["rk5"], "starts": [0], "vocab_size": [0], "context": [1, 2.0], "mixer": ["flash", None], "reset_gate": ["no"],
-    "global_tokens": [3, (-1,)], "clusters": [0], "betas": [(0.9,), (0.9, 1.0)], "train_blocks": [0],
+    "global_tokens": [3, (-1,)], "clusters": [0], "betas": [(0.9,), (0.9, 1.0)], "train_blocks": [0], "document_mask": [0, None],
 }
 
 
@@ -434,6 +450,7 @@ def test_every_field_of_every_recipe_has_its_rule():
     ("lm_krause_100m/openstax", {"batch_size": 975}, "batch_size = 975 must be a multiple of per_device_batch_size, 61"),
     ("lm_krause_100m/openstax", {"width": 760}, "heads must divide width = 760, got 12"),
     ("lm_routing_100m/openstax", {"gradient_checkpointing": True}, "gradient_checkpointing must be False for routing"),
+    ("lm_longformer_100m/openstax", {"document_mask": True}, "document_mask must be False for longformer"),
     ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of per_device_batch_size, 4"),
 ])
 def test_fields_that_do_not_fit_together_are_refused(name, change, message):
