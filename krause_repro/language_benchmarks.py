@@ -458,7 +458,9 @@ def _zero_shot_scores(run, source, task, options):
 
     asked = [options["items"][task], options["limit"], options["max_gen_toks"]]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    return cached_test(run, measure, f"{task}_{digest[:16]}.json", source)["scores"]
+    if source is not None and isinstance(run.recipe, LanguageModelRecipe):
+        run_tokenizer(run, source)  # raises for another text
+    return cached_test(run, measure, f"{task}_{digest[:16]}.json", reads_data=False)["scores"]
 
 
 def _over_seeds(scores):

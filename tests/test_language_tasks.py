@@ -994,6 +994,10 @@ def test_a_run_of_the_users_text_needs_the_text_only_to_compare_it(no_downloads,
                                  ("third", FileNotFoundError, "leave source out, as .*seed-0 holds its tokenizer")):
         with pytest.raises(error, match=message):
             sample_text(run, "w1", 3, source=tmp_path / name)
+        with pytest.raises(error, match=message):
+            language_benchmarks.evaluate_zero_shot([run], tmp_path / name, "piqa_continuation", "local", 3)
+    scores = language_benchmarks.evaluate_zero_shot([run], None, "piqa_continuation", "local", 3)  # two texts are built
+    assert scores["tasks"]["piqa_continuation"]["items"] == 3
     assert len(list((no_downloads / "language" / "corpora").iterdir())) == 2  # nothing is built of a text to refuse it
 
 
@@ -1001,7 +1005,7 @@ def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, to
     asked = {"tasks": ("lambada", "piqa_continuation", "ifeval"), "max_gen_toks": 4}
     for name, value in (("FINE_TUNED", asked), ("base_model", lambda recipe: tiny), ("base_source", lambda recipe: None),
                         ("load_tokenizer", lambda source: tokenizer), ("run_model", lambda run, source: (tiny, tokenizer)),
-                        ("cached_test", lambda run, measure, file, source: measure()), ("provenance", lambda runs: {})):
+                        ("cached_test", lambda run, measure, file, reads_data: measure()), ("provenance", lambda runs: {})):
         monkeypatch.setattr(language_benchmarks, name, value)
     base = language_benchmarks.evaluate_base_zero_shot(None, "local", 2)
     assert language_benchmarks.evaluate_zero_shot([None], items="local", limit=2, **asked) == base
