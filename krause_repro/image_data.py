@@ -25,7 +25,7 @@ from .checks import UserError, check_choice
 from .generation_recipes import ImageGenerationRecipe
 from krause_repro.image_files import (
     DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, download_folder, find_source,
-    has_published_layout, photograph_folder, read_bundled, read_cifar, read_idx_images, read_image, read_parquet, unpack_package,
+    has_published_layout, photograph_folder, read_cifar, read_idx_images, read_image, read_parquet, unpack_package,
 )
 from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from .image_transformer import image_tokens
@@ -155,6 +155,37 @@ def imagenet_transform(
     colour = [v2.ColorJitter(0.4, 0.4, 0.4)] if jitter else []
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=how), v2.RandomHorizontalFlip()]
     return v2.Compose([*crop, *colour, v2.RandAugment(2, 9), v2.PILToTensor()])
+
+# %% ../nbs/28_image_data.ipynb #3cf6a3c6
+TILE = 32  # pixels a side
+
+
+def _read_digits(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits, train = load_digits(), DATA["digits"].train
+    part = slice(train) if split == "train" else slice(train, None)
+    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+    return images[part], torch.from_numpy(digits.target)[part].long()
+
+
+def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_sample_image
+
+    tiles = []
+    for name in ("china", "flower"):
+        picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy())  # (427, 640, 3)
+        grid = picture.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # (13, 20, 3, TILE, TILE)
+        tiles.append((grid[:, :16] if split == "train" else grid[:, 16:]).flatten(0, 1))
+    return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
+
+
+def read_bundled(
+    name: str,  # "digits" or "photograph_tiles"
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:
+    "Images (N, C, H, W) uint8 and labels (N,) of a data set made from data of scikit-learn."
+    return _read_digits(split) if name == "digits" else _read_tiles(split)
 
 # %% ../nbs/28_image_data.ipynb #fb98c98e
 def load(

@@ -312,6 +312,13 @@ CLASS_MEANS = {  # of pixels in [0, 1], by class and channel
     ("mnist", "test"): ((0.1723,), (0.0767,), (0.1502,), (0.1433,), (0.1227,), (0.1321,), (0.1436,), (0.1149,), (0.1531,), (0.1253,)),
 }
 MEANS_WITHIN = 0.002  # allowed deviation: a few images may be JPEG copies
+ARRANGEMENT = {  # as `arrangement` of all images computes it
+    ("cifar10", "train"): (0.4961, 0.4961, 0.4511, 0.4501, 0.054, 0.0608),
+    ("cifar10", "test"): (0.5003, 0.4999, 0.4539, 0.4523, 0.0541, 0.0608),
+    ("mnist", "train"): (0.0997, 0.1459, 0.1342, 0.1429, 0.0675, 0.0659),
+    ("mnist", "test"): (0.1029, 0.1459, 0.1333, 0.1479, 0.0674, 0.0651),
+}
+ARRANGED_WITHIN = 0.0004  # rounding makes 0.00005, and CIFAR-10 mirrored, the least of the changes, at least 0.0009
 
 
 def check_labels(
@@ -347,6 +354,32 @@ def check_class_means(
         told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name, split][each]
         raise UserError(f"{where} does not fit the images, or these are not those of {name}: "
                          f"the mean of class {each} must be {means} ± {MEANS_WITHIN}, got {told}")
+
+
+def arrangement(
+    images: Tensor,  # (N, C, H, W) uint8, with even H and W
+) -> Tensor:  # (6,) float64, of pixels in [0, 1]
+    "Means of the four quadrants, row by row, and of the absolute differences of neighbours, across and down."
+    found = torch.zeros(6, dtype=torch.double)
+    for part in images.split(1000):
+        pixels = part.double() / 255
+        quadrants = pixels.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean((0, 1, 3, 5)).flatten()
+        found += torch.stack([*quadrants, *(pixels.diff(dim=dim).abs().mean() for dim in (3, 2))]) * len(part) / len(images)
+    return found
+
+
+def check_arrangement(
+    name: str,  # key of `LABEL_COLUMNS`
+    split: str,  # "train" or "test"
+    images: Tensor,  # (N, C, H, W) uint8
+    where: str,  # file and column, for the message
+) -> None:
+    "Raise `UserError` if the images as a whole are turned, mirrored, transposed, shifted, blurred or compressed."
+    if (name, split) in ARRANGEMENT:
+        found, expected = arrangement(images), ARRANGEMENT[name, split]
+        if (found - torch.tensor(expected)).abs().max() > ARRANGED_WITHIN:
+            raise UserError(f"{where} must hold the images of {name} upright and unchanged: means of the quadrants and differences of "
+                            f"neighbours must be {expected} ± {ARRANGED_WITHIN}, got {tuple(round(each, 4) for each in found.tolist())}")
 
 # %% ../nbs/27_image_files.ipynb #e3a5c861
 DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # Pillow's errors for damaged files
@@ -421,11 +454,12 @@ def read_parquet(
 ) -> tuple[Tensor, Tensor]:  # images (N, C, H, W) uint8 and classes (N,)
     "Read a split from the hub's Parquet files. Raises `UserError` or `FileNotFoundError` that names the file and column."
     files = _open_parquet(name, folder, split)
-    where = f"{', '.join(str(path) for path, *_ in files)}: column {LABEL_COLUMNS[name]}"
+    where = f"{', '.join(str(path) for path, *_ in files)}: column"
     found = [_read_parquet_file(path, file, image, name) for path, file, image in files if file.metadata.num_rows]
     images, labels = (torch.cat(each) for each in zip(*found, strict=True))
-    check_labels(name, split, labels, where)
-    check_class_means(name, split, images, labels, where)
+    check_labels(name, split, labels, f"{where} {LABEL_COLUMNS[name]}")
+    check_class_means(name, split, images, labels, f"{where} {LABEL_COLUMNS[name]}")
+    check_arrangement(name, split, images, f"{where} {files[0][2]}")
     return images, labels
 
 # %% ../nbs/27_image_files.ipynb #c7d2903b
@@ -510,37 +544,6 @@ def photograph_folder(
             if not complete():  # otherwise another process has created it
                 raise disk_error(error, path) from error
     return path
-
-# %% ../nbs/27_image_files.ipynb #3cf6a3c6
-TILE = 32  # pixels a side
-
-
-def _read_digits(split: str) -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    digits, train = load_digits(), DATA["digits"].train
-    part = slice(train) if split == "train" else slice(train, None)
-    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
-    return images[part], torch.from_numpy(digits.target)[part].long()
-
-
-def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_sample_image
-
-    tiles = []
-    for name in ("china", "flower"):
-        picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy())  # (427, 640, 3)
-        grid = picture.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # (13, 20, 3, TILE, TILE)
-        tiles.append((grid[:, :16] if split == "train" else grid[:, 16:]).flatten(0, 1))
-    return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
-
-
-def read_bundled(
-    name: str,  # "digits" or "photograph_tiles"
-    split: str,  # "train" or "test"
-) -> tuple[Tensor, Tensor]:
-    "Images (N, C, H, W) uint8 and labels (N,) of a data set made from data of scikit-learn."
-    return _read_digits(split) if name == "digits" else _read_tiles(split)
 
 # %% ../nbs/27_image_files.ipynb #98de87bc
 UNREADABLE = ("stop", "skip")

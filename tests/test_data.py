@@ -1,10 +1,13 @@
 """Real images, whole and unchanged; every damaged or missing file named; augmentation that does what it says."""
 
 import gzip
+import io
 import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +29,7 @@ from krause_repro.image_files import (
     FASHION_MNIST_FILES,
     PHOTOGRAPH_CROP,
     PHOTOGRAPH_PLACES,
+    arrangement,
     download_folder,
     find_source,
     photograph_folder,
@@ -226,6 +230,59 @@ def test_image_set():
     for wrong in ((images.float(), labels), (images[0], labels), (images, labels[:4]), (images, labels[:, None])):
         with pytest.raises(ValueError, match="images must be uint8"):
             ImageSet(*wrong)
+
+
+# Parquet files
+
+
+def write_mnist(folder, images, kind="PNG"):
+    "Parquet files of MNIST's test part, with the classes in turn."
+    rows = []
+    for image in images:
+        Image.fromarray(image.squeeze(0).numpy()).save(buffer := io.BytesIO(), kind)
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    (folder / "mnist").mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": rows, "label": [i % 10 for i in range(len(images))]})
+    pq.write_table(table, path := folder / "mnist" / "test-00000-of-00001.parquet")
+    return path
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    "Twenty images that are the test part of a small MNIST, in which each quadrant has another mean."
+    images = torch.randint(0, 40, (20, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images += torch.arange(0, 56, 2, dtype=torch.uint8) + torch.arange(0, 112, 4, dtype=torch.uint8)[:, None]
+    monkeypatch.setitem(DATA, "mnist", replace(DATA["mnist"], train=20, test=20))
+    monkeypatch.setattr(image_files, "MNIST_CLASSES", dict.fromkeys(("train", "test"), (2,) * 10))
+    monkeypatch.setattr(image_files, "CLASS_MEANS", {})
+    monkeypatch.setattr(image_files, "ARRANGEMENT", {("mnist", "test"): tuple(arrangement(images).tolist())})
+    return images
+
+
+def blurred(images):
+    return torch.nn.functional.avg_pool2d(images.float(), 2).repeat_interleave(2, 2).repeat_interleave(2, 3).to(torch.uint8)
+
+
+@pytest.mark.parametrize("change", [
+    lambda images: images.flip(2), lambda images: images.flip(3), lambda images: images.flip(2, 3), lambda images: images.mT,
+    lambda images: images.roll(3, 3), blurred,
+], ids=("upside-down", "mirrored", "turned", "transposed", "shifted", "blurred"))
+def test_images_changed_in_space_are_refused(digits, tmp_path, change):
+    write_mnist(tmp_path, digits)
+    assert torch.equal(load("mnist", "test", tmp_path).images, digits)
+    path = write_mnist(tmp_path, change(digits).contiguous())
+    with pytest.raises(ValueError, match=f"{path}: column image must hold the images of mnist upright and unchanged: means of the quad"):
+        load("mnist", "test", tmp_path)
+
+
+def test_the_arrangement_is_of_quadrants_and_neighbours():
+    picture = torch.tensor([[0, 0, 51, 51], [0, 0, 51, 51], [102, 102, 255, 255], [102, 102, 255, 255]], dtype=torch.uint8)
+    found = arrangement(picture.expand(1500, 2, 4, 4))
+    assert found.tolist() == pytest.approx([0, 0.2, 0.4, 1, (0.2 + 0.6) / 6, (0.4 + 0.8) / 6], abs=1e-5)
+    for (name, split), means in image_files.CLASS_MEANS.items():  # the same images in both tables
+        counts = image_files.MNIST_CLASSES[split] if name == "mnist" else (1,) * 10
+        mean = np.average(np.mean(means, 1), weights=counts)
+        assert np.mean(image_files.ARRANGEMENT[name, split][:4]) == pytest.approx(mean, abs=1e-4)
 
 
 # Splits
