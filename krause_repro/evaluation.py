@@ -413,7 +413,10 @@ def altered_note(
     models: dict[str, dict],  # by recipe: a result of `summarise_runs`
 ) -> str:  # empty if no result says so
     "A sentence on how many images differ from the published pixels."
-    data = next((m["data"] for m in models.values() if m and m.get("data")), {})
+    found = [m["data"] for m in models.values() if m and m.get("data")]
+    if any(part["altered"] is None for data in found for part in data.values()):
+        return "It is not known how many images differ from the published pixels."
+    data = max(found, key=lambda data: sum(part["altered"] for part in data.values()), default={})
     counts = {split: part["altered"] for split, part in data.items()}
     if not any(counts.values()):
         return ""

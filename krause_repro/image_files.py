@@ -74,6 +74,18 @@ def check_dataset(
     check_choice("dataset", name, DATA)
     return DATA[name]
 
+# %% ../nbs/27_image_files.ipynb #98de87bc
+UNREADABLE = ("stop", "skip")
+SKIP_HINT = "repair or remove it, or skip such files with unreadable='skip' (krause-repro train --unreadable skip)"
+
+
+def check_unreadable(
+    unreadable: str,
+) -> str:
+    "Return `unreadable`, or raise `UserError` that lists the choices."
+    check_choice("unreadable", unreadable, UNREADABLE)
+    return unreadable
+
 # %% ../nbs/27_image_files.ipynb #f7e79158
 download_folder = cache_folder
 
@@ -481,23 +493,37 @@ def altered_images(
     return None
 
 
-def _jpeg_images(files: list[tuple[Path, pq.ParquetFile, str]]) -> int:
-    "Number of images stored as JPEG, which loses some of the pixels."
+def _jpeg_images(files: list[tuple[Path, pq.ParquetFile, str]]) -> int | None:
+    "Number of images stored as JPEG, which loses some of the pixels; None without any, since they may have been altered before."
     columns = (_read_column(path, file, group, image) for path, file, image in files for group in range(file.num_row_groups))
-    return sum(bool(row and row["bytes"]) and row["bytes"].startswith(b"\xff\xd8") for column in columns for row in column)
+    return sum(bool(row and row["bytes"]) and row["bytes"].startswith(b"\xff\xd8") for column in columns for row in column) or None
+
+
+def _published_files(name: str, split: str) -> dict[str, str]:
+    "Published checksums of the files of a split, which reading verifies: SHA-256 of IDX files, MD5 of CIFAR's."
+    if name in IDX_FILES:
+        return {stem: sha256 for stem, sha256 in IDX_FILES[name].items() if stem.startswith("train") == (split == "train")}
+    kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    return {stem: f"md5:{md5}" for stem, md5 in (kind.train_list if split == "train" else kind.test_list)}
 
 
 def data_origin(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder
-) -> dict[str, dict]:  # by split: "files" with their SHA-256, "images", and the number of "altered" ones; empty except for Parquet files
-    "Provenance of data without published checksums, stored with every run. Raises an error for missing files or another schema."
-    folder = find_source(name, source) if name in LABEL_COLUMNS else None
-    if folder is None or not parquet_files(name, folder) or has_published_layout(name, folder):
-        return {}
-    origin = {}
-    for split in ("train", "test"):
-        files, images = _open_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+) -> dict[str, dict]:  # by split: "files" with their checksums, "images", and how many are "altered", None if unknown
+    """Provenance of images, stored with every run; empty for folders of images, and for those of scikit-learn.
+
+    Raises an error for missing files or another schema. Published checksums are taken as they are, since reading verifies them.
+    """
+    spec, origin = DATA[name], {}
+    if spec.folders or spec.bundled:
+        return origin
+    folder = find_source(name, source)
+    for split, images in (("train", spec.train), ("test", spec.test)):
+        if has_published_layout(name, folder):
+            origin[split] = {"files": _published_files(name, split), "images": images, "altered": 0}
+            continue
+        files = _open_parquet(name, folder, split)
         altered = altered_images(files[0][0].parent, split, images)
         origin[split] = {"files": {path.name: file_digest(path) for path, *_ in files}, "images": images,
                          "altered": _jpeg_images(files) if altered is None else altered}
@@ -544,51 +570,3 @@ def photograph_folder(
             if not complete():  # otherwise another process has created it
                 raise disk_error(error, path) from error
     return path
-
-# %% ../nbs/27_image_files.ipynb #98de87bc
-UNREADABLE = ("stop", "skip")
-SKIP_HINT = "repair or remove it, or skip such files with unreadable='skip' (krause-repro train --unreadable skip)"
-
-
-def check_unreadable(
-    unreadable: str,
-) -> str:
-    "Return `unreadable`, or raise `UserError` that lists the choices."
-    check_choice("unreadable", unreadable, UNREADABLE)
-    return unreadable
-
-# %% ../nbs/27_image_files.ipynb #d031bfe7
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
-
-
-def to_rgb(
-    image: Image.Image,  # as opened
-) -> Image.Image:
-    "Convert to 8-bit RGB; 16-bit levels, or those of a TIFF's bit depth, are scaled. Raises `UserError` if the range is unknown."
-    tags = getattr(image, "tag_v2", {})
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
-        raise UserError(f"its mode is {image.mode}, 32-bit values of unknown range; convert it to 8 or 16 bits")
-    if tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
-        raise UserError("its values are signed integers; convert them to unsigned ones")
-    if not image.mode.startswith(("I", "F")):
-        return image.convert("RGB")
-    levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
-        levels = top - levels
-    return Image.fromarray(np.rint(levels * 255 / top).clip(0, 255).astype(np.uint8)).convert("RGB")
-
-# %% ../nbs/27_image_files.ipynb #a9ceee00
-def read_image(
-    path: str | Path,  # image file
-) -> Image.Image:
-    "Decode an image as RGB. Raises `UserError` that names an undecodable file; I/O errors propagate."
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except OSError as error:
-        if error.errno is not None:  # I/O errors have a number, Pillow's own have none
-            raise
-        reason = error
-    except DAMAGE as error:
-        reason = error
-    raise UserError(f"{path} is not a readable image ({reason}); {SKIP_HINT}") from reason

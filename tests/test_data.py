@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from krause_repro import image_data, image_files
@@ -22,6 +23,7 @@ from krause_repro.image_data import (
     load,
     load_splits,
     random_crop_flip,
+    read_image,
     split_held_out,
 )
 from krause_repro.image_files import (
@@ -30,14 +32,16 @@ from krause_repro.image_files import (
     PHOTOGRAPH_CROP,
     PHOTOGRAPH_PLACES,
     arrangement,
+    data_origin,
     download_folder,
     find_source,
     photograph_folder,
     read_idx,
-    read_image,
 )
 from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS
 from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.records import file_digest
+from krause_repro.runs import check_data, check_same_data
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -285,6 +289,36 @@ def test_the_arrangement_is_of_quadrants_and_neighbours():
         assert np.mean(image_files.ARRANGEMENT[name, split][:4]) == pytest.approx(mean, abs=1e-4)
 
 
+def test_how_many_images_are_altered_is_unknown_unless_something_tells(digits, tmp_path):
+    shutil.copy(write_mnist(tmp_path, digits), tmp_path / "mnist" / "train-00000-of-00001.parquet")
+    shutil.copy(write_mnist(tmp_path, digits, "JPEG"), tmp_path / "jpeg.parquet")
+    write_mnist(tmp_path, digits)
+    assert [part["altered"] for part in data_origin("mnist", tmp_path).values()] == [None, None]
+    shutil.copy(tmp_path / "jpeg.parquet", tmp_path / "mnist" / "test-00000-of-00001.parquet")
+    assert [part["altered"] for part in data_origin("mnist", tmp_path).values()] == [None, 20]
+    (tmp_path / "mnist" / "lossless.json").write_text('{"train": [], "test": [1]}')
+    assert [part["altered"] for part in data_origin("mnist", tmp_path).values()] == [0, 1]
+
+
+def test_original_files_are_recorded_by_their_published_checksums(finished, source, tmp_path):
+    origin = finished.environment()["data"]
+    assert origin == data_origin("fashion_mnist", source) and [part["altered"] for part in origin.values()] == [0, 0]
+    for split, stems in STEMS.items():
+        assert origin[split]["files"] == {stem: file_digest(source / stem) for stem in stems}
+    assert (origin["train"]["images"], origin["test"]["images"]) == (60_000, 10_000)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    files = {split: part["files"] for split, part in data_origin("cifar10", tmp_path).items()}
+    assert list(files["train"]) == [f"data_batch_{number}" for number in range(1, 6)] and list(files["test"]) == ["test_batch"]
+    assert files["test"]["test_batch"] == f"md5:{torchvision.datasets.CIFAR10.test_list[0][1]}"
+    assert data_origin("digits") == data_origin("imagenet") == {}
+    check_same_data(finished, source)
+    with pytest.raises(ValueError, match="source must be the data of the run .*, got other files of fashion_mnist"):
+        check_data(finished, data_origin("cifar10", tmp_path))
+    earlier = replace(finished, path=tmp_path)  # of a version that recorded no data
+    (tmp_path / "environment.json").write_text("{}")
+    check_data(earlier, origin)
+
+
 # Splits
 
 
@@ -426,16 +460,16 @@ def test_levels_of_16_bits_are_scaled(tmp_path, name, picture):
 def test_levels_of_12_bits_and_white_at_zero_are_as_the_file_says():
     grey = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
     grey.tag_v2 = {258: (12,)}
-    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(image_data.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
     grey.tag_v2 = {258: (12,), 262: 0}
-    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
+    assert np.asarray(image_data.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
 
 
 def test_signed_levels_of_a_tiff_are_refused():
     grey = Image.fromarray(np.array([[0, 200]], dtype=np.uint8))
     grey.tag_v2 = {339: (2,)}  # Pillow shows −56 as 200
     with pytest.raises(ValueError, match="signed integers"):
-        image_files.to_rgb(grey)
+        image_data.to_rgb(grey)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -501,7 +535,7 @@ def test_trouble_of_the_disk_is_never_skipped(damaged, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(image_files.Image, "open", broken)
+    monkeypatch.setattr(image_data.Image, "open", broken)
     with pytest.raises(OSError, match="Input/output error"):
         load("imagenet", "train", damaged, unreadable="skip")
 

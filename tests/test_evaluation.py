@@ -93,12 +93,12 @@ def test_test_accuracy_is_the_share_of_right_answers(run, source, part):
     assert {path.name for path in run.path.iterdir()} == before | {"test.json"}
 
 
-def test_test_accuracy_is_computed_once(run, source, tmp_path):
+def test_test_accuracy_is_computed_once(run, source):
     first = test_accuracy(run, source)
     kept = run.path / "test.json"
     assert json.loads(kept.read_text(encoding="utf-8")).items() > first.items()
     stamp = kept.stat().st_mtime_ns
-    assert test_accuracy(run, tmp_path / "not looked for") == first and kept.stat().st_mtime_ns == stamp
+    assert test_accuracy(run) == first and kept.stat().st_mtime_ns == stamp
 
 
 def test_an_unfinished_run_has_no_test_accuracy(finished, source, tmp_path):
@@ -456,7 +456,11 @@ def test_a_table_of_trained_models_says_which_stopped_too_early_and_what_is_miss
     data = {"train": {"images": 50_000, "altered": 82}, "test": {"images": 10_000, "altered": 21}}
     note = altered_note({"a": {}, "b": {"data": data}})
     assert note.startswith("103 of the 60,000 images (82 for training, 21 for testing) are JPEG copies")
-    assert altered_note({"a": {}}) == ""
+    original = {"train": {"images": 50_000, "altered": 0}, "test": {"images": 10_000, "altered": 0}}
+    assert altered_note({"a": {}}) == altered_note({"a": {"data": original}}) == ""
+    assert altered_note({"a": {"data": original}, "b": {"data": data}}) == note
+    unknown = {"data": {**original, "test": {"images": 10_000, "altered": None}}}
+    assert altered_note({"a": {"data": data}, "b": unknown}) == "It is not known how many images differ from the published pixels."
 
 
 def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_path, monkeypatch):
