@@ -543,7 +543,7 @@ def test_seeds_of_two_machines_are_one_result():
         expected = summarise_curves([[value] for value in values])
         assert (found["mean"], found["sd"]) == (pytest.approx(expected["mean"]), pytest.approx(expected["sd"]))
     assert whole["sinks"]["n"] == 6 and "n" not in whole["curves"]["train_loss"]
-    assert add_seeds(whole, result([3], [0.9], "2.15"))["versions"]["torch"] == "2.14, 2.15"
+    assert add_seeds(whole, result([3], [0.9], "2.15", samples="c"))["versions"]["torch"] == "2.14, 2.15"
     with pytest.raises(UserError, match="seeds must differ, but 2 are in both"):
         add_seeds(first, result([2], [0.6], "2.14", samples="b"))
     with pytest.raises(UserError, match="curves.epochs must be the same for all seeds"):
@@ -552,9 +552,17 @@ def test_seeds_of_two_machines_are_one_result():
         add_seeds(first, {**second, "paper": 95.2})
     with pytest.raises(UserError, match=r"test_accuracy must have a value for each of the seeds \[0\], got 2"):
         add_seeds({**first, "seeds": [0]}, second)
-    named = add_seeds(add_seeds({**first, "device": "H200"}, second), result([3], [0.9], "2.15"))
+    named = add_seeds(add_seeds({**first, "device": "H200"}, second), result([3], [0.9], "2.15", samples="c"))
     assert named["device"] == "H200, CPU"
-    assert add_seeds({**first, "corpus": "a"}, second)["corpus"] == add_seeds(first, {**second, "corpus": "a"})["corpus"] == "a"
+    for name in ("corpus", "data"):  # one result may be of an earlier version, which did not record it
+        assert add_seeds({**first, name: "a"}, second)[name] == add_seeds(first, {**second, name: "a"})[name] == "a"
+        with pytest.raises(UserError, match=f"{name} must be the same for all seeds"):
+            add_seeds({**first, name: "a"}, {**second, name: "b"})
+    for pair in (({**first, "bits": 1}, second), (first, {**second, "bits": 1})):
+        with pytest.raises(UserError, match="both results must have the same fields, but bits are only in one of them"):
+            add_seeds(*pair)
+    known, unknown = ({"data": {"test": {"files": {"test": "e5"}, "altered": altered}}} for altered in (21, None))
+    assert add_seeds(first | known, second | unknown)["data"] == add_seeds(first | unknown, second | known)["data"] == known["data"]
     more = add_seeds(first, {**second, "versions": {**second["versions"], "datasets": "5"}})
     assert more["versions"] == {"torch": "2.14, 2.15", "python": "3.11", "datasets": "5"}
 
