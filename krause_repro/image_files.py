@@ -111,7 +111,7 @@ def _idx_file(folder, stem):
 
 # %% ../nbs/27_image_files.ipynb #6b1f0a5e
 LABEL_COLUMNS = {"cifar10": "label", "cifar100": "fine_label", "mnist": "label"}  # data sets also read from the hub's Parquet files
-PARQUET_FOLDERS = ("plain_text", "data")  # of the hub, in a data set's folder
+PARQUET_FOLDERS = ("plain_text", "data", "default")  # of the hub, in a data set's folder
 
 
 def parquet_files(
@@ -119,11 +119,16 @@ def parquet_files(
     folder: Path,  # the files' folder, or its parent
     split: str = "t*",  # "train" or "test"
 ) -> list[Path]:
-    "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`."
-    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in (name, "", *PARQUET_FOLDERS))
+    "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`, or `train/0000.parquet` of its conversions."
+    roots = (folder, *sorted(folder.glob("snapshots/*")))  # the latter in the hub's cache
+    places = (sorted((root / part).glob(form)) for root in roots for part in (name, "", *PARQUET_FOLDERS)
+              for form in (f"{split}-*-of-*.parquet", f"{split}/[0-9]*.parquet"))
     return next(filter(None, places), [])
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
+CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+
+
 def _holds(name: str, folder: Path) -> bool:
     return has_published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
 
@@ -137,7 +142,25 @@ def has_published_layout(
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
         return (folder / "train").is_dir() and (folder / "val").is_dir()
-    return (folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]).is_dir()
+    return (folder / CIFAR[name].base_folder).is_dir()
+
+
+def _layouts(name: str) -> str:
+    "The layouts in which a data set is looked for, in words."
+    if DATA[name].folders:
+        return "train and val with a folder of images for each class"
+    own = CIFAR[name].base_folder if name in CIFAR else f"IDX files such as train-images-idx3-ubyte (or .gz), also in {IDX_FOLDERS[name]}"
+    hub = f", or the hub's train-00000-of-00001.parquet or train/0000.parquet, also in {', '.join(PARQUET_FOLDERS)} or snapshots/<revision>"
+    return own + hub if name in LABEL_COLUMNS else own
+
+
+def _lies_in(place: Path) -> str:
+    "What lies in a place where a data set is not, in words."
+    if place.is_file():
+        return "a file; name the folder that holds it"
+    if found := [other for other, spec in DATA.items() if not spec.bundled and (_holds(other, place) or _holds(other, place / "raw"))]:
+        return f"files in the layout of {' or '.join(found)}"
+    return ", ".join(sorted(each.name for each in place.glob("*"))[:5]) or "nothing"
 
 # %% ../nbs/27_image_files.ipynb #72e1c6e5
 def find_source(
@@ -168,7 +191,9 @@ def find_source(
         if _holds(name, place):
             return place
     how = f"download it with: krause-repro data {name}"
-    if name == "imagenet":
+    if source is not None:
+        how = f"expected {_layouts(name)}; found {_lies_in(base)}"
+    elif name == "imagenet":
         how = "name the folder that holds train/ and val/ by --source or KRAUSE_REPRO_DATA"
     raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}; {how}")
 
@@ -215,10 +240,7 @@ def download_dataset(
     name: str,  # "fashion_mnist", "mnist", "cifar10" or "cifar100"
 ) -> None:
     "Download a data set with torchvision into the download folder."
-    classes = {
-        "fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST,
-        "cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
-    }
+    classes = {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST, **CIFAR}
     place = IDX_FOLDERS.get(name) or classes[name].base_folder
     with scratch_folder(download_folder()) as work:
         classes[name](work, download=True)
@@ -268,7 +290,7 @@ def read_cifar(
     split: str,  # "train" or "test"
 ) -> tuple[Tensor, Tensor]:
     "Images (N, 3, 32, 32) uint8 and labels (N,) from the original CIFAR files. Raises `UserError` for a damaged file."
-    kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    kind = CIFAR[name]
     for stem, md5 in (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])):
         path = folder / kind.base_folder / stem
         if not check_integrity(path, md5):
@@ -436,13 +458,15 @@ def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
     paths = parquet_files(name, folder, split)
     if not paths:
         raise FileNotFoundError(f"{folder} lacks {split}-00000-of-00001.parquet; the data set {name} is incomplete")
-    named = [re.fullmatch(r".+-(\d{5})-of-(\d{5})(-\w+)?", path.stem) for path in paths]  # older files of the hub end with a digest
+    named = [re.fullmatch(r"(?:.+?-)?(\d{4,5})(?:-of-(\d{5})(-\w+)?)?", path.stem) for path in paths]  # older ones end with a digest
     if None in named or len({match[2] for match in named}) > 1:
         raise UserError(f"{paths[0].parent} must hold {split}-00000-of-00001.parquet, or several files of equal number of parts, got "
                         f"{', '.join(path.name for path in paths)}")
-    parts, found = int(named[0][2]), [int(match[1]) for match in named]
+    found = [int(match[1]) for match in named]
+    parts = int(named[0][2] or len(found))  # the hub's conversions do not name the number of parts
     if missing := sorted(set(range(parts)) - set(found)):
-        raise FileNotFoundError(f"{paths[0].parent} lacks {split}-{missing[0]:05}-of-{parts:05}.parquet; the data set {name} is incomplete")
+        lacks = f"{split}-{missing[0]:05}-of-{parts:05}" if named[0][2] else f"{missing[0]:04}"
+        raise FileNotFoundError(f"{paths[0].parent} lacks {lacks}.parquet; the data set {name} is incomplete")
     if found != list(range(parts)):
         raise UserError(f"{paths[0].parent} must hold each part of {split} once, got {', '.join(path.name for path in paths)}")
     return paths
@@ -481,7 +505,10 @@ def altered_images(
     total: int,  # images of the split
 ) -> int | None:  # None without the file
     "Number of altered images according to `lossless.json`. Raises `UserError` if that file is invalid."
-    for path in (folder / "lossless.json", *([folder.parent / "lossless.json"] if folder.name in PARQUET_FOLDERS else [])):
+    places = [folder]
+    while places[-1].name in (split, *PARQUET_FOLDERS):
+        places.append(places[-1].parent)
+    for path in (place / "lossless.json" for place in places):
         if path.is_file():
             listed = read_json(path)
             known = listed.get(split) if isinstance(listed, dict) else None
@@ -503,8 +530,7 @@ def _published_files(name: str, split: str) -> dict[str, str]:
     "Published checksums of the files of a split, which reading verifies: SHA-256 of IDX files, MD5 of CIFAR's."
     if name in IDX_FILES:
         return {stem: sha256 for stem, sha256 in IDX_FILES[name].items() if stem.startswith("train") == (split == "train")}
-    kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-    return {stem: f"md5:{md5}" for stem, md5 in (kind.train_list if split == "train" else kind.test_list)}
+    return {stem: f"md5:{md5}" for stem, md5 in (CIFAR[name].train_list if split == "train" else CIFAR[name].test_list)}
 
 
 def data_origin(

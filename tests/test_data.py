@@ -289,6 +289,35 @@ def test_the_arrangement_is_of_quadrants_and_neighbours():
         assert np.mean(image_files.ARRANGEMENT[name, split][:4]) == pytest.approx(mean, abs=1e-4)
 
 
+@pytest.mark.parametrize("place", ["default/test/0000", "mnist/test/0000", "test/0000", "snapshots/8f1b/mnist/test-00000-of-00001",
+                                   "snapshots/8f1b/data/test-00000-of-00001", "snapshots/8f1b/default/test/0000"])
+def test_the_hubs_cache_and_its_conversions_are_found(digits, tmp_path, place):
+    path = write_mnist(tmp_path, digits).rename(tmp_path / "file")
+    (tmp_path / f"{place}.parquet").parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / f"{place}.parquet").symlink_to(path)
+    assert torch.equal(load("mnist", "test", tmp_path).images, digits)
+    if place.endswith("/0000"):
+        (tmp_path / f"{place}.parquet").rename(tmp_path / f"{place[:-4]}0001.parquet")
+        with pytest.raises(FileNotFoundError, match=f"{(tmp_path / place).parent} lacks 0000.parquet"):
+            load("mnist", "test", tmp_path)
+
+
+def test_what_is_expected_and_what_lies_there_is_said(small, digits):
+    "And nothing is to be downloaded if the user named the place."
+    expected = "expected cifar-10-batches-py, or the hub.s train-00000-of-00001.parquet or train/0000.parquet, also in .*; found "
+    path, empty = small / STEMS["test"][0], small / "empty"
+    empty.mkdir()
+    for place, found in ((small, "files in the layout of fashion_mnist or mnist"), (path, "a file; name the folder"), (empty, "nothing")):
+        with pytest.raises(FileNotFoundError, match=f"no cifar10 in {place}, {place}/cifar10; {expected}{found}") as error:
+            fetch("cifar10", place)
+        assert "download" not in str(error.value)
+    (empty / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match="expected IDX files such as train-images-idx3-ubyte .*; found notes.txt"):
+        load("mnist", "test", empty)
+    with pytest.raises(FileNotFoundError, match="expected train and val with a folder of images for each class; found files in the layout"):
+        load("imagenet", "test", write_mnist(small / "other", digits).parent)
+
+
 def test_how_many_images_are_altered_is_unknown_unless_something_tells(digits, tmp_path):
     shutil.copy(write_mnist(tmp_path, digits), tmp_path / "mnist" / "train-00000-of-00001.parquet")
     shutil.copy(write_mnist(tmp_path, digits, "JPEG"), tmp_path / "jpeg.parquet")
@@ -606,7 +635,7 @@ def test_photographs_are_made_on_demand(no_downloads, folder):
     assert (len(splits.train), len(splits.held_out), len(splits.test)) == (40, 8, 16)
     assert find_source("photographs") == fetch("photographs") == place
     assert splits.train[0]["pixel_values"].shape == (3, 224, 224)
-    with pytest.raises(FileNotFoundError, match=f"no photographs in {no_downloads}; "):
+    with pytest.raises(FileNotFoundError, match=f"no photographs in {no_downloads}; expected train and val"):
         load("photographs", "train", no_downloads)
     shutil.rmtree(place)
     for part in ("train", "val"):  # someone's ImageNet is not taken for them
