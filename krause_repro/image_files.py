@@ -346,13 +346,6 @@ CLASS_MEANS = {  # of pixels in [0, 1], by class and channel
     ("mnist", "test"): ((0.1723,), (0.0767,), (0.1502,), (0.1433,), (0.1227,), (0.1321,), (0.1436,), (0.1149,), (0.1531,), (0.1253,)),
 }
 MEANS_WITHIN = 0.002  # allowed deviation: a few images may be JPEG copies
-ARRANGEMENT = {  # as `arrangement` of all images computes it
-    ("cifar10", "train"): (0.4961, 0.4961, 0.4511, 0.4501, 0.054, 0.0608),
-    ("cifar10", "test"): (0.5003, 0.4999, 0.4539, 0.4523, 0.0541, 0.0608),
-    ("mnist", "train"): (0.0997, 0.1459, 0.1342, 0.1429, 0.0675, 0.0659),
-    ("mnist", "test"): (0.1029, 0.1459, 0.1333, 0.1479, 0.0674, 0.0651),
-}
-ARRANGED_WITHIN = 0.0004  # rounding makes 0.00005, and CIFAR-10 mirrored, the least of the changes, at least 0.0009
 
 
 def check_labels(
@@ -388,6 +381,15 @@ def check_class_means(
         told, means = tuple(round(value, 4) for value in found[each].tolist()), CLASS_MEANS[name, split][each]
         raise UserError(f"{where} does not fit the images, or these are not those of {name}: "
                          f"the mean of class {each} must be {means} ± {MEANS_WITHIN}, got {told}")
+
+# %% ../nbs/27_image_files.ipynb #5d0e7b31
+ARRANGEMENT = {  # as `arrangement` of all images computes it
+    ("cifar10", "train"): (0.4961, 0.4961, 0.4511, 0.4501, 0.054, 0.0608),
+    ("cifar10", "test"): (0.5003, 0.4999, 0.4539, 0.4523, 0.0541, 0.0608),
+    ("mnist", "train"): (0.0997, 0.1459, 0.1342, 0.1429, 0.0675, 0.0659),
+    ("mnist", "test"): (0.1029, 0.1459, 0.1333, 0.1479, 0.0674, 0.0651),
+}
+ARRANGED_WITHIN = 0.0004  # rounding makes 0.00005, and CIFAR-10 mirrored, the least of the changes, at least 0.0009
 
 
 def arrangement(
