@@ -159,6 +159,8 @@ def summarise_sigma(
 SEED_LISTS = ("seeds", "commits", "threads", "chosen_epochs")  # one entry per seed
 FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # kept of the seeds that were there first
 MACHINES = ("versions", "device")  # of the runs; seeds may come from several machines
+MAY_LACK = ("corpus", "data")  # fields that runs of earlier versions lack; one result may have them alone
+OF_FILE = ("name", "profile", "commit", "dirty", "recipes")  # written anew with each file
 
 
 def add_seeds(
@@ -166,8 +168,8 @@ def add_seeds(
     later: dict,  # the same of other seeds
 ) -> dict:
     "The result of all seeds. Raises `UserError` if a seed is in both, or a field differs that must not."
-    if missing := sorted(later.keys() - earlier.keys() - {"corpus"}):  # runs of earlier versions do not name their corpus
-        raise UserError(f"both results must have the same fields, but {', '.join(missing)} are only in that of the later seeds")
+    if missing := sorted((earlier.keys() ^ later.keys()) - {*MAY_LACK, *OF_FILE}):
+        raise UserError(f"both results must have the same fields, but {', '.join(missing)} are only in one of them")
     for name, found in earlier.items():
         if isinstance(found, dict) and "values" in found and len(found["values"]) != len(earlier["seeds"]):
             raise UserError(f"{name} must have a value for each of the seeds {earlier['seeds']}, got {len(found['values'])}")
@@ -193,9 +195,11 @@ def add_seeds(
             return first
         if top in MACHINES:
             return f"{first}, {second}"
+        if name == "altered" and None in (first, second):  # of the same files, one of them without `lossless.json`
+            return second if first is None else first
         raise UserError(f"{place} must be the same for all seeds, got {first!r:.60} and {second!r:.60}")
 
-    kept = {key: value for key, value in earlier.items() if key == "corpus"}  # which the later seeds may not name
+    kept = {key: earlier[key] for key in MAY_LACK if key in earlier}
     return {**kept, **later, **{key: added(earlier[key], later[key], key) for key in later if key in earlier}}
 
 # %% ../nbs/41_evaluation.ipynb #8db0a9bf
@@ -440,7 +444,10 @@ def altered_note(
     models: dict[str, dict],  # by recipe: a result of `summarise_runs`
 ) -> str:  # empty if no result says so
     "A sentence on how many images differ from the published pixels."
-    data = next((m["data"] for m in models.values() if m and m.get("data")), {})
+    found = [m["data"] for m in models.values() if m and m.get("data")]
+    if any(part["altered"] is None for data in found for part in data.values()):
+        return "It is not known how many images differ from the published pixels."
+    data = max(found, key=lambda data: sum(part["altered"] for part in data.values()), default={})
     counts = {split: part["altered"] for split, part in data.items()}
     if not any(counts.values()):
         return ""

@@ -15,8 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
@@ -24,8 +26,8 @@ from torchvision.transforms import InterpolationMode, v2
 from .checks import UserError, check_choice
 from .generation_recipes import ImageGenerationRecipe
 from krause_repro.image_files import (
-    DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, download_folder, find_source,
-    has_published_layout, photograph_folder, read_bundled, read_cifar, read_idx_images, read_image, read_parquet, unpack_package,
+    DAMAGE, DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, download_folder, find_source,
+    has_published_layout, photograph_folder, read_cifar, read_idx_images, read_parquet, unpack_package,
 )
 from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from .image_transformer import image_tokens
@@ -52,6 +54,42 @@ class ImageSet(Dataset):
     def subset(self, indices: Tensor) -> "ImageSet":
         "The images at `indices`."
         return ImageSet(self.images[indices], self.labels[indices])
+
+# %% ../nbs/28_image_data.ipynb #d031bfe7
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+
+
+def to_rgb(
+    image: Image.Image,  # as opened
+) -> Image.Image:
+    "Convert to 8-bit RGB; 16-bit levels, or those of a TIFF's bit depth, are scaled. Raises `UserError` if the range is unknown."
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
+        raise UserError(f"its mode is {image.mode}, 32-bit values of unknown range; convert it to 8 or 16 bits")
+    if tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
+        raise UserError("its values are signed integers; convert them to unsigned ones")
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+        levels = top - levels
+    return Image.fromarray(np.rint(levels * 255 / top).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+# %% ../nbs/28_image_data.ipynb #a9ceee00
+def read_image(
+    path: str | Path,  # image file
+) -> Image.Image:
+    "Decode an image as RGB. Raises `UserError` that names an undecodable file; I/O errors propagate."
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except OSError as error:
+        if error.errno is not None:  # I/O errors have a number, Pillow's own have none
+            raise
+        reason = error
+    except DAMAGE as error:
+        reason = error
+    raise UserError(f"{path} is not a readable image ({reason}); {SKIP_HINT}") from reason
 
 # %% ../nbs/28_image_data.ipynb #8a180c66
 def damaged_images(
@@ -155,6 +193,37 @@ def imagenet_transform(
     colour = [v2.ColorJitter(0.4, 0.4, 0.4)] if jitter else []
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=how), v2.RandomHorizontalFlip()]
     return v2.Compose([*crop, *colour, v2.RandAugment(2, 9), v2.PILToTensor()])
+
+# %% ../nbs/28_image_data.ipynb #3cf6a3c6
+TILE = 32  # pixels a side
+
+
+def _read_digits(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits, train = load_digits(), DATA["digits"].train
+    part = slice(train) if split == "train" else slice(train, None)
+    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+    return images[part], torch.from_numpy(digits.target)[part].long()
+
+
+def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_sample_image
+
+    tiles = []
+    for name in ("china", "flower"):
+        picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy())  # (427, 640, 3)
+        grid = picture.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # (13, 20, 3, TILE, TILE)
+        tiles.append((grid[:, :16] if split == "train" else grid[:, 16:]).flatten(0, 1))
+    return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
+
+
+def read_bundled(
+    name: str,  # "digits" or "photograph_tiles"
+    split: str,  # "train" or "test"
+) -> tuple[Tensor, Tensor]:
+    "Images (N, C, H, W) uint8 and labels (N,) of a data set made from data of scikit-learn."
+    return _read_digits(split) if name == "digits" else _read_tiles(split)
 
 # %% ../nbs/28_image_data.ipynb #fb98c98e
 def load(
@@ -350,7 +419,7 @@ def load_splits(
     else:
         train, test = (load(recipe.dataset, split, source, unreadable=unreadable) for split in ("train", "test"))
         plain = train
-        if origin:  # other data have published checksums
+        if origin and not has_published_layout(recipe.dataset, find_source(recipe.dataset, source)):  # which has published checksums
             check_distinct(train, test, recipe.dataset)
     check_data(recipe, train)
     kept, held_out = split_held_out(len(train), recipe.held_out, recipe.train_images)

@@ -74,6 +74,18 @@ def check_dataset(
     check_choice("dataset", name, DATA)
     return DATA[name]
 
+# %% ../nbs/27_image_files.ipynb #98de87bc
+UNREADABLE = ("stop", "skip")
+SKIP_HINT = "repair or remove it, or skip such files with unreadable='skip' (krause-repro train --unreadable skip)"
+
+
+def check_unreadable(
+    unreadable: str,
+) -> str:
+    "Return `unreadable`, or raise `UserError` that lists the choices."
+    check_choice("unreadable", unreadable, UNREADABLE)
+    return unreadable
+
 # %% ../nbs/27_image_files.ipynb #f7e79158
 download_folder = cache_folder
 
@@ -99,7 +111,7 @@ def _idx_file(folder, stem):
 
 # %% ../nbs/27_image_files.ipynb #6b1f0a5e
 LABEL_COLUMNS = {"cifar10": "label", "cifar100": "fine_label", "mnist": "label"}  # data sets also read from the hub's Parquet files
-PARQUET_FOLDERS = ("plain_text", "data")  # of the hub, in a data set's folder
+PARQUET_FOLDERS = ("plain_text", "data", "default")  # of the hub, in a data set's folder
 
 
 def parquet_files(
@@ -107,11 +119,16 @@ def parquet_files(
     folder: Path,  # the files' folder, or its parent
     split: str = "t*",  # "train" or "test"
 ) -> list[Path]:
-    "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`."
-    places = (sorted((folder / part).glob(f"{split}-*-of-*.parquet")) for part in (name, "", *PARQUET_FOLDERS))
+    "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`, or `train/0000.parquet` of its conversions."
+    roots = (folder, *sorted(folder.glob("snapshots/*")))  # the latter in the hub's cache
+    places = (sorted((root / part).glob(form)) for root in roots for part in (name, "", *PARQUET_FOLDERS)
+              for form in (f"{split}-*-of-*.parquet", f"{split}/[0-9]*.parquet"))
     return next(filter(None, places), [])
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
+CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+
+
 def _holds(name: str, folder: Path) -> bool:
     return has_published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
 
@@ -125,7 +142,25 @@ def has_published_layout(
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
         return (folder / "train").is_dir() and (folder / "val").is_dir()
-    return (folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]).is_dir()
+    return (folder / CIFAR[name].base_folder).is_dir()
+
+
+def _layouts(name: str) -> str:
+    "The layouts in which a data set is looked for, in words."
+    if DATA[name].folders:
+        return "train and val with a folder of images for each class"
+    own = CIFAR[name].base_folder if name in CIFAR else f"IDX files such as train-images-idx3-ubyte (or .gz), also in {IDX_FOLDERS[name]}"
+    hub = f", or the hub's train-00000-of-00001.parquet or train/0000.parquet, also in {', '.join(PARQUET_FOLDERS)} or snapshots/<revision>"
+    return own + hub if name in LABEL_COLUMNS else own
+
+
+def _lies_in(place: Path) -> str:
+    "What lies in a place where a data set is not, in words."
+    if place.is_file():
+        return "a file; name the folder that holds it"
+    if found := [other for other, spec in DATA.items() if not spec.bundled and (_holds(other, place) or _holds(other, place / "raw"))]:
+        return f"files in the layout of {' or '.join(found)}"
+    return ", ".join(sorted(each.name for each in place.glob("*"))[:5]) or "nothing"
 
 # %% ../nbs/27_image_files.ipynb #72e1c6e5
 def find_source(
@@ -156,7 +191,9 @@ def find_source(
         if _holds(name, place):
             return place
     how = f"download it with: krause-repro data {name}"
-    if name == "imagenet":
+    if source is not None:
+        how = f"expected {_layouts(name)}; found {_lies_in(base)}"
+    elif name == "imagenet":
         how = "name the folder that holds train/ and val/ by --source or KRAUSE_REPRO_DATA"
     raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}; {how}")
 
@@ -203,10 +240,7 @@ def download_dataset(
     name: str,  # "fashion_mnist", "mnist", "cifar10" or "cifar100"
 ) -> None:
     "Download a data set with torchvision into the download folder."
-    classes = {
-        "fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST,
-        "cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100,
-    }
+    classes = {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST, **CIFAR}
     place = IDX_FOLDERS.get(name) or classes[name].base_folder
     with scratch_folder(download_folder()) as work:
         classes[name](work, download=True)
@@ -256,7 +290,7 @@ def read_cifar(
     split: str,  # "train" or "test"
 ) -> tuple[Tensor, Tensor]:
     "Images (N, 3, 32, 32) uint8 and labels (N,) from the original CIFAR files. Raises `UserError` for a damaged file."
-    kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    kind = CIFAR[name]
     for stem, md5 in (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])):
         path = folder / kind.base_folder / stem
         if not check_integrity(path, md5):
@@ -348,6 +382,41 @@ def check_class_means(
         raise UserError(f"{where} does not fit the images, or these are not those of {name}: "
                          f"the mean of class {each} must be {means} ± {MEANS_WITHIN}, got {told}")
 
+# %% ../nbs/27_image_files.ipynb #5d0e7b31
+ARRANGEMENT = {  # as `arrangement` of all images computes it
+    ("cifar10", "train"): (0.4961, 0.4961, 0.4511, 0.4501, 0.054, 0.0608),
+    ("cifar10", "test"): (0.5003, 0.4999, 0.4539, 0.4523, 0.0541, 0.0608),
+    ("mnist", "train"): (0.0997, 0.1459, 0.1342, 0.1429, 0.0675, 0.0659),
+    ("mnist", "test"): (0.1029, 0.1459, 0.1333, 0.1479, 0.0674, 0.0651),
+}
+ARRANGED_WITHIN = 0.0004  # rounding makes 0.00005, and CIFAR-10 mirrored, the least of the changes, at least 0.0009
+
+
+def arrangement(
+    images: Tensor,  # (N, C, H, W) uint8, with even H and W
+) -> Tensor:  # (6,) float64, of pixels in [0, 1]
+    "Means of the four quadrants, row by row, and of the absolute differences of neighbours, across and down."
+    found = torch.zeros(6, dtype=torch.double)
+    for part in images.split(1000):
+        pixels = part.double() / 255
+        quadrants = pixels.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean((0, 1, 3, 5)).flatten()
+        found += torch.stack([*quadrants, *(pixels.diff(dim=dim).abs().mean() for dim in (3, 2))]) * len(part) / len(images)
+    return found
+
+
+def check_arrangement(
+    name: str,  # key of `LABEL_COLUMNS`
+    split: str,  # "train" or "test"
+    images: Tensor,  # (N, C, H, W) uint8
+    where: str,  # file and column, for the message
+) -> None:
+    "Raise `UserError` if the images as a whole are turned, mirrored, transposed, shifted, blurred or compressed."
+    if (name, split) in ARRANGEMENT:
+        found, expected = arrangement(images), ARRANGEMENT[name, split]
+        if (found - torch.tensor(expected)).abs().max() > ARRANGED_WITHIN:
+            raise UserError(f"{where} must hold the images of {name} upright and unchanged: means of the quadrants and differences of "
+                            f"neighbours must be {expected} ± {ARRANGED_WITHIN}, got {tuple(round(each, 4) for each in found.tolist())}")
+
 # %% ../nbs/27_image_files.ipynb #e3a5c861
 DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # Pillow's errors for damaged files
 
@@ -391,13 +460,15 @@ def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
     paths = parquet_files(name, folder, split)
     if not paths:
         raise FileNotFoundError(f"{folder} lacks {split}-00000-of-00001.parquet; the data set {name} is incomplete")
-    named = [re.fullmatch(r".+-(\d{5})-of-(\d{5})(-\w+)?", path.stem) for path in paths]  # older files of the hub end with a digest
+    named = [re.fullmatch(r"(?:.+?-)?(\d{4,5})(?:-of-(\d{5})(-\w+)?)?", path.stem) for path in paths]  # older ones end with a digest
     if None in named or len({match[2] for match in named}) > 1:
         raise UserError(f"{paths[0].parent} must hold {split}-00000-of-00001.parquet, or several files of equal number of parts, got "
                         f"{', '.join(path.name for path in paths)}")
-    parts, found = int(named[0][2]), [int(match[1]) for match in named]
+    found = [int(match[1]) for match in named]
+    parts = int(named[0][2] or len(found))  # the hub's conversions do not name the number of parts
     if missing := sorted(set(range(parts)) - set(found)):
-        raise FileNotFoundError(f"{paths[0].parent} lacks {split}-{missing[0]:05}-of-{parts:05}.parquet; the data set {name} is incomplete")
+        lacks = f"{split}-{missing[0]:05}-of-{parts:05}" if named[0][2] else f"{missing[0]:04}"
+        raise FileNotFoundError(f"{paths[0].parent} lacks {lacks}.parquet; the data set {name} is incomplete")
     if found != list(range(parts)):
         raise UserError(f"{paths[0].parent} must hold each part of {split} once, got {', '.join(path.name for path in paths)}")
     return paths
@@ -421,11 +492,12 @@ def read_parquet(
 ) -> tuple[Tensor, Tensor]:  # images (N, C, H, W) uint8 and classes (N,)
     "Read a split from the hub's Parquet files. Raises `UserError` or `FileNotFoundError` that names the file and column."
     files = _open_parquet(name, folder, split)
-    where = f"{', '.join(str(path) for path, *_ in files)}: column {LABEL_COLUMNS[name]}"
+    where = f"{', '.join(str(path) for path, *_ in files)}: column"
     found = [_read_parquet_file(path, file, image, name) for path, file, image in files if file.metadata.num_rows]
     images, labels = (torch.cat(each) for each in zip(*found, strict=True))
-    check_labels(name, split, labels, where)
-    check_class_means(name, split, images, labels, where)
+    check_labels(name, split, labels, f"{where} {LABEL_COLUMNS[name]}")
+    check_class_means(name, split, images, labels, f"{where} {LABEL_COLUMNS[name]}")
+    check_arrangement(name, split, images, f"{where} {files[0][2]}")
     return images, labels
 
 # %% ../nbs/27_image_files.ipynb #c7d2903b
@@ -435,7 +507,10 @@ def altered_images(
     total: int,  # images of the split
 ) -> int | None:  # None without the file
     "Number of altered images according to `lossless.json`. Raises `UserError` if that file is invalid."
-    for path in (folder / "lossless.json", *([folder.parent / "lossless.json"] if folder.name in PARQUET_FOLDERS else [])):
+    places = [folder]
+    while places[-1].name in (split, *PARQUET_FOLDERS):
+        places.append(places[-1].parent)
+    for path in (place / "lossless.json" for place in places):
         if path.is_file():
             listed = read_json(path)
             known = listed.get(split) if isinstance(listed, dict) else None
@@ -447,23 +522,36 @@ def altered_images(
     return None
 
 
-def _jpeg_images(files: list[tuple[Path, pq.ParquetFile, str]]) -> int:
-    "Number of images stored as JPEG, which loses some of the pixels."
+def _jpeg_images(files: list[tuple[Path, pq.ParquetFile, str]]) -> int | None:
+    "Number of images stored as JPEG, which loses some of the pixels; None without any, since they may have been altered before."
     columns = (_read_column(path, file, group, image) for path, file, image in files for group in range(file.num_row_groups))
-    return sum(bool(row and row["bytes"]) and row["bytes"].startswith(b"\xff\xd8") for column in columns for row in column)
+    return sum(bool(row and row["bytes"]) and row["bytes"].startswith(b"\xff\xd8") for column in columns for row in column) or None
+
+
+def _published_files(name: str, split: str) -> dict[str, str]:
+    "Published checksums of the files of a split, which reading verifies: SHA-256 of IDX files, MD5 of CIFAR's."
+    if name in IDX_FILES:
+        return {stem: sha256 for stem, sha256 in IDX_FILES[name].items() if stem.startswith("train") == (split == "train")}
+    return {stem: f"md5:{md5}" for stem, md5 in (CIFAR[name].train_list if split == "train" else CIFAR[name].test_list)}
 
 
 def data_origin(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder
-) -> dict[str, dict]:  # by split: "files" with their SHA-256, "images", and the number of "altered" ones; empty except for Parquet files
-    "Provenance of data without published checksums, stored with every run. Raises an error for missing files or another schema."
-    folder = find_source(name, source) if name in LABEL_COLUMNS else None
-    if folder is None or not parquet_files(name, folder) or has_published_layout(name, folder):
-        return {}
-    origin = {}
-    for split in ("train", "test"):
-        files, images = _open_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
+) -> dict[str, dict]:  # by split: "files" with their checksums, "images", and how many are "altered", None if unknown
+    """Provenance of images, stored with every run; empty for folders of images, and for those of scikit-learn.
+
+    Raises an error for missing files or another schema. Published checksums are taken as they are, since reading verifies them.
+    """
+    spec, origin = DATA[name], {}
+    if spec.folders or spec.bundled:
+        return origin
+    folder = find_source(name, source)
+    for split, images in (("train", spec.train), ("test", spec.test)):
+        if has_published_layout(name, folder):
+            origin[split] = {"files": _published_files(name, split), "images": images, "altered": 0}
+            continue
+        files = _open_parquet(name, folder, split)
         altered = altered_images(files[0][0].parent, split, images)
         origin[split] = {"files": {path.name: file_digest(path) for path, *_ in files}, "images": images,
                          "altered": _jpeg_images(files) if altered is None else altered}
@@ -510,82 +598,3 @@ def photograph_folder(
             if not complete():  # otherwise another process has created it
                 raise disk_error(error, path) from error
     return path
-
-# %% ../nbs/27_image_files.ipynb #3cf6a3c6
-TILE = 32  # pixels a side
-
-
-def _read_digits(split: str) -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    digits, train = load_digits(), DATA["digits"].train
-    part = slice(train) if split == "train" else slice(train, None)
-    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
-    return images[part], torch.from_numpy(digits.target)[part].long()
-
-
-def _read_tiles(split: str) -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_sample_image
-
-    tiles = []
-    for name in ("china", "flower"):
-        picture = torch.from_numpy(load_sample_image(f"{name}.jpg").copy())  # (427, 640, 3)
-        grid = picture.unfold(0, TILE, TILE).unfold(1, TILE, TILE)  # (13, 20, 3, TILE, TILE)
-        tiles.append((grid[:, :16] if split == "train" else grid[:, 16:]).flatten(0, 1))
-    return torch.cat(tiles).contiguous(), torch.arange(2).repeat_interleave(len(tiles[0]))
-
-
-def read_bundled(
-    name: str,  # "digits" or "photograph_tiles"
-    split: str,  # "train" or "test"
-) -> tuple[Tensor, Tensor]:
-    "Images (N, C, H, W) uint8 and labels (N,) of a data set made from data of scikit-learn."
-    return _read_digits(split) if name == "digits" else _read_tiles(split)
-
-# %% ../nbs/27_image_files.ipynb #98de87bc
-UNREADABLE = ("stop", "skip")
-SKIP_HINT = "repair or remove it, or skip such files with unreadable='skip' (krause-repro train --unreadable skip)"
-
-
-def check_unreadable(
-    unreadable: str,
-) -> str:
-    "Return `unreadable`, or raise `UserError` that lists the choices."
-    check_choice("unreadable", unreadable, UNREADABLE)
-    return unreadable
-
-# %% ../nbs/27_image_files.ipynb #d031bfe7
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
-
-
-def to_rgb(
-    image: Image.Image,  # as opened
-) -> Image.Image:
-    "Convert to 8-bit RGB; 16-bit levels, or those of a TIFF's bit depth, are scaled. Raises `UserError` if the range is unknown."
-    tags = getattr(image, "tag_v2", {})
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM", "JPEG2000"):
-        raise UserError(f"its mode is {image.mode}, 32-bit values of unknown range; convert it to 8 or 16 bits")
-    if tags.get(SAMPLE_FORMAT, (1,))[0] == 2:
-        raise UserError("its values are signed integers; convert them to unsigned ones")
-    if not image.mode.startswith(("I", "F")):
-        return image.convert("RGB")
-    levels, top = np.asarray(image).astype(np.float64), 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
-        levels = top - levels
-    return Image.fromarray(np.rint(levels * 255 / top).clip(0, 255).astype(np.uint8)).convert("RGB")
-
-# %% ../nbs/27_image_files.ipynb #a9ceee00
-def read_image(
-    path: str | Path,  # image file
-) -> Image.Image:
-    "Decode an image as RGB. Raises `UserError` that names an undecodable file; I/O errors propagate."
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except OSError as error:
-        if error.errno is not None:  # I/O errors have a number, Pillow's own have none
-            raise
-        reason = error
-    except DAMAGE as error:
-        reason = error
-    raise UserError(f"{path} is not a readable image ({reason}); {SKIP_HINT}") from reason

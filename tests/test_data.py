@@ -1,12 +1,16 @@
 """Real images, whole and unchanged; every damaged or missing file named; augmentation that does what it says."""
 
 import gzip
+import io
 import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from krause_repro import image_data, image_files
@@ -19,6 +23,7 @@ from krause_repro.image_data import (
     load,
     load_splits,
     random_crop_flip,
+    read_image,
     split_held_out,
 )
 from krause_repro.image_files import (
@@ -26,14 +31,17 @@ from krause_repro.image_files import (
     FASHION_MNIST_FILES,
     PHOTOGRAPH_CROP,
     PHOTOGRAPH_PLACES,
+    arrangement,
+    data_origin,
     download_folder,
     find_source,
     photograph_folder,
     read_idx,
-    read_image,
 )
 from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS
 from krause_repro.recipes import RECIPES, get_recipe
+from krause_repro.records import file_digest
+from krause_repro.runs import check_data, check_same_data
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 
@@ -228,6 +236,118 @@ def test_image_set():
             ImageSet(*wrong)
 
 
+# Parquet files
+
+
+def write_mnist(folder, images, kind="PNG"):
+    "Parquet files of MNIST's test part, with the classes in turn."
+    rows = []
+    for image in images:
+        Image.fromarray(image.squeeze(0).numpy()).save(buffer := io.BytesIO(), kind)
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    (folder / "mnist").mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": rows, "label": [i % 10 for i in range(len(images))]})
+    pq.write_table(table, path := folder / "mnist" / "test-00000-of-00001.parquet")
+    return path
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    "Twenty images that are the test part of a small MNIST, in which each quadrant has another mean."
+    images = torch.randint(0, 40, (20, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images += torch.arange(0, 56, 2, dtype=torch.uint8) + torch.arange(0, 112, 4, dtype=torch.uint8)[:, None]
+    monkeypatch.setitem(DATA, "mnist", replace(DATA["mnist"], train=20, test=20))
+    monkeypatch.setattr(image_files, "MNIST_CLASSES", dict.fromkeys(("train", "test"), (2,) * 10))
+    monkeypatch.setattr(image_files, "CLASS_MEANS", {})
+    monkeypatch.setattr(image_files, "ARRANGEMENT", {("mnist", "test"): tuple(arrangement(images).tolist())})
+    return images
+
+
+def blurred(images):
+    return torch.nn.functional.avg_pool2d(images.float(), 2).repeat_interleave(2, 2).repeat_interleave(2, 3).to(torch.uint8)
+
+
+@pytest.mark.parametrize("change", [
+    lambda images: images.flip(2), lambda images: images.flip(3), lambda images: images.flip(2, 3), lambda images: images.mT,
+    lambda images: images.roll(3, 3), blurred,
+], ids=("upside-down", "mirrored", "turned", "transposed", "shifted", "blurred"))
+def test_images_changed_in_space_are_refused(digits, tmp_path, change):
+    write_mnist(tmp_path, digits)
+    assert torch.equal(load("mnist", "test", tmp_path).images, digits)
+    path = write_mnist(tmp_path, change(digits).contiguous())
+    with pytest.raises(ValueError, match=f"{path}: column image must hold the images of mnist upright and unchanged: means of the quad"):
+        load("mnist", "test", tmp_path)
+
+
+def test_the_arrangement_is_of_quadrants_and_neighbours():
+    picture = torch.tensor([[0, 0, 51, 51], [0, 0, 51, 51], [102, 102, 255, 255], [102, 102, 255, 255]], dtype=torch.uint8)
+    found = arrangement(picture.expand(1500, 2, 4, 4))
+    assert found.tolist() == pytest.approx([0, 0.2, 0.4, 1, (0.2 + 0.6) / 6, (0.4 + 0.8) / 6], abs=1e-5)
+    for (name, split), means in image_files.CLASS_MEANS.items():  # the same images in both tables
+        counts = image_files.MNIST_CLASSES[split] if name == "mnist" else (1,) * 10
+        mean = np.average(np.mean(means, 1), weights=counts)
+        assert np.mean(image_files.ARRANGEMENT[name, split][:4]) == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("place", ["default/test/0000", "mnist/test/0000", "test/0000", "snapshots/8f1b/mnist/test-00000-of-00001",
+                                   "snapshots/8f1b/data/test-00000-of-00001", "snapshots/8f1b/default/test/0000"])
+def test_the_hubs_cache_and_its_conversions_are_found(digits, tmp_path, place):
+    path = write_mnist(tmp_path, digits).rename(tmp_path / "file")
+    (tmp_path / f"{place}.parquet").parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / f"{place}.parquet").symlink_to(path)
+    assert torch.equal(load("mnist", "test", tmp_path).images, digits)
+    if place.endswith("/0000"):
+        (tmp_path / f"{place}.parquet").rename(tmp_path / f"{place[:-4]}0001.parquet")
+        with pytest.raises(FileNotFoundError, match=f"{(tmp_path / place).parent} lacks 0000.parquet"):
+            load("mnist", "test", tmp_path)
+
+
+def test_what_is_expected_and_what_lies_there_is_said(small, digits):
+    "And nothing is to be downloaded if the user named the place."
+    expected = "expected cifar-10-batches-py, or the hub.s train-00000-of-00001.parquet or train/0000.parquet, also in .*; found "
+    path, empty = small / STEMS["test"][0], small / "empty"
+    empty.mkdir()
+    for place, found in ((small, "files in the layout of fashion_mnist or mnist"), (path, "a file; name the folder"), (empty, "nothing")):
+        with pytest.raises(FileNotFoundError, match=f"no cifar10 in {place}, {place}/cifar10; {expected}{found}") as error:
+            fetch("cifar10", place)
+        assert "download" not in str(error.value)
+    (empty / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match="expected IDX files such as train-images-idx3-ubyte .*; found notes.txt"):
+        load("mnist", "test", empty)
+    with pytest.raises(FileNotFoundError, match="expected train and val with a folder of images for each class; found files in the layout"):
+        load("imagenet", "test", write_mnist(small / "other", digits).parent)
+
+
+def test_how_many_images_are_altered_is_unknown_unless_something_tells(digits, tmp_path):
+    shutil.copy(write_mnist(tmp_path, digits), tmp_path / "mnist" / "train-00000-of-00001.parquet")
+    shutil.copy(write_mnist(tmp_path, digits, "JPEG"), tmp_path / "jpeg.parquet")
+    write_mnist(tmp_path, digits)
+    assert [part["altered"] for part in data_origin("mnist", tmp_path).values()] == [None, None]
+    shutil.copy(tmp_path / "jpeg.parquet", tmp_path / "mnist" / "test-00000-of-00001.parquet")
+    assert [part["altered"] for part in data_origin("mnist", tmp_path).values()] == [None, 20]
+    (tmp_path / "mnist" / "lossless.json").write_text('{"train": [], "test": [1]}')
+    assert [part["altered"] for part in data_origin("mnist", tmp_path).values()] == [0, 1]
+
+
+def test_original_files_are_recorded_by_their_published_checksums(finished, source, tmp_path):
+    origin = finished.environment()["data"]
+    assert origin == data_origin("fashion_mnist", source) and [part["altered"] for part in origin.values()] == [0, 0]
+    for split, stems in STEMS.items():
+        assert origin[split]["files"] == {stem: file_digest(source / stem) for stem in stems}
+    assert (origin["train"]["images"], origin["test"]["images"]) == (60_000, 10_000)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    files = {split: part["files"] for split, part in data_origin("cifar10", tmp_path).items()}
+    assert list(files["train"]) == [f"data_batch_{number}" for number in range(1, 6)] and list(files["test"]) == ["test_batch"]
+    assert files["test"]["test_batch"] == f"md5:{torchvision.datasets.CIFAR10.test_list[0][1]}"
+    assert data_origin("digits") == data_origin("imagenet") == {}
+    check_same_data(finished, source)
+    with pytest.raises(ValueError, match="source must be the data of the run .*, got other files of fashion_mnist"):
+        check_data(finished, data_origin("cifar10", tmp_path))
+    earlier = replace(finished, path=tmp_path)  # of a version that recorded no data
+    (tmp_path / "environment.json").write_text("{}")
+    check_data(earlier, origin)
+
+
 # Splits
 
 
@@ -369,16 +489,16 @@ def test_levels_of_16_bits_are_scaled(tmp_path, name, picture):
 def test_levels_of_12_bits_and_white_at_zero_are_as_the_file_says():
     grey = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
     grey.tag_v2 = {258: (12,)}
-    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(image_data.to_rgb(grey))[0, :, 0].tolist() == [0, 255]
     grey.tag_v2 = {258: (12,), 262: 0}
-    assert np.asarray(image_files.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
+    assert np.asarray(image_data.to_rgb(grey))[0, :, 0].tolist() == [255, 0]
 
 
 def test_signed_levels_of_a_tiff_are_refused():
     grey = Image.fromarray(np.array([[0, 200]], dtype=np.uint8))
     grey.tag_v2 = {339: (2,)}  # Pillow shows −56 as 200
     with pytest.raises(ValueError, match="signed integers"):
-        image_files.to_rgb(grey)
+        image_data.to_rgb(grey)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -444,7 +564,7 @@ def test_trouble_of_the_disk_is_never_skipped(damaged, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(image_files.Image, "open", broken)
+    monkeypatch.setattr(image_data.Image, "open", broken)
     with pytest.raises(OSError, match="Input/output error"):
         load("imagenet", "train", damaged, unreadable="skip")
 
@@ -515,7 +635,7 @@ def test_photographs_are_made_on_demand(no_downloads, folder):
     assert (len(splits.train), len(splits.held_out), len(splits.test)) == (40, 8, 16)
     assert find_source("photographs") == fetch("photographs") == place
     assert splits.train[0]["pixel_values"].shape == (3, 224, 224)
-    with pytest.raises(FileNotFoundError, match=f"no photographs in {no_downloads}; "):
+    with pytest.raises(FileNotFoundError, match=f"no photographs in {no_downloads}; expected train and val"):
         load("photographs", "train", no_downloads)
     shutil.rmtree(place)
     for part in ("train", "val"):  # someone's ImageNet is not taken for them

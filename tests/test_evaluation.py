@@ -94,12 +94,12 @@ def test_test_accuracy_is_the_share_of_right_answers(run, source, part):
     assert {path.name for path in run.path.iterdir()} == before | {"test.json"}
 
 
-def test_test_accuracy_is_computed_once(run, source, tmp_path):
+def test_test_accuracy_is_computed_once(run, source):
     first = test_accuracy(run, source)
     kept = run.path / "test.json"
     assert json.loads(kept.read_text(encoding="utf-8")).items() > first.items()
     stamp = kept.stat().st_mtime_ns
-    assert test_accuracy(run, tmp_path / "not looked for") == first and kept.stat().st_mtime_ns == stamp
+    assert test_accuracy(run) == first and kept.stat().st_mtime_ns == stamp
 
 
 def test_an_unfinished_run_has_no_test_accuracy(finished, source, tmp_path):
@@ -486,7 +486,11 @@ def test_a_table_of_trained_models_says_which_stopped_too_early_and_what_is_miss
     data = {"train": {"images": 50_000, "altered": 82}, "test": {"images": 10_000, "altered": 21}}
     note = altered_note({"a": {}, "b": {"data": data}})
     assert note.startswith("103 of the 60,000 images (82 for training, 21 for testing) are JPEG copies")
-    assert altered_note({"a": {}}) == ""
+    original = {"train": {"images": 50_000, "altered": 0}, "test": {"images": 10_000, "altered": 0}}
+    assert altered_note({"a": {}}) == altered_note({"a": {"data": original}}) == ""
+    assert altered_note({"a": {"data": original}, "b": {"data": data}}) == note
+    unknown = {"data": {**original, "test": {"images": 10_000, "altered": None}}}
+    assert altered_note({"a": {"data": data}, "b": unknown}) == "It is not known how many images differ from the published pixels."
 
 
 def test_the_seeds_that_are_finished_make_a_result(finished, run, source, tmp_path, monkeypatch):
@@ -569,7 +573,7 @@ def test_seeds_of_two_machines_are_one_result():
         expected = summarise_curves([[value] for value in values])
         assert (found["mean"], found["sd"]) == (pytest.approx(expected["mean"]), pytest.approx(expected["sd"]))
     assert whole["sinks"]["n"] == 6 and "n" not in whole["curves"]["train_loss"]
-    assert add_seeds(whole, result([3], [0.9], "2.15"))["versions"]["torch"] == "2.14, 2.15"
+    assert add_seeds(whole, result([3], [0.9], "2.15", samples="c"))["versions"]["torch"] == "2.14, 2.15"
     with pytest.raises(UserError, match="seeds must differ, but 2 are in both"):
         add_seeds(first, result([2], [0.6], "2.14", samples="b"))
     with pytest.raises(UserError, match="curves.epochs must be the same for all seeds"):
@@ -578,9 +582,17 @@ def test_seeds_of_two_machines_are_one_result():
         add_seeds(first, {**second, "paper": 95.2})
     with pytest.raises(UserError, match=r"test_accuracy must have a value for each of the seeds \[0\], got 2"):
         add_seeds({**first, "seeds": [0]}, second)
-    named = add_seeds(add_seeds({**first, "device": "H200"}, second), result([3], [0.9], "2.15"))
+    named = add_seeds(add_seeds({**first, "device": "H200"}, second), result([3], [0.9], "2.15", samples="c"))
     assert named["device"] == "H200, CPU"
-    assert add_seeds({**first, "corpus": "a"}, second)["corpus"] == add_seeds(first, {**second, "corpus": "a"})["corpus"] == "a"
+    for name in ("corpus", "data"):  # one result may be of an earlier version, which did not record it
+        assert add_seeds({**first, name: "a"}, second)[name] == add_seeds(first, {**second, name: "a"})[name] == "a"
+        with pytest.raises(UserError, match=f"{name} must be the same for all seeds"):
+            add_seeds({**first, name: "a"}, {**second, name: "b"})
+    for pair in (({**first, "bits": 1}, second), (first, {**second, "bits": 1})):
+        with pytest.raises(UserError, match="both results must have the same fields, but bits are only in one of them"):
+            add_seeds(*pair)
+    known, unknown = ({"data": {"test": {"files": {"test": "e5"}, "altered": altered}}} for altered in (21, None))
+    assert add_seeds(first | known, second | unknown)["data"] == add_seeds(first | unknown, second | known)["data"] == known["data"]
     more = add_seeds(first, {**second, "versions": {**second["versions"], "datasets": "5"}})
     assert more["versions"] == {"torch": "2.14, 2.15", "python": "3.11", "datasets": "5"}
 
