@@ -28,6 +28,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker, set_seed
 
+from .attention_patterns import Centroids
 from .branched_models import branch_sigmas, mean_gates
 from .checks import UserError, check_flag, check_integer
 from .image_data import Splits
@@ -96,7 +97,7 @@ class _SlicingTrainer(Trainer):
     def __init__(self, *arguments, eval_collator, **keywords):
         super().__init__(*arguments, **keywords)
         self.eval_collator = eval_collator
-        if self.model.main_input_name == "pixel_values":  # parts of a batch of images are weighted by `_weight`, not summed
+        if self.model.main_input_name == "pixel_values":  # parts of a batch of images are weighted by `_weights`, not summed
             self.model_accepts_loss_kwargs = False
 
     def _loader(self, dataset: Dataset, workers: int, **options: object) -> DataLoader:
@@ -139,16 +140,32 @@ class _SlicingTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.args.world_size > 1 and model.training and not self.model_accepts_loss_kwargs:
-            loss = loss * self._weight()
+        if model.training and not self.model_accepts_loss_kwargs:
+            loss = loss * self._weight
         return (loss, outputs) if return_outputs else loss
 
-    def _weight(self) -> float:
-        "Factor of this process's mean loss so that the mean over processes is the mean over the batch."
-        size, total = self.args.per_device_train_batch_size * self.args.world_size, len(self.train_dataset)
-        count = min(size, total - self.state.global_step % math.ceil(total / size) * size)
-        part = part_of(count, self.args.process_index, self.args.world_size)
-        return (part.stop - part.start) * self.args.world_size / count
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        size, total = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
+        step = size * self.args.gradient_accumulation_steps
+        first = self.state.global_step % math.ceil(total / step) * step
+        self._weights = self._part_weights([min(size, total - start) for start in range(first, min(first + step, total), size)])
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _part_weights(self, counts: list[int]) -> list[float]:
+        "Factors of this process's mean losses so that their mean over micro-batches and processes is the mean over a step's examples."
+        parts = [part_of(count, self.args.process_index, self.args.world_size) for count in counts]
+        return [(part.stop - part.start) * self.args.world_size * len(counts) / sum(counts) for part in parts]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._weight, routed = self._weights.pop(0), [part for part in model.modules() if isinstance(part, Centroids)]
+        for part in routed:
+            part.share = float(self._weight > 0)  # the example that stands for an empty part does not count
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for part in routed:
+            part.share = None
+            if not self._weights:  # the last micro-batch of the step
+                part.move()
+        return loss
 
 # %% ../nbs/36_training.ipynb #b5a80cb3
 class RecipeTrainer(_SlicingTrainer):

@@ -312,6 +312,13 @@ def test_centroids_follow_their_tokens_by_the_closed_form():
         mean = 0.9 * before[h, m] + 0.1 * members.mean(0) if len(members) else before[h, m]
         assert_close(clusters.centroids[h, m], mean, rtol=0, atol=1e-12)
     assert torch.equal(clusters.centroids[1, 2], before[1, 2])
+    whole, clusters.centroids = clusters.centroids, before.clone()
+    for part, share in ((x[:2], 1), (x[:1], 0), (x[2:], 1)):  # a step of two batches; the one without a share does not count
+        clusters.share = share
+        clusters.update(part, clusters.labels(part))
+        assert torch.equal(clusters.centroids, before)
+    clusters.move()
+    assert_close(clusters.centroids, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
