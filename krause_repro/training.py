@@ -31,6 +31,7 @@ from transformers.trainer_utils import seed_worker, set_seed
 from .attention_patterns import Centroids
 from .branched_models import branch_sigmas, mean_gates
 from .checks import UserError, check_flag, check_integer
+from .corpus import TRAINED_ON, open_corpus
 from .image_data import Splits
 from .image_files import check_unreadable, find_source
 from .language_data import IGNORED
@@ -424,6 +425,24 @@ def _is_finished(run, restart):
     return False
 
 
+def _check_first_start(run, splits, restart):
+    "Raise `UserError` before a run starts first if a shard of its corpus was altered, however large, or has unknown tokens."
+    if splits.corpus is not None and (restart or not (run.path / "recipe.json").is_file()):
+        open_corpus(Path(splits.tokenizer.name_or_path).parent, verify=True)
+
+
+def _write_tokenizer(run, model, tokenizer, is_main):
+    "Save the tokenizer and what it was trained on beside the model, which ends a text where documents end: `generate` stops there."
+    end = tokenizer.eos_token_id
+    model.generation_config.update(eos_token_id=end, bos_token_id=end, pad_token_id=end, max_length=run.recipe.context)
+    if is_main:
+        tokenizer.model_max_length = run.recipe.context
+        tokenizer.save_pretrained(run.path)
+        record = Path(tokenizer.name_or_path, TRAINED_ON)
+        if record.is_file():
+            shutil.copyfile(record, run.path / TRAINED_ON)
+
+
 def _train_locked(run, model, splits, processes, restart, unreadable, progress, callbacks):
     "Train in a run directory that this process has locked."
     if run.finished and not restart:
@@ -433,8 +452,8 @@ def _train_locked(run, model, splits, processes, restart, unreadable, progress, 
         if processes.is_main_process:
             data = {"data": splits.origin, "corpus": splits.corpus}
             _start(run, restart, left_out | {name: value for name, value in data.items() if value})
-            if isinstance(run.recipe, LanguageModelRecipe):
-                splits.tokenizer.save_pretrained(run.path)
+        if isinstance(run.recipe, LanguageModelRecipe):
+            _write_tokenizer(run, model, splits.tokenizer, processes.is_main_process)
     if splits.left_out and processes.is_main_process:
         print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
     trainer = build_trainer(run.recipe, model, splits, run.path / "checkpoints", run.seed, progress)
@@ -481,6 +500,8 @@ def train(
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
     if not restart:
         check_data(run, splits.origin, splits.corpus)
+    if processes.is_main_process:
+        _check_first_start(run, splits, restart)
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     with locked(run.path) if processes.is_main_process else nullcontext():
