@@ -480,6 +480,14 @@ def test_prompts_that_cannot_be_continued():
         model(tokens(3, 2), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values must be language_cache"):
         small("standard")(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values must hold fewer tokens than the prompt, 10, got 10"):
+        model.generate(ids, past_key_values=cache)
+    cache = language_cache(small("krause").config)
+    with torch.no_grad():  # a layer with a ring beside it
+        small("krause")(ids[:, :8], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 1]))
+        assert_close(small("krause")(ids.flip(0)[:, 8:], past_key_values=cache).logits, small("krause")(ids.flip(0)).logits[:, 8:])
     for filler, reader in (("standard", "krause"), ("krause", "standard"), ("standard", "standard_wide"), ("window", "krause_only")):
         cache = language_cache(small(filler).config)
         small(filler)(ids[:, :8], past_key_values=cache)
