@@ -139,7 +139,7 @@ def check_image_config(
     for name in ("start_token", "use_cache"):
         check_flag(name, getattr(config, name))
 
-# %% ../nbs/13_image_transformer.ipynb #f101747c
+# %% ../nbs/13_image_transformer.ipynb #c0a17ed1
 class _CountedLayer(CacheLayerMixin):
     "A cache layer that counts its tokens, and is copied before it is changed as a ring is."
 
@@ -159,7 +159,7 @@ class _CountedLayer(CacheLayerMixin):
         "Tokens seen so far."
         return self.cumulative_length
 
-
+# %% ../nbs/13_image_transformer.ipynb #f101747c
 class PreallocatedLayer(_CountedLayer):
     "Preallocated keys and values of one layer: new ones are written in place, and a view of all is returned."
 

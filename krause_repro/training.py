@@ -139,6 +139,10 @@ class _SlicingTrainer(Trainer):
         state = self.accelerator.gradient_state
         return found[:state.remainder] if state.end_of_dataloader and state.remainder > 0 else found
 
+# %% ../nbs/36_training.ipynb #d41e9ab2
+class _WeighingTrainer(_SlicingTrainer):
+    "Trainer whose steps have the same gradient and move centroids alike, however they are cut into micro-batches and parts."
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and not self.model_accepts_loss_kwargs:
@@ -169,7 +173,7 @@ class _SlicingTrainer(Trainer):
         return loss
 
 # %% ../nbs/36_training.ipynb #b5a80cb3
-class RecipeTrainer(_SlicingTrainer):
+class RecipeTrainer(_WeighingTrainer):
     "Trainer without weight decay on σ that logs σ and gate of branches, and stops when a loss, a gradient norm or a weight is not finite."
 
     sigma_lr: float | None = None  # learning rate of log σ; None: that of the other weights
@@ -477,8 +481,8 @@ def train(
     The model is selected on held-out training images, by accuracy for classifiers and by loss for generators; for language models it
     is the state after the last step (in fine-tuning, the adapter). On a CPU a resumed run has the weights of an uninterrupted one, bit
     for bit.
-    Raises, before any work, `UserError` if the directory holds a run of another recipe or a damaged one, `FileNotFoundError` without
-    data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a weight is not finite.
+    Raises, before any work, `UserError` if the directory holds a run of another recipe or a damaged one, or if a corpus was altered, `FileNotFoundError`
+    without data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a weight is not finite.
     """
     seed, task = plain(seed), task_of(recipe)
     SEED.check("seed", seed)
