@@ -481,8 +481,9 @@ def train(
     The model is selected on held-out training images, by accuracy for classifiers and by loss for generators; for language models it
     is the state after the last step (in fine-tuning, the adapter). On a CPU a resumed run has the weights of an uninterrupted one, bit
     for bit.
-    Raises, before any work, `UserError` if the directory holds a run of another recipe or a damaged one, or if a corpus was altered, `FileNotFoundError`
-    without data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a weight is not finite.
+    Raises, before any work, `UserError` if the directory holds a run of another recipe or a damaged one, or if a corpus was altered,
+    `FileNotFoundError` without data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a
+    weight is not finite.
     """
     seed, task = plain(seed), task_of(recipe)
     SEED.check("seed", seed)
