@@ -388,6 +388,8 @@ def _generation_options(config, length, options, default):
     end = max(length, length + 1 if end is None else end)  # without a limit 🤗 Transformers makes 20 tokens, fewer where positions end
     if end > config.positions:
         raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {end}")
+    if (new or 0) > 0 and options.get("max_new_tokens") == new and options.keys().isdisjoint({"max_length", "generation_config"}):
+        options["max_length"] = length + options.pop("max_new_tokens")  # the one limit: a trained model's default is its positions
     return with_generation_cache(options, length, lambda: language_cache(config))
 
 # %% ../nbs/19_language_model.ipynb #e582c9ea
