@@ -77,6 +77,7 @@ class Centroids(nn.Module):
     ):
         super().__init__()
         self.decay, self.centroids = decay, nn.Buffer(torch.randn(heads, clusters, dim))
+        self.share, self.collected = None, 0  # of the next batch in a step of several, which a trainer sets; and their sums so far
 
     def normalise(self, x):
         "Vectors (B, H, T, D) with mean 0 and variance 1."
@@ -90,10 +91,18 @@ class Centroids(nn.Module):
 
     @torch.no_grad()
     def update(self, x, labels):
-        "Move the centroids towards the means of their vectors, over all processes."
+        "Move the centroids towards the means of their vectors, or collect these until `move` if the batch has a `share` of a step."
         member = F.one_hot(labels, self.centroids.shape[1]).to(self.centroids.dtype)  # (B, H, T, M)
         sums = torch.einsum("bhtm,bhtd->hmd", member, x.to(member.dtype))
         total = torch.cat([sums, member.sum((0, 2)).unsqueeze(-1)], -1)  # (H, M, D + 1)
+        self.collected = self.collected + total * (1 if self.share is None else self.share)
+        if self.share is None:
+            self.move()
+
+    @torch.no_grad()
+    def move(self):
+        "Move the centroids once towards the means of all collected vectors, over all processes."
+        total, self.collected = self.collected, 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         sums, count = total[..., :-1], total[..., -1:]

@@ -7,12 +7,13 @@ __all__ = ['ImageTransformerConfig', 'ImageTransformer', 'image_tokens', 'start_
 
 # %% ../nbs/13_image_transformer.ipynb #fa56d314
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
@@ -138,8 +139,28 @@ def check_image_config(
     for name in ("start_token", "use_cache"):
         check_flag(name, getattr(config, name))
 
+# %% ../nbs/13_image_transformer.ipynb #c0a17ed1
+class _CountedLayer(CacheLayerMixin):
+    "A cache layer that counts its tokens, and is copied before it is changed as a ring is."
+
+    _lent, _own = False, RingLayer._own
+    batch_select_indices, batch_repeat_interleave = DynamicLayer.batch_select_indices, DynamicLayer.batch_repeat_interleave
+
+    def __init__(self):
+        super().__init__()
+        self.cumulative_length = 0
+
+    def reset(self) -> None:
+        "Empty the cache; the next update may have another batch size."
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length, self._lent = False, 0, False
+
+    def get_seq_length(self) -> int:
+        "Tokens seen so far."
+        return self.cumulative_length
+
 # %% ../nbs/13_image_transformer.ipynb #f101747c
-class PreallocatedLayer(CacheLayerMixin):
+class PreallocatedLayer(_CountedLayer):
     "Preallocated keys and values of one layer: new ones are written in place, and a view of all is returned."
 
     is_sliding, is_croppable = False, True
@@ -149,7 +170,7 @@ class PreallocatedLayer(CacheLayerMixin):
         length: int,  # of the longest sequence, in tokens
     ):
         super().__init__()
-        self.length, self.cumulative_length = check_integer("length", length, 1), 0
+        self.length = check_integer("length", length, 1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -173,8 +194,9 @@ class PreallocatedLayer(CacheLayerMixin):
         start, end = self.cumulative_length, self.cumulative_length + key_states.shape[2]
         if end > self.length:
             raise UserError(f"this cache holds {self.length} tokens; {start} are there, and {end - start} more do not fit")
+        self._own()
         self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
-        self.cumulative_length = end
+        self.cumulative_length, self._lent = end, torch.is_grad_enabled()
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def crop(self, tokens_to_remove: int) -> None:  # ≤ 0: minus their number
@@ -186,28 +208,15 @@ class PreallocatedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cumulative_length + query_length, 0
 
-    def reset(self) -> None:
-        "Empty the cache; the next update may have another batch size."
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length = False, 0
-
-    def get_seq_length(self) -> int:
-        "Tokens seen so far."
-        return self.cumulative_length
-
     def get_max_length(self) -> int:
         "Capacity in tokens."
         return self.length
 
 # %% ../nbs/13_image_transformer.ipynb #1488b80d
-class RecurrentLayer(CacheLayerMixin):
+class RecurrentLayer(_CountedLayer):
     "The two sums of linear attention, kept as `keys` (B, H, D, Dv) and `values` (B, H, D)."
 
     is_sliding = False
-
-    def __init__(self):
-        super().__init__()
-        self.cumulative_length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -229,17 +238,8 @@ class RecurrentLayer(CacheLayerMixin):
         "The sums so far; None before the first token."
         return (self.keys, self.values) if self.cumulative_length else None
 
-    def reset(self) -> None:
-        "Empty the cache; the next update may have another batch size."
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length = False, 0
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
-
-    def get_seq_length(self) -> int:
-        "Tokens seen so far."
-        return self.cumulative_length
 
     def get_max_length(self) -> int:
         "No limit."
@@ -465,6 +465,21 @@ def prompt_length(
     return prompt.shape[1]
 
 
+def with_generation_cache(
+    options: dict,  # keyword arguments of `generate`
+    length: int,  # tokens of the prompt
+    make: Callable[[], Cache],  # makes an empty cache
+) -> dict:
+    "The arguments with the cache, by default a new one. Raises a `ValueError` unless it holds fewer tokens than the prompt."
+    options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
+    cache = take_cache(options)
+    if options["use_cache"] and cache is None:
+        cache = make()
+    if isinstance(cache, Cache) and (held := cache.get_seq_length()) >= length:
+        raise UserError(f"past_key_values must hold fewer tokens than the prompt, {length}, got {held}; crop it, or leave it out")
+    return options if cache is None else options | {CACHE_NAME: cache}
+
+
 def _generation_options(model, length, options):
     "The arguments of `generate`, with the defaults that images need."
     config, settings = model.config, options.get("generation_config") or model.generation_config
@@ -473,11 +488,7 @@ def _generation_options(model, length, options):
         raise UserError(f"max_new_tokens must be at most {left}, what is left of the image, got {options['max_new_tokens']}")
     if options.get("do_sample", settings.do_sample) and settings.top_k is None:
         options.setdefault("top_k", 0)  # the library's default of 50 would exclude the less likely levels
-    options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
-    cache = take_cache(options)
-    if options["use_cache"] and cache is None:
-        cache = image_cache(config)
-    return options if cache is None else options | {CACHE_NAME: cache}
+    return with_generation_cache(options, length, lambda: image_cache(config))
 
 # %% ../nbs/13_image_transformer.ipynb #10deb003
 class ImageTransformer(CheckedModel, GenerationMixin):

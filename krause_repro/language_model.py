@@ -19,12 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .image_transformer import INDICES, PreallocatedLayer, check_targets, fused_attention, prompt_length
+from krause_repro.image_transformer import (
+    INDICES, PreallocatedLayer, check_targets, fused_attention, prompt_length, with_generation_cache,
+)
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
 from .model_base import CheckedConfig, CheckedModel, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
-from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, take_cache
+from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers
 from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
@@ -386,11 +388,9 @@ def _generation_options(config, length, options, default):
     end = max(length, length + 1 if end is None else end)  # without a limit 🤗 Transformers makes 20 tokens, fewer where positions end
     if end > config.positions:
         raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {end}")
-    options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
-    cache = take_cache(options)
-    if options["use_cache"] and cache is None:
-        cache = language_cache(config)
-    return options if cache is None else options | {CACHE_NAME: cache}
+    if (new or 0) > 0 and options.get("max_new_tokens") == new and options.keys().isdisjoint({"max_length", "generation_config"}):
+        options["max_length"] = length + options.pop("max_new_tokens")  # the one limit: a trained model's default is its positions
+    return with_generation_cache(options, length, lambda: language_cache(config))
 
 # %% ../nbs/19_language_model.ipynb #e582c9ea
 class LanguageModelParts(CheckedModel):

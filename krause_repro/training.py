@@ -28,8 +28,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker, set_seed
 
+from .attention_patterns import Centroids
 from .branched_models import branch_sigmas, mean_gates
 from .checks import UserError, check_flag, check_integer
+from .corpus import TRAINED_ON, open_corpus
 from .image_data import Splits
 from .image_files import check_unreadable, find_source
 from .language_data import IGNORED
@@ -96,7 +98,7 @@ class _SlicingTrainer(Trainer):
     def __init__(self, *arguments, eval_collator, **keywords):
         super().__init__(*arguments, **keywords)
         self.eval_collator = eval_collator
-        if self.model.main_input_name == "pixel_values":  # parts of a batch of images are weighted by `_weight`, not summed
+        if self.model.main_input_name == "pixel_values":  # parts of a batch of images are weighted by `_weights`, not summed
             self.model_accepts_loss_kwargs = False
 
     def _loader(self, dataset: Dataset, workers: int, **options: object) -> DataLoader:
@@ -137,21 +139,41 @@ class _SlicingTrainer(Trainer):
         state = self.accelerator.gradient_state
         return found[:state.remainder] if state.end_of_dataloader and state.remainder > 0 else found
 
+# %% ../nbs/36_training.ipynb #d41e9ab2
+class _WeighingTrainer(_SlicingTrainer):
+    "Trainer whose steps have the same gradient and move centroids alike, however they are cut into micro-batches and parts."
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.args.world_size > 1 and model.training and not self.model_accepts_loss_kwargs:
-            loss = loss * self._weight()
+        if model.training and not self.model_accepts_loss_kwargs:
+            loss = loss * self._weight
         return (loss, outputs) if return_outputs else loss
 
-    def _weight(self) -> float:
-        "Factor of this process's mean loss so that the mean over processes is the mean over the batch."
-        size, total = self.args.per_device_train_batch_size * self.args.world_size, len(self.train_dataset)
-        count = min(size, total - self.state.global_step % math.ceil(total / size) * size)
-        part = part_of(count, self.args.process_index, self.args.world_size)
-        return (part.stop - part.start) * self.args.world_size / count
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        size, total = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
+        step = size * self.args.gradient_accumulation_steps
+        first = self.state.global_step % math.ceil(total / step) * step
+        self._weights = self._part_weights([min(size, total - start) for start in range(first, min(first + step, total), size)])
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _part_weights(self, counts: list[int]) -> list[float]:
+        "Factors of this process's mean losses so that their mean over micro-batches and processes is the mean over a step's examples."
+        parts = [part_of(count, self.args.process_index, self.args.world_size) for count in counts]
+        return [(part.stop - part.start) * self.args.world_size * len(counts) / sum(counts) for part in parts]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._weight, routed = self._weights.pop(0), [part for part in model.modules() if isinstance(part, Centroids)]
+        for part in routed:
+            part.share = float(self._weight > 0)  # the example that stands for an empty part does not count
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for part in routed:
+            part.share = None
+            if not self._weights:  # the last micro-batch of the step
+                part.move()
+        return loss
 
 # %% ../nbs/36_training.ipynb #b5a80cb3
-class RecipeTrainer(_SlicingTrainer):
+class RecipeTrainer(_WeighingTrainer):
     "Trainer without weight decay on σ that logs σ and gate of branches, and stops when a loss, a gradient norm or a weight is not finite."
 
     sigma_lr: float | None = None  # learning rate of log σ; None: that of the other weights
@@ -407,6 +429,24 @@ def _is_finished(run, restart):
     return False
 
 
+def _check_first_start(run, splits, restart):
+    "Raise `UserError` before a run starts first if a shard of its corpus was altered, however large, or has unknown tokens."
+    if splits.corpus is not None and (restart or not (run.path / "recipe.json").is_file()):
+        open_corpus(Path(splits.tokenizer.name_or_path).parent, verify=True)
+
+
+def _write_tokenizer(run, model, tokenizer, is_main):
+    "Save the tokenizer and what it was trained on beside the model, which ends a text where documents end: `generate` stops there."
+    end = tokenizer.eos_token_id
+    model.generation_config.update(eos_token_id=end, bos_token_id=end, pad_token_id=end, max_length=run.recipe.context)
+    if is_main:
+        tokenizer.model_max_length = run.recipe.context
+        tokenizer.save_pretrained(run.path)
+        record = Path(tokenizer.name_or_path, TRAINED_ON)
+        if record.is_file():
+            shutil.copyfile(record, run.path / TRAINED_ON)
+
+
 def _train_locked(run, model, splits, processes, restart, unreadable, progress, callbacks):
     "Train in a run directory that this process has locked."
     if run.finished and not restart:
@@ -416,8 +456,8 @@ def _train_locked(run, model, splits, processes, restart, unreadable, progress, 
         if processes.is_main_process:
             data = {"data": splits.origin, "corpus": splits.corpus}
             _start(run, restart, left_out | {name: value for name, value in data.items() if value})
-            if isinstance(run.recipe, LanguageModelRecipe):
-                splits.tokenizer.save_pretrained(run.path)
+        if isinstance(run.recipe, LanguageModelRecipe):
+            _write_tokenizer(run, model, splits.tokenizer, processes.is_main_process)
     if splits.left_out and processes.is_main_process:
         print(f"{len(splits.left_out)} images cannot be decoded and are left out, such as {', '.join(splits.left_out[:5])}")
     trainer = build_trainer(run.recipe, model, splits, run.path / "checkpoints", run.seed, progress)
@@ -441,8 +481,9 @@ def train(
     The model is selected on held-out training images, by accuracy for classifiers and by loss for generators; for language models it
     is the state after the last step (in fine-tuning, the adapter). On a CPU a resumed run has the weights of an uninterrupted one, bit
     for bit.
-    Raises, before any work, `UserError` if the directory holds a run of another recipe or a damaged one, `FileNotFoundError` without
-    data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a weight is not finite.
+    Raises, before any work, `UserError` if the directory holds a run of another recipe or a damaged one, or if a corpus was altered,
+    `FileNotFoundError` without data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a
+    weight is not finite.
     """
     seed, task = plain(seed), task_of(recipe)
     SEED.check("seed", seed)
@@ -464,6 +505,8 @@ def train(
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
     if not restart:
         check_data(run, splits.origin, splits.corpus)
+    if processes.is_main_process:
+        _check_first_start(run, splits, restart)
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     with locked(run.path) if processes.is_main_process else nullcontext():

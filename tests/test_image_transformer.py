@@ -236,6 +236,7 @@ def test_sampling_draws_from_all_levels():
     assert len(few[:, 5:].unique()) == 3
 
 
+@torch.no_grad()
 def test_a_preallocated_layer_neither_grows_nor_takes_others():
     layer = PreallocatedLayer(4)
     new = torch.ones(2, 3, 3, 5)
@@ -416,6 +417,27 @@ def test_a_cache_that_is_reset_takes_other_images(attention):
         model(tokens(), past_key_values=cache)
         cache.reset()
         assert_close(model(tokens(2), past_key_values=cache).logits, model(tokens(2)).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_sequences_of_a_cache_are_chosen_and_repeated_and_its_graph_is_kept(attention):
+    model, cache, x = small(attention), image_cache(small(attention).config), tokens()
+    def gradient(call):
+        model.zero_grad()
+        call().square().sum().backward()
+        return model.blocks[0].attention.k_proj.weight.grad.clone()
+
+    cached = gradient(lambda: torch.cat([model(part, past_key_values=cache).logits for part in x.split((8, 1, 1, 10), 1)], 1))
+    assert_close(cached, gradient(lambda: model(x).logits), rtol=1e-4, atol=1e-6)
+    cache.reset()
+    with torch.no_grad():
+        model(x[:, :9], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([5, 0, 3]))
+        chosen = x[[2, 0, 1]]
+        assert_close(model(chosen[:, 9:], past_key_values=cache).logits, model(chosen).logits[:, 9:], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="past_key_values must hold fewer tokens than the prompt, 12, got 20; crop it, or leave it out"):
+        model.generate(chosen[:, :12], past_key_values=cache)
 
 
 def test_padding_is_refused():

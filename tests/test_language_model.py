@@ -1,6 +1,7 @@
 """The language model from scratch: no look into the future, caches equal to the whole pass, references, counts, and named errors."""
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TrainerCallback, pipeline
 
-from krause_repro import cli
+from krause_repro import cli, training
+from krause_repro import corpus as corpora
 from krause_repro import tasks as training_tasks
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
-from krause_repro.corpus import train_tokenizer
+from krause_repro.corpus import load_corpus, load_tokenizer, train_tokenizer
 from krause_repro.language_benchmarks import run_model
+from krause_repro.language_data import EOS
 from krause_repro.language_model import (
     MIXERS,
     UNPACKED,
@@ -45,7 +48,7 @@ from krause_repro.records import write_json
 from krause_repro.ring_cache import RingLayer, cache_bytes
 from krause_repro.runs import open_run
 from krause_repro.sinks import evaluate_text_sinks, text_sink_profile, text_sink_table
-from krause_repro.training import train
+from krause_repro.training import cpu_has_bf16, train
 
 PARITY = Path(__file__).parent / "parity" / "krause_lm_attention.safetensors"
 SIZES = {"vocab_size": 19, "positions": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -312,6 +315,13 @@ def test_centroids_follow_their_tokens_by_the_closed_form():
         mean = 0.9 * before[h, m] + 0.1 * members.mean(0) if len(members) else before[h, m]
         assert_close(clusters.centroids[h, m], mean, rtol=0, atol=1e-12)
     assert torch.equal(clusters.centroids[1, 2], before[1, 2])
+    whole, clusters.centroids = clusters.centroids, before.clone()
+    for part, share in ((x[:2], 1), (x[:1], 0), (x[2:], 1)):  # a step of two batches; the one without a share does not count
+        clusters.share = share
+        clusters.update(part, clusters.labels(part))
+        assert torch.equal(clusters.centroids, before)
+    clusters.move()
+    assert_close(clusters.centroids, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
@@ -470,6 +480,14 @@ def test_prompts_that_cannot_be_continued():
         model(tokens(3, 2), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values must be language_cache"):
         small("standard")(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values must hold fewer tokens than the prompt, 10, got 10"):
+        model.generate(ids, past_key_values=cache)
+    cache = language_cache(small("krause").config)
+    with torch.no_grad():  # a layer with a ring beside it
+        small("krause")(ids[:, :8], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 1]))
+        assert_close(small("krause")(ids.flip(0)[:, 8:], past_key_values=cache).logits, small("krause")(ids.flip(0)).logits[:, 8:])
     for filler, reader in (("standard", "krause"), ("krause", "standard"), ("standard", "standard_wide"), ("window", "krause_only")):
         cache = language_cache(small(filler).config)
         small(filler)(ids[:, :8], past_key_values=cache)
@@ -559,6 +577,7 @@ class Stop(TrainerCallback):
 @pytest.fixture
 def smoke(monkeypatch):
     monkeypatch.setattr(training_tasks, "load_corpus", lambda *_: RandomCorpus())
+    monkeypatch.setattr(training, "open_corpus", lambda *_, **__: None)
     return lambda name: replace(get_recipe(name).at("smoke"), train_blocks=64, held_out=8, depth=1)
 
 
@@ -613,6 +632,59 @@ def check_evaluation(run, model, monkeypatch):
     for use in (lambda: sample_text(run, "the", 5), lambda: run_model(run), lambda: evaluate_text_sinks([run])):
         with pytest.raises(ValueError, match="source must be the corpus of the run .*, got another text or tokenizer"):
             use()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    "A small corpus, built from a text file."
+    folder = tmp_path_factory.mktemp("text")
+    documents = (" ".join(f"the {i * j % 97} of {i}" for j in range(40)) for i in range(300))
+    (folder / "text.txt").write_text(f"\n{EOS}\n".join(documents), encoding="utf-8")
+    return load_corpus("text", 300, folder / "text.txt", folder / "corpora")
+
+
+@pytest.fixture
+def published():
+    "The paper's recipe for a text, smaller."
+    return replace(get_recipe("lm_krause_100m/text").at("paper"), vocab_size=300, depth=1, width=32, heads=2, mlp_width=64, batch_size=4,
+                   per_device_batch_size=2, train_blocks=12, held_out=2)
+
+
+def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_at_the_end_token(text, published, tmp_path):
+    options = {"runs": tmp_path, "progress": False, "source": text.path}
+    with pytest.raises(KeyboardInterrupt):
+        train(published, 0, **options, callbacks=(Stop(),))
+    run = train(published, 0, **options)
+    result, rates = evaluate_language_models([run], text.path), [line["learning_rate"] for line in run.metrics() if "learning_rate" in line]
+    assert run.summary()["steps"] == 3 and run.summary()["bf16"] == (cpu_has_bf16() or torch.cuda.is_available())
+    assert len(rates) == 3 and rates[0] == published.lr and result["curves"]["held_out"]["steps"] == [0, 1, 2, 3]
+    assert 0 < result["bits_per_token"]["mean"] < result["held_out_bits"]["mean"] + 1 and result["test_blocks"] > 1
+    assert load_tokenizer(run.path)[1] == load_tokenizer(text.path / "tokenizer")[1] is not None
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path)
+    assert tokenizer.model_max_length == 1024 and torch.equal(model.head.weight, run.model().head.weight)
+    assert model(**tokenizer("the 5", return_tensors="pt")).logits.shape[-1] == 300
+    with torch.no_grad():  # the most likely token is now the end token
+        model.norm.weight.zero_()
+        model.norm.bias.copy_(model.head.weight[tokenizer.eos_token_id] * 1e4)
+    prompt = tokenizer("the 5", return_tensors="pt").input_ids
+    made = model.generate(prompt), model.generate(prompt, do_sample=True, max_new_tokens=9)
+    assert all(each.tolist() == [[*prompt[0].tolist(), tokenizer.eos_token_id]] for each in made)
+    model.save_pretrained(run.path)
+    (run.path / "digests.json").unlink()  # of the former weights
+    for prompt in ("the 5", ""):
+        assert sample_text(run, prompt, 9, source=text.path) == prompt
+        assert pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)[0]["generated_text"] == prompt
+
+
+def test_a_shard_that_was_altered_is_found_before_a_run_starts_first(text, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "VERIFIED_BYTES", 0)  # the corpus is large
+    source = shutil.copytree(text.path, tmp_path / "corpus")
+    tokens = np.fromfile(source / "train-00000.bin", "<u2")
+    tokens[100] = 60_000  # of no vocabulary: on a GPU an assertion in the middle of training
+    tokens.tofile(source / "train-00000.bin")
+    with pytest.raises(ValueError, match="train-00000.bin was altered"):
+        train(published, 0, runs=tmp_path / "runs", progress=False, source=source)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_evaluates_a_model_from_scratch_on_continuations(tmp_path):

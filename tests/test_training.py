@@ -27,9 +27,11 @@ from transformers import (
 )
 
 from krause_repro import tasks, training
+from krause_repro.corpus import load_corpus
 from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
 from krause_repro.image_files import DATA, photograph_folder
 from krause_repro.image_recipes import ImageClassificationRecipe
+from krause_repro.language_data import EOS
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import InUse, damage, lock_path, locked, read_json, write_digests, write_json
 from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
@@ -1000,9 +1002,9 @@ def train_by_two(jobs, runs):
     return by_two(lambda: [train(recipe, 0, runs=runs, progress=False, source=source).summary()["steps"] for recipe, source in jobs])
 
 
-def assert_trained_alike(recipe, source, runs, weights):
+def assert_trained_alike(recipe, source, runs, weights, folder="1"):
     "One process comes to the weights, losses and choice of the two that have trained under `runs / '2'`."
-    one, two = train(recipe, 0, runs=runs / "1", progress=False, source=source), Run(run_path(recipe, 0, runs / "2"), recipe, 0)
+    one, two = train(recipe, 0, runs=runs / folder, progress=False, source=source), Run(run_path(recipe, 0, runs / "2"), recipe, 0)
     found = [load_file(run.path / weights) for run in (one, two)]
     assert found[0].keys() == found[1].keys()
     assert max((found[0][name] - found[1][name]).abs().max().item() for name in found[0]) < 1e-6
@@ -1013,13 +1015,19 @@ def assert_trained_alike(recipe, source, runs, weights):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    "The last batch of an epoch has 5 images, or 1; augmentation is random, and of the whole batch."
+    "The last batch of an epoch has 5 examples, or 1; augmentation is random, and of the whole batch; a step may have several batches."
     small = {"train_images": 37, "held_out": 33, "test_images": 32, "batch_size": 8, "epochs": 2, "lr": 1e-3}
     image = replace(get_recipe("vit_t/digits").at("smoke"), score="krause", radius=1, norm="post", drop_path=0.0, **small)
     generator = replace(get_recipe("karm/digits").at("smoke"), dropout=0.0, **{**small, "train_images": 33})
-    assert train_by_two([(image, None), (generator, None)], tmp_path / "2") == [[10, 10]] * 2
+    (tmp_path / "text.txt").write_text(f"\n{EOS}\n".join(f"the {i} of {i * i} and {i * i * i}" for i in range(300)), encoding="utf-8")
+    corpus = load_corpus("text", 260, tmp_path / "text.txt", tmp_path / "corpora").path
+    language = replace(get_recipe("lm_routing_100m/text").at("smoke"), vocab_size=260, context=16, depth=1, dropout=0.0, lr=3e-4,
+                       train_blocks=21, held_out=4, batch_size=8, per_device_batch_size=2)  # 8, 8 and 5 blocks; one process has 2 of the 5
+    assert train_by_two([(image, None), (generator, None), (language, corpus)], tmp_path / "2") == [[10, 10, 3]] * 2
     for recipe in (image, generator):
         assert_trained_alike(recipe, None, tmp_path, "model.safetensors")
+    for size in (8, 4):
+        assert_trained_alike(replace(language, per_device_batch_size=size), corpus, tmp_path, "model.safetensors", f"blocks-{size}")
     assert not list(tmp_path.rglob("*.lock"))
 
 
