@@ -549,7 +549,7 @@ def test_the_first_tokens_attention_is_the_maps_own_and_its_baseline_the_support
 class RandomCorpus:
     "Random tokens in the place of a corpus."
 
-    path, digest = Path("corpus"), "0" * 64
+    path, digest, manifest = Path("corpus"), "0" * 64, {"splits": {"train": {"tokens": 72 * 64}}}
 
     def __init__(self, vocab_size=512):
         self.vocab_size, self.tokenizer = vocab_size, train_tokenizer(["the other then"], 257)
@@ -576,7 +576,7 @@ class Stop(TrainerCallback):
 
 @pytest.fixture
 def smoke(monkeypatch):
-    monkeypatch.setattr(training_tasks, "load_corpus", lambda *_: RandomCorpus())
+    monkeypatch.setattr(training_tasks, "load_corpus", lambda *_, **__: RandomCorpus())
     monkeypatch.setattr(training, "open_corpus", lambda *_, **__: None)
     return lambda name: replace(get_recipe(name).at("smoke"), train_blocks=64, held_out=8, depth=1)
 
@@ -629,7 +629,7 @@ def check_evaluation(run, model, monkeypatch):
     with pytest.raises(ValueError, match="prompt and tokens must fit into 64 positions"):
         sample_text(run, "the", 64)
     monkeypatch.setattr(RandomCorpus, "digest", "1" * 64)
-    for use in (lambda: sample_text(run, "the", 5), lambda: run_model(run), lambda: evaluate_text_sinks([run])):
+    for use in (lambda: sample_text(run, "the", 5, source="x"), lambda: run_model(run, "x"), lambda: evaluate_text_sinks([run])):
         with pytest.raises(ValueError, match="source must be the corpus of the run .*, got another text or tokenizer"):
             use()
 
@@ -695,8 +695,7 @@ def test_the_command_evaluates_a_model_from_scratch_on_continuations(tmp_path):
 
 def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):
     recipe = smoke("lm_standard_100m/shakespeare")
-    for change, message in (({"held_out": 73}, "held_out must be between 1 and 72 blocks of 64 tokens, got 73"),
-                            ({"train_blocks": 73}, "train_blocks must be between 1 and 72"),
+    for change, message in (({"batch_size": 80}, "source must have at least 80 training blocks of 64 tokens, one batch, got 72"),
                             ({"vocab_size": 500}, "vocab_size must be that of the corpus in corpus, 512, got 500")):
         with pytest.raises(ValueError, match=message):
             train(replace(recipe, **change), 0, runs=tmp_path, progress=False)
