@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .ablation import PLANNED_RESULTS, load_or_run_grid, planned_results
 from .bench_attention import relative_values, scaling_series
-from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, means_so_far, pending_results
+from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, last_gain, is_undertrained, means_so_far, pending_results
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
@@ -394,6 +394,10 @@ def _judge_bits(root):
                 f"{plural(each['n'], 'seed')}, corrected for {len(plan['comparisons'])} comparisons: "
                 f"{outcome(each, 'more', 'fewer', smallest)}." for rival, each in found.items() if each]
     evidence.append(f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
+    trained = {model.upper(): results[f"{model}/mnist"] for model in ("karm", "arm", "larm") if results.get(f"{model}/mnist")}
+    falls = {label: last_gain(result["curves"]) for label, result in trained.items()}
+    fell = ", ".join(f"{label} by {fall:.3f}" for label, fall in falls.items() if fall is not None)
+    evidence += [f"Held-out bits fell over the last fifth of training: {fell}."] if fell else []
     done = all(found.values())
     ours = ", ".join(f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
     return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else NOT_YET,
