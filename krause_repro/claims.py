@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .ablation import PLANNED_RESULTS, load_or_run_grid, planned_results
 from .bench_attention import relative_values, scaling_series
-from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, last_gain, is_undertrained, means_so_far, pending_results
+from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, last_gain, means_so_far, pending_results
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
@@ -89,16 +89,6 @@ def size_in_words(name: str) -> str:
     "Size and length of the desk recipe `name`."
     recipe = get_recipe(name).at("desk")
     return f"width {recipe.width}, depth {recipe.depth}, {plural(recipe.epochs, 'epoch')}"
-
-
-def undertrained_line(
-    results: dict[str, dict | None],  # by recipe, each with "curves"
-    labels: dict[str, str],  # by recipe, of those that are told of
-    gain: float,  # the plan's, from which on a model is undertrained
-) -> str:
-    "The models that were still improving when training stopped, in words."
-    rising = [label for name, label in labels.items() if results.get(name) and is_undertrained(results[name]["curves"], gain)]
-    return f"Undertrained by the plan's rule: {'; '.join(rising) or 'none'}."
 
 # %% ../nbs/68_claims.ipynb #2e54cc04
 def claim_text(
@@ -178,7 +168,8 @@ def _judge_accuracy(root):
             later = ", added after the other test results were known" if name == "residual" else ""
             evidence.append(f"{labels[f'{name}/cifar10'].capitalize()}: {percent(baseline['test_accuracy'])}%, "
                             f"{plural(len(baseline['seeds']), 'seed')}{later}.")
-    evidence += [undertrained_line(results, labels, plan["flat_gain"]), altered_note(results)] if plan else []
+    rising = [labels[name] for name, model in results.items() if model and is_undertrained(model["curves"], plan["flat_gain"])]
+    evidence += [f"Undertrained by the plan's rule: {'; '.join(rising) or 'none'}.", altered_note(results)] if plan else []
     return Finding(cifar["verdict"] if cifar else NOT_YET, numbers, tuple(filter(None, evidence)))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
@@ -200,8 +191,7 @@ def part_effects(root: Path | None = None):  # the project's folder
 
 def _judge_parts(root):
     effects, told = part_effects(root)
-    labels = {name: label for name, (label, _) in CLASSIFIER_LABELS["desk"].items()}
-    evidence = [f"CIFAR-10, {part} ({' − '.join(labels[name] for name in PARTS[part])}): {effect(each)} points, "
+    evidence = [f"CIFAR-10, {part} ({' − '.join(CLASSIFIER_LABELS['desk'][name][0] for name in PARTS[part])}): {effect(each)} points, "
                 f"{plural(each['n'], 'seed')}, corrected: {told[part]}." for part, each in effects.items()]
     evidence.append(f"Not tested by a planned comparison: {', '.join(['window', *(part for part in PARTS if part not in effects)])}.")
     ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())

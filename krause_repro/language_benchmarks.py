@@ -451,16 +451,21 @@ def run_model(
     return finished_model(run), tokenizer
 
 
-def _zero_shot_scores(run, source, task, options):
-    "Scores of a run on a task, cached for these items."
-    def measure():
-        return {"scores": evaluate_language(*run_model(run, source), task, **options)[task]}
-
-    asked = [options["items"][task], options["limit"], options["max_gen_toks"]]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+def _zero_shot_scores(run, source, options):
+    "Scores of a run by task, each cached for its items. The model is loaded once, and only if a score is missing."
+    load = cache(lambda: run_model(run, source))
     if source is not None and isinstance(run.recipe, LanguageModelRecipe):
         run_tokenizer(run, source)  # raises for another text
-    return cached_test(run, measure, f"{task}_{digest[:16]}.json", reads_data=False)["scores"]
+
+    def scored(task):
+        def measure():
+            return {"scores": evaluate_language(*load(), task, **options)[task]}
+
+        asked = [options["items"][task], options["limit"], options["max_gen_toks"]]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return cached_test(run, measure, f"{task}_{digest[:16]}.json", reads_data=False)["scores"]
+
+    return {task: scored(task) for task in options["items"]}
 
 
 def _over_seeds(scores):
@@ -490,7 +495,8 @@ def evaluate_zero_shot(
     "The zero-shot scores of a language model over its seeds."
     options = {"source": items, "limit": limit, "item_seed": item_seed, "batch_size": batch_size, "max_gen_toks": max_gen_toks}
     options["items"] = check_language_run(tasks, **options, anli_labels="correct")
-    found = {task: _over_seeds([_zero_shot_scores(run, source, task, options) for run in runs]) for task in options["items"]}
+    scores = [_zero_shot_scores(run, source, options) for run in runs]
+    found = {task: _over_seeds([each[task] for each in scores]) for task in options["items"]}
     return {"tasks": found, **provenance(runs)}
 
 

@@ -26,7 +26,7 @@ from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
 from .recipe_base import plain
-from .runs import Run, check_data, run_corpus
+from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
 from .statistics import decimals, finished_table, markdown_table, seeds_in_words, summarise, summarise_curves
 from .tasks import corpus_splits, recipe_corpus
@@ -168,11 +168,9 @@ def run_tokenizer(
     if kept and source is None:
         return load_tokenizer(run.path)[0]
     try:
-        corpus = recipe_corpus(run.recipe, source, build=not kept)
+        return run_corpus(run, source, build=not kept).tokenizer
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; leave source out, as {run.path} holds its tokenizer" if kept else error) from error
-    check_data(run, corpus=corpus.digest)
-    return corpus.tokenizer
 
 
 def sample_text(

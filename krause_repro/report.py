@@ -494,8 +494,9 @@ def _bits_finding(root):
     plan, results, found = on_mnist(root)
     ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in generation_speeds(root).items())
     differences = ", ".join(f"minus {rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
-    return (f"MNIST, KARM {differences or 'is not finished'} bits per dimension; {plural(len(plan['seeds']), 'planned seed')}. On a CPU "
-            f"KARM generates {ratios} times as fast as ARM. *But* the models are small ({size_in_words('karm/mnist')}): "
+    seeds = f"; {plural(len(plan['seeds']), 'planned seed')}" if plan else ""
+    return (f"MNIST, KARM {differences or 'is not finished'} bits per dimension{seeds}. On a CPU KARM generates {ratios} "
+            f"times as fast as ARM. *But* the models are small ({size_in_words('karm/mnist')}): "
             f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
 
 

@@ -227,9 +227,10 @@ def check_same_data(
 def run_corpus(
     run: Run,  # of a language model from scratch
     source: str | Path | None = None,  # the user's text or corpus
+    build: bool = True,  # may it be built?
 ) -> Corpus:
     "The corpus of a run. Raises `UserError` for another one than it was trained on."
-    corpus = recipe_corpus(run.recipe, source)
+    corpus = recipe_corpus(run.recipe, source, build=build)
     check_data(run, corpus=corpus.digest)
     return corpus
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,12 +161,16 @@ class _WeighingTrainer(_SlicingTrainer):
         parts = [part_of(count, self.args.process_index, self.args.world_size) for count in counts]
         return [(part.stop - part.start) * self.args.world_size * len(counts) / sum(counts) for part in parts]
 
+    @cached_property
+    def _routed(self) -> list[Centroids]:
+        return [part for part in self.model.modules() if isinstance(part, Centroids)]
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._weight, routed = self._weights.pop(0), [part for part in model.modules() if isinstance(part, Centroids)]
-        for part in routed:
+        self._weight = self._weights.pop(0)
+        for part in self._routed:
             part.share = float(self._weight > 0)  # the example that stands for an empty part does not count
         loss = super().training_step(model, inputs, num_items_in_batch)
-        for part in routed:
+        for part in self._routed:
             part.share = None
             if not self._weights:  # the last micro-batch of the step
                 part.move()
