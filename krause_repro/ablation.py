@@ -180,10 +180,10 @@ def paper_steps(
 def difference_table(
     rows: list[dict],  # "label" and the fields of `paired_difference` or `factor_effect`
 ) -> str:  # Markdown
-    "Differences in percentage points with their intervals, and whether they count."
-    return markdown_table(("difference", "settings averaged", "points", "95% interval, corrected", "counts?"), [
+    "Differences in percentage points with their intervals, and what counts of them."
+    return markdown_table(("difference", "settings averaged", "points", "95% interval, corrected", "verdict"), [
         (row["label"], row.get("settings", 1), f"{100 * row['mean']:+.2f}", signed_interval(row["interval"]),
-         outcome(row, "yes", "yes")) for row in rows])
+         outcome(row, "higher", "lower")) for row in rows])
 
 # %% ../nbs/42_ablation.ipynb #07e196cb
 def cell_table(

@@ -275,10 +275,10 @@ def text_speed_notes(
         return f"our target of {'≥' if least else '≤'} {TEXT_GOALS[name]:g} is {'met' if met else 'missed'}"
 
     return [
-        f"a training step of krause_only on {length:,} tokens takes {step:.2f} of the time of standard; {goal('training step', step)}",
-        f"a token of krause_only after {late:,} tokens takes {flat['krause_only']:.2f} of its time after {early:,}; "
-        f"{goal('flat', flat['krause_only'])}",
-        f"there krause_only generates {faster:.2f} times the tokens per second of standard; {goal('generation', faster)}"]
+        f"a training step of Krause alone on {length:,} tokens takes {step:.2f} of softmax's time; {goal('training step', step)}",
+        f"a token of Krause alone after {late:,} tokens takes {flat['krause_only']:.2f} of its time after {early:,}, in the median over "
+        f"rounds that alternate; {goal('flat', flat['krause_only'])}",
+        f"there Krause alone generates {faster:.2f} times softmax's tokens per second; {goal('generation', faster)}"]
 
 # %% ../nbs/53_bench_language.ipynb #bbfecb79
 def text_speed_table(

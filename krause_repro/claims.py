@@ -13,18 +13,19 @@ from pathlib import Path
 from .ablation import PLANNED_RESULTS, load_or_run_grid, planned_results
 from .bench_attention import relative_values, scaling_series
 from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, last_gain, means_so_far, pending_results
+from .fine_tuning_evaluation import TEXTBOOK_LABELS
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
-from .sinks import branch_files, sink_models, sink_verdict, window_effect
+from .sinks import branch_files, sink_comparison, sink_models
 from krause_repro.statistics import (
     MIN_EFFECT, corrected_difference, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
     span, unpaired_difference,
 )
 
 # %% ../nbs/68_claims.ipynb #2e3b37ed
-VERDICTS = HOLDS, IN_PART, DOES_NOT_HOLD, NOT_SHOWN, NOT_YET = (
-    "holds", "holds in part", "does not hold", "not shown", "not yet tested here")
+VERDICTS = HOLDS, IN_PART, DOES_NOT_HOLD, NOT_SHOWN, UNDECIDED = (
+    "holds", "holds in part", "does not hold", "not shown", "undecided")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _judge_clusters(root):
         "Softmax without truncation at larger β, when the simulation ends (clusters over "
         f"{len(next(iter(untruncated.values())))} starts): "
         + "; ".join(f"β = {beta:g}: {span(counts)}" for beta, counts in untruncated.items())
-        + ". All particles still attend to each other there, so these clusters may merge later.",
+        + ". All particles still attend to each other there, so these clusters would merge later.",
     ]
     shown = 9.0 if 9.0 in several else max(several, default=None)
     ours = f"β=1: {span(ends['krause'])} clusters against {span(ends['softmax'])}"
@@ -156,11 +157,12 @@ def cifar10_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
 def _judge_accuracy(root):
     plan, results, cifar, post = on_cifar10(root)
     labels = {name: label for name, (label, _) in CLASSIFIER_LABELS["desk"].items()}
-    numbers = f"CIFAR-10 {effect(cifar)}; with equal norms {effect(post)}" if cifar and post else cifar10_so_far(plan, results)
+    told = outcome(post, "higher", "lower", plan["smallest_difference"]) if post else ""
+    numbers = f"CIFAR-10 {effect(cifar)}; equal norms {effect(post)}, {told}" if cifar and post else cifar10_so_far(plan, results)
     evidence = [
-        f"CIFAR-10, {size_in_words('kvit_s/cifar10')}: KViT − ViT {effect(cifar)} points; with equal norms {effect(post)}; seeds "
+        f"CIFAR-10, {size_in_words('kvit_s/cifar10')}: KViT − ViT {effect(cifar)} points; with equal norms {effect(post)}, {told}; seeds "
         f"{', '.join(map(str, cifar['seeds']))}, corrected for {len(plan['comparisons'])} comparisons." if cifar and post else
-        f"CIFAR-10, finished so far: {pending_results(results, 'test_accuracy', 100, 2)}. No verdict before all seeds are.",
+        f"CIFAR-10, finished so far: {pending_results(results, 'test_accuracy', labels, 100, 2)}. No verdict before all seeds are.",
     ]
     for name in ("softmax_regression", "convolution", "residual"):
         baseline = load_result(f"image_classification/{name}", "desk", root, missing_ok=True)
@@ -170,7 +172,7 @@ def _judge_accuracy(root):
                             f"{plural(len(baseline['seeds']), 'seed')}{later}.")
     rising = [labels[name] for name, model in results.items() if model and is_undertrained(model["curves"], plan["flat_gain"])]
     evidence += [f"Undertrained by the plan's rule: {'; '.join(rising) or 'none'}.", altered_note(results)] if plan else []
-    return Finding(cifar["verdict"] if cifar else NOT_YET, numbers, tuple(filter(None, evidence)))
+    return Finding(cifar["verdict"] if cifar else UNDECIDED, numbers, tuple(filter(None, evidence)))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
 
@@ -196,13 +198,13 @@ def _judge_parts(root):
     evidence.append(f"Not tested by a planned comparison: {', '.join(['window', *(part for part in PARTS if part not in effects)])}.")
     ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())
     words = set(told.values())
-    verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else NOT_YET
+    verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else UNDECIDED
     return Finding(verdict, f"CIFAR-10: {ours}" if ours else "not finished", tuple(evidence))
 
 def _published_parts() -> str:
     base, *rows = (row[1] for row in published_tables()["table13_kvit_ablation"]["rows"])
     whole, window, distance = (row - base for row in rows)
-    return f"distance {distance:+.2f}, then window {window - distance:+.2f}, top-k {whole - window:+.2f} points (Table 13)"
+    return f"RBF, post-norm, drop-path {distance:+.2f}, window {window - distance:+.2f}, top-k {whole - window:+.2f} points (Table 13)"
 
 CLAIMS["parts"] = Claim("Distance, window and top-k each help", _published_parts, "61_image_classification", _judge_parts)
 
@@ -263,7 +265,7 @@ def _judge_linear(root):
     length, full = (_exponents(rows, "length", name, least) for name in ("banded, C++", "fused full"))
     window = _exponents(rows, "window", "banded, C++")
     if not length or not full:
-        return Finding(NOT_YET, "not measured", ("The lengths measured are too few for an exponent.",))
+        return Finding(UNDECIDED, "not measured", ("The lengths measured are too few for an exponent.",))
     evidence = (
         f"Time of the C++ operator, forward and forward + backward, from {least:,} tokens on: exponent in N {span(length, 2, ' to ')}; "
         f"fused full attention {span(full, 2, ' to ')}.",
@@ -310,42 +312,28 @@ def sink_numbers(root: Path | None = None):  # the project's folder
     found = {file: load_or_compute(f"sinks/{file}", "desk", "never", [recipe, model], dict, root) for file, (_, model) in models.items()
              if result_path(f"sinks/{file}", "desk", root).is_file()}
 
-    def over_passages(file, kind, name):
-        return found[file]["sinks"][kind][name]["all_layers"]
+    def seeing(file, kind):
+        return found[file]["sinks"][kind]["first_near"]["all_layers"]
 
-    def mean(*place):
-        return over_passages(*place)["mean"]
-
-    numbers = {}
-    for file, when in branch_files(found).items():
-        near, mixed = mean(file, "krause", "first_near"), mean(file, "mixed", "first_all")
-        base, base_near = mean("base", "softmax", "first_all"), mean("base", "softmax", "first_near")
-        past, window = found["base"]["uniform"]["past"], found[file]["uniform"]["window"]
-        numbers[file] = {
-            "when": when, "base": base, "base_near": base_near, "seeing": [over_passages(*place, "first_near") for place in (
-                (file, "krause"), ("base", "softmax"))],
-            "branch": mean(file, "krause", "first_all"), "near": near, "mixed": mixed,
-            "cut": window_effect(found["base"], found[file], recipe.length, recipe.window)["cut"],
-            "in_branch": sink_verdict(near, window["first_near"], base_near, past["first_near"]),
-            "in_model": sink_verdict(mixed, past["first_all"], base, past["first_all"]),
-        }
-    return numbers, recipe
+    return {file: {**sink_comparison(found["base"], found[file], recipe), "when": when,
+                   "seeing": (seeing(file, "krause"), seeing("base", "softmax"))}
+            for file, when in branch_files(found).items()}, recipe
 
 
 def _judge_sinks(root):
     numbers, recipe = sink_numbers(root)
     trained = [n for file, n in numbers.items() if file != "untrained_branch"]
     if not trained:
-        return Finding(NOT_YET, "not measured", ("No fine-tuned model with a branch is measured.",))
+        return Finding(UNDECIDED, "not measured", ("No fine-tuned model with a branch is measured.",))
     evidence = [
-        f"The branch {n['when']}: on token 0, all queries, {n['branch']:.3f} against {n['base']:.3f} of the base model's softmax; masking "
-        f"the latter's queries beyond W = {recipe.window} would leave {n['cut']:.3f}. Queries that can see token 0: {n['near']:.3f} "
-        f"against {n['base_near']:.3f}. In the branch the sink is {n['in_branch']}; in the whole model ({n['mixed']:.3f}) {n['in_model']}."
-        for n in numbers.values()]
-    evidence.append(f"SmolLM2-135M-Instruct, {recipe.passages} passages of {recipe.length} tokens, first seed: no interval over seeds.")
+        f"The branch {n['when']}: {n['branch']:.3f} over all queries, {n['near']:.3f} over those that see token 0; sink "
+        f"{n['in_branch']} in the branch, {n['in_model']} in the whole model ({n['mixed']:.3f})." for n in numbers.values()]
+    n = trained[-1]
+    evidence = [f"Attention on token 0 in SmolLM2-135M-Instruct, {recipe.passages} passages of {recipe.length} tokens, first seed (no "
+                f"interval over seeds). Base model: {n['base']:.3f} over all queries, {n['base_near']:.3f} over those that see it; masked "
+                f"beyond W = {recipe.window} it keeps {n['cut']:.3f}.", *evidence]
     states = {state for n in trained for state in (n["in_branch"], n["in_model"])}
     verdict = HOLDS if states == {"gone"} else DOES_NOT_HOLD if states == {"there"} else IN_PART
-    n = trained[-1]
     return Finding(verdict, f"{n['base']:.2f} → {n['branch']:.2f}, window alone {n['cut']:.2f}; where visible {n['base_near']:.2f} → "
                    f"{n['near']:.2f}", tuple(evidence))
 
@@ -390,7 +378,7 @@ def _judge_bits(root):
     evidence += [f"Held-out bits fell over the last fifth of training: {fell}."] if fell else []
     done = all(found.values())
     ours = ", ".join(f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
-    return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else NOT_YET,
+    return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else UNDECIDED,
                    f"MNIST{'' if done else ', unfinished:'} {ours}" if ours else "not finished", tuple(evidence))
 
 def _published_bits() -> str:
@@ -423,9 +411,10 @@ def _judge_generation_speed(root):
                 for case, row in cases.items()]
     evidence.append("ARM has fused attention and a preallocated cache here, on a CPU; the paper's ARM is another implementation, on a GPU. "
                     "CIFAR-10's shape is timed at late positions only, where the window saves most.")
-    ratios = " and ".join(f"{1 / row['ratio']:.2f}" for row in cases.values())
+    told = [f"{1 / row['ratio']:.2f} ({case.partition(' shape')[0]}{'' if 'whole' in case else ', late tokens'})"
+            for case, row in cases.items()]
     verdict = HOLDS if all(faster) else IN_PART if any(faster) else DOES_NOT_HOLD
-    return Finding(verdict, f"{ratios} times ARM's speed, on a CPU", tuple(evidence))
+    return Finding(verdict, f"on a CPU, {' and '.join(told)} times", tuple(evidence))
 
 CLAIMS["generation_speed"] = Claim("KARM generates faster than ARM", _published_speed, "62_image_generation", _judge_generation_speed)
 
@@ -453,19 +442,25 @@ def _short_runs(root) -> dict[str, dict]:
 
 def _judge_fine_tuning(root):
     short, (plan, results) = _short_runs(root), planned_results("textbooks", root)
+    names = {f"{arm}_smollm2/openstax": label for arm, (label, _) in TEXTBOOK_LABELS.items()}
     evidence = [f"SmolLM2-135M-Instruct, {data}, {each['steps']:g} steps: with a branch minus without {effect(each, 1, 3)} nats per "
                 f"token, {plural(each['n'], 'seed')}; before the first step {each['before']:+.3f}." for data, each in short.items()]
     found = {pair: planned_difference("textbooks", plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
-    evidence += [f"Textbooks: {first} − {second} {effect(each, 1, 3)} nats per token, corrected: "
+    evidence += [f"Textbooks: {names[first]} − {names[second]} {effect(each, 1, 3)} nats per token, corrected: "
                  f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
                  for (first, second), each in found.items() if each]
+    moved = (results.get("krause_smollm2/openstax") or {}).get("over_training")
+    if moved:
+        start, end = (moved["gate"]["mean"][i] for i in (0, -1))
+        evidence.append(f"Textbooks, LoRA + Krause branch: in the mean the gate gives the softmax attention a weight of {start:.2f} before "
+                        f"training and of {end:.2f} after it; at 1 the branch is switched off.")
     if found and all(found.values()):
         best = min(found.values(), key=lambda each: each["mean"])
         return Finding(_of_pairs([each["verdict"] for each in found.values()]), f"SmolLM2, textbooks: at best {effect(best, 1, 3)} nats",
                        tuple(evidence))
-    evidence.append(f"Textbooks, finished so far: {pending_results(results, 'token_loss')}.")
+    evidence.append(f"Textbooks, nats per token, finished so far: {pending_results(results, 'token_loss', names)}.")
     labels = {"krause_smollm2/openstax": "branch", "lora_smollm2/openstax": "LoRA"}
-    return Finding(NOT_YET, f"textbooks, nats: {means_so_far(plan, results, 'token_loss', labels, 1, 3)}", tuple(evidence))
+    return Finding(UNDECIDED, f"textbooks, nats: {means_so_far(plan, results, 'token_loss', labels, 1, 3)}", tuple(evidence))
 
 CLAIMS["fine_tuning"] = Claim("A Krause branch improves fine-tuning", _published_benchmarks, "63_llm_finetuning", _judge_fine_tuning)
 
@@ -506,12 +501,12 @@ def _judge_from_scratch(root):
                 for (first, second), each in found.items() if each]
     if not found or not all(found.values()):
         evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
+        labels = {"lm_standard_100m/openstax": "softmax", "lm_krause_100m/openstax": "branch"}
+        bits = f"bits/token, {means_so_far(plan, results, 'bits_per_token', labels, 1, 2)}"
         ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
-        baseline = f"; 5-gram {ngram['all']['bits_per_token']:.2f}" if ngram else ""
-        pair = [results.get(f"lm_{mixer}_100m/openstax") for mixer in ("krause", "standard")]
-        lead = corrected_difference(*pair, 1, "bits_per_token") if all(pair) else {"n": 0}
-        ours = f"{plural(lead['n'], 'seed')}: {lead['mean']:+.2f} bits per token against softmax" if lead["n"] else "not finished"
-        return Finding(NOT_YET, ours + baseline, tuple(evidence))
+        if ngram:
+            evidence.append(f"Bits per token of the test text: a 5-gram model {ngram['all']['bits_per_token']:.2f}; {bits}.")
+        return Finding(UNDECIDED, bits, tuple(evidence))
     wins = sum(each["verdict"] == HOLDS for each in found.values())
     verdict = _of_pairs([each["verdict"] for each in found.values()])
     return Finding(verdict, f"fewer bits than {wins} of {len(found)} rivals, 2M parameters", tuple(evidence))

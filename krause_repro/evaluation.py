@@ -360,7 +360,8 @@ def planned_table(
 
     head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
     fixed = f"Fixed before the first run, in commit {plan['commit'][:10]}" if plan["commit"] else "Not the plan that was committed"
-    note = f"A difference counts if {plan['counts_as_a_difference']}. {fixed}."
+    note = (f"A difference counts if {plan['counts_as_a_difference']}. {fixed}. *Too small to count*: the interval "
+            "excludes 0, but the mean is smaller.")
     return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
 
 # %% ../nbs/41_evaluation.ipynb #26d8a7f3
@@ -406,11 +407,12 @@ def finished_runs(
 def pending_results(
     results: dict[str, dict | None],  # by recipe
     field: str,  # what is told of them
+    labels: dict[str, str],  # by recipe
     scale: float = 1,  # factor to the unit shown
     digits: int = 3,  # decimals
 ) -> str:
     "The models of a plan that have a result, with their seeds."
-    found = [f"{name} {decimals(result[field], digits, scale)} (seed {', '.join(map(str, result['seeds']))})"
+    found = [f"{labels[name]} {decimals(result[field], digits, scale)}, {seeds_in_words(result['seeds'])}"
              for name, result in results.items() if result]
     return "; ".join(found) or "none"
 

@@ -293,14 +293,14 @@ def language_mac_table(
     def line(name, values):
         return f"| {name} | " + " | ".join(f"{v / 1e6:.3g} ({v / w:.1%})" for v, w in zip(values, wholes, strict=True)) + " |"
 
-    names = ["part", *(f"n = {each['context']:,}" for each in counts)]
+    names = ["millions of MACs per decoded token", *(f"n = {each['context']:,}" for each in counts)]
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for side in ("base", "branch"):
         lines += [line(f"{side}: {part}", [each[side][part] for each in counts]) for part in counts[0][side]]
         lines.append(line(f"**{side}**", [sum(each[side].values()) for each in counts]))
     speeds = {"decoding": [(w, sum(each["branch"].values())) for w, each in zip(wholes, counts, strict=True)],
               "prefill": [_prefill_macs(each) for each in counts]}
-    lines += [f"| base : base + branch, {name} | {' | '.join(f'{b / (b + k):.2f}' for b, k in pairs)} |" for name, pairs in speeds.items()]
+    lines += [f"| speed by FLOPs alone, {name} | {' | '.join(f'{b / (b + k):.2f}' for b, k in pairs)} |" for name, pairs in speeds.items()]
     return "\n".join(lines)
 
 # %% ../nbs/37_flops.ipynb #3be5a075

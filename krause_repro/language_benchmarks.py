@@ -519,6 +519,7 @@ def evaluate_base_zero_shot(
 # %% ../nbs/47_language_benchmarks.ipynb #dfc4d53a
 PUBLISHED_TASKS = {"lambada": "LAMBADA", "cbt": "CBT", "piqa_continuation": "PIQA", "blimp": "BLiMP", "hellaswag": "HellaSwag",
                    "arc_easy": "ARC-E"}  # the paper's names
+TASK_LABELS = {**PUBLISHED_TASKS, "boolq_continuation": "BoolQ", "ifeval": "IFEval"}
 
 
 def zero_shot_table(
@@ -535,4 +536,5 @@ def zero_shot_table(
     rows.append(("standard error of one seed", *(f"{100 * f['stderr']:.2f}" if f["stderr"] is not None else None for f in first.values())))
     rows.append(("chance", *(None if f["chance"] is None else f"{100 * f['chance']:.2f}" for f in first.values())))
     rows += [(f"{label}, paper", *(numbers.get(task) for task in tasks)) for label, numbers in published.items()]
-    return finished_table(("model", *(f"{task}, {f['items']:,} items" for task, f in first.items())), rows)
+    heads = (f"{TASK_LABELS.get(task, task)}, {f['items']:,} items" for task, f in first.items())
+    return finished_table(("model", *heads), rows)

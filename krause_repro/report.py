@@ -6,6 +6,7 @@
 __all__ = ['missing_table', 'report', 'findings', 'update_readme', 'coverage']
 
 # %% ../nbs/70_report.ipynb #b055e312
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path
 from .sinks import branch_files, sink_answer, sink_models
-from .statistics import MIN_EFFECT, decimals, effect, markdown_table, percent, plural
+from .statistics import MIN_EFFECT, decimals, effect, markdown_table, outcome, percent, plural
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
@@ -252,7 +253,7 @@ def related_measurement(
     if table == "lm_100m":
         scored = {name: m for name, m in zero_shot_results(profile, root).items() if "tasks" in m}
         found = {name: m | {"label": f"{m['label']}, {m['parameters']:,} parameters"} for name, m in scored.items()}
-        return f"the desk's models, on random items of the same sets:\n\n{zero_shot_table(found, {})}" if found else None
+        return f"our desk-size models, on random items of the same sets:\n\n{zero_shot_table(found, {})}" if found else None
     if table == "table19_llm_speed" and result_path("language_speed", profile, root).is_file():
         rows = load_result("language_speed", profile, root)["rows"]
         ratios = [row["speed_ratio"] for row in rows if (row["pass"], row["name"]) == ("decode", "Krause")]
@@ -303,8 +304,11 @@ def report(
         if not any(our_cell(name, row, column, results, profile) for row in table["rows"] for column in table["columns"]):
             without.append(table["title"])
         related = related_measurement(name, profile, root)
-        parts.append(f"### {table['title']}\n\n{text}" + (f"\n\nOurs, not comparable number by number: {related}" if related else ""))
-    said = f"No number of ours stands beside: {'; '.join(without)}." if without else ""
+        placed = re.match(r"(table|figure)(\d+)_", name)
+        place = f"{placed[1].capitalize()} {placed[2]}. " if placed else ""
+        beside = f"\n\nOurs, not comparable number by number: {related}" if related else ""
+        parts.append(f"### {place}{table['title']}\n\n{text}{beside}")
+    said = f"No measured number of ours stands beside: {'; '.join(without)}." if without else ""
     return "\n\n".join([said, *parts] if said else parts)
 
 # %% ../nbs/70_report.ipynb #33838164
@@ -425,12 +429,8 @@ def _speed_lines(speed):
 # %% ../nbs/70_report.ipynb #4616c736
 def _sink_lines(root):
     found, recipe = sink_results("desk", root), SINKS.at("desk")
-    asked = branch_files(found)
-    if not asked:
-        return []
-    note = f"Is the attention sink removed? First-token attention on {recipe.passages} passages of {recipe.length} tokens, first seed:"
-    answers = [f"The branch {when}:\n\n{sink_answer(found['base'], found[file], recipe)}" for file, when in asked.items()]
-    return [note, *answers]
+    note = f"Attention sinks on {recipe.passages} passages of {recipe.length} tokens, first seed:"
+    return [note, sink_answer(found, recipe)] if branch_files(found) else []
 
 
 def language_section(
@@ -473,20 +473,21 @@ def _accuracy_finding(root):
     plan, results, lead, norm = on_cifar10(root)
     if not (lead and norm):
         return f"KViT on {cifar10_so_far(plan, results)}."
+    told = outcome(norm, "higher", "lower", plan["smallest_difference"])
     trained = [model for model in results.values() if model]
     rising = sum(is_undertrained(model["curves"], plan["flat_gain"]) for model in trained)
     network = load_result("image_classification/residual", "desk", root, missing_ok=True)
     beside = (f" A residual convolutional network of as many parameters, added when the other test results were known, reaches "
               f"{percent(network['test_accuracy'])}% ({plural(len(network['seeds']), 'seed')})." if network else "")
     return (f"KViT minus ViT on CIFAR-10: {effect(lead)} points, {plural(len(lead['seeds']), 'seed')}; with LayerNorm in "
-            f"the same place in both: {effect(norm)}. *But* the models are small ({size_in_words('kvit_s/cifar10')}), {rising} of the "
-            f"{len(trained)} transformers were still improving.{beside} {altered_note(results)}".rstrip())
+            f"the same place in both: {effect(norm)}, {told}. Caveat: the models are small ({size_in_words('kvit_s/cifar10')}), and "
+            f"{rising} of the {len(trained)} transformers were still improving.{beside} {altered_note(results)}".rstrip())
 
 
 def _parts_finding(root):
     effects, told = part_effects(root)
     parts = "; ".join(f"{part} {effect(each)} points: {told[part]}" for part, each in effects.items()) or "no comparison is finished"
-    return (f"On CIFAR-10, each against the same model without it: {parts}. *But* the distance was compared without top-k, and the "
+    return (f"On CIFAR-10, each against the same model without it: {parts}. Caveat: the distance was compared without top-k, and the "
             "window alone was not compared.")
 
 
@@ -496,8 +497,8 @@ def _bits_finding(root):
     differences = ", ".join(f"minus {rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
     seeds = f"; {plural(len(plan['seeds']), 'planned seed')}" if plan else ""
     return (f"MNIST, KARM {differences or 'is not finished'} bits per dimension{seeds}. On a CPU KARM generates {ratios} "
-            f"times as fast as ARM. *But* the models are small ({size_in_words('karm/mnist')}): "
-            f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
+            f"times as fast as ARM. Caveat: no softmax model on KARM's window was trained, so the window alone may explain the bits saved; "
+            f"the models are small ({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
 
 
 def findings(
@@ -511,13 +512,13 @@ def findings(
         ("accuracy",): _accuracy_finding(root),
         ("parts",): _parts_finding(root),
         ("linear", "flops"): f"Attention over N tokens: {found['linear'].ours}. FLOPs of KViT against ViT: "
-                             f"{CLAIMS['flops'].paper()} in the paper; here {found['flops'].ours}. *But* times are of one CPU.",
+                             f"{CLAIMS['flops'].paper()} in the paper; here {found['flops'].ours}. Caveat: times are of one CPU.",
         ("bits", "generation_speed"): _bits_finding(root),
         ("sinks",): f"Averaged over all queries, as in the paper, attention on the first token falls from {sinks['base']:.2f} in the base "
                     f"model to {sinks['branch']:.2f} in a Krause branch beside its attention; cutting the base model's attention at the "
                     f"branch's window leaves {sinks['cut']:.2f}. Queries that see the first token give it "
                     f"{decimals(sinks['seeing'][0], 2)} in the branch, {decimals(sinks['seeing'][1], 2)} in the base model (± over "
-                    f"passages){weaker}. *But* this is one seed of SmolLM2-135M {sinks['when']}.",
+                    f"passages){weaker}. Caveat: this is one seed of SmolLM2-135M {sinks['when']}.",
     }
     verdicts = {names: "; ".join(f"{CLAIMS[name].title}: {found[name].verdict}" for name in names) for names in texts}
     return "\n".join(f"- **{verdicts[names]}.** {text}" for names, text in texts.items())

@@ -154,10 +154,10 @@ def outcome(
     lower: str,  # word for one below zero
     smallest: float = MIN_EFFECT,  # smallest difference that counts
 ) -> str:
-    "A difference in a word; *below the bar* if its interval excludes zero but it is too small to count, else *not shown*."
+    "A difference in words; *too small to count* if only its interval excludes zero, else *not shown*."
     if is_shown(difference, smallest):
         return higher if difference["mean"] > 0 else lower
-    return "below the bar" if is_shown(difference, 0) else "not shown"
+    return "too small to count" if is_shown(difference, 0) else "not shown"
 
 # %% ../nbs/40_statistics.ipynb #c527f9ea
 MISSING = "—"  # a cell without a value

@@ -40,7 +40,7 @@ from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import RECIPES, SINKS, get_recipe
 from krause_repro.records import read_json, write_json
 from krause_repro.runs import Run, TrainingDiverged, run_path
-from krause_repro.sinks import measure_sinks, sink_answer, sink_passages, sink_table, window_effect
+from krause_repro.sinks import measure_sinks, sink_answer, sink_comparison, sink_passages, sink_table
 from krause_repro.tasks import base_model, fine_tuning_model, language_splits, token_metrics, token_scores
 from krause_repro.training import build_trainer, device_options, train
 
@@ -493,37 +493,35 @@ def told(kind, near, far, length=128, window=32):
     return {name: {"all_layers": {"mean": value}} for name, value in (("first_all", mean), ("first_near", near), ("first_far", far))}
 
 
-def test_what_the_window_cuts_off():
-    base = {"sinks": {"softmax": told("softmax", 0.8, 0.4)}}
-    for near, share in ((0.8, 1.0), (0.4, None), (0.9, None)):
-        fall = window_effect(base, {"sinks": {"krause": told("krause", near, 0.0)}}, 128, 32)
-        whole, cut, branch = (0.8 * 31 + 0.4 * 96) / 127, 0.8 * 31 / 127, near * 31 / 127
-        assert fall == pytest.approx({"base": whole, "cut": cut, "branch": branch, "share": (whole - cut) / (whole - branch)})
-        assert share is None or fall["share"] == pytest.approx(share)
+FLAT = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
 
 
-@pytest.mark.parametrize(("near", "mixed", "words"), [
-    (0.7, 0.6, ("The sink of the branch is **there**", "The sink of the whole model is **there**.")),
-    (0.3, 0.15, ("The sink of the branch is **weaker**", "The sink of the whole model is **weaker**.")),
-    (0.1, 0.04, ("The sink of the branch is **gone**", "The sink of the whole model is **gone**.")),
+def with_branch(near, mixed):
+    kinds = {"softmax": told("softmax", 0.8, 0.6), "krause": told("krause", near, 0.0), "mixed": told("mixed", mixed, mixed)}
+    return {"sinks": kinds, "uniform": FLAT}
+
+
+@pytest.mark.parametrize(("near", "mixed", "branch", "model"), [
+    (0.7, 0.6, "there", "there"), (0.3, 0.15, "weaker", "weaker"), (0.1, 0.04, "gone", "gone"), (0.7, 0.04, "there", "gone"),
 ])
-def test_the_answer_follows_the_numbers(near, mixed, words):
-    flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
-    base = {"sinks": {"softmax": told("softmax", 0.8, 0.6)}, "uniform": flat}
-    krause = {"sinks": {"softmax": told("softmax", 0.8, 0.6), "krause": told("krause", near, 0.0), "mixed": told("mixed", mixed, mixed)},
-              "uniform": flat}
-    answer = sink_answer(base, krause, SINKS)
-    assert all(word in answer for word in words) and answer.count("\n") == 3 and "% of the reduction" in answer
+def test_the_answer_follows_the_numbers(near, mixed, branch, model):
+    base = {"sinks": {"softmax": told("softmax", 0.8, 0.6)}, "uniform": FLAT}
+    recipe, whole = replace(SINKS, window=32, length=128), (0.8 * 31 + 0.6 * 96) / 127
+    found = sink_comparison(base, with_branch(near, mixed), recipe)
+    assert found == pytest.approx({
+        "base": whole, "cut": 0.8 * 31 / 127, "base_near": 0.8, "branch": near * 31 / 127, "near": near, "uniform_near": 0.1,
+        "kept": whole, "mixed": mixed, "in_branch": branch, "in_model": model})
+    table = sink_answer({"base": base, "krause_questions": with_branch(near, mixed)}, recipe).splitlines()
+    assert table[3].startswith(f"| base model, masked beyond W = 32 | {0.8 * 31 / 127:.3f} | 0.800 | — |")
+    assert table[5] == (f"| branch after training on questions | {near * 31 / 127:.3f} | {near:.3f} | {branch} | {whole:.3f} | {mixed:.3f} "
+                        f"| {model} |")
 
 
 def test_a_model_without_a_sink_has_none_to_lose():
-    flat = {"window": {"first_near": 0.1}, "past": {"first_near": 0.1, "first_all": 0.04}}
-    base = {"sinks": {"softmax": told("softmax", 0.1, 0.02)}, "uniform": flat}
-    krause = {"sinks": {"softmax": told("softmax", 0.1, 0.02), "krause": told("krause", 0.9, 0.0), "mixed": told("mixed", 0.1, 0.1)},
-              "uniform": flat}
-    assert "never there" in sink_answer(base, krause, SINKS) and "there is no reduction" in sink_answer(base, krause, SINKS)
-    stronger = {"sinks": {"softmax": told("softmax", 0.4, 0.4)}, "uniform": flat}
-    assert "further than the branch does" in sink_answer(stronger, krause, SINKS)
+    base = {"sinks": {"softmax": told("softmax", 0.1, 0.02)}, "uniform": FLAT}
+    found = sink_comparison(base, with_branch(0.9, 0.1), SINKS)
+    assert found["in_branch"] == found["in_model"] == "never there"
+    assert sink_answer({"base": base}, SINKS) == "No model with a branch is measured."
 
 
 def test_sinks_of_a_model_on_passages(run, monkeypatch):

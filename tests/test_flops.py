@@ -260,6 +260,6 @@ def test_products_of_a_language_model_and_its_branch():
     with pytest.raises(ValueError, match="context must be an integer ≥ 1, got 0"):
         branch_macs(model, 0)
     lines = language_mac_table({"macs": [{"context": n, **branch_macs(model, n)} for n in (1, 2000)]}).splitlines()
-    assert lines[0] == "| part | n = 1 | n = 2,000 |" and "**base** | 0.00234 (100.0%) | " in lines[7]
+    assert lines[0] == "| millions of MACs per decoded token | n = 1 | n = 2,000 |" and "**base** | 0.00234 (100.0%) | " in lines[7]
     short, long = map(float, lines[-2].split("|")[2:4])
     assert short == pytest.approx(2340 / (2340 + projections + 96 + 48), abs=0.01) and long > 0.98
