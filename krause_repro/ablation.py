@@ -46,7 +46,8 @@ def load_or_run_grid(
 # %% ../nbs/42_ablation.ipynb #99d7374a
 PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
     "cifar10": ("image_classification", "test_accuracy", 1), "mnist": ("image_generation", "bits_per_dim", -1),
-    "textbooks": ("textbooks", "token_loss", -1), "language_models": ("language_models", "bits_per_token", -1),
+    "mnist_window": ("image_generation", "bits_per_dim", -1), "textbooks": ("textbooks", "token_loss", -1),
+    "language_models": ("language_models", "bits_per_token", -1),
 }
 
 

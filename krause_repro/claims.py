@@ -14,6 +14,7 @@ from .ablation import PLANNED_RESULTS, load_or_run_grid, planned_results
 from .bench_attention import relative_values, scaling_series
 from .evaluation import CLASSIFIER_LABELS, altered_note, finished_runs, is_undertrained, last_gain, means_so_far, pending_results
 from .fine_tuning_evaluation import TEXTBOOK_LABELS
+from .generation_evaluation import GENERATOR_LABELS
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
@@ -365,13 +366,23 @@ def best_counts(root: Path | None = None) -> str:  # the project's folder
     return f"the best table of counts needs {min(each['bits_per_dim'] for each in counts['bits'].values()):.3f}"
 
 
+def window_control(root: Path | None = None) -> str:  # the project's folder
+    "What softmax attention on KARM's window says of distance and window, in words."
+    plan, results = planned_results("mnist_window", root)
+    found = {pair: planned_difference("mnist_window", plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
+    labels = {pair: " − ".join(GENERATOR_LABELS[name.partition("/")[0]][0] for name in pair) for pair in found}
+    told = [f"{labels[pair]} {effect(each, 1, 3)} bits: {outcome(each, 'more', 'fewer', plan['smallest_difference'])}"
+            for pair, each in found.items() if each]
+    return "; ".join(told) or "softmax attention on KARM's window is not finished, so the window alone may explain the bits saved"
+
+
 def _judge_bits(root):
     plan, results, found = on_mnist(root)
     smallest = plan["smallest_difference"] if plan else 0
     evidence = [f"MNIST, {size_in_words('karm/mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, "
                 f"{plural(each['n'], 'seed')}, corrected for {len(plan['comparisons'])} comparisons: "
                 f"{outcome(each, 'more', 'fewer', smallest)}." for rival, each in found.items() if each]
-    evidence.append(f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
+    evidence += [f"Control: {window_control(root)}.", f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}."]
     trained = {model.upper(): results[f"{model}/mnist"] for model in ("karm", "arm", "larm") if results.get(f"{model}/mnist")}
     falls = {label: last_gain(result["curves"]) for label, result in trained.items()}
     fell = ", ".join(f"{label} by {fall:.3f}" for label, fall in falls.items() if fall is not None)

@@ -359,7 +359,9 @@ def planned_table(
         return label, seeds_in_words(found["seeds"]), mean, interval, verdict
 
     head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
-    fixed = f"Fixed before the first run, in commit {plan['commit'][:10]}" if plan["commit"] else "Not the plan that was committed"
+    known = plan.get("earlier", ())  # models of an earlier plan, whose results were known
+    own = f" of {', '.join(models[name]['label'] for name in plan['models'] if name not in known)}" if known else ""
+    fixed = f"Fixed before the first run{own}, in commit {plan['commit'][:10]}" if plan["commit"] else "Not the plan that was committed"
     note = (f"A difference counts if {plan['counts_as_a_difference']}. {fixed}. *Too small to count*: the interval "
             "excludes 0, but the mean is smaller.")
     return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"

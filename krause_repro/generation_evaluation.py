@@ -296,7 +296,7 @@ def context_baselines(
 GENERATOR_LABELS = {  # by model: label and kind of colour
     "karm": ("KARM (Krause)", "krause"), "arm": ("ARM (softmax)", "softmax"), "larm": ("LARM (linear)", "linear"),
     "karm_no_window": ("KARM without window", "krause_full"), "karm_no_top_k": ("KARM without top-k", "krause"),
-    "karm_no_window_no_top_k": ("KARM without both", "krause_full"),
+    "karm_no_window_no_top_k": ("KARM without both", "krause_full"), "arm_window": ("ARM on KARM's window", "softmax_local"),
 }
 IMAGE_BITS = Measure("bits_per_dim", "test bits per dimension", "bits per dimension", "held_out_bits")
 CONTEXT_LABELS = {"order 0": "unigram", "order 1": "bigram", "order 2": "trigram"}

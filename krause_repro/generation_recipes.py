@@ -27,7 +27,7 @@ class ImageGenerationRecipe(Recipe):
     depth: int = 12
     heads: int = 8
     mlp_width: int = 1024
-    attention: str = "krause"  # "krause" (KARM), "softmax" (ARM) or "linear" (LARM)
+    attention: str = "krause"  # "krause" (KARM), "softmax" (ARM), "softmax_window" (ARM on KARM's window, ours) or "linear" (LARM)
     window: int | None = 128  # W, in tokens; None: all preceding tokens
     top_k: int | None = 96  # keys kept inside the window; None keeps all
     sigma: float = 2.5  # initial bandwidth, one per head
@@ -64,11 +64,11 @@ class ImageGenerationRecipe(Recipe):
     @property
     def config(self) -> ImageTransformerConfig:
         "The configuration of the model."
-        krause = self.attention == "krause"
+        krause, windowed = self.attention == "krause", self.attention in ("krause", "softmax_window")
         return ImageTransformerConfig(
             vocab_size=self.levels, image_shape=self.image_shape, hidden_size=self.width, num_hidden_layers=self.depth,
             num_attention_heads=self.heads, intermediate_size=self.mlp_width, attention=self.attention,
-            attention_window=self.window if krause else None, attention_top_k=self.top_k if krause else None, sigma=self.sigma,
+            attention_window=self.window if windowed else None, attention_top_k=self.top_k if krause else None, sigma=self.sigma,
             dropout=self.dropout, start_token=self.start_token,
         )
 
@@ -97,9 +97,10 @@ GENERATION_TABLES = {"mnist": "table4_mnist_generation", "cifar10": "table5_cifa
 GENERATION_DATASET_BY_PROFILE = {"smoke": "digits", "desk": "mnist", "paper": "mnist"}
 COLOUR_DATASET_BY_PROFILE = {"desk": "photograph_tiles", "paper": "cifar10"}  # smoke has no colour: 3,072 tokens take too long
 GENERATORS = {"karm": "krause", "arm": "softmax", "larm": "linear"}
-KARM_ABLATIONS = {  # changes to KARM, and the row of Table 16 if there is one
-    "no_window": ({"window": None}, None), "no_top_k": ({"top_k": None}, None),
-    "no_window_no_top_k": ({"window": None, "top_k": None}, "KARM without window and top-k"),
+GENERATOR_VARIANTS = {  # the model that is changed, the changes, and the row of Table 16 if there is one
+    "karm_no_window": ("karm", {"window": None}, None), "karm_no_top_k": ("karm", {"top_k": None}, None),
+    "karm_no_window_no_top_k": ("karm", {"window": None, "top_k": None}, "KARM without window and top-k"),
+    "arm_window": ("arm", {"attention": "softmax_window"}, None),
 }
 
 # %% ../nbs/24_generation_recipes.ipynb #931a7e13
@@ -144,7 +145,7 @@ def published_row(table: str, row: str) -> dict:
 
 
 def generation_recipes() -> dict[str, ImageGenerationRecipe]:
-    "KARM, ARM and LARM on the paper's data sets and ours, and KARM without window, top-k or both (Table 16)."
+    "KARM, ARM and LARM on the paper's data sets and ours, KARM without window, top-k or both (Table 16), and ARM on KARM's window."
     recipes = {}
     for dataset, settings in GENERATION_DATA.items():
         kind, own = SmallGenerationRecipe if dataset in SMALL_GENERATION else ImageGenerationRecipe, dataset not in GENERATION_TABLES
@@ -155,8 +156,7 @@ def generation_recipes() -> dict[str, ImageGenerationRecipe]:
             recipes[name] = kind(name=name, dataset=dataset, attention=attention, published=published,
                                  unpublished=tuple(dict.fromkeys(unpublished)), **settings)
     for dataset in ("mnist", "fashion_mnist", "digits"):
-        for label, (change, row) in KARM_ABLATIONS.items():
-            karm, name = recipes[f"karm/{dataset}"], f"karm_{label}/{dataset}"
-            published = published_row("table16_karm_ablation", row) if dataset == "mnist" and row else {}
-            recipes[name] = replace(karm, name=name, published=published, **change)
+        for variant, (model, change, row) in GENERATOR_VARIANTS.items():
+            name, published = f"{variant}/{dataset}", published_row("table16_karm_ablation", row) if dataset == "mnist" and row else {}
+            recipes[name] = replace(recipes[f"{model}/{dataset}"], name=name, published=published, **change)
     return recipes

@@ -63,7 +63,7 @@ def linear_attention(
     return output + spoiled, (totals[0][:, :, -1] + spoiled[:, :, -1:], totals[1][:, :, -1] + spoiled[:, :, -1])
 
 # %% ../nbs/13_image_transformer.ipynb #5624ea96
-ATTENTIONS = ("krause", "softmax", "linear")
+ATTENTIONS = ("krause", "softmax", "softmax_window", "linear")
 
 # %% ../nbs/13_image_transformer.ipynb #9e55a0b3
 class ImageTransformerConfig(CheckedConfig):
@@ -80,8 +80,8 @@ class ImageTransformerConfig(CheckedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 8  # must divide hidden_size
     intermediate_size: int = 1024  # width of the MLP
-    attention: str = "krause"  # "krause" (KARM), "softmax" (ARM) or "linear" (LARM)
-    attention_window: int | None = 128  # W, in tokens, including the token itself; "krause" only. None: all earlier tokens
+    attention: str = "krause"  # "krause" (KARM), "softmax" (ARM), "softmax_window" (ARM on KARM's window, ours) or "linear" (LARM)
+    attention_window: int | None = 128  # W, in tokens with the token itself; "krause" and "softmax_window" only. None: all earlier tokens
     attention_top_k: int | None = 96  # keys kept inside the window; "krause" only. None keeps all
     sigma: float = 2.5  # initial bandwidth of the Krause score, one per head
     dropout: float = 0.1  # of embeddings and branches
@@ -246,7 +246,7 @@ class RecurrentLayer(_CountedLayer):
         return -1
 
 # %% ../nbs/13_image_transformer.ipynb #e97c63e8
-CACHE_LAYERS = {"krause": RingLayer, "softmax": PreallocatedLayer, "linear": RecurrentLayer}
+CACHE_LAYERS = {"krause": RingLayer, "softmax": PreallocatedLayer, "softmax_window": PreallocatedLayer, "linear": RecurrentLayer}
 
 # %% ../nbs/13_image_transformer.ipynb #99932081
 def image_cache(
@@ -255,7 +255,7 @@ def image_cache(
     "An empty cache for the model's kind of attention."
     if config.attention == "krause":
         return RingCache(config)
-    size = (config.positions,) if config.attention == "softmax" else ()
+    size = () if config.attention == "linear" else (config.positions,)
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
 
 # %% ../nbs/13_image_transformer.ipynb #e52b3996
@@ -279,7 +279,7 @@ def fused_attention(
 
 # %% ../nbs/13_image_transformer.ipynb #fcfdf5fb
 class PixelAttention(nn.Module):
-    "Causal self-attention of one layer: Krause, softmax or linear (paper's KARM, ARM and LARM)."
+    "Causal self-attention of one layer: Krause, softmax or linear (paper's KARM, ARM and LARM), or softmax on KARM's window."
 
     def __init__(
         self,
@@ -289,8 +289,9 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.kind, self.layer_idx, self.heads = config.attention, layer_idx, config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (DecodeLinear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.neighborhood, self.top_k = CausalWindow(config.krause_window), None
         if self.kind == "krause":
-            self.neighborhood, self.top_k = CausalWindow(config.krause_window), config.attention_top_k
+            self.top_k = config.attention_top_k
             self.log_sigma = nn.Parameter(torch.full((self.heads,), math.log(config.sigma)))
 
     @property
@@ -306,18 +307,20 @@ class PixelAttention(nn.Module):
         cache: Cache | None,  # of the earlier tokens; updated
     ) -> Tensor:  # (B, H, T, D)
         "Causal attention of the new tokens."
+        layer = None if cache is None else cache.layers[self.layer_idx]
         if self.kind == "linear":
-            layer = None if cache is None else cache.layers[self.layer_idx]
             output, sums = linear_attention(query, key, value, None if layer is None else layer.sums)
             if layer is not None:
                 layer.update(*sums, tokens=query.shape[2])
             return output
-        if self.kind == "krause" and cache is not None:
-            return cache.layers[self.layer_idx].attend(query, key, value, self.top_k, self.sigma)
+        if self.kind == "krause" and layer is not None:
+            return layer.attend(query, key, value, self.top_k, self.sigma)
         if self.kind == "krause":
             return banded_attention(query, key, value, self.neighborhood, self.top_k, sigma=self.sigma)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if self.kind == "softmax_window":
+            return banded_attention(query, key, value, self.neighborhood, score="softmax")
         return fused_attention(query, key, value)
 
     def forward(self, hidden, cache=None, maps=None):
@@ -335,15 +338,13 @@ def _attend_with_weights(attention, query, key, value, cache):
     "`PixelAttention.attend`, and the weights (B, H, T, n) of the n cached tokens, oldest first. Raises `ValueError` for linear attention."
     if attention.kind == "linear":
         raise UserError("output_attentions must be False for linear attention, which has no attention weights")
-    krause = attention.kind == "krause"
-    window, top_k = (attention.neighborhood, attention.top_k) if krause else (CausalWindow(key.shape[2]), None)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-        window = window if krause else CausalWindow(key.shape[2])
-    options = {"score": attention.kind, "sigma": attention.sigma}
+    window, top_k = CausalWindow(key.shape[2]) if attention.kind == "softmax" else attention.neighborhood, attention.top_k
+    options = {"score": attention.kind.removesuffix("_window"), "sigma": attention.sigma}
     output = reference_attention(query, key, value, window, top_k, **options)
     weights = attention_weights(query, key, window, top_k, **options)
-    if krause and cache is not None and query.shape[2] == 1:  # these are in slot order
+    if attention.kind == "krause" and cache is not None and query.shape[2] == 1:  # these are in slot order
         weights = weights[..., ring_positions(cache.get_seq_length(), window.size, weights.device).argsort()]
     return output, weights
 
@@ -422,7 +423,7 @@ def check_cache(
     batch: int,  # batch size of the call
 ) -> None:
     "Raise a `ValueError` if a cache is not from `image_cache(config)` or was filled with another batch."
-    sizes = {"krause": {"window": config.krause_window}, "softmax": {"length": config.positions}, "linear": {}}[config.attention]
+    sizes = {"krause": {"window": config.krause_window}, "linear": {}}.get(config.attention, {"length": config.positions})
     shape = batch, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     check_layers(cache, "image_cache(model.config)", CACHE_LAYERS[config.attention], config.num_hidden_layers, shape, **sizes)
 

@@ -20,7 +20,7 @@ from .bench_language import language_speed_table
 from .checks import UserError
 from krause_repro.claims import (
     CLAIMS, VERDICTS, best_counts, cifar10_so_far, claims_table, generation_speeds, judged, mnist_so_far, on_cifar10, on_mnist,
-    part_effects, sink_numbers, size_in_words,
+    part_effects, sink_numbers, size_in_words, window_control,
 )
 from krause_repro.evaluation import (
     CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, finished_runs, is_undertrained, planned_table, read_plan, trained_table,
@@ -408,16 +408,17 @@ def generation_section(
 ) -> str:  # Markdown
     "The generators of notebook 62 as RESULTS.md shows them, beside count baselines."
     results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/mnist").at("desk")
-    plan = planned_results("mnist", root)[0] or read_plan("mnist")
+    plans = [read_plan(name, root) for name in ("mnist", "mnist_window")]
     models = {name: {"label": GENERATOR_LABELS[name.partition("/")[0]][0], **(result or {})} for name, result in results.items()}
     known = result_path(file, "desk", root).is_file()
     baselines = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if known else {}
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
-    note = (f"{finished_runs(models, plan['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
+    note = (f"{finished_runs(models, plans[0]['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
             f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
     speed = load_result("generation_speed", "desk", root) if result_path("generation_speed", "desk", root).is_file() else None
-    tables = trained_table(models, IMAGE_BITS, plan["flat_gain"]), bits_table(results, baselines)
+    tables = trained_table(models, IMAGE_BITS, plans[0]["flat_gain"]), bits_table(results, baselines)
+    tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
     return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
 
 
@@ -437,7 +438,7 @@ def language_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "Language models from scratch as RESULTS.md shows them: bits, planned differences and zero-shot scores."
-    plan, results = planned_results("language_models", root)
+    plan, results = read_plan("language_models", root), planned_results("language_models", root)[1]
     names = {f"lm_{mixer}_100m/openstax": label for mixer, (label, _) in MIXER_LABELS.items()}
     models = {name: {"label": label, **(results.get(name) or {})} for name, label in names.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
@@ -497,8 +498,8 @@ def _bits_finding(root):
     differences = ", ".join(f"minus {rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
     seeds = f"; {plural(len(plan['seeds']), 'planned seed')}" if plan else ""
     return (f"MNIST, KARM {differences or 'is not finished'} bits per dimension{seeds}. On a CPU KARM generates {ratios} "
-            f"times as fast as ARM. Caveat: no softmax model on KARM's window was trained, so the window alone may explain the bits saved; "
-            f"the models are small ({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
+            f"times as fast as ARM. Caveat: {window_control(root)}; the models are small "
+            f"({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}.")
 
 
 def findings(

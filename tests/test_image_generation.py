@@ -36,8 +36,8 @@ from krause_repro.generation_evaluation import (
 from krause_repro.generation_recipes import (
     CLASSIFIERS,
     GENERATION_DATA,
+    GENERATOR_VARIANTS,
     GENERATORS,
-    KARM_ABLATIONS,
     ImageGenerationRecipe,
     generation_recipes,
 )
@@ -104,7 +104,7 @@ def test_models_of_one_data_set_differ_by_their_attention_alone(data, profile):
     for name, recipe in ours.items():
         model = name.partition("/")[0]
         changed = {key for key in karm if recipe[key] != karm[key]} - {"name", "published"}
-        allowed = {"attention"} if model in GENERATORS else set(KARM_ABLATIONS[model.removeprefix("karm_")][0])
+        allowed = {"attention"} if model in GENERATORS else set(GENERATOR_VARIANTS[model][1])
         assert changed == (set() if model == "karm" else allowed)
         assert RECIPES[name].at(profile).config.start_token == (profile != "paper")
 

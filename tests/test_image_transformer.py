@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import over
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
+from krause_repro.attention import CausalWindow
 from krause_repro.checkpoints import load_author_checkpoint, raster_shape
 from krause_repro.image_transformer import (
     ATTENTIONS,
@@ -172,14 +174,24 @@ def test_the_last_bits_of_a_token_do_not_depend_on_later_ones(attention):
     assert torch.equal(plain[:, :, :150], other[:, :, :150]) and not torch.allclose(plain[:, :, 150:], other[:, :, 150:])
 
 
-def test_krause_forgets_what_has_left_all_windows():
-    model, images = small("krause"), tokens()
+@pytest.mark.parametrize("attention", ["krause", "softmax_window"])
+def test_a_window_forgets_what_has_left_it_in_all_layers(attention):
+    model, images = small(attention), tokens()
     changed = images.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 17
     with torch.no_grad():
         before, after = model(images).logits, model(changed).logits
     reach = 2 * (6 - 1)  # two layers with a window of 6
     assert torch.equal(before[:, reach + 1:], after[:, reach + 1:]) and not torch.equal(before[:, :reach + 1], after[:, :reach + 1])
+
+
+def test_softmax_on_a_window_is_masked_softmax():
+    windowed, whole, images = small("softmax_window", attention_window=None), small("softmax"), tokens()
+    with torch.no_grad():
+        assert_close(windowed(images).logits, whole(images).logits, rtol=1e-5, atol=1e-6)
+    query, key, value = torch.randn(3, 2, 2, 20, 8, dtype=torch.float64)
+    found = PixelAttention(small("softmax_window").config, 0).attend(query, key, value, None)
+    assert_close(found, F.scaled_dot_product_attention(query, key, value, CausalWindow(6).mask(20)), rtol=0, atol=1e-12)
 
 
 # Caches

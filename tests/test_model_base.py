@@ -48,7 +48,9 @@ CASES = {  # every class with every attention: class, settings
     "swin with key norm": (SwinClassifier, SWIN | {"attention_score": "softmax_key_norm"}),
     "karm": (ImageTransformer, PIXELS), "karm with start": (ImageTransformer, PIXELS | {"start_token": True}),
     "karm whole past": (ImageTransformer, PIXELS | {"attention_window": None, "attention_top_k": None}),
-    "arm": (ImageTransformer, PIXELS | {"attention": "softmax"}), "larm": (ImageTransformer, PIXELS | {"attention": "linear"}),
+    "arm": (ImageTransformer, PIXELS | {"attention": "softmax"}),
+    "arm with a window": (ImageTransformer, PIXELS | {"attention": "softmax_window"}),
+    "larm": (ImageTransformer, PIXELS | {"attention": "linear"}),
 }
 CLASSES = {"vit": CASES["kvit"], "swin": CASES["kswin"], "pixels": CASES["karm"]}
 each_class = pytest.mark.parametrize(("kind", "settings"), CLASSES.values(), ids=CLASSES)
