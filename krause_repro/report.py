@@ -410,14 +410,13 @@ def generation_section(
     results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/mnist").at("desk")
     plans = [read_plan(name, root) for name in ("mnist", "mnist_window")]
     models = {name: {"label": GENERATOR_LABELS[name.partition("/")[0]][0], **(result or {})} for name, result in results.items()}
-    known = result_path(file, "desk", root).is_file()
-    baselines = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if known else {}
+    counts = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if result_path(file, "desk", root).is_file() else {}
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     note = (f"{finished_runs(models, plans[0]['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
             f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
     speed = load_result("generation_speed", "desk", root) if result_path("generation_speed", "desk", root).is_file() else None
-    tables = trained_table(models, IMAGE_BITS, plans[0]["flat_gain"]), bits_table(results, baselines)
+    tables = trained_table(models, IMAGE_BITS, plans[0]["flat_gain"]), bits_table(results, counts)
     tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
     return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
 
