@@ -20,7 +20,7 @@ from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_or_compute, load_result, result_path
 from .sinks import branch_files, sink_comparison, sink_models
 from krause_repro.statistics import (
-    MIN_EFFECT, corrected_difference, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
+    MIN_EFFECT, corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
     span, unpaired_difference,
 )
 
@@ -36,6 +36,8 @@ class Finding:
     verdict: str  # one of the five above
     ours: str  # our numbers in at most 12 words
     evidence: tuple[str, ...]  # sentences with seeds and intervals
+    headline: str = ""  # what the README says of a finding, in sentences
+    caveat: str = ""  # what limits it
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,16 @@ def _judge_accuracy(root):
                             f"{plural(len(baseline['seeds']), 'seed')}{later}.")
     rising = [labels[name] for name, model in results.items() if model and is_undertrained(model["curves"], plan["flat_gain"])]
     evidence += [f"Undertrained by the plan's rule: {'; '.join(rising) or 'none'}.", altered_note(results)] if plan else []
-    return Finding(cifar["verdict"] if cifar else UNDECIDED, numbers, tuple(filter(None, evidence)))
+    if not (cifar and post):
+        return Finding(UNDECIDED, numbers, tuple(filter(None, evidence)), f"KViT on {numbers}.")
+    network = load_result("image_classification/residual", "desk", root, missing_ok=True)
+    beside = (f"a residual convolutional network of as many parameters, added when the other test results were known, reaches "
+              f"{percent(network['test_accuracy'])}% ({plural(len(network['seeds']), 'seed')})") if network else ""
+    small = (f"the models are small ({size_in_words('kvit_s/cifar10')}), and {len(rising)} of the {sum(map(bool, results.values()))} "
+             "transformers were still improving")
+    return Finding(cifar["verdict"], numbers, tuple(filter(None, evidence)),
+                   f"KViT minus ViT on CIFAR-10: {effect(cifar)} points, {plural(len(cifar['seeds']), 'seed')}; with LayerNorm in the same "
+                   f"place in both: {effect(post)}, {told}.", "; ".join(filter(None, (small, beside, altered_note(results).rstrip(".")))))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
 
@@ -200,7 +211,10 @@ def _judge_parts(root):
     ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())
     words = set(told.values())
     verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else UNDECIDED
-    return Finding(verdict, f"CIFAR-10: {ours}" if ours else "not finished", tuple(evidence))
+    parts = "; ".join(f"{part} {effect(each)} points: {told[part]}" for part, each in effects.items()) or "no comparison is finished"
+    return Finding(verdict, f"CIFAR-10: {ours}" if ours else "not finished", tuple(evidence),
+                   f"On CIFAR-10, each against the same model without it: {parts}.",
+                   "the distance was compared without top-k, and the window alone was not compared")
 
 def _published_parts() -> str:
     base, *rows = (row[1] for row in published_tables()["table13_kvit_ablation"]["rows"])
@@ -237,7 +251,8 @@ def _judge_flops(root):
     )
     verdict = HOLDS if min(savings) >= min(printed) else DOES_NOT_HOLD if max(savings) < min(printed) else IN_PART
     ours = f"{'equal' if equal else 'different'} if dense; counting window keys only, {span(savings, 0, ' to ')}% fewer"
-    return Finding(verdict, ours, evidence)
+    printed = CLAIMS["flops"].paper()
+    return Finding(verdict, ours, evidence, f"FLOPs of KViT against ViT: {printed} in the paper; here {ours}.")
 
 CLAIMS["flops"] = Claim("KViT needs fewer FLOPs", lambda: f"{span(_published_saving(), 0, ' to ')}% fewer", "66_cost", _judge_flops)
 
@@ -275,8 +290,9 @@ def _judge_linear(root):
         *([f"At its peak fused full attention needs {span(memory, 1, ' to ')} times as much memory{_at_length(rows)}."] if memory else []),
     )
     faster = "as fast" if max(softmax) <= LINEAR else "slower"
-    return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD,
-                   f"time ∝ N^{span(length, 2, '–')}, full attention ∝ N^{span(full, 2, '–')}; windowed softmax {faster}", evidence)
+    ours = f"time ∝ N^{span(length, 2, '–')}, full attention ∝ N^{span(full, 2, '–')}; windowed softmax {faster}"
+    return Finding(HOLDS if max(length) <= LINEAR else DOES_NOT_HOLD, ours, evidence, f"Attention over N tokens: {ours}.",
+                   "times are of one CPU")
 
 CLAIMS["linear"] = Claim("Cost is linear in the sequence length", lambda: "O(N·W·d) instead of O(N²·d)", "66_cost", _judge_linear)
 
@@ -335,8 +351,13 @@ def _judge_sinks(root):
                 f"beyond W = {recipe.window} it keeps {n['cut']:.3f}.", *evidence]
     states = {state for n in trained for state in (n["in_branch"], n["in_model"])}
     verdict = HOLDS if states == {"gone"} else DOES_NOT_HOLD if states == {"there"} else IN_PART
+    weaker = "" if n["near"] < n["base_near"] else ": the sink is not weaker"
+    told = (f"Averaged over all queries, as in the paper, attention on the first token falls from {n['base']:.2f} in the base model to "
+            f"{n['branch']:.2f} in a Krause branch beside its attention; cutting the base model's attention at the branch's window leaves "
+            f"{n['cut']:.2f}. Queries that see the first token give it {decimals(n['seeing'][0], 2)} in the branch, "
+            f"{decimals(n['seeing'][1], 2)} in the base model (± over passages){weaker}.")
     return Finding(verdict, f"{n['base']:.2f} → {n['branch']:.2f}, window alone {n['cut']:.2f}; where visible {n['base_near']:.2f} → "
-                   f"{n['near']:.2f}", tuple(evidence))
+                   f"{n['near']:.2f}", tuple(evidence), told, f"this is one seed of SmolLM2-135M {n['when']}")
 
 def _published_sinks() -> str:
     rows = dict(published_tables()["figure7_llama_sink"]["rows"])
@@ -365,7 +386,7 @@ def best_counts(root: Path | None = None) -> str:  # the project's folder
         return "no table of counts yet"
     return f"the best table of counts needs {min(each['bits_per_dim'] for each in counts['bits'].values()):.3f}"
 
-
+# %% ../nbs/68_claims.ipynb #7d0a95e3
 def window_control(root: Path | None = None) -> str:  # the project's folder
     "What softmax attention on KARM's window says of distance and window, in words."
     plan, results = planned_results("mnist_window", root)
@@ -389,8 +410,13 @@ def _judge_bits(root):
     evidence += [f"Held-out bits fell over the last fifth of training: {fell}."] if fell else []
     done = all(found.values())
     ours = ", ".join(f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
+    differences = ", ".join(f"minus {rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
+    seeds = f"; {plural(len(plan['seeds']), 'planned seed')}" if plan else ""
     return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else UNDECIDED,
-                   f"MNIST{'' if done else ', unfinished:'} {ours}" if ours else "not finished", tuple(evidence))
+                   f"MNIST{'' if done else ', unfinished:'} {ours}" if ours else "not finished", tuple(evidence),
+                   f"MNIST, KARM {differences or 'is not finished'} bits per dimension{seeds}.",
+                   f"{window_control(root)}; the models are small ({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per "
+                   f"dimension; {best_counts(root)}")
 
 def _published_bits() -> str:
     def less(table):
@@ -425,7 +451,9 @@ def _judge_generation_speed(root):
     told = [f"{1 / row['ratio']:.2f} ({case.partition(' shape')[0]}{'' if 'whole' in case else ', late tokens'})"
             for case, row in cases.items()]
     verdict = HOLDS if all(faster) else IN_PART if any(faster) else DOES_NOT_HOLD
-    return Finding(verdict, f"on a CPU, {' and '.join(told)} times", tuple(evidence))
+    ratios = " and ".join(f"{1 / row['ratio']:.2f} ({case})" for case, row in cases.items())
+    return Finding(verdict, f"on a CPU, {' and '.join(told)} times", tuple(evidence),
+                   f"On a CPU KARM generates {ratios} times as fast as ARM.")
 
 CLAIMS["generation_speed"] = Claim("KARM generates faster than ARM", _published_speed, "62_image_generation", _judge_generation_speed)
 
@@ -483,6 +511,8 @@ def _judge_branch_speed(root):
     rows = [row for row in load_result("language_speed", "desk", root)["rows"] if row["name"] == "Krause"]
     speeds = {step: [row["speed_ratio"] for row in rows if row["pass"] == step] for step in ("decode", "prefill")}
     kept = [speed >= LEAST_SPEED for speed in speeds["decode"]]
+    if not kept or not speeds["prefill"]:
+        return Finding(UNDECIDED, "not measured", ("The speed with a branch is not measured.",))
     evidence = (
         f"SmolLM2 on a CPU, float32, {len(kept)} settings: with a branch {span(speeds['decode'], 2, ' to ')} times the decoding speed and "
         f"{span(speeds['prefill'], 2, ' to ')} times the prefill speed of the base model (medians over alternating rounds).",
