@@ -8,7 +8,7 @@ import os
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers"])
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "transformers"])
 
 
 def _execute(pipe, script, names, environment):

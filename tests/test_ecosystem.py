@@ -30,8 +30,8 @@ from krause_repro.vision_transformer import VisionTransformer, VisionTransformer
 SIZE = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "bos_token_id": None, "eos_token_id": None,
         "pad_token_id": 0, "initializer_range": 0.2}
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
-CONFIGS = {"llama": lambda **o: LlamaConfig(**SIZE, **GROUPED, **o), "qwen2": lambda **o: Qwen2Config(**SIZE, **GROUPED, **o),
-           "gpt2": lambda **o: GPT2Config(**SIZE, **o)}
+CONFIGS = {"llama": lambda **o: LlamaConfig(**{**SIZE, **GROUPED, **o}), "qwen2": lambda **o: Qwen2Config(**{**SIZE, **GROUPED, **o}),
+           "gpt2": lambda **o: GPT2Config(**{**SIZE, **o})}
 MIXED = {"krause": "krause", "krause only": "krause_only"}  # our language model's mixers
 KINDS = (*CONFIGS, "branch", *MIXED)
 IMAGES = {
@@ -63,8 +63,8 @@ def build(kind, **options):
         return IMAGES[kind]().eval()
     if kind in MIXED:
         return LanguageModel(LanguageModelConfig(
-            vocab_size=60, positions=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            mixer=MIXED[kind], attention_window=5, attention_top_k=3, initializer_range=0.2, dropout=0.0, **options)).eval()
+            vocab_size=60, positions=64, hidden_size=32, num_attention_heads=4, intermediate_size=48, mixer=MIXED[kind],
+            attention_window=5, attention_top_k=3, initializer_range=0.2, dropout=0.0, **{"num_hidden_layers": 2, **options})).eval()
     if kind == "branch":
         return add_krause_branch(AutoModelForCausalLM.from_config(CONFIGS["llama"](**options)), window=5, top_k=3).eval()
     return AutoModelForCausalLM.from_config(configure_krause(CONFIGS[kind](**options), 3.0, 5, 3)).eval()
@@ -167,7 +167,7 @@ def tuple_output(kind, folder):
 
 def exported(kind, folder):
     "With a length that may differ; another than the program allows is named."
-    model, tokens = build(kind), torch.export.Dim("tokens", min=9, max=40)
+    model, tokens = build(kind, num_hidden_layers=1), torch.export.Dim("tokens", min=9, max=40)
     shapes, masked = {"input_ids": {1: tokens}, "use_cache": None}, kind not in MIXED
 
     def options(length):

@@ -118,7 +118,7 @@ def test_a_page_saves_the_recipes_it_was_passed(tmp_path, monkeypatch, source):
     path = project_root() / "nbs" / f"{page}.ipynb"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(image_data, "find_source", lambda name, folder: source)
-    for setting, small in (("train_images", 128), ("held_out", 64), ("test_images", 64)):
+    for setting, small in (("train_images", 128), ("held_out", 16), ("test_images", 16)):
         monkeypatch.setitem(image_recipes.SMOKE, setting, small)
     execute_here(path, profile="smoke", train="missing")
     saved = [load_result(f"image_classification/{recipe.name.partition('/')[0]}", "smoke", tmp_path) for recipe in TRIO]

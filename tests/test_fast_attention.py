@@ -303,14 +303,14 @@ def check_forward(problem, names):
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
 
 
-@examples(300)
+@examples(200)
 @given(problems())
 def test_no_implementation_loses_more_than_twice_the_dense_one(problem):
     check_forward(problem, problem.ways())
 
 
-@examples(60)
-@given(problems(padded=False, most=150))
+@examples(40)
+@given(problems(padded=False, most=100))
 def test_flex_loses_no_more_either(problem):
     query = (*problem.query[:2], *problem.key[2:])  # it has no past
     check_forward(Problem(**{**vars(problem), "query": query}), ["flex"])
@@ -338,13 +338,13 @@ def check_selection(problem, names):
         assert_close(weights.double(), exact, rtol=0, atol=2 * torch.finfo(problem.dtype).eps * 16)
 
 
-@examples(200)
+@examples(120)
 @given(problems(ties=True, most=100))
 def test_ties_are_selected_exactly(problem):
     check_selection(problem, problem.ways())
 
 
-@examples(40)
+@examples(25)
 @given(problems(ties=True, padded=False, most=80))
 def test_flex_selects_ties_exactly_too(problem):
     check_selection(Problem(**{**vars(problem), "query": (*problem.query[:2], *problem.key[2:])}), ["flex"])
@@ -385,7 +385,7 @@ def gradient_scales(problem, fused, query, key, value, incoming, sigma=None, **o
     return [largest(x) for x in (by_query, by_key, by_value, by_sigma)]
 
 
-@examples(100)
+@examples(70)
 @given(problems(dtypes=(32, 32, 32, 64), most=150))
 def test_gradients_lose_no_more_than_twice_the_dense_ones(problem):
     tensors, options = problem.tensors(), problem.options()
@@ -512,7 +512,7 @@ def test_one_gradient_may_be_asked_for_alone(name, neighborhood, top_k, needed):
 
 # Layouts
 
-PERMUTATIONS = list(itertools.permutations(range(4)))
+PERMUTATIONS = list(itertools.permutations(range(4)))[::3]  # each dimension is the last one in some of them
 
 
 def laid_out(x, order):
@@ -721,8 +721,8 @@ def test_the_future_and_what_is_out_of_the_window_change_nothing(name, dtype, ba
             assert not gradient[:, :, here].any() and torch.equal(gradient[:, :, ~here], other[:, :, ~here])
 
 
-@examples(60)
-@given(bands(most=150), st.lists(st.integers(1, 60), min_size=1, max_size=4), st.booleans())
+@examples(40)
+@given(bands(most=100), st.lists(st.integers(1, 60), min_size=1, max_size=4), st.booleans())
 def test_chunks_are_the_whole(band, sizes, padded):
     queries, keys, window, top_k, token = band
     query, key, value = normal(token, 2, 2, queries, 20), normal(token + 1, 2, 1, keys, 20), normal(token + 2, 2, 1, keys, 7)
@@ -931,8 +931,8 @@ def dropped_weights(name, seed, tensors, neighborhood, top_k):
 def test_dropout_is_right_in_the_mean(name, neighborhood, top_k):
     tensors = three(0, (1, 2, 12, 6))
     exact = attend_by(name, *tensors, neighborhood, top_k, sigma=1.5)
-    many = drop(name, 1, [x.expand(1000, -1, -1, -1) for x in tensors], neighborhood, top_k)
-    spread = many.std(0) / 1000**0.5
+    many = drop(name, 1, [x.expand(400, -1, -1, -1) for x in tensors], neighborhood, top_k)
+    spread = many.std(0) / 400**0.5
     assert ((many.mean(0) - exact[0]).abs() <= 5 * spread + 1e-6).all()
     seeds = torch.stack([drop(name, seed, tensors, neighborhood, top_k)[0] for seed in range(60)])
     assert ((seeds.mean(0) - exact[0]).abs() <= 5 * seeds.std(0) / 60**0.5 + 1e-6).all()

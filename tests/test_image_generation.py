@@ -280,13 +280,13 @@ def test_images_are_kept_and_an_interrupted_sampling_goes_on(moved, monkeypatch)
 
 
 def test_gaps_and_torn_files_are_made_again(moved):
-    whole = sample_run(moved, 10, batch=2, progress=False)
+    whole = sample_run(moved, 6, batch=2, progress=False)
     folder = samples_folder(moved, 0, 1.0, 1.0)
     (folder / "images-000004.safetensors").unlink()
-    assert torch.equal(sample_run(moved, 10, batch=4, progress=False), whole)
+    assert torch.equal(sample_run(moved, 6, batch=4, progress=False), whole)
     torn = folder / "images-000002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert torch.equal(sample_run(moved, 10, batch=3, progress=False), whole)
+    assert torch.equal(sample_run(moved, 6, batch=3, progress=False), whole)
 
 
 def test_images_of_another_state_of_the_model_are_not_mixed(moved):

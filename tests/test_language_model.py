@@ -110,8 +110,9 @@ def test_a_token_that_is_not_finite_reaches_no_earlier_row(mixer):
             assert torch.equal(found[:, :15], clean[:, :15]) and torch.equal(found[2], clean[2])
             assert not found[:2, 15].isfinite().any()
         assert torch.equal(poisoned(ids).logits[:, :15], model(ids).logits[:, :15])
-        compiled = torch.compile(poisoned, backend="eager")
-        assert torch.equal(compiled(ids).logits[:, :15], model(ids).logits[:, :15])
+        if mixer in ("krause", "routing", "longformer", "top_k"):  # the others are made of the same parts
+            compiled = torch.compile(poisoned, backend="eager")
+            assert torch.equal(compiled(ids).logits[:, :15], model(ids).logits[:, :15])
 
 
 @pytest.mark.parametrize("cuts", [list(range(1, 24)), [7, 8, 19]])

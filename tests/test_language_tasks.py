@@ -110,7 +110,7 @@ class Told(LlamaForCausalLM):
 
 def build(kind, tokenizer, **options):
     torch.manual_seed(0)
-    return kind(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    return kind(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                             num_attention_heads=2, **options))
 
 

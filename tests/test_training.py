@@ -184,7 +184,7 @@ def test_training_never_looks_at_a_test_image(start, finished, monkeypatch):
 
     monkeypatch.setattr(tasks, "load_splits", counted)
     assert same(start(), finished)
-    assert reads == {"train": 2 * 128, "held_out": 2 * 64, "test": 0}
+    assert reads == {"train": 2 * 32, "held_out": 2 * 64, "test": 0}
 
 
 def test_a_finished_run_is_returned_untouched(finished, recipe, tmp_path):
@@ -363,7 +363,7 @@ def test_a_config_gives_the_initial_weights_of_its_class(name, profile):
 
 
 def test_a_killed_swin_ends_with_the_bits_of_an_unbroken_one(start, tmp_path):
-    recipe = replace(get_recipe("kswin_t/fashion_mnist").at("smoke"), train_images=128, held_out=64, test_images=64, batch_size=32)
+    recipe = replace(get_recipe("kswin_t/fashion_mnist").at("smoke"), train_images=32, held_out=16, test_images=16, batch_size=8)
     with pytest.raises(Killed):
         start(of=recipe, runs=tmp_path / "killed", callbacks=(Stop(STEPS + 2),))
     run = start(of=recipe)
@@ -401,7 +401,7 @@ def test_another_word_for_unreadable_is_refused_before_any_work(start, tmp_path)
 
 def test_batch_is_divided_over_the_processes(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="batch_size = 32 must be a multiple of the number of processes, 3"):
+    with pytest.raises(ValueError, match="batch_size = 8 must be a multiple of the number of processes, 3"):
         training_arguments(recipe, tmp_path, 0, 4)
 
 
@@ -424,8 +424,7 @@ def test_evaluation_is_not_augmented(recipe, tmp_path):
     [
         (STEPS, "on_epoch_end"),  # at the end of an epoch, before it is evaluated
         (STEPS, "on_save"),  # right after a checkpoint
-        (2 * STEPS, "on_save"),  # after the last checkpoint
-        (2 * STEPS, "on_train_end"),
+        (2 * STEPS, "on_train_end"),  # after the last checkpoint
     ],
 )
 def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(start, finished, step, event):
@@ -439,7 +438,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(start, finished, ste
 def test_killed_again_and_again_beside_other_folders_among_the_checkpoints(start, finished, recipe, tmp_path):
     mine = run_path(recipe, 0, tmp_path) / "checkpoints" / "checkpoint-best"
     others = mine, mine.with_name("checkpoint-8.old"), mine.with_name("checkpoint-")
-    for step in (1, 3, STEPS + 1, STEPS + 3):
+    for step in (1, STEPS + 1, STEPS + 3):
         with pytest.raises(Killed):
             start(callbacks=(Stop(step),))
         for folder in others:
@@ -484,9 +483,9 @@ def test_a_run_that_logged_what_is_no_number_is_continued(start, finished):
     assert run.metrics()[0]["grad_norm"] == math.inf
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "trainer_state"])
+@pytest.mark.parametrize("part", ["model", "trainer_state"])  # the first that is written, and the last
 def test_a_full_disk_costs_one_epoch(start, finished, monkeypatch, part, recipe, tmp_path):
-    method = {"model": "_save", "optimizer": "_save_optimizer_and_scheduler", "trainer_state": "_save_rng_state"}[part]
+    method = {"model": "_save", "trainer_state": "_save_rng_state"}[part]
     works = getattr(Trainer, method)
 
     def full(self, folder=None, *arguments, **keywords):
@@ -1016,14 +1015,14 @@ def assert_trained_alike(recipe, source, runs, weights, folder="1"):
 
 def test_two_processes_train_as_one(tmp_path):
     "The last batch of an epoch has 5 examples, or 1; augmentation is random, and of the whole batch; a step may have several batches."
-    small = {"train_images": 37, "held_out": 33, "test_images": 32, "batch_size": 8, "epochs": 2, "lr": 1e-3}
+    small = {"train_images": 13, "held_out": 9, "test_images": 8, "batch_size": 8, "epochs": 2, "lr": 1e-3}
     image = replace(get_recipe("vit_t/digits").at("smoke"), score="krause", radius=1, norm="post", drop_path=0.0, **small)
-    generator = replace(get_recipe("karm/digits").at("smoke"), dropout=0.0, **{**small, "train_images": 33})
+    generator = replace(get_recipe("karm/digits").at("smoke"), dropout=0.0, **{**small, "train_images": 9})
     (tmp_path / "text.txt").write_text(f"\n{EOS}\n".join(f"the {i} of {i * i} and {i * i * i}" for i in range(300)), encoding="utf-8")
     corpus = load_corpus("text", 260, tmp_path / "text.txt", tmp_path / "corpora").path
     language = replace(get_recipe("lm_routing_100m/text").at("smoke"), vocab_size=260, context=16, depth=1, dropout=0.0, lr=3e-4,
                        train_blocks=21, held_out=4, batch_size=8, per_device_batch_size=2)  # 8, 8 and 5 blocks; one process has 2 of the 5
-    assert train_by_two([(image, None), (generator, None), (language, corpus)], tmp_path / "2") == [[10, 10, 3]] * 2
+    assert train_by_two([(image, None), (generator, None), (language, corpus)], tmp_path / "2") == [[4, 4, 3]] * 2
     for recipe in (image, generator):
         assert_trained_alike(recipe, None, tmp_path, "model.safetensors")
     for size in (8, 4):
