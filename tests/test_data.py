@@ -377,9 +377,9 @@ def test_a_limit_must_be_possible(limit):
 
 def test_splits_of_a_recipe(source, recipe):
     splits = load_splits(recipe, source)
-    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (128, 64, 64)
+    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (32, 64, 64)
     whole, test = load("fashion_mnist", "train", source), load("fashion_mnist", "test", source)
-    kept, held_out = split_held_out(60_000, 64, 128)
+    kept, held_out = split_held_out(60_000, 64, 32)
     assert torch.equal(splits.train.images, whole.images[kept]) and torch.equal(splits.held_out.labels, whole.labels[held_out])
     chosen, every = ([image.numpy().tobytes() for image in images] for images in (splits.test.images, test.images))
     assert len(set(chosen)) == 64 and set(chosen) <= set(every)

@@ -1013,4 +1013,4 @@ def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, to
     assert {task: found["accuracies"]["values"] for task, found in base["tasks"].items()} == {
         task: [found["accuracy"]] for task, found in direct.items()}
     table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}}, {})
-    assert "| chance | 0.00 | 50.00 | — |" in table and "ifeval, 2 items" in table
+    assert "| chance | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table
