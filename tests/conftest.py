@@ -33,7 +33,7 @@ def libraries():
     transformers.utils.logging.disable_progress_bar()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)  # cycles are few: to look for them at every 700 new objects would cost a tenth of all time
+    gc.set_threshold(50_000, 20, 100)  # cycles are few: to look for them at every 700 new objects slows all that compiles or exports
     gc.enable()
 
 
