@@ -485,7 +485,7 @@ def open_corpus(
     "Open a finished corpus. Raises `UserError` or `FileNotFoundError` that names the file if it is damaged."
     path, record = Path(path), read_json(Path(path) / MANIFEST)
     try:
-        if not {"name", "source"} <= record.keys():
+        if not {"name", "source"} <= record.keys() or not isinstance(record["source"], dict):
             raise KeyError("name or source")
         if record.get("sha256") not in (None, _sealed(record)["sha256"]):  # earlier versions have none
             raise UserError(f"{path / MANIFEST} was altered: its SHA-256 is another; delete the corpus and build it again")
@@ -555,46 +555,45 @@ def load_corpus(
     if vocab_size is None and tokenizer is None:
         vocab_size, tokenizer = CORPORA[name].vocab_size, CORPORA[name].tokenizer
     if source is not None and (Path(source) / MANIFEST).is_file():
-        path = Path(source)
-    else:
-        label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
-        folder = language_folder() / "corpora" if folder is None else Path(folder)
-        path = _text_folder(folder, label, source) if name == "text" else folder / f"{name}-{label}"
-        if build:
-            _build_missing(path, name, vocab_size, tokenizer, source, download)
-    return _check_request(open_corpus(path), name, vocab_size, tokenizer, source)
+        return _check_request(open_corpus(source), name, vocab_size, tokenizer, None)
+    text = None if source is None else open_source(name, source, download)
+    label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
+    folder = language_folder() / "corpora" if folder is None else Path(folder)
+    path = _text_folder(folder, label, text) if name == "text" else folder / f"{name}-{label}"
+    if build:
+        _build_missing(path, name, vocab_size, tokenizer, text, download)
+    return _check_request(open_corpus(path), name, vocab_size, tokenizer, text)
 
 # %% ../nbs/33_corpus.ipynb #ab3f19d6
-def _text_folder(folder, label, source):
-    "The folder of the user's text, named by its SHA-256; without a source the only one that was built."
+def _text_folder(folder, label, text):
+    "The folder of the user's text, named by its SHA-256; without a text the only one that was built."
     earlier = folder / f"text-{label}"  # of versions that did not name it so
-    if source is not None:
-        digest = open_source("text", source).origin["sha256"]
-        same = (earlier / MANIFEST).is_file() and read_json(earlier / MANIFEST).get("source", {}).get("sha256") == digest
-        return earlier if same else folder / f"text-{digest[:8]}-{label}"
+    if text is not None:
+        same = (earlier / MANIFEST).is_file() and _same_source(open_corpus(earlier, verify=False).manifest["source"], text.origin)
+        return earlier if same else folder / f"text-{text.origin['sha256'][:8]}-{label}"
     built = [m.parent for m in folder.glob(f"*/{MANIFEST}") if re.fullmatch(rf"text-([0-9a-f]{{8}}-)?{re.escape(label)}", m.parent.name)]
     if len(built) > 1:
         raise UserError(f"source must say which text: {folder} has corpora of {len(built)} texts")
     return built[0] if built else earlier  # which cannot be built without a source
 
 
-def _build_missing(path, name, vocab_size, tokenizer, source, download):
+def _build_missing(path, name, vocab_size, tokenizer, text, download):
     if (path / MANIFEST).is_file():
         return
     with locked(path):
         if not (path / MANIFEST).is_file():  # else another process was faster
             remove_leftovers(path)
             begun = _begun(path) or {"source": {}}
-            build_corpus(path, name, open_source(name, source, download, begun["source"].get("revision")), vocab_size, tokenizer)
+            found = open_source(name, None, download, begun["source"].get("revision")) if text is None else text
+            build_corpus(path, name, found, vocab_size, tokenizer)
 
 
-def _check_request(corpus, name, vocab_size, tokenizer, source):
+def _check_request(corpus, name, vocab_size, tokenizer, text):
     "Raise `UserError` if a finished corpus is not the one asked for."
     found = corpus.manifest
     if found["name"] != name:
         raise UserError(f"{corpus.path} is the corpus {found['name']} with {corpus.vocab_size} tokens, not {name}")
     _check_tokenizer(corpus.path, found["tokenizer"], vocab_size, tokenizer)
-    if source is not None and Path(source) != corpus.path:
-        if not _same_source(found["source"], origin := open_source(name, source).origin):
-            raise UserError(f"{corpus.path} was built from {found['source']}, but source is {origin}; delete it or name another folder")
+    if text is not None and not _same_source(found["source"], text.origin):
+        raise UserError(f"{corpus.path} was built from {found['source']}, but source is {text.origin}; delete it or name another folder")
     return corpus

@@ -276,7 +276,7 @@ def test_a_damaged_record_of_a_build_is_named(built, folder, tmp_path, content):
         load_corpus("text", VOCAB, 5)
 
 
-def test_two_texts_have_a_corpus_each(built, folder, tmp_path):
+def test_two_texts_have_a_corpus_each(built, folder, tmp_path, monkeypatch):
     sources, corpora = [folder, tmp_path / "other"], tmp_path / "corpora"
     sources[1].mkdir()
     for number, text in enumerate(texts(seed=3)):
@@ -293,7 +293,13 @@ def test_two_texts_have_a_corpus_each(built, folder, tmp_path):
     shutil.rmtree(both[1].path)
     both[0].path.rename(corpora / "text-bpe300")  # of an earlier version
     assert load_corpus("text", VOCAB, folder=corpora).digest == built.digest
+    opened = []
+    monkeypatch.setattr("krause_repro.corpus.read_documents", lambda path: opened.append(path) or read_documents(path))
     assert load_corpus("text", VOCAB, sources[0], corpora).path.name == "text-bpe300"  # not built again
+    assert len(opened) == 1
+    (corpora / "text-bpe300" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="text-bpe300/manifest.json is not the manifest of a corpus"):
+        load_corpus("text", VOCAB, sources[0], corpora)
 
 
 @pytest.mark.parametrize(("damage", "error", "message"), [
