@@ -65,15 +65,15 @@ def planned_results(
 
 def planned_experiment(
     recipe: str,  # key of `RECIPES`
-    root: Path | None = None,  # the project's folder
+    profile: str,  # plans are of "desk"; under others the folder may hold another recipe under the same name
 ) -> str | None:  # None for a recipe that has none
     "Folder of the results of a recipe in a plan, or of a baseline that came later."
-    if not ((root or project_root()) / "results" / "plans").is_dir():  # the package is installed, and this is no clone
+    if profile != "desk" or not (project_root() / "results" / "plans").is_dir():  # an installed package, not a clone, has none
         return None
     if recipe in CLASSIFIER_LABELS["desk"]:
         return "image_classification"
     for name, (folder, *_) in PLANNED_RESULTS.items():
-        plan = read_plan(name, root)
+        plan = read_plan(name)
         if recipe in (*plan["models"], *plan["baselines"]):
             return folder
     return None

@@ -160,15 +160,16 @@ def summarise_recipe(
     items: str = None,  # of a language model: also score it on the zero-shot suites in this folder, or from the hub
     limit: int = None,  # with items: maximum number of items per task, drawn at random
 ) -> None:
-    "Evaluate a recipe's finished runs on the test data: add their seeds to its results, or print the scores if it is in no plan."
+    "Evaluate a recipe's finished runs on the test data: add their seeds to its results, or print the scores if it is in no plan of desk."
     if limit is not None and items is None:
         raise UserError("limit is for the items of the zero-shot suites; give items, a folder or hub")
     from krause_repro.ablation import planned_experiment
     from krause_repro.recipes import get_recipe
 
-    chosen, experiment = get_recipe(recipe).at(profile), planned_experiment(recipe)
+    chosen, experiment = get_recipe(recipe).at(profile), planned_experiment(recipe, profile)
     if items is not None and experiment not in ("language_models", "textbooks"):
-        raise UserError(f"items are for a language model of a plan, such as lm_krause_100m/openstax; got recipe {recipe!r}")
+        wanted = "a language model of a plan under desk, such as lm_krause_100m/openstax"
+        raise UserError(f"items are for {wanted}; got recipe {recipe!r} under profile {profile!r}")
     if items not in (None, "hub", "local") and not Path(items).exists():
         raise FileNotFoundError(f"items must be hub, local, or a folder that is there, got {items}")
     if experiment is None:

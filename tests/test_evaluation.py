@@ -630,6 +630,7 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
             (["karm/minst"], "such as karm/mnist"),
             (["karm/mnist", "--items", "hub"], "items are for a language model"),
             (["lm_window_100m/openstax", "--items", "nowhere"], "items must be hub, local, or a folder that is there"),
+            (["karm/mnist", "--profile", "smoke"], "no finished run of karm/mnist"),  # page 62 has karm/digits under this name
             (["karm/mnist", "--limit", "5"], "limit is for the items")):
         assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)  # where there is no plan
