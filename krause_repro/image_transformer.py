@@ -473,8 +473,7 @@ def with_generation_cache(
 ) -> dict:
     "The arguments with the cache, by default a new one. Raises a `ValueError` unless it holds fewer tokens than the prompt."
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
-    cache = take_cache(options)
-    if options["use_cache"] and cache is None:
+    if (cache := take_cache(options)) is None and options["use_cache"]:
         cache = make()
     if isinstance(cache, Cache) and (held := cache.get_seq_length()) >= length:
         raise UserError(f"past_key_values must hold fewer tokens than the prompt, {length}, got {held}; crop it, or leave it out")
@@ -484,8 +483,9 @@ def with_generation_cache(
 def _generation_options(model, length, options):
     "The arguments of `generate`, with the defaults that images need."
     config, settings = model.config, options.get("generation_config") or model.generation_config
-    left = config.positions - length
-    if not options.keys() & {"max_length", "generation_config"} and options.setdefault("max_new_tokens", left) > left:
+    left, (new, *others) = config.positions - length, map(options.get, ("max_new_tokens", "max_length", "generation_config"))
+    options |= {"max_new_tokens": left} if [new, *others] == [None] * 3 else {}
+    if others == [None] * 2 and options["max_new_tokens"] > left:
         raise UserError(f"max_new_tokens must be at most {left}, what is left of the image, got {options['max_new_tokens']}")
     if options.get("do_sample", settings.do_sample) and settings.top_k is None:
         options.setdefault("top_k", 0)  # the library's default of 50 would exclude the less likely levels

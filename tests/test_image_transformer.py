@@ -417,7 +417,9 @@ def test_a_cache_goes_on_with_its_own_images_only(attention):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_generation_ends_with_the_image(attention):
     model = small(attention)
-    assert model.generate(tokens(2, 5), do_sample=False).shape == (2, 20)
+    for unset in ({}, {"max_new_tokens": None}, {"max_new_tokens": None, "max_length": None, "generation_config": None}):
+        assert model.generate(tokens(2, 5), do_sample=False, **unset).shape == (2, 20)
+    assert model.generate(tokens(2, 5), max_new_tokens=None, max_length=7).shape == (2, 7)
     with pytest.raises(ValueError, match="max_new_tokens must be at most 15, what is left of the image, got 16"):
         model.generate(tokens(2, 5), max_new_tokens=16)
 
