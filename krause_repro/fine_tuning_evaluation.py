@@ -28,7 +28,7 @@ from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
 from .runs import Run
 from krause_repro.statistics import (
-    decimals, describe_difference, markdown_table, paired_difference, percent, seed_values, summarise, summarise_curves,
+    decimals, effect, markdown_table, paired_difference, percent, plural, seed_values, summarise, summarise_curves,
 )
 from .tasks import base_model, base_source
 
@@ -259,9 +259,9 @@ def fine_tuning_differences(
 ) -> str:  # a Markdown list
     "One sentence for each data set with both models: loss with a branch minus loss without, and its interval."
     def sentence(data, name, rival):
-        values = seed_values([results[name], results[rival]], "token_loss")
-        labels = [fine_tuned_label(each)[0] for each in (name, rival)]
-        return f"- {data}: {describe_difference(*labels, paired_difference(*values), 'nats per token', 1, 3)}."
+        found = paired_difference(*seed_values([results[name], results[rival]], "token_loss"))
+        labels = " minus ".join(fine_tuned_label(each)[0] for each in (name, rival))
+        return f"- {data}: {labels}: {effect(found, 1, 3)} nats per token, mean of {plural(found['n'], 'seed')} with its 95% interval."
 
     pairs = [(name.partition("/")[2], name, name.replace("krause_", "lora_", 1)) for name in results if name.startswith("krause_")]
     found = [sentence(*pair) for pair in pairs if results[pair[1]] and results.get(pair[2])]

@@ -30,7 +30,7 @@ from .records import atomic_write, check_writable, file_digest, locked, read_jso
 from .results import pack_images
 from .runs import Run
 from .sampling import check_sampling, complete_images, evaluating, first_prompts, generate_batches
-from .statistics import decimals, describe_difference, finished_table, paired_difference, seed_values, summarise, summarise_curves
+from .statistics import decimals, finished_table, summarise, summarise_curves
 from .training import check_source, train
 
 # %% ../nbs/43_generation_evaluation.ipynb #f066036d
@@ -333,16 +333,3 @@ def frechet_sentence(
     one = next(iter(found.values()))
     told = "; ".join(f"{_label(name)} {decimals(each)}" for name, each in found.items())
     return f"Fréchet distance to the test images: {told}; of {one['real_images']} held-out images {one['real']:.3f}."
-
-# %% ../nbs/43_generation_evaluation.ipynb #2055a12c
-def bits_differences(
-    results: dict[str, dict | None],  # by recipe: result of `summarise_generators`
-    pairs: tuple[tuple[str, str], ...],  # recipes to compare
-) -> str:  # a Markdown list
-    "One sentence for each pair of trained models: the paired difference in bits per dimension and its interval."
-    def sentence(first, second):
-        values = seed_values([results[first], results[second]], "bits_per_dim")
-        return describe_difference(_label(first), _label(second), paired_difference(*values), "bits per dimension", 1)
-
-    found = [f"- {sentence(*pair)}." for pair in pairs if all(results.get(name) for name in pair)]
-    return "\n".join(found) or "No pair is finished."

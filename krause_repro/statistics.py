@@ -82,24 +82,6 @@ def seed_values(
         raise UserError(f"models that are compared by seed must have the same seeds, got {seeds[0]} and {different[0]}")
     return [[value for _, value in sorted(zip(result["seeds"], result[field]["values"], strict=True))] for result in results]
 
-# %% ../nbs/40_statistics.ipynb #28577f34
-def describe_difference(
-    first: str,  # name of the first model
-    second: str,  # name of the second model
-    difference: dict,  # from `paired_difference`
-    unit: str = "points of accuracy",  # of the numbers in the sentence
-    scale: float = 100,  # factor from the difference to this unit
-    digits: int = 2,  # decimals
-) -> str:
-    "One sentence: mean difference, number of seeds, interval, and whether the interval contains zero."
-    mean, n = scale * difference["mean"], difference["n"]
-    start = f"{first} minus {second}: {mean:+.{digits}f} {unit} (mean of {n} seed{'s' if n > 1 else ''}"
-    if difference["interval"] is None:
-        return f"{start}; no interval from one seed)"
-    low, high = (scale * bound for bound in difference["interval"])
-    verdict = "zero lies inside, so these seeds do not separate the two" if low <= 0 <= high else "zero lies outside"
-    return f"{start}; 95% interval {low:+.{digits}f} to {high:+.{digits}f}: {verdict})"
-
 # %% ../nbs/40_statistics.ipynb #a02b6d17
 def unpaired_difference(
     first: dict,  # "mean" and "sd", lists with a number for each layer

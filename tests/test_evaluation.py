@@ -53,7 +53,6 @@ from krause_repro.runs import Run, run_path
 from krause_repro.statistics import (
     MIN_EFFECT,
     corrected_difference,
-    describe_difference,
     is_shown,
     paired_difference,
     percent,
@@ -222,18 +221,6 @@ def test_student_quantiles(freedom):
     density = [constant * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
     below = 0.5 + width * (sum(density) - (density[0] + density[-1]) / 2)
     assert below == pytest.approx(0.975, abs=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ([0.5], [0.25], "A minus B: +25.00 points of accuracy (mean of 1 seed; no interval from one seed)"),
-        ([0.5, 0.75, 1.0], [0.25, 0.25, 0.75], "+33.33 points of accuracy (mean of 3 seeds; 95% interval -2.52 to +69.19: zero lies in"),
-        ([0.25, 0.25], [0.5, 0.5], "-25.00 points of accuracy (mean of 2 seeds; 95% interval -25.00 to -25.00: zero lies outside)"),
-    ],
-)
-def test_a_difference_in_words(first, second, expected):
-    assert expected in describe_difference("A", "B", paired_difference(first, second))
 
 
 def test_a_share_in_percent():

@@ -467,7 +467,9 @@ def test_a_summary_and_its_tables(run, alone):
     assert "LoRA + Krause branch" in table and "| shakespeare | LoRA + Krause branch | — |" in table
     assert f"{math.exp(with_branch['token_loss']['mean']):.2f}" in table
     assert f"{with_branch['trainable']:,}" in parameter_table(results)
-    assert "questions: LoRA + Krause branch minus LoRA" in fine_tuning_differences(results)
+    change = with_branch["token_loss"]["mean"] - results["lora_smollm2/questions"]["token_loss"]["mean"]
+    wanted = f"questions: LoRA + Krause branch minus LoRA: {change:+.3f} (—) nats per token, mean of 1 seed"
+    assert wanted in fine_tuning_differences(results)
     assert fine_tuning_differences({**results, "lora_smollm2/questions": None}) == "No pair is finished."
 
 

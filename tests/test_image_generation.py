@@ -19,7 +19,6 @@ from krause_repro.bench_generation import _generation_row, bench_generation, gen
 from krause_repro.evaluation import FLAT_LOSS, learned_sigma, undertrained_mark
 from krause_repro.generation_evaluation import (
     GENERATOR_LABELS,
-    bits_differences,
     bits_table,
     class_features,
     classifier_run,
@@ -50,7 +49,6 @@ from krause_repro.recipes import GENERATION_SPEED, RECIPES, GenerationCase, get_
 from krause_repro.records import InUse, file_digest, locked, write_digests
 from krause_repro.results import pack_images, unpack_images
 from krause_repro.runs import Run, TrainingDiverged, run_path
-from krause_repro.statistics import summarise
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.tasks import save_model, task_of
 from krause_repro.training import build_trainer, train, training_arguments
@@ -384,14 +382,6 @@ def test_a_summary_of_generators(run, tiny):
     assert f"| KARM (Krause) | {found['bits_per_dim']['mean']:.3f} ± 0.000{undertrained_mark(found['curves'], FLAT_LOSS)} |" in table
     assert frechet_sentence({"karm/digits": found, "arm/digits": None}).endswith(f"; of 6 held-out images {found['frechet']['real']:.3f}.")
     assert "Not finished: ARM (softmax)" in table and "| counts, bigram | 2.700 | 2.710 |" in table
-
-
-def test_differences_in_words_leave_out_what_is_missing():
-    made = {"karm/mnist": [3.0, 3.1], "arm/mnist": [3.2, 3.3]}
-    results = {name: {"bits_per_dim": summarise(values), "seeds": [0, 1]} for name, values in made.items()} | {"larm/mnist": None}
-    told = bits_differences(results, (("karm/mnist", "arm/mnist"), ("karm/mnist", "larm/mnist")))
-    assert told.startswith("- KARM (Krause) minus ARM (softmax): -0.20 bits per dimension (mean of 2 seeds")
-    assert told.count("\n") == 0 and bits_differences(results, (("karm/mnist", "larm/mnist"),)) == "No pair is finished."
 
 
 def test_every_generator_has_a_label_and_every_data_set_but_the_tiles_a_judge():
