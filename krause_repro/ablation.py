@@ -24,7 +24,6 @@ def load_or_run_grid(
     names: list[str],  # keys of `RECIPES`
     profile: str,  # "smoke", "desk" or "paper"
     train: str,  # one of `results.TRAIN_CHOICES`
-    runs: str | Path = "runs",  # folder of run directories, relative to the project
     root: Path | None = None,  # project folder
     summary: Callable[[list[Run]], dict] = evaluate_runs,  # from the runs of one recipe, one per seed, to its result
     retrain: bool = True,  # under `always`; False: only summarise again
@@ -38,7 +37,7 @@ def load_or_run_grid(
             continue
 
         def make(name=name):
-            return summary(train_seeds(name, profile, restart=retrain and train == "always", runs=runs, progress=False))
+            return summary(train_seeds(name, profile, restart=retrain and train == "always", progress=False))
 
         cells[name] = load_or_compute(file, profile, train, [recipe], make, root)
     return cells
@@ -54,13 +53,12 @@ PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, a
 def planned_results(
     plan: str,  # name of the file under `results/plans`
     root: Path | None,  # the project's folder
-    profile: str = "desk",  # or "smoke", "paper"
 ) -> tuple[dict | None, dict[str, dict | None]]:  # the plan, None without one; results by recipe, None where missing
-    "A plan and the results of its models."
+    "A plan and the desk results of its models."
     if not ((root or project_root()) / "results" / "plans" / f"{plan}.json").is_file():
         return None, {}
     found = read_plan(plan, root)
-    return found, load_or_run_grid(PLANNED_RESULTS[plan][0], found["models"], profile, "never", root=root)
+    return found, load_or_run_grid(PLANNED_RESULTS[plan][0], found["models"], "desk", "never", root=root)
 
 
 def planned_experiment(

@@ -324,14 +324,13 @@ def attention_work(
     case: AttentionCase,
     step: str,  # one of `PASSES`
     full: bool,  # all earlier tokens instead of the window
-    element: int = 2,  # bytes of a number
 ) -> tuple[int, int]:  # bytes, floating-point operations
-    "Bytes moved at least, and operations of the matrix products."
+    "Bytes moved at least, by numbers of two bytes, and operations of the matrix products."
     window = case.length if full else min(case.window, case.length)
     pairs = window * (window + 1) // 2 + (case.length - window) * window
     rows = case.batch * case.heads * case.length * case.dim
     products, arrays = (2, 4) if step == "forward" else (2 + 5, 4 + 8)  # q, k, v, out; then q, k, v, out, its gradient, and three gradients
-    return arrays * rows * element, 2 * products * case.batch * case.heads * pairs * case.dim
+    return 2 * arrays * rows, 2 * products * case.batch * case.heads * pairs * case.dim
 
 # %% ../nbs/50_bench_attention.ipynb #7ede72d1
 def _timed(call, rounds, device):

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/00_dynamics.ipynb #78406847
-def _check_particles(x: Tensor, name: str = "x") -> None:
+def _check_particles(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating-point tensor (..., N, d), got {found}")
+        raise TypeError(f"x must be a floating-point tensor (..., N, d), got {found}")
     if 0 in x.shape:
-        raise ValueError(f"{name} must hold at least one particle, got shape {tuple(x.shape)}")
+        raise ValueError(f"x must hold at least one particle, got shape {tuple(x.shape)}")
     if not x.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+        raise ValueError("x must be finite, got NaN or infinity")
 
 
 def _check_real(name: str, value: float, *, zero: bool = False, infinite: bool = False) -> None:
@@ -390,11 +390,9 @@ def closed_groups(
 
 def unit_multiplicity(
     weights: Tensor,  # row-stochastic matrix (N, N)
-    tol: float = 1e-9,  # an eigenvalue this close to 1 counts
 ) -> int:
-    "Multiplicity of the eigenvalue 1, from the eigenvalues themselves in float64."
-    _check_real("tol", tol)
-    return int((torch.linalg.eigvals(weights.double()) - 1).abs().lt(tol).sum())
+    "Multiplicity of the eigenvalue 1 up to 10⁻⁹, from the eigenvalues themselves in float64."
+    return int((torch.linalg.eigvals(weights.double()) - 1).abs().lt(1e-9).sum())
 
 # %% ../nbs/00_dynamics.ipynb #b6440ce9
 def exponential_fit(

@@ -26,9 +26,9 @@ from .records import atomic_write
 from .statistics import plural
 
 # %% ../nbs/56_figures.ipynb #a1b903cf
-def _merged(points: np.ndarray, decimals: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    "Merge points that agree to `decimals`: the distinct points, (P, D), and the share of all points at each, (P,)."
-    places, counts = np.unique(np.round(points, decimals), axis=0, return_counts=True)
+def _merged(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Merge points that agree to two decimals: the distinct points, (P, D), and the share of all points at each, (P,)."
+    places, counts = np.unique(np.round(points, 2), axis=0, return_counts=True)
     return places, counts / len(points)
 
 # %% ../nbs/56_figures.ipynb #3205cb32

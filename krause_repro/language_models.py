@@ -32,21 +32,20 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", _BRANCH_FIL
 
 def _weight_samples(
     model: PreTrainedModel,  # a base model, with or without a branch, with or without LoRA
-    count: int = 9,  # weights per matrix
 ) -> dict[str, list[float] | None]:  # by matrix; None if unreadable: quantised, or on the meta device
     "Weights at fixed positions of the embedding and of the q and o projections of the first, middle and last layer."
     layers = [*attention_layers(model.get_decoder()).values()]
     modules = {"embedding": model.get_input_embeddings()}
     for i in sorted({0, len(layers) // 2, len(layers) - 1}):
         modules |= {f"layer {i} q_proj": layers[i].q_proj, f"layer {i} o_proj": layers[i].o_proj}
-    return {name: _sample(getattr(module, "base_layer", module).weight, count) for name, module in modules.items()}
+    return {name: _sample(getattr(module, "base_layer", module).weight) for name, module in modules.items()}
 
 
-def _sample(weight, count):
-    "The weights in the middle of `count` equal parts of a flattened matrix."
+def _sample(weight):
+    "The weights in the middle of nine equal parts of a flattened matrix."
     if not weight.is_floating_point() or weight.is_meta:
         return None
-    places = [(2 * i + 1) * weight.numel() // (2 * count) for i in range(count)]
+    places = [(2 * i + 1) * weight.numel() // 18 for i in range(9)]
     return weight.detach().reshape(-1)[places].float().tolist()
 
 
@@ -63,7 +62,6 @@ def check_base(
     model: PreTrainedModel,  # the model that gets the adapter
     fingerprint: dict,  # of the model it was trained on
     adapter: str | Path,  # for the message
-    tolerance: float = 0.02,  # largest relative distance of a matrix's sampled weights
 ) -> None:
     "Raise a `ValueError` if an adapter belongs to another base model."
     own, other = base_fingerprint(model), f"adapter {adapter} is of another base model: its"
@@ -72,8 +70,8 @@ def check_base(
             raise UserError(f"{other} {name} is {value}, this model's is {own[name]}")
     for name, values in own["weights"].items():
         apart = _relative_distance(values, fingerprint["weights"].get(name))
-        if not apart <= tolerance:  # also if it is NaN
-            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where {tolerance:.0%} is allowed")
+        if not apart <= 0.02:  # also if it is NaN
+            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where 2% is allowed")
 
 
 def _relative_distance(values, others):

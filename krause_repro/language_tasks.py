@@ -300,16 +300,14 @@ def check_ifeval(
                                     "get it with: python -m nltk.downloader punkt_tab") from error
 
 # %% ../nbs/46_language_tasks.ipynb #2f5287e7
-def hub_answers(
-    seconds: float = 10,  # timeout
-) -> bool:
+def hub_answers() -> bool:
     "True if the Hugging Face hub can be reached."
     import huggingface_hub.constants as hub
 
     if hub.HF_HUB_OFFLINE:
         return False
     try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=seconds).close()
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
         return True  # an HTTP error is an answer
     except (OSError, ValueError):

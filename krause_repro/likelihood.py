@@ -291,12 +291,11 @@ NGRAM = 13
 def ngram_hashes(
     tokens: np.ndarray,  # (N,) packed documents
     eos: int,  # end token
-    n: int = NGRAM,
 ) -> np.ndarray:  # uint64, one for each n-gram within a document
-    "64-bit hashes of the n-grams of tokens that lie within a document."
-    count = max(len(tokens) - n + 1, 0)
+    "64-bit hashes of the n-grams of tokens, n = `NGRAM`, that lie within a document."
+    count = max(len(tokens) - NGRAM + 1, 0)
     hashes, ends = np.zeros(count, np.uint64), np.zeros(count, bool)
-    for offset in range(n):
+    for offset in range(NGRAM):
         part = tokens[offset:offset + count]
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64) + np.uint64(1)  # modulo 2^64
         ends |= part == eos

@@ -244,9 +244,9 @@ def _flock(handle: int, how: int, holder: dict) -> bool:
         return not holder or _died_here(holder)
 
 # %% ../nbs/20_records.ipynb #92511fe0
-def _lock(path: Path, folder: Path, patience: float) -> int:
-    "Open and lock the lock file of a folder. Raises `InUse` if another process holds it for longer than `patience` seconds."
-    deadline = time.monotonic() + patience
+def _lock(path: Path, folder: Path) -> int:
+    "Open and lock the lock file of a folder. Raises `InUse` if another process holds it."
+    deadline = time.monotonic() + 10  # seconds for the children of a killed process
     while True:
         handle, holder = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), _holder(path)
         taken = _flock(handle, fcntl.LOCK_EX, holder)
@@ -268,13 +268,12 @@ def _refuse_other_machine(path: Path, folder: Path) -> None:
 @contextmanager
 def locked(
     folder: str | Path,  # a run directory or a folder of samples; need not exist
-    patience: float = 10.0,  # seconds to wait for the children of a killed process
 ) -> Iterator[None]:
     "Hold the lock of a folder. Raises `InUse`, which names process and host, if another process holds it."
     folder, path = Path(folder), lock_path(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _lock(path, folder, patience)
+        handle = _lock(path, folder)
     except OSError as error:
         raise error if isinstance(error, InUse) else disk_error(error, path) from error
     try:

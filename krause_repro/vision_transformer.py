@@ -208,10 +208,9 @@ def rotary_table(
     columns: int,  # of patches
     head_dim: int,  # D, divisible by 4
     device: torch.device,  # device of the table
-    base: float = 100.0,  # our choice: unpublished
 ) -> Tensor:  # (2, 1 + rows·columns, D): cosines and sines, the CLS token first
     "Cosines and sines of each token's angles: the row's in the first half of the pairs, the column's in the second."
-    frequency = base ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))  # (D/4,)
+    frequency = 100.0 ** (-torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))  # (D/4,); 100 is our choice
     place = torch.arange(rows * columns, device=device)
     angle = torch.cat([(place // columns)[:, None] * frequency, (place % columns)[:, None] * frequency], -1)  # (N, D/2)
     angle = F.pad(angle, (0, 0, 1, 0)).repeat(1, 2)
