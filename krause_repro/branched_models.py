@@ -10,7 +10,7 @@ __all__ = ['FastBranch', 'add_krause_branch', 'remove_krause_branch', 'recorded_
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -317,12 +317,10 @@ def mean_gates(
         sums[gate] = total + share.sum(), count + share.numel()
 
     gates = [module for module in model.modules() if isinstance(module, TokenGate)]
-    hooks = [gate.register_forward_hook(add) for gate in gates]
-    try:
+    with ExitStack() as hooks:
+        for gate in gates:
+            hooks.enter_context(gate.register_forward_hook(add))
         yield means
-    finally:
-        for hook in hooks:
-            hook.remove()
     means += [float(sums[gate][0] / sums[gate][1]) for gate in gates if gate in sums]  # peft keeps an unused copy of each
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -27,6 +27,7 @@ from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
 from .runs import Run
+from .sampling import evaluating
 from krause_repro.statistics import (
     decimals, effect, markdown_table, paired_difference, percent, plural, seed_values, summarise, summarise_curves,
 )
@@ -44,12 +45,11 @@ def finite_logits(
             raise UserError("model gives NaN logits, so its answers cannot be scored; has it diverged, or is its dtype too narrow?")
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # peft bypasses the wrapped model's hooks
-    hooks = [module.register_forward_hook(look) for module in (model, head) if module is not None]
-    try:
+    with ExitStack() as hooks:
+        for module in (model, head):
+            if module is not None:
+                hooks.enter_context(module.register_forward_hook(look))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check_not_empty(
@@ -82,16 +82,12 @@ def predicted_choices(
     choice = {name: tokenizer(_ANSWER_PREFIX + name, add_special_tokens=False)["input_ids"] for name in "ABCDEFGHIJ"}
     if wrong := [name for name, ids in choice.items() if ids[:-1] != begin]:
         raise UserError(f"tokenizer must encode each choice after {_ANSWER_PREFIX!r} as one token, which fails for {', '.join(wrong)}")
-    training, found = model.training, []
-    model.eval()
-    try:
-        with finite_logits(model):
-            for item in items:
-                ids = torch.tensor([encode_prompt(tokenizer, item["inputs"]) + begin], device=model.device)
-                logits, offered = model(input_ids=ids, use_cache=False).logits[0, -1], offered_choices(item)
-                found.append(offered[logits[[choice[name][-1] for name in offered]].argmax()])
-    finally:
-        model.train(training)
+    found = []
+    with evaluating(model), finite_logits(model):
+        for item in items:
+            ids = torch.tensor([encode_prompt(tokenizer, item["inputs"]) + begin], device=model.device)
+            logits, offered = model(input_ids=ids, use_cache=False).logits[0, -1], offered_choices(item)
+            found.append(offered[logits[[choice[name][-1] for name in offered]].argmax()])
     return found
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #b39e8488

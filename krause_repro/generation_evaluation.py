@@ -183,13 +183,9 @@ def class_features(
     "Inputs of the classifier's last layer."
     check_integer("batch", batch, 1)
     found = []
-    hook = model.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].cpu()))
-    try:
-        with evaluating(model):
-            for part in pixel_values.split(batch):
-                model(part.to(next(model.parameters()).device))
-    finally:
-        hook.remove()
+    with model.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].cpu())), evaluating(model):
+        for part in pixel_values.split(batch):
+            model(part.to(next(model.parameters()).device))
     return torch.cat(found)
 
 # %% ../nbs/43_generation_evaluation.ipynb #cb7e6b1d

@@ -34,6 +34,7 @@ from krause_repro.language_tasks import (
     import_lm_eval, language_items, language_overrides, task_config, task_file, task_prompt,
 )
 from .runs import Run
+from .sampling import evaluating
 from .statistics import finished_table, markdown_table, percent, summarise
 from .tasks import base_model, base_source
 from .transformers_attention import named_options
@@ -267,13 +268,9 @@ def evaluate_language(
         items = {task: items[task] for task in check_language_tasks(tasks)}
     specs = {task: _task_spec(task, items[task], language_overrides(task, anli_labels, max_gen_toks)) for task in items}
     texts = {task: specs.pop(task) for task in CONTINUATION_TASKS if task in specs}
-    training = model.training
-    try:
-        with _quietly(not progress), fixed_draws(), finite_logits(model):
-            found = _prompt_results(prompt_model(model, tokenizer, batch_size), specs, items) if specs else {}
-            found |= _continuation_results(model, tokenizer, batch_size, texts) if texts else {}
-    finally:
-        model.train(training)
+    with _quietly(not progress), fixed_draws(), evaluating(model), finite_logits(model):
+        found = _prompt_results(prompt_model(model, tokenizer, batch_size), specs, items) if specs else {}
+        found |= _continuation_results(model, tokenizer, batch_size, texts) if texts else {}
     made = {"source": Path(source).name, "limit": limit} | ({} if limit is None else {"item_seed": item_seed})
     labels = {"anli_labels": anli_labels}
     return {task: {**found[task], **made, **(labels if task.startswith("anli") else {})} for task in items}
