@@ -225,14 +225,13 @@ MARKER = "\n\n### Response:\n"  # between prompt and response (paper, appendix, 
 
 def split_item(
     item: dict,  # "inputs" and "targets", or "text" of both with the marker between them
-    marker: str = MARKER,  # what separates them
     eos: str | None = None,  # text of the end token, removed from the end
 ) -> tuple[str, str]:  # inputs and targets
     "The two parts of an item. Raises `ValueError` if one is missing, or if a text does not have exactly one marker."
     if "text" in item:
-        if not isinstance(item["text"], str) or item["text"].count(marker) != 1:
-            raise UserError(f"text must be a string with the marker {marker!r} exactly once, got {item['text']!r:.80}")
-        inputs, targets = item["text"].split(marker)
+        if not isinstance(item["text"], str) or item["text"].count(MARKER) != 1:
+            raise UserError(f"text must be a string with the marker {MARKER!r} exactly once, got {item['text']!r:.80}")
+        inputs, targets = item["text"].split(MARKER)
         return inputs, targets.removesuffix(eos) if eos else targets
     for key in ("inputs", "targets"):
         if not isinstance(item.get(key), str):
@@ -244,12 +243,11 @@ def split_items(
     items: list[dict],  # as for `split_item`
     held_out: int,  # number of items to hold out
     seed: int = SPLIT_SEED,  # of the choice
-    marker: str = MARKER,  # what separates prompt and response in an item that is one text
 ) -> tuple[list[dict], list[dict]]:  # training and held-out items, each in the given order
     "Split items deterministically, independent of their order, with equal inputs on the same side."
     if isinstance(held_out, bool) or not isinstance(held_out, int) or not 0 < held_out < len(items):
         raise UserError(f"held_out must be an integer between 1 and {len(items) - 1}, got {held_out!r}")
-    keys = [split_item(item, marker)[0] for item in items]
+    keys = [split_item(item)[0] for item in items]
     same = Counter(keys)
     if len(same) == 1:
         raise UserError(f"items must not all have the same inputs, got {len(items)} of {keys[0]!r:.80}")
@@ -276,10 +274,10 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _lead(tokenizer: PreTrainedTokenizerBase, marker: str) -> str:
+def _lead(tokenizer: PreTrainedTokenizerBase) -> str:
     "The text that precedes a response when it is encoded: empty, or the marker if the tokenizer prepends a space to every text."
-    joined = _spelled(tokenizer, _ids(tokenizer, marker) + _ids(tokenizer, "a"))
-    return marker if joined == f"{marker} a" else ""
+    joined = _spelled(tokenizer, _ids(tokenizer, MARKER) + _ids(tokenizer, "a"))
+    return MARKER if joined == f"{MARKER} a" else ""
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, targets: str, lead: str) -> list[int]:
@@ -300,29 +298,24 @@ def start_tokens(
 # %% ../nbs/30_language_data.ipynb #998809fc
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,  # must have an end token
-    marker: str = MARKER,  # must be text that the tokenizer can spell
 ) -> None:
     "Raise a `ValueError` for a tokenizer without an end token, or one that cannot encode the marker and a response separately."
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer must have an end token (eos_token), or the model would not learn where to stop")
-    if not isinstance(marker, str) or not marker:
-        raise UserError(f"marker must be a string that is not empty, got {marker!r}")
-    ids = _ids(tokenizer, marker)
-    if tokenizer.unk_token_id in ids or _spelled(tokenizer, ids) != marker:
-        read = _spelled(tokenizer, ids)
-        raise UserError(f"marker must be text that the tokenizer can spell, got {marker!r}, which it reads as {read!r}")
-    joined = _spelled(tokenizer, ids + _response(tokenizer, "a", _lead(tokenizer, marker)))
-    if joined != marker + "a":
-        raise UserError(f"tokenizer must read a marker and a response one by one as together: {marker + 'a'!r} becomes {joined!r}")
+    ids = _ids(tokenizer, MARKER)
+    if tokenizer.unk_token_id in ids or _spelled(tokenizer, ids) != MARKER:
+        raise UserError(f"tokenizer must spell the marker {MARKER!r}, but reads it as {_spelled(tokenizer, ids)!r}")
+    joined = _spelled(tokenizer, ids + _response(tokenizer, "a", _lead(tokenizer)))
+    if joined != MARKER + "a":
+        raise UserError(f"tokenizer must read a marker and a response one by one as together: {MARKER + 'a'!r} becomes {joined!r}")
 
 # %% ../nbs/30_language_data.ipynb #6009298f
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,  # a start token that it prepends to texts is included
     inputs: str,  # the question
-    marker: str = MARKER,  # appended to it
 ) -> list[int]:
     "The tokens of a prompt including the marker, for training and generation."
-    return start_tokens(tokenizer) + _ids(tokenizer, inputs + marker)
+    return start_tokens(tokenizer) + _ids(tokenizer, inputs + MARKER)
 
 # %% ../nbs/30_language_data.ipynb #20419358
 IGNORED = -100  # label ignored by the loss
@@ -331,22 +324,22 @@ IGNORED = -100  # label ignored by the loss
 class _ItemEncoder:
     "Encodes items with a tokenizer that is checked once."
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, marker: str):
-        check_tokenizer(tokenizer, marker)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        check_tokenizer(tokenizer)
         check_integer("max_length", max_length, 2)
-        self.tokenizer, self.max_length, self.marker = tokenizer, max_length, marker
-        self.start, self.lead = start_tokens(tokenizer), _lead(tokenizer, marker)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.start, self.lead = start_tokens(tokenizer), _lead(tokenizer)
 
     def __call__(self, item: dict) -> tuple[dict[str, list[int]] | None, bool]:
         "`input_ids` and `labels`, or None if there is no room for marker and response; and whether the prompt was cut."
-        inputs, targets = split_item(item, self.marker, self.tokenizer.eos_token)
-        prompt = _ids(self.tokenizer, inputs + self.marker)
+        inputs, targets = split_item(item, self.tokenizer.eos_token)
+        prompt = _ids(self.tokenizer, inputs + MARKER)
         response = [*_response(self.tokenizer, targets, self.lead), self.tokenizer.eos_token_id]
         room = self.max_length - len(self.start) - len(response)
         cut = len(prompt) > room
         if cut:
             prompt = prompt[len(prompt) - max(room, 0):]
-            if not _spelled(self.tokenizer, prompt).endswith(self.marker):
+            if not _spelled(self.tokenizer, prompt).endswith(MARKER):
                 return None, True
         prompt = self.start + prompt
         return {"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response}, cut
@@ -356,10 +349,9 @@ def encode_items(
     items: list[dict],  # as for `split_item`
     tokenizer: PreTrainedTokenizerBase,  # with an end token
     max_length: int,  # tokens, of prompt, marker, response and end together
-    marker: str = MARKER,  # between prompt and response
 ) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
     "Items as `input_ids` and `labels`, and the numbers of kept, truncated and dropped items, of tokens and of `response_tokens`."
-    both = [*map(_ItemEncoder(tokenizer, max_length, marker), items)]
+    both = [*map(_ItemEncoder(tokenizer, max_length), items)]
     encoded = [item for item, _ in both if item is not None]
     truncated = sum(cut for item, cut in both if item is not None)
     if not encoded:
@@ -377,10 +369,9 @@ class ResponseCollator:
 
     tokenizer: PreTrainedTokenizerBase  # with an end token
     max_length: int = 2048  # tokens (paper)
-    marker: str = MARKER  # between prompt and response
 
     def __post_init__(self):
-        self._encode = _ItemEncoder(self.tokenizer, self.max_length, self.marker)
+        self._encode = _ItemEncoder(self.tokenizer, self.max_length)
 
     def __call__(
         self,
@@ -409,9 +400,9 @@ class ResponseCollator:
             raise UserError(f"input_ids must be at most {self.max_length} long (max_length), got {len(ids)}")
         if begin == len(labels) or labels[begin:] != ids[begin:]:
             raise UserError("labels must be those of encode_items: ignored in the prompt, then the same as input_ids to the end")
-        before = _spelled(self.tokenizer, ids[max(0, begin - len(self.marker.encode()) - 1):begin])  # no more tokens than bytes
-        if not before.endswith(self.marker):
-            raise UserError(f"input_ids must have the marker {self.marker!r} right before the labels, got {before!r}")
+        before = _spelled(self.tokenizer, ids[max(0, begin - len(MARKER.encode()) - 1):begin])  # no more tokens than bytes
+        if not before.endswith(MARKER):
+            raise UserError(f"input_ids must have the marker {MARKER!r} right before the labels, got {before!r}")
         return {"input_ids": ids, "labels": labels}
 
 # %% ../nbs/30_language_data.ipynb #7cdd7536

@@ -653,8 +653,6 @@ def test_texts_with_the_same_prompt_stay_together():
     train, held = split_items(items, 6)
     prompts = [{split_item(item)[0] for item in part} for part in (train, held)]
     assert len(held) == 6 and not prompts[0] & prompts[1]
-    other = [{"text": f"question {i // 3}|{i}"} for i in range(6)]
-    assert [len(part) for part in split_items(other, 3, marker="|")] == [3, 3]
 
 
 def test_the_advice_of_a_split_can_be_followed():
@@ -680,6 +678,11 @@ def test_texts_can_be_split_too_and_other_things_not():
 # Labels
 
 
+@pytest.fixture
+def short_marker(monkeypatch):
+    monkeypatch.setattr(language_data, "MARKER", "|")
+
+
 @each_tokenizer
 @given(pairs=st.lists(st.tuples(words, words), min_size=1, max_size=4))
 def test_exactly_the_responses_are_trained_on(tokenizer, pairs):
@@ -698,22 +701,22 @@ def test_exactly_the_responses_are_trained_on(tokenizer, pairs):
     assert all(value.dtype == torch.int64 for value in batch.values()) and set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_a_batch_by_hand():
+def test_a_batch_by_hand(short_marker):
     tokenizer = byte_tokenizer(pad_token="<pad>")
-    batch = ResponseCollator(tokenizer, marker="|")([{"inputs": "ab", "targets": "c"}, {"inputs": "", "targets": "cde"}])
+    batch = ResponseCollator(tokenizer)([{"inputs": "ab", "targets": "c"}, {"inputs": "", "targets": "cde"}])
     a, b, c, d, e, bar = tokenizer.convert_tokens_to_ids(list("abcde|"))
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     assert batch["input_ids"].tolist() == [[a, b, bar, c, eos], [bar, c, d, e, eos]] and eos != pad
     assert batch["labels"].tolist() == [[-100, -100, -100, c, eos], [-100, c, d, e, eos]]
-    shorter = ResponseCollator(tokenizer, marker="|")([{"inputs": "", "targets": ""}, {"inputs": "", "targets": "cde"}])
+    shorter = ResponseCollator(tokenizer)([{"inputs": "", "targets": ""}, {"inputs": "", "targets": "cde"}])
     assert shorter["input_ids"][0].tolist() == [bar, eos, pad, pad, pad] and shorter["attention_mask"][0].tolist() == [1, 1, 0, 0, 0]
     assert shorter["labels"][0].tolist() == [-100, eos, -100, -100, -100]
 
 
 @each_tokenizer
-def test_the_loss_sees_what_the_labels_say(tokenizer):
+def test_the_loss_sees_what_the_labels_say(tokenizer, short_marker):
     "By the gradient: logits that predict prompt or padding do not matter, those that predict the response do."
-    batch = ResponseCollator(tokenizer, marker="|")([{"inputs": "abc", "targets": "de"}, {"inputs": "", "targets": "f"}])
+    batch = ResponseCollator(tokenizer)([{"inputs": "abc", "targets": "de"}, {"inputs": "", "targets": "f"}])
     logits = torch.randn(*batch["input_ids"].shape, len(tokenizer), requires_grad=True)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     loss.backward()
@@ -768,7 +771,7 @@ def word_tokenizer(*known, **special):
                          ids=["unknown words", "no line ends"])
 def test_a_tokenizer_that_cannot_write_the_marker_is_refused(tokenizer):
     for call in (lambda: ResponseCollator(tokenizer), lambda: encode_items([{"inputs": "a", "targets": "a"}], tokenizer, 100)):
-        with pytest.raises(ValueError, match="marker must be text that the tokenizer can spell"):
+        with pytest.raises(ValueError, match="tokenizer must spell the marker"):
             call()
 
 
@@ -812,23 +815,20 @@ def test_a_collator_checks_its_tokenizer_once(monkeypatch):
     collate = ResponseCollator(BYTES)
     for _ in range(3):
         collate([{"inputs": "a", "targets": "b"}] * 4)
-    assert asked == [(BYTES, MARKER)]
+    assert asked == [(BYTES,)]
 
 
 def test_other_settings_that_are_refused():
     with pytest.raises(ValueError, match="tokenizer must have an end token"):
         ResponseCollator(byte_tokenizer(eos_token=None))
-    for marker in ("", None):
-        with pytest.raises(ValueError, match="marker must be a string that is not empty"):
-            ResponseCollator(BYTES, marker=marker)
     for length in (1, 0, 2.0, None):
         with pytest.raises(ValueError, match="max_length must be an integer ≥ 2"):
             ResponseCollator(BYTES, max_length=length)
 
 
-def test_without_a_padding_token_the_end_token_pads():
+def test_without_a_padding_token_the_end_token_pads(short_marker):
     tokenizer = byte_tokenizer(pad_token=None)
-    batch = ResponseCollator(tokenizer, marker="|")([{"inputs": "abc", "targets": "d"}, {"inputs": "", "targets": "e"}])
+    batch = ResponseCollator(tokenizer)([{"inputs": "abc", "targets": "d"}, {"inputs": "", "targets": "e"}])
     assert batch["input_ids"][1, 2:].tolist() == [tokenizer.eos_token_id] * 4
     assert batch["labels"][1, 2:].tolist() == [tokenizer.eos_token_id, -100, -100, -100]
 
@@ -880,11 +880,11 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer, pairs, length
         ResponseCollator(tokenizer, length)(encoded)
 
 
-def test_cut_by_hand():
+def test_cut_by_hand(short_marker):
     items = [{"inputs": "abcdefgh", "targets": "xy"}, {"inputs": "ab", "targets": "x" * 8}, {"inputs": "ab", "targets": "x" * 9}]
     for tokenizer, kept, counts in ((BYTES, ["bcdefgh|", "b|", "|"], (3, 3, 0, 33, 22)),
                                     (STARTING, ["<s>cdefgh|", "<s>|"], (2, 2, 1, 22, 12))):
-        encoded, summary = encode_items(items, tokenizer, 11, marker="|")
+        encoded, summary = encode_items(items, tokenizer, 11)
         assert summary == dict(zip(("items", "truncated", "dropped", "tokens", "response_tokens"), counts, strict=True))
         assert [spelled(tokenizer, item["input_ids"][:item["labels"].count(IGNORED)]) for item in encoded] == kept
 
