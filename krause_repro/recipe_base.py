@@ -111,8 +111,7 @@ POSITIVE = Allowed("a number > 0", lambda value: is_number(value) and value > 0)
 NOT_NEGATIVE = Allowed("a number ≥ 0", lambda value: is_number(value) and value >= 0)
 FRACTION = Allowed("in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
 SHARE = Allowed("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
-LARGEST_SEED = 2**32 - 1  # the maximum in NumPy
-SEED = integers(0, LARGEST_SEED)
+SEED = integers(0, 2**32 - 1)  # as NumPy's generators take
 
 # %% ../nbs/22_recipe_base.ipynb #a18bf04a
 def plain(

@@ -307,11 +307,8 @@ def file_digest(
     path: str | Path,  # a file
 ) -> str:
     "SHA-256 of a file, in hexadecimal."
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_digests(

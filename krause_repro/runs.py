@@ -131,7 +131,7 @@ def check_run(
     saved, way_out = _saved_recipe(run), "move it away, or train with restart=True"
     if saved is None:
         return
-    wanted = json.loads(json.dumps(run.recipe.to_dict()))
+    wanted = run.recipe.to_dict()
     fields = [k for k in wanted if k not in run.recipe.remarks and saved["recipe"].get(k) != wanted[k]]
     if fields or saved["fingerprint"] != run.recipe.fingerprint:
         differs = ", ".join(f"{k} is {saved['recipe'].get(k)!r} there and {wanted[k]!r} here" for k in fields[:4])

@@ -9,6 +9,7 @@ __all__ = ['seeded_uniforms', 'sample_images', 'complete_images']
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from numbers import Real
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, ImageTransformerConfig, check_images, image_tokens, start_tokens, token_images
-from .recipe_base import LARGEST_SEED
+from .recipe_base import SEED
 
 # %% ../nbs/31_sampling.ipynb #35475aa0
 class SeededDraw(LogitsProcessor):
@@ -60,17 +61,6 @@ def seeded_draws(
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     return LogitsProcessorList([*warpers, SeededDraw(uniforms, prompt_length, on_token)])
 
-
-def check_words(
-    name: str,  # the argument's name, for the message
-    least: int,  # smallest value
-    most: int,  # largest value
-) -> None:
-    "Raise `UserError` unless both values are 32-bit words, the units that seed NumPy's generators."
-    for value in (least, most):
-        if not 0 <= value <= LARGEST_SEED:
-            raise UserError(f"{name} must be an integer from 0 to {LARGEST_SEED}, got {value!r}")
-
 # %% ../nbs/31_sampling.ipynb #fc158493
 def seeded_uniforms(
     numbers: Sequence[int | tuple[int, ...]],  # of the images: up to three each, below 2³²
@@ -79,8 +69,8 @@ def seeded_uniforms(
 ) -> Tensor:  # (len(numbers), length) float64 in [0, 1)
     "The random stream of each image, a function of the seed and the image's numbers only."
     words = [(int(seed), *map(int, np.atleast_1d(number))) for number in numbers]
-    for each in words:
-        check_words("seed and number of an image", min(each), max(each))
+    for word in chain(*words):
+        SEED.check("seed and number of an image", word)
     return torch.from_numpy(np.stack([np.random.default_rng(each).random(length) for each in words]))
 
 # %% ../nbs/31_sampling.ipynb #f81e4b93
@@ -93,12 +83,12 @@ def check_sampling(
     count: int = 1,  # number of images, must be ≥ 1; image numbers must be below 2³²
 ) -> None:
     "Raise `UserError` that names the first invalid argument."
-    check_words("seed", check_integer("seed", seed, 0), 0)
+    SEED.check("seed", check_integer("seed", seed, 0))
     check_positive("temperature", temperature)
     if isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise UserError(f"top_p must be in (0, 1], got {top_p!r}")
     check_integer("batch", batch, 1)
-    check_words("number of the last image", 0, check_integer("first", first, 0) + check_integer("count", count, 1) - 1)
+    SEED.check("number of the last image", check_integer("first", first, 0) + check_integer("count", count, 1) - 1)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from .attention import KrauseAttention
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import CheckedConfig, CheckedModel, check_label_range, named_arguments
 from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, upcast_to_float32
+from .transformers_attention import hub_options
 
 # %% ../nbs/11_vision_transformer.ipynb #c6cf69e0
 class ImageConfig(CheckedConfig):
@@ -410,9 +411,8 @@ def stored_config(
     options: dict,  # of `from_pretrained`
 ) -> ImageConfig | None:
     "The configuration beside saved weights; None if there is none."
-    places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     try:
-        return None if source is None else kind.from_pretrained(source, **{name: options[name] for name in places if name in options})
+        return None if source is None else kind.from_pretrained(source, **hub_options(options))
     except OSError:
         return None
 
