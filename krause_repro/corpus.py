@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from .checks import UserError, check_choice, check_integer
 from .language_data import EOS, TokenBlocks, check_parquet, hub_errors, packed_tokens, read_documents, shakespeare_text
-from .likelihood import NGRAM, ngram_hashes, seen_share
+from .likelihood import NGRAM, ngram_hashes, seen_shares
 from .packaged_data import language_folder
 from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
 
@@ -451,10 +451,8 @@ def measure_overlap(
                 yield ngram_hashes(tokens[start:start + 2**22 + NGRAM - 1], eos)
 
     held_out = {split: np.concatenate([*hashes(split), np.zeros(0, np.uint64)]) for split in SPLITS[1:]}
-    wanted = np.unique(np.concatenate([*held_out.values(), np.array([2**64 - 1], np.uint64)]))  # no hash is beyond the last
-    seen = [np.unique(part[wanted[np.searchsorted(wanted, part)] == part]) for part in hashes("train")]  # one pass for both splits
-    shares = {split: seen_share(each, [np.concatenate(seen)]) for split, each in held_out.items()}
-    return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": shares[split]} for split in held_out}
+    shares = seen_shares(held_out, hashes("train"))
+    return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": share} for split, share in shares.items()}
 
 # %% ../nbs/33_corpus.ipynb #c995367b
 def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verify: bool) -> None:

@@ -304,13 +304,13 @@ def ngram_hashes(
     return (hashes ^ hashes >> np.uint64(32))[~ends]
 
 
-def seen_share(
-    held_out: np.ndarray,  # hashes of the n-grams in question
+def seen_shares(
+    held_out: dict[str, np.ndarray],  # hashes of the n-grams in question, by text
     training: Iterable[np.ndarray],  # hashes of the n-grams of the training text, in parts
-) -> float | None:  # None if there are none in question
-    "Share of the held-out n-grams that occur in the training text."
-    wanted, place = np.unique(held_out, return_inverse=True)
+) -> dict[str, float | None]:  # None for a text without n-grams
+    "Share of the n-grams of each held-out text that occur in the training text."
+    wanted = np.unique(np.concatenate([*held_out.values()]))
     found = np.zeros(len(wanted), bool)
     for part in training:
-        found |= np.isin(wanted, part)
-    return float(found[place].mean()) if len(held_out) else None
+        found |= np.isin(wanted, np.unique(part), assume_unique=True)
+    return {text: float(found[np.searchsorted(wanted, each)].mean()) if len(each) else None for text, each in held_out.items()}
