@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .evaluation import CLASSIFIER_LABELS, evaluate_runs, is_undertrained, read_plan, train_seeds
+from .generation_recipes import GENERATION_DATASET_BY_PROFILE
 from .image_recipes import SUPPORTS, ablation_name
+from .language_recipes import LM_DATASET_BY_PROFILE
 from .recipes import get_recipe
 from .records import project_root
 from .reference import SCORES
@@ -63,17 +65,19 @@ def planned_results(
 
 def planned_experiment(
     recipe: str,  # key of `RECIPES`
-    profile: str,  # plans are of "desk"; under others the folder may hold another recipe under the same name
-) -> str | None:  # None for a recipe that has none
+    profile: str,  # "smoke", "desk" or "paper"
+) -> str | None:  # None for a recipe that has none, or whose place belongs to another data set under this profile
     "Folder of the results of a recipe in a plan, or of a baseline that came later."
-    if profile != "desk" or not (project_root() / "results" / "plans").is_dir():  # an installed package, not a clone, has none
+    if not (project_root() / "results" / "plans").is_dir():  # an installed package, not a clone, has none
         return None
     if recipe in CLASSIFIER_LABELS["desk"]:
-        return "image_classification"
+        return "image_classification" if recipe in CLASSIFIER_LABELS[profile] else None
+    data = {"image_generation": GENERATION_DATASET_BY_PROFILE[profile], "language_models": LM_DATASET_BY_PROFILE[profile],
+            "textbooks": None if profile == "smoke" else "openstax"}
     for name, (folder, *_) in PLANNED_RESULTS.items():
         plan = read_plan(name)
         if recipe in (*plan["models"], *plan["baselines"]):
-            return folder
+            return folder if recipe.partition("/")[2] == data.get(folder) else None
     return None
 
 # %% ../nbs/42_ablation.ipynb #07b26bf0

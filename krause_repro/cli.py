@@ -160,7 +160,7 @@ def summarise_recipe(
     items: str = None,  # of a language model: also score it on the zero-shot suites in this folder, or from the hub
     limit: int = None,  # with items: maximum number of items per task, drawn at random
 ) -> None:
-    "Evaluate a recipe's finished runs on the test data: add their seeds to its results, or print the scores if it is in no plan of desk."
+    "Evaluate a recipe's finished runs on the test data: add their seeds to its results, or print the scores if it is in no plan."
     if limit is not None and items is None:
         raise UserError("limit is for the items of the zero-shot suites; give items, a folder or hub")
     from krause_repro.ablation import planned_experiment

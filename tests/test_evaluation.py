@@ -21,6 +21,7 @@ from krause_repro.ablation import (
     load_or_run_grid,
     paper_steps,
     plain_answers,
+    planned_experiment,
     single_changes,
 )
 from krause_repro.checks import UserError
@@ -585,6 +586,15 @@ def test_seeds_of_two_machines_are_one_result():
     assert add_seeds(first | known, second | unknown)["data"] == add_seeds(first | unknown, second | known)["data"] == known["data"]
     more = add_seeds(first, {**second, "versions": {**second["versions"], "datasets": "5"}})
     assert more["versions"] == {"torch": "2.14, 2.15", "python": "3.11", "datasets": "5"}
+
+
+@pytest.mark.parametrize(("recipe", "places"), [
+    ("karm/mnist", [None, "image_generation", "image_generation"]), ("lm_top_k_100m/openstax", [None, "language_models", None]),
+    ("kvit_s/cifar10", [None, "image_classification", "image_classification"]), ("lora_smollm2/openstax", [None, "textbooks", "textbooks"]),
+    ("karm/digits", [None] * 3),
+])
+def test_a_planned_recipe_has_a_place_where_no_other_data_set_has_it(recipe, places):
+    assert [planned_experiment(recipe, profile) for profile in ("smoke", "desk", "paper")] == places
 
 
 def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch, capsys, tmp_path):

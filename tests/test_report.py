@@ -123,7 +123,7 @@ def test_the_results_show_what_is_tuned_and_the_answer_on_sinks(tmp_path):
         save_result(f"fine_tuning_questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
     text = fine_tuning_section(tmp_path)
     assert text.startswith("2 of 4 models are fine-tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
-    assert "LoRA + Krause branch minus LoRA: -0.100 nats per token" in text and (
+    assert "LoRA + Krause branch minus LoRA: -0.100 (-0.100 to -0.100) nats per token" in text and (
         "| questions | LoRA | 2.500 | 1.700 ± 0.100 *(undertrained)* |" in text)
     models = {"base": ("lora_smollm2/questions", {"softmax": (0.6, 0.5)}),
               "krause_questions": ("krause_smollm2/questions", {"softmax": (0.6, 0.5), "krause": (0.5, 0.0), "mixed": (0.6, 0.4)})}
