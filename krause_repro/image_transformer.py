@@ -7,21 +7,22 @@ __all__ = ['ImageTransformerConfig', 'ImageTransformer', 'image_tokens', 'start_
 
 # %% ../nbs/13_image_transformer.ipynb #fa56d314
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .model_base import CheckedConfig, CheckedModel, check_label_range, named_arguments, token_loss
+from .model_base import INDICES, CheckedConfig, CheckedModel, check_targets, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
-from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers, ring_positions, take_cache
+from krause_repro.ring_cache import (
+    CACHE_NAME, CountedLayer, PreallocatedLayer, RingCache, RingLayer, check_layers, prompt_length, ring_positions, with_generation_cache,
+)
 from .transformers_attention import ensure
 
 # %% ../nbs/13_image_transformer.ipynb #fa95dba1
@@ -63,7 +64,7 @@ def linear_attention(
     return output + spoiled, (totals[0][:, :, -1] + spoiled[:, :, -1:], totals[1][:, :, -1] + spoiled[:, :, -1])
 
 # %% ../nbs/13_image_transformer.ipynb #5624ea96
-ATTENTIONS = ("krause", "softmax", "softmax_window", "linear")
+ATTENTIONS = ("krause", "softmax", "linear", "softmax_window")
 
 # %% ../nbs/13_image_transformer.ipynb #9e55a0b3
 class ImageTransformerConfig(CheckedConfig):
@@ -139,81 +140,8 @@ def check_image_config(
     for name in ("start_token", "use_cache"):
         check_flag(name, getattr(config, name))
 
-# %% ../nbs/13_image_transformer.ipynb #c0a17ed1
-class _CountedLayer(CacheLayerMixin):
-    "A cache layer that counts its tokens, and is copied before it is changed as a ring is."
-
-    _lent, _own = False, RingLayer._own
-    batch_select_indices, batch_repeat_interleave = DynamicLayer.batch_select_indices, DynamicLayer.batch_repeat_interleave
-
-    def __init__(self):
-        super().__init__()
-        self.cumulative_length = 0
-
-    def reset(self) -> None:
-        "Empty the cache; the next update may have another batch size."
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length, self._lent = False, 0, False
-
-    def get_seq_length(self) -> int:
-        "Tokens seen so far."
-        return self.cumulative_length
-
-# %% ../nbs/13_image_transformer.ipynb #f101747c
-class PreallocatedLayer(_CountedLayer):
-    "Preallocated keys and values of one layer: new ones are written in place, and a view of all is returned."
-
-    is_sliding, is_croppable = False, True
-
-    def __init__(
-        self,
-        length: int,  # of the longest sequence, in tokens
-    ):
-        super().__init__()
-        self.length = check_integer("length", length, 1)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        with torch.inference_mode(False):  # the cache may outlive the inference mode it was created in
-            self.keys, self.values = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states))
-        self.is_initialized = True
-
-    def update(
-        self,
-        key_states: Tensor,  # (B, H, T, D), the new tokens' keys
-        value_states: Tensor,  # (B, H, T, Dv)
-        *args,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor]:  # (B, H, n, D) and (B, H, n, Dv), of all n tokens so far
-        "Store the new tokens and return all. Raises `ValueError` for shapes that differ from the stored ones and when it is full."
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
-            if (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
-                raise UserError(f"{name} must fit those held, {tuple(held.shape)} of {held.dtype}, got {tuple(new.shape)} of {new.dtype}")
-        start, end = self.cumulative_length, self.cumulative_length + key_states.shape[2]
-        if end > self.length:
-            raise UserError(f"this cache holds {self.length} tokens; {start} are there, and {end - start} more do not fit")
-        self._own()
-        self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
-        self.cumulative_length, self._lent = end, torch.is_grad_enabled()
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def crop(self, tokens_to_remove: int) -> None:  # ≤ 0: minus their number
-        "Remove the last tokens. Raises `ValueError` for more than there are."
-        if not -self.cumulative_length <= tokens_to_remove <= 0:
-            raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
-        self.cumulative_length += tokens_to_remove
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        "Capacity in tokens."
-        return self.length
-
 # %% ../nbs/13_image_transformer.ipynb #1488b80d
-class RecurrentLayer(_CountedLayer):
+class RecurrentLayer(CountedLayer):
     "The two sums of linear attention, kept as `keys` (B, H, D, Dv) and `values` (B, H, D)."
 
     is_sliding = False
@@ -370,9 +298,6 @@ class PixelBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 # %% ../nbs/13_image_transformer.ipynb #ef137ca0
-INDICES = (torch.int32, torch.int64)
-
-
 def check_tokens(
     input_ids: Tensor,  # must be (B, T) integers of the vocabulary
     config: ImageTransformerConfig,
@@ -398,23 +323,6 @@ def check_padding(
     "Raise a `ValueError` for padding; a compiled graph raises a `RuntimeError` when it runs."
     if attention_mask is not None:
         ensure((attention_mask == 1).all(), "attention_mask must be all ones: images are not padded")
-
-# %% ../nbs/13_image_transformer.ipynb #bb0f77e5
-def check_targets(
-    labels: Tensor,  # must be integers of the shape of `input_ids`
-    input_ids: Tensor,  # (B, T)
-    config: ImageTransformerConfig,
-) -> Tensor:  # (B, T − 1), the predicted tokens
-    "Raise a `ValueError` unless labels are tokens, or −100 where ignored, of a sequence of at least two tokens."
-    tensor = isinstance(labels, Tensor)
-    if not tensor or labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
-        found = f"{labels.dtype} {tuple(labels.shape)}" if tensor else type(labels).__name__
-        raise UserError(
-            f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, got {found}")
-    targets = check_label_range(labels[:, 1:], config.vocab_size)
-    if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
-        raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")
-    return targets
 
 # %% ../nbs/13_image_transformer.ipynb #72d91db3
 def check_cache(
@@ -454,32 +362,6 @@ def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels)
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8
-def prompt_length(
-    prompt: Tensor | None,  # (B, T) of `generate`; None: the start token alone
-) -> int:
-    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions."
-    if prompt is None:
-        return 1
-    if not isinstance(prompt, Tensor) or prompt.ndim != 2:
-        found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-        raise UserError(f"input_ids must be a tensor of integers of shape (B, T), got {found}")
-    return prompt.shape[1]
-
-
-def with_generation_cache(
-    options: dict,  # keyword arguments of `generate`
-    length: int,  # tokens of the prompt
-    make: Callable[[], Cache],  # makes an empty cache
-) -> dict:
-    "The arguments with the cache, by default a new one. Raises a `ValueError` unless it holds fewer tokens than the prompt."
-    options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
-    if (cache := take_cache(options)) is None and options["use_cache"]:
-        cache = make()
-    if isinstance(cache, Cache) and (held := cache.get_seq_length()) >= length:
-        raise UserError(f"past_key_values must hold fewer tokens than the prompt, {length}, got {held}; crop it, or leave it out")
-    return options if cache is None else options | {CACHE_NAME: cache}
-
-
 def _generation_options(model, length, options):
     "The arguments of `generate`, with the defaults that images need."
     config, settings = model.config, options.get("generation_config") or model.generation_config

@@ -19,14 +19,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from krause_repro.image_transformer import (
-    INDICES, PreallocatedLayer, check_targets, fused_attention, prompt_length, with_generation_cache,
-)
+from .image_transformer import fused_attention
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
-from .model_base import CheckedConfig, CheckedModel, named_arguments, token_loss
+from .model_base import INDICES, CheckedConfig, CheckedModel, check_targets, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
-from .ring_cache import CACHE_NAME, RingCache, RingLayer, check_layers
+from .ring_cache import CACHE_NAME, PreallocatedLayer, RingCache, RingLayer, check_layers, prompt_length, with_generation_cache
 from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f

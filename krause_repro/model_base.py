@@ -118,6 +118,26 @@ def check_label_range(
             raise UserError(f"labels must be classes from 0 to {classes - 1}, or −100 for none, got {wrong[0].item()}")
     return labels.long()
 
+# %% ../nbs/10_model_base.ipynb #bb0f77e5
+INDICES = (torch.int32, torch.int64)  # of token ids
+
+
+def check_targets(
+    labels: Tensor,  # must be integers of the shape of `input_ids`
+    input_ids: Tensor,  # (B, T)
+    config: CheckedConfig,  # with `vocab_size`
+) -> Tensor:  # (B, T − 1), the predicted tokens
+    "Raise a `ValueError` unless labels are tokens, or −100 where ignored, of a sequence of at least two tokens."
+    tensor = isinstance(labels, Tensor)
+    if not tensor or labels.is_floating_point() or labels.shape != input_ids.shape or labels.shape[1] < 2:
+        found = f"{labels.dtype} {tuple(labels.shape)}" if tensor else type(labels).__name__
+        raise UserError(
+            f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, got {found}")
+    targets = check_label_range(labels[:, 1:], config.vocab_size)
+    if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
+        raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")
+    return targets
+
 # %% ../nbs/10_model_base.ipynb #8035f61c
 def named_arguments(
     method: Callable,  # of a model, without `**kwargs`

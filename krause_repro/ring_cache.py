@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .attention import banded_attention
 from .checks import UserError, check_integer
@@ -345,3 +345,102 @@ def cache_bytes(
     parts = [part for layer in cache.layers for part in (layer, getattr(layer, "krause_ring", None)) if part is not None]
     held = [x.untyped_storage() for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+# %% ../nbs/07_ring_cache.ipynb #c0a17ed1
+class CountedLayer(CacheLayerMixin):
+    "A cache layer that counts its tokens, and is copied before it is changed as a ring is."
+
+    _lent, _own = False, RingLayer._own
+    batch_select_indices, batch_repeat_interleave = DynamicLayer.batch_select_indices, DynamicLayer.batch_repeat_interleave
+
+    def __init__(self):
+        super().__init__()
+        self.cumulative_length = 0
+
+    def reset(self) -> None:
+        "Empty the cache; the next update may have another batch size."
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length, self._lent = False, 0, False
+
+    def get_seq_length(self) -> int:
+        "Tokens seen so far."
+        return self.cumulative_length
+
+# %% ../nbs/07_ring_cache.ipynb #f101747c
+class PreallocatedLayer(CountedLayer):
+    "Preallocated keys and values of one layer: new ones are written in place, and a view of all is returned."
+
+    is_sliding, is_croppable = False, True
+
+    def __init__(
+        self,
+        length: int,  # of the longest sequence, in tokens
+    ):
+        super().__init__()
+        self.length = check_integer("length", length, 1)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        with torch.inference_mode(False):  # the cache may outlive the inference mode it was created in
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,  # (B, H, T, D), the new tokens' keys
+        value_states: Tensor,  # (B, H, T, Dv)
+        *args,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:  # (B, H, n, D) and (B, H, n, Dv), of all n tokens so far
+        "Store the new tokens and return all. Raises `ValueError` for shapes that differ from the stored ones and when it is full."
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
+            if (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
+                raise UserError(f"{name} must fit those held, {tuple(held.shape)} of {held.dtype}, got {tuple(new.shape)} of {new.dtype}")
+        start, end = self.cumulative_length, self.cumulative_length + key_states.shape[2]
+        if end > self.length:
+            raise UserError(f"this cache holds {self.length} tokens; {start} are there, and {end - start} more do not fit")
+        self._own()
+        self.keys[:, :, start:end], self.values[:, :, start:end] = key_states, value_states
+        self.cumulative_length, self._lent = end, torch.is_grad_enabled()
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def crop(self, tokens_to_remove: int) -> None:  # ≤ 0: minus their number
+        "Remove the last tokens. Raises `ValueError` for more than there are."
+        if not -self.cumulative_length <= tokens_to_remove <= 0:
+            raise UserError(f"tokens_to_remove must be in −{self.cumulative_length}…0, got {tokens_to_remove}")
+        self.cumulative_length += tokens_to_remove
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        "Capacity in tokens."
+        return self.length
+
+# %% ../nbs/07_ring_cache.ipynb #d41f6a90
+def prompt_length(
+    prompt: Tensor | None,  # (B, T) of `generate`; None: the start token alone
+) -> int:
+    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions."
+    if prompt is None:
+        return 1
+    if not isinstance(prompt, Tensor) or prompt.ndim != 2:
+        found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise UserError(f"input_ids must be a tensor of integers of shape (B, T), got {found}")
+    return prompt.shape[1]
+
+
+def with_generation_cache(
+    options: dict,  # keyword arguments of `generate`
+    length: int,  # tokens of the prompt
+    make: Callable[[], Cache],  # makes an empty cache
+) -> dict:
+    "The arguments with the cache, by default a new one. Raises a `ValueError` unless it holds fewer tokens than the prompt."
+    options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
+    if (cache := take_cache(options)) is None and options["use_cache"]:
+        cache = make()
+    if isinstance(cache, Cache) and (held := cache.get_seq_length()) >= length:
+        raise UserError(f"past_key_values must hold fewer tokens than the prompt, {length}, got {held}; crop it, or leave it out")
+    return options if cache is None else options | {CACHE_NAME: cache}
