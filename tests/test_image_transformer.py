@@ -288,7 +288,8 @@ def test_loss_is_the_mean_over_all_but_the_first_token_and_trains_everything(att
 
 
 @over(("settings", "message"), [
-    ({"attention": "sparse"}, "attention must be one of krause, softmax, linear, softmax_window"), ({"image_shape": (28, 28)}, "image_shape must be"),
+    ({"attention": "sparse"}, "attention must be one of krause, softmax, linear, softmax_window"),
+    ({"image_shape": (28, 28)}, "image_shape must be"),
     ({"image_shape": (28, 0, 1)}, "image_shape must be"), ({"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 256"),
     ({"attention_window": 0}, "attention_window must be"), ({"attention_top_k": 0}, "attention_top_k must be"),
     ({"sigma": 0.0}, "sigma must be"), ({"dropout": 1.5}, "dropout must be"), ({"start_token": 1}, "start_token must be True or False"),
