@@ -394,7 +394,7 @@ def window_control(root: Path | None = None) -> str:  # the project's folder
     labels = {pair: " − ".join(GENERATOR_LABELS[name.partition("/")[0]][0] for name in pair) for pair in found}
     told = [f"{labels[pair]} {effect(each, 1, 3)} bits: {outcome(each, 'more', 'fewer', plan['smallest_difference'])}"
             for pair, each in found.items() if each]
-    return "; ".join(told) or "softmax attention on KARM's window is not finished, so the window alone may explain the bits saved"
+    return "; ".join(told) or "the control, softmax attention on KARM's window, is not finished: the window may explain the bits saved"
 
 
 def _judge_bits(root):
@@ -403,7 +403,8 @@ def _judge_bits(root):
     evidence = [f"MNIST, {size_in_words('karm/mnist')}: KARM − {rival.upper()} {effect(each, 1, 3)} bits per dimension, "
                 f"{plural(each['n'], 'seed')}, corrected for {len(plan['comparisons'])} comparisons: "
                 f"{outcome(each, 'more', 'fewer', smallest)}." for rival, each in found.items() if each]
-    evidence += [f"Control: {window_control(root)}.", f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}."]
+    control = window_control(root)
+    evidence += [f"{control[0].upper()}{control[1:]}.", f"{mnist_so_far(plan, results)} bits per dimension; {best_counts(root)}."]
     trained = {model.upper(): results[f"{model}/mnist"] for model in ("karm", "arm", "larm") if results.get(f"{model}/mnist")}
     falls = {label: last_gain(result["curves"]) for label, result in trained.items()}
     fell = ", ".join(f"{label} by {fall:.3f}" for label, fall in falls.items() if fall is not None)
@@ -415,7 +416,7 @@ def _judge_bits(root):
     return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else UNDECIDED,
                    f"MNIST{'' if done else ', unfinished:'} {ours}" if ours else "not finished", tuple(evidence),
                    f"MNIST, KARM {differences or 'is not finished'} bits per dimension{seeds}.",
-                   f"{window_control(root)}; the models are small ({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per "
+                   f"{control}; the models are small ({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per "
                    f"dimension; {best_counts(root)}")
 
 def _published_bits() -> str:
