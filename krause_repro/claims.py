@@ -17,8 +17,8 @@ from .fine_tuning_evaluation import TEXTBOOK_LABELS
 from .generation_evaluation import GENERATOR_LABELS
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, SINKS, get_recipe
-from .results import load_or_compute, load_result, result_path
-from .sinks import branch_files, sink_comparison, sink_models
+from .results import load_result
+from .sinks import branch_files, sink_comparison, stored_sinks
 from krause_repro.statistics import (
     MIN_EFFECT, corrected_difference, decimals, effect, is_shown, markdown_table, outcome, paired_difference, percent, plural, seed_values,
     span, unpaired_difference,
@@ -73,6 +73,15 @@ def planned_difference(
         return None
     found = corrected_difference(*pair, len(plan["comparisons"]), field)
     return {**found, "verdict": _verdict(found, plan["smallest_difference"], better)}
+
+
+def planned_differences(
+    name: str,  # of the plan
+    root: Path | None,  # the project's folder
+):  # the plan, its results, and by pair of recipes `planned_difference`; None and empty without a plan
+    "A plan with its results and all its comparisons."
+    plan, results = planned_results(name, root)
+    return plan, results, {pair: planned_difference(name, plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
 
 
 def _verdict(difference: dict, smallest: float = MIN_EFFECT, better: int = 1) -> str:
@@ -146,9 +155,8 @@ def _published_lead() -> str:
 
 def on_cifar10(root: Path | None = None):  # the project's folder
     "The plan, its results, KViT minus ViT and minus ViT with post-norm (None before all seeds are finished)."
-    plan, results = planned_results("cifar10", root)
-    rivals = ("vit_s/cifar10", "vit_s_post/cifar10")
-    return plan, results, *(planned_difference("cifar10", plan, results, "kvit_s/cifar10", rival) if plan else None for rival in rivals)
+    plan, results, found = planned_differences("cifar10", root)
+    return plan, results, *(found.get(("kvit_s/cifar10", rival)) for rival in ("vit_s/cifar10", "vit_s_post/cifar10"))
 
 
 def cifar10_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
@@ -197,9 +205,8 @@ PARTS = {  # planned comparisons of models that differ in one part; the plan has
 
 def part_effects(root: Path | None = None):  # the project's folder
     "On CIFAR-10, the planned difference that each part makes, by part; finished ones only. And what each is called."
-    plan, results = planned_results("cifar10", root)
-    found = {part: planned_difference("cifar10", plan, results, *pair) for part, pair in PARTS.items()} if plan else {}
-    effects = {part: each for part, each in found.items() if each}
+    plan, _, found = planned_differences("cifar10", root)
+    effects = {part: found[pair] for part, pair in PARTS.items() if found.get(pair)}
     return effects, {part: outcome(each, "helps", "harms", plan["smallest_difference"]) for part, each in effects.items()}
 
 
@@ -325,9 +332,7 @@ CLAIMS["heads"] = Claim("Diverse heads, tokens in several groups", lambda: "heat
 # %% ../nbs/68_claims.ipynb #c2c336f3
 def sink_numbers(root: Path | None = None):  # the project's folder
     "By file of a model with a branch: attention on token 0, and whether the sink is there in branch and model."
-    recipe, models = SINKS.at("desk"), sink_models("desk")
-    found = {file: load_or_compute(f"sinks/{file}", "desk", "never", [recipe, model], dict, root) for file, (_, model) in models.items()
-             if result_path(f"sinks/{file}", "desk", root).is_file()}
+    found, recipe = stored_sinks("desk", root), SINKS.at("desk")
 
     def seeing(file, kind):
         return found[file]["sinks"][kind]["first_near"]["all_layers"]
@@ -374,9 +379,8 @@ def mnist_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
 
 def on_mnist(root: Path | None = None):  # the project's folder
     "The plan, its results, and KARM minus each rival (None before all seeds are finished)."
-    plan, results = planned_results("mnist", root)
-    return plan, results, {rival: planned_difference("mnist", plan, results, "karm/mnist", f"{rival}/mnist") if plan else None
-                           for rival in ("arm", "larm")}
+    plan, results, found = planned_differences("mnist", root)
+    return plan, results, {rival: found.get(("karm/mnist", f"{rival}/mnist")) for rival in ("arm", "larm")}
 
 
 def best_counts(root: Path | None = None) -> str:  # the project's folder
@@ -389,8 +393,7 @@ def best_counts(root: Path | None = None) -> str:  # the project's folder
 # %% ../nbs/68_claims.ipynb #7d0a95e3
 def window_control(root: Path | None = None) -> str:  # the project's folder
     "What softmax attention on KARM's window says of distance and window, in words."
-    plan, results = planned_results("mnist_window", root)
-    found = {pair: planned_difference("mnist_window", plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
+    plan, _, found = planned_differences("mnist_window", root)
     labels = {pair: " − ".join(GENERATOR_LABELS[name.partition("/")[0]][0] for name in pair) for pair in found}
     told = [f"{labels[pair]} {effect(each, 1, 3)} bits: {outcome(each, 'more', 'fewer', plan['smallest_difference'])}"
             for pair, each in found.items() if each]
@@ -410,12 +413,12 @@ def _judge_bits(root):
     fell = ", ".join(f"{label} by {fall:.3f}" for label, fall in falls.items() if fall is not None)
     evidence += [f"Held-out bits fell over the last fifth of training: {fell}."] if fell else []
     done = all(found.values())
-    ours = ", ".join(f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
-    differences = ", ".join(f"minus {rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each)
+    differences = [f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each]
+    ours, minus = ", ".join(differences), ", ".join(f"minus {each}" for each in differences)
     seeds = f"; {plural(len(plan['seeds']), 'planned seed')}" if plan else ""
     return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else UNDECIDED,
                    f"MNIST{'' if done else ', unfinished:'} {ours}" if ours else "not finished", tuple(evidence),
-                   f"MNIST, KARM {differences or 'is not finished'} bits per dimension{seeds}.",
+                   f"MNIST, KARM {minus or 'is not finished'} bits per dimension{seeds}.",
                    f"{control}; the models are small ({size_in_words('karm/mnist')}): {mnist_so_far(plan, results)} bits per "
                    f"dimension; {best_counts(root)}")
 
@@ -481,11 +484,10 @@ def _short_runs(root) -> dict[str, dict]:
 
 
 def _judge_fine_tuning(root):
-    short, (plan, results) = _short_runs(root), planned_results("textbooks", root)
+    short, (plan, results, found) = _short_runs(root), planned_differences("textbooks", root)
     names = {f"{arm}_smollm2/openstax": label for arm, (label, _) in TEXTBOOK_LABELS.items()}
     evidence = [f"SmolLM2-135M-Instruct, {data}, {each['steps']:g} steps: with a branch minus without {effect(each, 1, 3)} nats per "
                 f"token, {plural(each['n'], 'seed')}; before the first step {each['before']:+.3f}." for data, each in short.items()]
-    found = {pair: planned_difference("textbooks", plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
     evidence += [f"Textbooks: {names[first]} − {names[second]} {effect(each, 1, 3)} nats per token, corrected: "
                  f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
                  for (first, second), each in found.items() if each]
@@ -534,10 +536,9 @@ def _published_means() -> str:
 
 
 def _judge_from_scratch(root):
-    plan, results = planned_results("language_models", root)
-    pairs = [pair for pair in map(tuple, plan["comparisons"] if plan else ())
-             if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]]  # the published model and the paper's rivals
-    found = {pair: planned_difference("language_models", plan, results, *pair) for pair in pairs}
+    plan, results, planned = planned_differences("language_models", root)
+    found = {pair: each for pair, each in planned.items()
+             if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]}  # the published model and the paper's rivals
     evidence = [f"{first} − {second}: {effect(each, 1, 3)} bits per token, corrected: "
                 f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
                 for (first, second), each in found.items() if each]

@@ -168,8 +168,8 @@ def summarise_recipe(
 
     chosen, experiment = get_recipe(recipe).at(profile), planned_experiment(recipe, profile)
     if items is not None and experiment not in ("language_models", "textbooks"):
-        wanted = "a language model of a plan under desk, such as lm_krause_100m/openstax"
-        raise UserError(f"items are for {wanted}; got recipe {recipe!r} under profile {profile!r}")
+        raise UserError("items are for a language model of a plan, such as lm_krause_100m/openstax under desk; "
+                        f"got recipe {recipe!r} under profile {profile!r}")
     if items not in (None, "hub", "local") and not Path(items).exists():
         raise FileNotFoundError(f"items must be hub, local, or a folder that is there, got {items}")
     if experiment is None:

@@ -30,6 +30,10 @@ _BRANCH_FILE = "krause_branch.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", _BRANCH_FILE)
 
 
+SAMPLED_WEIGHTS = 9  # of each matrix
+LARGEST_DISTANCE = 0.02  # relative, of the sampled weights of two copies of one model
+
+
 def _weight_samples(
     model: PreTrainedModel,  # a base model, with or without a branch, with or without LoRA
 ) -> dict[str, list[float] | None]:  # by matrix; None if unreadable: quantised, or on the meta device
@@ -42,10 +46,10 @@ def _weight_samples(
 
 
 def _sample(weight):
-    "The weights in the middle of nine equal parts of a flattened matrix."
+    "The weights in the middle of `SAMPLED_WEIGHTS` equal parts of a flattened matrix."
     if not weight.is_floating_point() or weight.is_meta:
         return None
-    places = [(2 * i + 1) * weight.numel() // 18 for i in range(9)]
+    places = [(2 * i + 1) * weight.numel() // (2 * SAMPLED_WEIGHTS) for i in range(SAMPLED_WEIGHTS)]
     return weight.detach().reshape(-1)[places].float().tolist()
 
 
@@ -70,8 +74,9 @@ def check_base(
             raise UserError(f"{other} {name} is {value}, this model's is {own[name]}")
     for name, values in own["weights"].items():
         apart = _relative_distance(values, fingerprint["weights"].get(name))
-        if not apart <= 0.02:  # also if it is NaN
-            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where 2% is allowed")
+        if not apart <= LARGEST_DISTANCE:  # also if it is NaN
+            raise UserError(f"{other} weights and this model's are {apart:.1%} apart in the {name}, where {LARGEST_DISTANCE:.0%} is "
+                            "allowed")
 
 
 def _relative_distance(values, others):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from krause_repro.ablation import (
-    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, planned_results, single_changes,
+    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, single_changes,
 )
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
@@ -36,7 +36,7 @@ from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path
-from .sinks import branch_files, sink_answer, sink_models
+from .sinks import branch_files, sink_answer, sink_models, stored_sinks
 from .statistics import MIN_EFFECT, decimals, markdown_table, plural
 from .vision_transformer import VisionTransformer
 
@@ -167,14 +167,6 @@ def zero_shot_results(
     return {f"lm_{mixer}_100m/{data}": {"label": MIXER_LABELS[mixer][0], **(each or {})} for mixer, each in found.items()}
 
 
-def sink_results(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: Path | None = None,  # the project's folder
-) -> dict[str, dict]:
-    "First-token attention under a profile, by result file."
-    return {file: load_or_compute(f"sinks/{file}", profile, "never", [SINKS.at(profile), recipe], dict, root)
-            for file, (_, recipe) in sink_models(profile).items() if result_path(f"sinks/{file}", profile, root).is_file()}
-
 # %% ../nbs/70_report.ipynb #5a072b27
 def classifier_results(
     profile: str,  # "smoke", "desk" or "paper"
@@ -241,7 +233,7 @@ def related_measurement(
 ) -> str | None:
     "A sentence on our measurement of the same question with another model, data set or machine; None without one."
     if table == "figure7_llama_sink":
-        found, data = sink_results(profile, root), FINE_TUNING_DATASET_BY_PROFILE[profile][1][0]
+        found, data = stored_sinks(profile, root), FINE_TUNING_DATASET_BY_PROFILE[profile][1][0]
         if {"base", f"krause_{data}"} <= found.keys():
             base, krause = (found[file]["sinks"][kind]["first_all"]["all_layers"] for file, kind in
                             (("base", "softmax"), (f"krause_{data}", "krause")))
@@ -425,7 +417,7 @@ def _speed_lines(speed):
 
 # %% ../nbs/70_report.ipynb #4616c736
 def _sink_lines(root):
-    found, recipe = sink_results("desk", root), SINKS.at("desk")
+    found, recipe = stored_sinks("desk", root), SINKS.at("desk")
     note = f"Attention sinks on {recipe.passages} passages of {recipe.length} tokens, first seed:"
     return [note, sink_answer(found, recipe)] if branch_files(found) else []
 
@@ -434,8 +426,8 @@ def language_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "Language models from scratch as RESULTS.md shows them: bits, planned differences and zero-shot scores."
-    plan, results = read_plan("language_models", root), planned_results("language_models", root)[1]
-    names = {f"lm_{mixer}_100m/openstax": label for mixer, (label, _) in MIXER_LABELS.items()}
+    plan, names = read_plan("language_models", root), {f"lm_{mixer}_100m/openstax": label for mixer, (label, _) in MIXER_LABELS.items()}
+    results = load_or_run_grid("language_models", list(names), "desk", "never", root=root)
     models = {name: {"label": label, **(results.get(name) or {})} for name, label in names.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([

@@ -30,6 +30,7 @@ from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
+from .results import load_or_compute, result_path
 from .runs import Run, check_run, run_corpus, run_path
 from .statistics import decimals, finished_table, markdown_table, summarise, summarise_curves
 from .tasks import base_model
@@ -327,6 +328,15 @@ def branch_files(
     data = {file: file.removeprefix("krause_").replace("shakespeare", "Shakespeare") for file in found if file.startswith("krause_")}
     when = {"untrained_branch": "before training"} | {file: f"after training on {each}" for file, each in data.items()}
     return {file: label for file, label in when.items() if file in found and "base" in found}
+
+
+def stored_sinks(
+    profile: str,  # "smoke", "desk" or "paper"
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict]:  # by result file, as in `sink_models`; measured ones only
+    "The results of `measure_sinks` under a profile. Raises `ValueError` for stale ones."
+    return {file: load_or_compute(f"sinks/{file}", profile, "never", [SINKS.at(profile), recipe], dict, root)
+            for file, (_, recipe) in sink_models(profile).items() if result_path(f"sinks/{file}", profile, root).is_file()}
 
 # %% ../nbs/49_sinks.ipynb #dfa189a2
 def sink_model(
