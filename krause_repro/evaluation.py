@@ -275,6 +275,17 @@ def last_gain(
     return values[-1] - before[-1] if before else None
 
 
+def held_out_lead(
+    first: dict,  # a result with "curves"
+    second: dict,  # of a model that was evaluated at the same times
+) -> tuple[list[float], list[float]]:  # the times, and the differences
+    "Held-out loss of the first model minus that of the second at each quarter of training, in the mean over seeds."
+    held_out = [each["curves"]["held_out"] for each in (first, second)]
+    times, losses = held_out[0]["epochs" if "epochs" in held_out[0] else "steps"], [each["mean"] for each in held_out]
+    chosen = [min(range(len(times)), key=lambda i: abs(times[i] - quarter * times[-1] / 4)) for quarter in range(1, 5)]
+    return [times[i] for i in chosen], [losses[0][i] - losses[1][i] for i in chosen]
+
+
 def is_undertrained(
     curves: dict,  # as for `last_gain`
     gain: float = FLAT_GAIN,  # gain from which on a model is undertrained
@@ -366,11 +377,35 @@ def planned_table(
             "excludes 0, but the mean is smaller.")
     return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
 
+# %% ../nbs/41_evaluation.ipynb #5cbf14cc
+UNPLANNED = [(first, second) for second in ("vit_s_post/cifar10", "vit_s/cifar10")
+             for first in ("softmax_s_local/cifar10", "kvit_s_local/cifar10")]
+
+
+def unplanned_differences(
+    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
+) -> dict[str, dict]:  # by "first − second": as from `corrected_difference`, without correction
+    "The window, with either score, against each ViT on CIFAR-10: pairs with a seed in common."
+    trained = {name for name, model in models.items() if "test_accuracy" in model}
+    pairs = [pair for pair in UNPLANNED if trained.issuperset(pair)]
+    labels = {pair: " − ".join(models[name]["label"] for name in pair) for pair in pairs}
+    found = {label: corrected_difference(*(models[name] for name in pair), 1) for pair, label in labels.items()}
+    return {label: difference for label, difference in found.items() if difference["seeds"]}
+
+
+def unplanned_table(
+    models: dict[str, dict],  # as of `unplanned_differences`
+) -> str:  # Markdown
+    "Those differences with their seeds."
+    rows = [(label, ", ".join(f"{100 * value:+.2f}" for value in found["values"]), f"{100 * found['mean']:+.2f}",
+             signed_interval(found["interval"])) for label, found in unplanned_differences(models).items()]
+    return markdown_table(("difference", "points, by seed", "mean", "95% interval, not corrected"), rows)
+
 # %% ../nbs/41_evaluation.ipynb #26d8a7f3
 def trained_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
     measure: Measure = ACCURACY,  # what is shown
-    flat_gain: float = FLAT_GAIN,  # gain over the last fifth from which on a model is undertrained
+    flat_gain: float = FLAT_GAIN,  # gain at the end from which on a model is undertrained
 ) -> str:  # Markdown
     "A measure over seeds, with its gain at the end of training; models that are not trained are named below."
     def shown(m, field):
@@ -388,7 +423,7 @@ def trained_table(
                measure.title: marked, "seeds": lambda m: seeds_in_words(m["seeds"])}
     if measure.held_out:
         columns[measure.title.replace("test", "held-out")] = lambda m: shown(m, measure.held_out)
-    columns[f"{measure.trend} over the last fifth, {measure.unit}"] = gained
+    columns[f"{measure.trend} at the end of training, {measure.unit}"] = gained
     columns["minutes per run"] = lambda m: ", ".join(f"{seconds / 60:.0f}" for seconds in m["seconds"]["values"])
     if any(m.get("paper") for m in models.values()):
         columns[measure.paper] = lambda m: m.get("paper")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .ablation import load_or_run_grid
 from .branched_models import branch_sigmas
 from .checks import UserError
 from krause_repro.evaluation import (
@@ -262,3 +263,18 @@ def fine_tuning_differences(
     pairs = [(name.partition("/")[2], name, name.replace("krause_", "lora_", 1)) for name in results if name.startswith("krause_")]
     found = [sentence(*pair) for pair in pairs if results[pair[1]] and results.get(pair[2])]
     return "\n".join(found) or "No pair is finished."
+
+# %% ../nbs/44_fine_tuning_evaluation.ipynb #d55993da
+def short_run_differences(
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict]:  # by data set, those with both results
+    "Loss with a branch minus loss without after the short desk runs, with the number of steps and the difference before the first."
+    found = {}
+    for data in ("questions", "shakespeare"):
+        names = [f"{kind}_smollm2/{data}" for kind in ("krause", "lora")]
+        branch, lora = load_or_run_grid(f"fine_tuning_{data}", names, "desk", "never", root=root).values()
+        if branch and lora:
+            before = [result["before"]["token_loss"]["mean"] for result in (branch, lora)]
+            found[data] = {**paired_difference(*seed_values([branch, lora], "token_loss")), "steps": branch["steps"],
+                           "before": before[0] - before[1]}
+    return found

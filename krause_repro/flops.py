@@ -303,6 +303,19 @@ def language_mac_table(
     lines += [f"| speed by FLOPs alone, {name} | {' | '.join(f'{b / (b + k):.2f}' for b, k in pairs)} |" for name, pairs in speeds.items()]
     return "\n".join(lines)
 
+# %% ../nbs/37_flops.ipynb #230daba2
+LLAMA3_8B = {"layers": 32, "width": 4096, "key_width": 1024}
+LLAMA3_8B_PARAMETERS = 8_030_261_248
+
+
+def branch_weights(
+    layers: int,  # decoder layers, each with a branch
+    width: int,  # of queries and output, in all heads
+    key_width: int,  # of keys, and of values, in all heads
+) -> int:
+    "Weights of the query, key, value and output projections of a branch in every layer."
+    return layers * 2 * width * (width + key_width)
+
 # %% ../nbs/37_flops.ipynb #3be5a075
 def count_models(
     measured: tuple[str, ...] = COUNTED,  # rows that are also measured

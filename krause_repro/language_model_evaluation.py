@@ -8,6 +8,7 @@ __all__ = ['evaluate_language_models', 'run_tokenizer', 'sample_text']
 # %% ../nbs/45_language_model_evaluation.ipynb #58a90e6b
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .recipe_base import plain
 from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
 from .statistics import decimals, finished_table, markdown_table, seeds_in_words, summarise, summarise_curves
-from .tasks import corpus_splits, recipe_corpus
+from .tasks import corpus_splits, document_positions, recipe_corpus
 
 # %% ../nbs/45_language_model_evaluation.ipynb #a1850453
 LENGTHS_MEASURED = 2  # training lengths
@@ -92,14 +93,19 @@ def test_text(
     run: Run,  # finished, of a language model from scratch
     source: str | Path | None = None,  # the user's text or corpus
 ) -> dict:  # "bits_per_token", "bits_per_byte", "tokens", "blocks", "by_position" in bits, and "gate"
-    "Bits of the test split under a run's model, and by position, cached in the run directory."
+    """Bits of the test split under a run's model, and by position, cached in the run directory.
+
+    A model trained with a document mask is measured with it, on the same tokens as the others.
+    """
     def measure():
         recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source)
         blocks, long_blocks = text_blocks_of(recipe, corpus), text_blocks_of(recipe, corpus, LENGTHS_MEASURED, POSITION_BLOCKS)
-        bits = position_nats(model, blocks).mean().item() / math.log(2)
+        positions = partial(document_positions, eos=corpus.tokenizer.eos_token_id) if recipe.document_mask else None
+        bits = position_nats(model, blocks, positions=positions).mean().item() / math.log(2)
         with mean_gates(model) as gates:
-            position_nats(model, text_blocks_of(recipe, corpus, 1, GATE_BLOCKS))
-        nats = position_nats(with_further_positions(model, LENGTHS_MEASURED * recipe.context), long_blocks, batch=8)
+            position_nats(model, text_blocks_of(recipe, corpus, 1, GATE_BLOCKS), positions=positions)
+        longer = with_further_positions(model, LENGTHS_MEASURED * recipe.context)
+        nats = position_nats(longer, long_blocks, batch=8, positions=positions)
         return {"bits_per_token": bits, "bits_per_byte": bits / corpus.bytes_per_token("test"), "blocks": len(blocks),
                 "tokens": len(blocks) * (recipe.context - 1), "gate": gates or None,
                 "by_position": binned(nats / math.log(2), position_edges(recipe.context))}
@@ -210,7 +216,7 @@ TEXT_BITS = Measure("bits_per_token", "test bits per token", "bits per token")
 def language_model_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_language_models` if trained
     ngram: dict | None,  # from `ngram_baselines`
-    flat_gain: float,  # fall of held-out nats per token over the last fifth from which on a model is undertrained
+    flat_gain: float,  # fall of held-out nats per token at the end from which on a model is undertrained
 ) -> str:  # Markdown
     "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; models that are not trained are named below."
     def row(m):
@@ -230,7 +236,7 @@ def language_model_table(
         rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 4))
     head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token",
             "bits saved against the 5-gram of all tokens, % (negative: worse)",
-            "seeds", "steps", "fall of held-out bits per token over the last fifth")
+            "seeds", "steps", "fall of held-out bits per token at the end of training")
     return finished_table(head, rows)
 
 # %% ../nbs/45_language_model_evaluation.ipynb #aaf9022b

@@ -7,7 +7,7 @@ __all__ = ['token_bits', 'bits_per_dimension', 'ContextModel', 'fit_context_mode
 
 # %% ../nbs/32_likelihood.ipynb #8a983c48
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,7 @@ def position_nats(
     model: PreTrainedModel,  # a causal language model
     blocks: Dataset,  # of "input_ids" (T,)
     batch: int = 16,  # blocks at a time
+    positions: Callable[[Tensor], Tensor] | None = None,  # the model's `position_ids` from tokens (B, T); None: its default
 ) -> Tensor:  # (T − 1,) float64
     "Mean cross-entropy in nats of the token at each position after the first, over all blocks."
     total, count = 0, len(blocks)
@@ -82,7 +83,8 @@ def position_nats(
     with evaluating(model):
         for start in range(0, count, check_integer("batch", batch, 1)):
             tokens = torch.stack([blocks[i]["input_ids"] for i in range(start, min(start + batch, count))]).to(model.device)
-            logits = model(tokens, use_cache=False).logits[:, :-1]
+            given = {} if positions is None else {"position_ids": positions(tokens)}
+            logits = model(tokens, use_cache=False, **given).logits[:, :-1]
             nats = token_loss(logits, tokens[:, 1:], reduction="none").view(len(tokens), -1)
             total = total + nats.double().sum(0).cpu()
     if not total.isfinite().all():

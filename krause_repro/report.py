@@ -378,14 +378,14 @@ def ablation_section(
     finished = [result for result in results.values() if result]
     if not finished:
         return "No cell is finished."
-    one = finished[0]
-    made = f"{one['test_accuracy']['n']} seeds, mean ± standard deviation; {one['device']}, torch {one['versions']['torch']}"
+    one, versions = finished[0], sorted({result["versions"]["torch"] for result in finished})
+    made = f"{one['test_accuracy']['n']} seeds, mean ± standard deviation; {one['device']}, torch {' and '.join(versions)}"
     bar = f"at least {100 * MIN_EFFECT:g} point, and a 95% interval that excludes zero"
     return "\n\n".join([
         f"{len(finished)} of {len(results)} cells are finished. Test accuracy, Fashion-MNIST, desk profile, "
         f"{one['test_images']:,} test images ({made}):",
         plain_answers(results), cell_table(results),
-        "† undertrained: held-out accuracy still rose by half a point or more over the last fifth.",
+        "† undertrained: held-out accuracy still rose by half a point or more at the end of training.",
         f"Differences paired by seed, corrected for those of one table. What counts was fixed in commit 3600eaf, when three accuracies "
         f"were known (notebook 65), the correction afterwards: {bar}.",
         difference_table(averaged_effects(results)), difference_table(single_changes(results)),

@@ -358,6 +358,18 @@ def sink_model(
         add_krause_branch(model, **asdict(recipe.config))
     return on_device(model).eval()
 
+# %% ../nbs/49_sinks.ipynb #dfa189a3
+def sink_numbers(root: Path | None = None):  # the project's folder
+    "By file of a model with a branch: attention on token 0, and whether the sink is there in branch and model."
+    found, recipe = stored_sinks("desk", root), SINKS.at("desk")
+
+    def seeing(file, kind):
+        return found[file]["sinks"][kind]["first_near"]["all_layers"]
+
+    return {file: {**sink_comparison(found["base"], found[file], recipe), "when": when,
+                   "seeing": (seeing(file, "krause"), seeing("base", "softmax"))}
+            for file, when in branch_files(found).items()}, recipe
+
 # %% ../nbs/49_sinks.ipynb #8ad1ce61
 def _support_shares(model, states):
     "Of each layer: uniform attention on its support, and the weight of each visible key, (T,) or (B, T)."

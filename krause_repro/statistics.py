@@ -141,6 +141,16 @@ def outcome(
         return higher if difference["mean"] > 0 else lower
     return "too small to count" if is_shown(difference, 0) else "not shown"
 
+# %% ../nbs/40_statistics.ipynb #4b69a754
+def exceeds_noise(
+    first: float,  # accuracy in percent
+    second: float,  # of the other model
+    items: int,  # test items of each
+) -> bool:
+    "Is the first model ahead by more than twice the binomial standard error of the difference, the models taken as independent?"
+    error = sum(accuracy * (100 - accuracy) / items for accuracy in (first, second)) ** 0.5
+    return first - second > 2 * error
+
 # %% ../nbs/40_statistics.ipynb #c527f9ea
 MISSING = "—"  # a cell without a value
 

@@ -271,15 +271,24 @@ def corpus_splits(
     counts = {part: {"items": len(each), "tokens": len(each) * recipe.context} for part, each in parts.items()}
     return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)
 
+# %% ../nbs/34_tasks.ipynb #eb916c2c
+def document_positions(
+    tokens: Tensor,  # (B, T), packed documents
+    eos: int,  # the token that ends a document
+) -> Tensor:  # (B, T)
+    "The position of each token in its document; a document that began in an earlier block starts at 0 again."
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    starts = F.pad(places[1:].where(tokens[:, :-1] == eos, 0), (1, 0))
+    return places - starts.cummax(1).values
+
 
 def _collate_blocks(examples: list[dict[str, Tensor]], eos: int | None = None) -> dict[str, Tensor]:
     "A batch of blocks. With an end token, positions start again after it, and no document's first token is predicted."
     tokens = torch.stack([example["input_ids"] for example in examples])
     if eos is None:
         return {"input_ids": tokens, "labels": tokens}
-    first, places = F.pad(tokens[:, :-1] == eos, (1, 0)), torch.arange(tokens.shape[1])
-    positions = places - torch.where(first, places, 0).cummax(1).values
-    return {"input_ids": tokens, "labels": tokens.masked_fill(first, IGNORED), "position_ids": positions}
+    first = F.pad(tokens[:, :-1] == eos, (1, 0))
+    return {"input_ids": tokens, "labels": tokens.masked_fill(first, IGNORED), "position_ids": document_positions(tokens, eos)}
 
 
 def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:

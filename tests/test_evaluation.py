@@ -34,6 +34,7 @@ from krause_repro.evaluation import (
     altered_note,
     curve,
     evaluate_runs,
+    held_out_lead,
     is_undertrained,
     last_gain,
     learned_sigma,
@@ -45,6 +46,7 @@ from krause_repro.evaluation import (
     train_seeds,
     trained_table,
     training_curves,
+    unplanned_differences,
 )
 from krause_repro.image_data import Collator, load_splits
 from krause_repro.recipes import RECIPES, get_recipe
@@ -54,6 +56,7 @@ from krause_repro.runs import Run, run_path
 from krause_repro.statistics import (
     MIN_EFFECT,
     corrected_difference,
+    exceeds_noise,
     is_shown,
     paired_difference,
     percent,
@@ -352,6 +355,27 @@ def test_a_difference_counts_if_it_is_large_and_apart_from_zero(mean, interval, 
 # Trained, and planned
 
 
+def test_a_lead_is_read_at_the_quarters_of_training():
+    first, second = ({"curves": {"held_out": {"steps": [0, 10, 20, 30, 40, 50, 60, 70, 80], "mean": [end - 0.1 * i for i in range(9)]}}}
+                     for end in (2.0, 1.0))
+    times, leads = held_out_lead(first, second)
+    assert times == [20, 40, 60, 80] and leads == pytest.approx([1.0] * 4)
+    assert held_out_lead(second, first)[1] == pytest.approx([-1.0] * 4)
+
+
+def test_unplanned_pairs_are_those_of_trained_models_without_a_correction():
+    values = {"kvit_s_local": [0.78, 0.79], "softmax_s_local": [0.77, 0.79], "vit_s_post": [0.75, 0.77]}
+    models = {f"{name}/cifar10": {"label": name, "seeds": [0, 1], "test_accuracy": summarise(each)} for name, each in values.items()}
+    found = unplanned_differences(models | {"vit_s/cifar10": {"label": "not trained"}})
+    assert list(found) == ["softmax_s_local − vit_s_post", "kvit_s_local − vit_s_post"]
+    assert found["kvit_s_local − vit_s_post"]["interval"] == paired_difference(values["kvit_s_local"], values["vit_s_post"])["interval"]
+
+
+def test_a_published_lead_is_compared_with_the_sampling_of_its_items():
+    assert not exceeds_noise(52.0, 48.0, 1000) and exceeds_noise(52.0, 48.0, 2000)  # two errors: 4.47 and 3.16 points
+    assert not exceeds_noise(48.0, 52.0, 2000)
+
+
 @pytest.mark.parametrize(("values", "gain", "undertrained"), [
     ([0.1, 0.2, 0.3, 0.4, 0.404], 0.004, False), ([0.1, 0.2, 0.3, 0.4, 0.405001], 0.005, True), ([0.1, 0.2, 0.3, 0.4, 0.3], -0.1, False),
     ([0.1, 0.2, 0.2], 0.0, False), ([0.5], None, True),
@@ -406,7 +430,7 @@ def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 2 (seeds 0, 1) | -0.200 | -0.200 to -0.200 | lower |"
     models["a"] |= {"trainable": 7, "held_out_bits": summarise([2.0]), "curves": falling, "seconds": {"values": [90]}}
     lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
-    assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell over the last fifth, bits "
+    assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell at the end of training, bits "
                         "| minutes per run |")
     assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 2 (seeds 0, 1) | 2.000 | +0.250 | 2 |" and lines[4] == "Not finished: C."
 

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ from krause_repro.records import write_json
 from krause_repro.ring_cache import RingLayer, cache_bytes
 from krause_repro.runs import open_run
 from krause_repro.sinks import evaluate_text_sinks, text_sink_profile, text_sink_table
+from krause_repro.tasks import document_positions
 from krause_repro.training import cpu_has_bf16, train
 
 PARITY = Path(__file__).parent / "parity" / "krause_lm_attention.safetensors"
@@ -526,6 +528,14 @@ def test_bits_by_position_are_means_of_the_models_own_loss():
     edges = position_edges(24)
     assert edges == sorted(set(edges)) and edges[-1] == 47 and {23, 26} <= set(edges)
     assert_close(torch.tensor(binned(torch.arange(1.0, 48), [1, 3, 47])), torch.tensor([1.0, 2.5, 25.5]))
+
+
+def test_packed_documents_are_measured_as_if_each_were_alone():
+    model, documents = small("krause"), F.pad(tokens(2, 11) % 18, (0, 1), value=18)
+    nats = position_nats(model, [{"input_ids": documents.flatten()}], positions=partial(document_positions, eos=18))
+    first, second = (position_nats(model, [{"input_ids": document}]) for document in documents)
+    assert_close(nats[:11].float(), first.float())
+    assert_close(nats[12:].float(), second.float())
 
 
 @each_mixer
