@@ -132,14 +132,23 @@ def plot_factors(
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #8dd74f3f
+def _difference_row(ax: Axes, place: int, values: list[float], mean: float, interval: list[float] | None, colour: str) -> None:
+    "The mean as a dot with its interval as a bar at height `place`, and every seed as a circle beside them."
+    if interval is not None:
+        ax.plot(interval, [place, place], color=colour, linewidth=2)
+    ax.plot(values, [place - 0.26] * len(values), "o", markersize=5, markerfacecolor="white", color=colour)
+    ax.plot(mean, place, "o", markersize=7, color=colour)
+
+
 @house_style()
 def plot_differences(
     data: dict,  # {"groups": {title: [{"label", "values": [seeds], "mean", "interval": [low, high] or None}]}, "counts"}; in 0..1
 ) -> Figure:
-    "Differences in percentage points, a panel per group: every seed as a circle, the mean as a dot, the 95% interval as a bar."
+    "Differences in percentage points, a panel per group: every seed as a circle, the mean as a dot, the corrected interval as a bar."
     groups, counts = require_fields(data, "data", "groups", "counts")
     sizes = [len(rows) for rows in groups.values()]
     fig, axes = new_figure(1.0 + 0.3 * len(sizes) + 0.34 * sum(sizes), len(sizes), sharex=True, height_ratios=sizes)
+    colours = []
     for ax, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
         entries = require_each(rows, f"data['groups'][{title!r}]", "label", "values", "mean", "interval")
         entries.sort(key=lambda entry: -entry[2])
@@ -147,14 +156,13 @@ def plot_differences(
         ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
         for place, (_, values, mean, interval) in enumerate(entries):
             shown = interval is not None and abs(mean) >= counts and interval[0] * interval[1] > 0
-            colour = "#000000" if shown else "#8A8A8A"
-            if interval is not None:
-                ax.plot([100 * bound for bound in interval], [place, place], color=colour, linewidth=2)
-            ax.plot([100 * x for x in values], [place] * len(values), "o", markersize=5, markerfacecolor="white", color=colour)
-            ax.plot(100 * mean, place, "o", markersize=7, color=colour)
+            colours.append("#000000" if shown else "#8A8A8A")
+            percent = interval and [100 * bound for bound in interval]
+            _difference_row(ax, place, [100 * x for x in values], 100 * mean, percent, colours[-1])
         ax.set(ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=[label for label, *_ in entries], ylabel=title)
     ax.set_xlabel("difference of test accuracy (points)")
-    draw_note(fig, "circle: one seed; dot and bar: mean and 95% interval; grey band: below the threshold; black: counts")
+    counted = "; black: counts" if "#000000" in colours else "; none counts"
+    draw_note(fig, f"circle: one seed; dot and bar: mean and corrected 95% interval; grey band: below the threshold{counted}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #822e5cf6
@@ -436,15 +444,16 @@ def plot_fine_tuning(
         return fig
     differences, contrast = require_fields(data, "data", "differences", "contrast")
     ax, rows = axes[0, -1], require_each(differences, "data['differences']", "label", "values", "mean", "interval")
-    ax.axhline(0, color=COLOURS["neutral"], linewidth=1)
-    for place, (_, values, mean, interval) in enumerate(rows):
-        ax.plot([place] * 2, interval or [mean] * 2, color="#000000", linewidth=2)
-        ax.plot([place] * len(values), values, "o", markersize=5, markerfacecolor="white", color="#000000")
-        ax.plot(place, mean, "o", markersize=7, color="#000000")
-    ax.set(title="at the end, by seed", ylabel=contrast, xlim=(-0.6, len(rows) - 0.4), xticks=range(len(rows)),
-           xticklabels=[label for label, *_ in rows], xlabel="data")
-    ax.tick_params(axis="x", labelsize=8)
-    draw_note(fig, f"{curves}; circles: seeds, with mean and 95% interval")
+    ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
+    for place, (_, *numbers) in enumerate(rows):
+        _difference_row(ax, place, *numbers, "#000000")
+    (low, high), seen = ax.get_xlim(), [0.0, *(x for _, values, *_ in rows for x in values)]
+    room = max(seen) - min(seen)  # longer intervals would squeeze the seeds
+    ax.set(xlim=(max(low, min(seen) - room), min(high, max(seen) + room)), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)),
+           yticklabels=[label for label, *_ in rows], xlabel=contrast, ylabel="at the end, by seed")
+    ax.tick_params(labelsize=8)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    draw_note(fig, f"{curves}\ncircle: one seed; dot and bar: mean and 95% interval, cut where it leaves the panel")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #f60e29a7

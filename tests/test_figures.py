@@ -306,7 +306,12 @@ def test_fine_tuning_has_labelled_curves_and_paired_differences():
     fig = draw("plot_fine_tuning")
     _, plays, differences = fig.axes
     assert {text.get_text() for text in plays.texts} == {"LoRA", "KViT", "base"}
-    assert [tick.get_text() for tick in differences.get_xticklabels()] == ["answers", "plays"] and differences.get_ylabel() == "A − B"
+    assert [tick.get_text() for tick in differences.get_yticklabels()] == ["answers", "plays"] and differences.get_xlabel() == "A − B"
+    _, interval, seeds, mean, *_ = differences.lines
+    assert [line.get_ydata()[0] for line in (interval, seeds, mean)] == [0, -0.26, 0]  # no seed behind the mean
+    wide = [{"label": "answers", "values": [0.1, 0.2], "mean": 0.15, "interval": [-5, 5]}]
+    cut = result_figures.plot_fine_tuning({**EXAMPLES["plot_fine_tuning"], "differences": wide}).axes[-1]
+    assert cut.get_xlim() == (-0.2, 0.4)
 
 
 def test_a_gate_shows_its_range_and_says_where_it_started():
@@ -323,6 +328,10 @@ def test_differences_are_ordered_and_only_those_that_count_are_black():
     first, second = draw("plot_differences").axes
     assert [tick.get_text() for tick in first.get_yticklabels()] == ["A − C", "A − B"] and second.get_ylabel() == "one"
     assert [line.get_color() for line in first.lines[1::3]] == ["#000000", "#8A8A8A"]  # the interval of A − B touches zero
+    assert [line.get_ydata()[0] for line in first.lines[1:4]] == [0, -0.26, 0]  # no seed behind the mean
+    few = {"counts": 0.01, "groups": {"one": EXAMPLES["plot_differences"]["groups"]["one"]}}
+    notes = [fig.get_supxlabel() for fig in (draw("plot_differences"), result_figures.plot_differences(few))]
+    assert [note.rpartition("; ")[2] for note in notes] == ["black: counts", "none counts"] and "corrected 95% interval" in notes[0]
 
 
 def test_supports_that_a_panel_lacks_are_not_on_its_axis():
