@@ -53,6 +53,21 @@ def _seen_range(values: list[float]) -> tuple[float, float]:
     return max(0, np.floor(low - room)), min(100, np.ceil(high + room))
 
 # %% ../nbs/57_result_figures.ipynb #947fa7f1
+def _near(models: list[float], unit: float) -> tuple[float, float]:
+    "Bounds beyond which a baseline would squeeze the models: further from them than their own range and a unit."
+    room = max(models) - min(models) + unit if models else np.inf
+    return min(models, default=0) - room, max(models, default=0) + room
+
+
+def _edge_arrows(ax: Axes, rows: list[list[float]], low: float, high: float) -> None:
+    "Limit the axis to `low` to `high`, with an arrow at its edge for each row that lies beyond."
+    for place, values in enumerate(rows):
+        if max(values) < low or min(values) > high:
+            at, shape = (low, "<") if max(values) < low else (high, ">")
+            ax.plot(at, place, shape, color=COLOURS["neutral"], markersize=9, clip_on=False)
+    ax.set_xlim(low, high)
+
+
 def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, digits: int = 2) -> list[float]:
     "Draw seeds, mean and standard deviation of one row, scaled by `scale`, at height `place`; return the values to include in the axis."
     kind, values, mean, sd = require_fields(row, where, "kind", "values", "mean", "sd")
@@ -68,20 +83,17 @@ def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, 
 def plot_accuracy(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "metric", "chance" or None}; in 0..1
 ) -> Figure:
-    "Every seed as a circle, the mean as a dot with a bar of one standard deviation, in percent. An arrow: a baseline far below."
+    "Every seed as a circle, the mean as a dot with a bar of one standard deviation, in percent. An arrow: a baseline far away."
     rows, metric, chance = require_fields(data, "data", "rows", "metric", "chance")
     labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.1 + 0.42 * len(rows))
     ax = axes[0, 0]
     seen = [_seeds_row(ax, i, row, f"data['rows'][{i}]") for i, row in enumerate(rows)]
-    models = [x for row, values in zip(rows, seen, strict=True) if row["kind"] != "neutral" for x in values]
-    least = 2 * min(models) - max(models) - 1 if models else 0  # baselines below do not squeeze the models
-    low, high = _seen_range([x for values in seen for x in values if x >= least])
-    for i, values in enumerate(seen):
-        if max(values) < low:
-            ax.plot(low, i, "<", color=COLOURS["neutral"], markersize=9, clip_on=False)
+    least, most = _near([x for row, values in zip(rows, seen, strict=True) if row["kind"] != "neutral" for x in values], 1)
+    low, high = _seen_range([x for values in seen for x in values if least <= x <= most])
+    _edge_arrows(ax, seen, low, high)
     by_chance = "" if chance is None else f"; chance is {100 * chance:g}"
-    ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.6), xlabel=f"{metric} (%), shown from {low:g} to {high:g}{by_chance}",
+    ax.set(ylim=(len(rows) - 0.5, -0.6), xlabel=f"{metric} (%), shown from {low:g} to {high:g}{by_chance}",
            ylabel="model", yticks=range(len(rows)), yticklabels=labels)
     ax.set_title("circle: one seed; dot and bar: mean ± standard deviation", loc="left", size=9, color=COLOURS["neutral"])
     return fig
@@ -259,22 +271,25 @@ def plot_ratios(
 def plot_bits(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "baselines": [{"label", "value"}]}, see above
 ) -> Figure:
-    "Bits per dimension, or `quantity`: seeds as circles, mean as a dot with a bar of one standard deviation; baselines dashed."
+    "Bits per dimension, or `quantity`: seeds, mean and standard deviation; a baseline as a dashed line, or as an arrow if far away."
     rows, baselines = require_fields(data, "data", "rows", "baselines")
-    labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
-    fig, axes = new_figure(1.8 + 0.42 * len(rows))
+    labels = [label for (label,) in require_each([*rows, *baselines], "data['rows'] + data['baselines']", "label")]
+    fig, axes = new_figure(1.5 + 0.42 * len(labels))
     ax = axes[0, 0]
-    seen = [x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3)]
-    for label, value in require_each(baselines, "data['baselines']", "label", "value"):
-        ax.axvline(value, color=COLOURS["neutral"], linewidth=1, linestyle="--")
-        ax.annotate(label, (value, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points", size=8, rotation=30,
-                    color=COLOURS["neutral"])
-        seen.append(value)
-    low, high = min(seen), max(seen)
-    room = 0.08 * (high - low) + 0.01
-    ax.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=labels, ylabel="model",
+    seen = [_seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3) for i, row in enumerate(rows)]
+    least, most = _near([x for values in seen for x in values], 0.01)
+    for (value,) in require_each(baselines, "data['baselines']", "value"):
+        if least <= value <= most:
+            ax.axvline(value, color=COLOURS["neutral"], linewidth=1, linestyle="--")
+        ax.text(1.02, len(seen), f"{value:.3f}", transform=ax.get_yaxis_transform(), va="center")
+        seen.append([value])
+    near = [x for values in seen for x in values if least <= x <= most]
+    room = 0.08 * (max(near) - min(near)) + 0.01
+    _edge_arrows(ax, seen, min(near) - room, max(near) + room)
+    ax.set(ylim=(len(labels) - 0.5, -0.6), yticks=range(len(labels)), yticklabels=labels, ylabel="model",
            xlabel=f"{data.get('quantity', 'bits per dimension of the test images')}, less is better")
-    draw_note(fig, f"circle: one seed; dot and bar: mean ± standard deviation\ndashed: {data.get('dashed', 'count baselines')}")
+    marks = "circle: one seed; dot and bar: mean ± standard deviation\ndashed line, or arrow if beyond the axis"
+    draw_note(fig, f"{marks}: {data.get('dashed', 'count baselines')}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #a5b3c4e6

@@ -344,7 +344,20 @@ def test_seeds_in_a_row_can_show_another_quantity_than_bits():
     assert draw("plot_bits").axes[0].get_xlabel() == "bits per dimension of the test images, less is better"
     other = result_figures.plot_bits(EXAMPLES["plot_bits"] | {"quantity": "held-out loss (nats)", "dashed": "no training"})
     assert other.axes[0].get_xlabel() == "held-out loss (nats), less is better"
-    assert other.get_supxlabel().endswith("\ndashed: no training")
+    assert other.get_supxlabel().endswith("\ndashed line, or arrow if beyond the axis: no training")
+
+
+def test_a_distant_baseline_is_an_arrow_and_a_near_one_a_line():
+    rows = EXAMPLES["plot_bits"]["rows"]  # up to 3.5
+    lines = [{"label": name, "value": value} for name, value in (("far", 9.0), ("near", 3.6), ("least", 1.0))]
+    ax = result_figures.plot_bits({"rows": rows, "baselines": lines}).axes[0]
+    low, high = ax.get_xlim()
+    assert 3 < low < 3.3 and 3.6 < high < 4
+    assert [(line.get_marker(), *line.get_xdata(), *line.get_ydata()) for line in ax.lines if line.get_marker() in ("<", ">")] == [
+        (">", high, 2), ("<", low, 4)]
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [3.6]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["KViT", "KViT", "far", "near", "least"]
+    assert [text.get_text() for text in ax.texts][2:] == ["9.000", "3.600", "1.000"]
 
 
 def test_numbers_beside_lines_keep_their_order_and_their_distance():
