@@ -140,7 +140,8 @@ def plot_factors(
     if baseline := data.get("baseline"):  # "label" and "value"
         for ax in axes[0]:
             ax.axhline(100 * baseline["value"], color=COLOURS["neutral"], linestyle=(0, (1, 1.5)), linewidth=1)
-    draw_note(fig, "dot: one seed; bar: mean" + (f"; dotted: {baseline['label']}" if baseline else ""))
+    dotted = f"; dotted: {baseline['label']}" if baseline else ""
+    draw_note(fig, f"dot: one seed; bar: mean{dotted}; the axis does not begin at zero")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #8dd74f3f
@@ -476,9 +477,9 @@ def plot_fine_tuning(
 def plot_gate(
     data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "over": such as "3 seeds"}
 ) -> Figure:
-    "Weight of the softmax branch by layer: mean and standard deviation, the initial value dotted. The axis shows the range of the data."
-    over = require_fields(data, "data", "over")[0]
-    return plot_by_layer(data, "weight of the softmax branch", "at the start: {:g}", (0, (1, 1.5)), over, (0, 1))
+    "Weight of the softmax branch by layer: mean and standard deviation; dotted, what an untrained gate gives for an input of zero."
+    over = f"{require_fields(data, 'data', 'over')[0]}, cut at 0 and 1"
+    return plot_by_layer(data, "weight of the softmax branch", "untrained, input zero: {:g}", (0, (1, 1.5)), over, (0, 1))
 
 # %% ../nbs/57_result_figures.ipynb #53ff9828
 @house_style()
@@ -502,19 +503,24 @@ def plot_by_position(
 # %% ../nbs/57_result_figures.ipynb #ed0ef0b1
 @house_style()
 def plot_groups(
-    data: dict,  # {"groups": [G names], "series": [{"label", "kind", "values": [G], in 0..1}], "chance": in 0..1, "metric"}
+    data: dict,  # {"groups": [G names], "items": [G counts], "series": [{"label", "kind", "values": [G]}], "chance", "metric"}; in 0..1
 ) -> Figure:
-    "A dot for each model in each group, in percent, with chance as a line."
-    groups, series, chance, metric = require_fields(data, "data", "groups", "series", "chance", "metric")
+    "A mark for each model in each group, in percent, with chance as a line and the standard error that the items leave as a band."
+    groups, items, series, chance, metric = require_fields(data, "data", "groups", "items", "series", "chance", "metric")
     values = [numbers for (numbers,) in require_each(series, "data['series']", "values")]
     fig, axes = new_figure(1.4 + 0.42 * len(groups))
     ax, markers = axes[0, 0], "osD^vP*X"
+    check_same_length("data", groups=groups, items=items)
     ax.axvline(100 * chance, color=COLOURS["neutral"], linewidth=1, linestyle="--", label=f"chance, {100 * chance:g}%")
     for i, (style, numbers) in enumerate(zip(line_styles(series, "data['series']"), values, strict=True)):
         check_same_length(f"data['series'][{i}]", groups=groups, values=numbers)
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * 0.6 / len(series)
         ax.plot(100 * np.asarray(numbers, float), places, markers[i % len(markers)], color=style["color"], label=style["label"],
                 markersize=5, markerfacecolor="white" if i % 2 else style["color"])
+    mean = np.mean(values, 0)
+    error = np.sqrt(mean * (1 - mean) / items)
+    ax.barh(range(len(groups)), 200 * error, 0.8, 100 * (mean - error), color=COLOURS["neutral"], alpha=0.15)
+    ax.use_sticky_edges = False  # a margin beside the bars
     ax.set(ylim=(len(groups) - 0.5, -0.6), yticks=range(len(groups)), yticklabels=groups, xlabel=f"{metric} (%)", ylabel="group")
-    draw_legend(fig, ax, "one dot for each model, mean over seeds")
+    draw_legend(fig, ax, "one mark for each model; band: their mean ± one standard error, from the number of items")
     return fig

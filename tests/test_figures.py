@@ -81,7 +81,7 @@ EXAMPLES = {
                        {"label": "LoRA", "kind": "mixed", "steps": [0, 5, 9], **ONE_CURVE}, {**NAMED, "steps": [1, 2, 3], **CURVE}]}]},
     "plot_gate": {"layers": [1, 2, 3], "over": "2 seeds", "series": [{**NAMED, "initial": 0.8, **CURVE}]},
     "plot_by_position": {"length": 2, "seeds": 2, "series": [{**NAMED, "positions": [1, 2, 4], **CURVE}]},
-    "plot_groups": {"groups": ["binding", "ellipsis"], "chance": 0.5, "metric": "accuracy", "series": [
+    "plot_groups": {"groups": ["binding", "ellipsis"], "items": [100, 25], "chance": 0.5, "metric": "accuracy", "series": [
         {**NAMED, "values": [0.5, 0.7]}, {"label": "ARM", "kind": "softmax", "values": [0.6, 0.4]}]},
     "plot_token_time": {"made": "medians", "cases": [
         {"title": "short", "series": [{**NAMED, "positions": [1, 2], "milliseconds": [3, 4]}]},
@@ -287,6 +287,14 @@ def test_depth_starts_where_the_quantity_does():
     assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[1] > 7  # one scale, which holds all parts
 
 
+def test_long_quantities_are_wrapped_and_a_model_of_one_part_is_named():
+    data = copy.deepcopy(EXAMPLES["plot_depth"])
+    data["panels"][0]["quantity"] = "distance between heads"
+    data["panels"][0]["parts"]["untrained"].append({"label": "control", "kind": "softmax_local", "mean": [5, 6, 7], "sd": None})
+    fig = figures.plot_depth(data)
+    assert fig.axes[0].get_ylabel() == "distance\nbetween heads" and legend(fig)[0] == ["KViT", "control", "ViT"]
+
+
 def legend(fig):
     "What the legend below a figure says, and its title."
     return [text.get_text() for text in fig.legends[0].get_texts()], fig.legends[0].get_title().get_text()
@@ -314,11 +322,12 @@ def test_fine_tuning_has_labelled_curves_and_paired_differences():
     assert cut.get_xlim() == (-0.2, 0.4)
 
 
-def test_a_gate_shows_its_range_and_says_where_it_started():
+def test_a_gate_shows_its_range_and_its_value_for_zero():
     assert draw("plot_gate").axes[0].get_ylim()[0] > 0
     wide = {**EXAMPLES["plot_gate"]["series"][0], "mean": [0.9, 0.8, 0.1], "sd": [0.3, 0.1, 0.3]}
-    assert result_figures.plot_gate({**EXAMPLES["plot_gate"], "series": [wide]}).axes[0].get_ylim() == (0, 1)
-    assert [text.get_text() for text in draw("plot_gate").axes[0].texts] == ["KViT", "at the start: 0.8"]
+    band = result_figures.plot_gate({**EXAMPLES["plot_gate"], "series": [wide]}).axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0, 1)
+    assert [text.get_text() for text in draw("plot_gate").axes[0].texts] == ["KViT", "untrained, input zero: 0.8"]
     two = EXAMPLES["plot_gate"]["series"] * 2
     assert legend(figures.plot_sigma({"layers": [1, 2, 3], "seeds": 2, "series": [{**s, "label": str(i)} for i, s in enumerate(two)]})) == (
         ["0", "1", "at the start: 0.8"], "mean, and band of one standard deviation, over 2 seeds")
@@ -338,6 +347,17 @@ def test_supports_that_a_panel_lacks_are_not_on_its_axis():
     post, pre = draw("plot_factors").axes
     assert [len(ax.get_xticks()) for ax in (post, pre)] == [3, 1]
     assert [line for line in post.lines if line.get_label() == "KViT"][0].get_xdata().shape == (2,)  # random places are not joined
+
+
+def test_groups_show_the_standard_error_of_their_items():
+    fig = draw("plot_groups")
+    bands = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in fig.axes[0].patches]
+    np.testing.assert_allclose(bands, [(55 - 4.975, 55 + 4.975), (55 - 9.95, 55 + 9.95)], atol=0.001)  # means of 55%, 100 and 25 items
+    assert "seed" not in legend(fig)[1]
+
+
+def test_a_cut_axis_is_named():
+    assert draw("plot_factors").get_supxlabel().endswith("the axis does not begin at zero")
 
 
 def test_seeds_in_a_row_can_show_another_quantity_than_bits():
@@ -391,6 +411,10 @@ def test_colours_stay_apart_without_red_green_vision_and_text_is_legible():
     for colour in drawing.COLOURS.values():
         assert 1.05 / (linear(drawing.ink(colour)) @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5  # contrast of text with white
         assert 1.05 / (linear(colour) @ (0.2126, 0.7152, 0.0722) + 0.05) > 2
+
+
+def test_the_gate_of_a_block_is_that_of_an_input_of_zero():
+    assert figures.draw_llm_block(32, 16, 0.8).axes[0].texts[-1].get_text().endswith("$g_t = 0.8$ if its input is zero")
 
 
 def test_committed_figures_are_small_and_come_in_pairs():
