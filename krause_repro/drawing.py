@@ -292,15 +292,16 @@ def draw_curve(
     where: str,  # the expression that reaches the summary, for messages
     style: dict,  # of `line_styles`
     scale: float = 1.0,  # factor of mean and standard deviation
+    bounds: tuple[float, float] = (-np.inf, np.inf),  # of the quantity: a band beyond them would mean nothing
     **options,
 ) -> None:
-    "Draw the mean with a band of one standard deviation to either side where there is one."
+    "Draw the mean with a band of one standard deviation to either side where there is one, cut at the bounds."
     mean, sd = require_fields(summary, where, "mean", "sd")
     sd = [0.0] * len(mean) if sd is None else sd
     check_same_length(where, x=x, mean=mean, sd=sd)
     mean, sd = scale * np.asarray(mean, float), scale * np.nan_to_num(np.asarray(sd, float))
     ax.plot(x, mean, **style, **options)
-    ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, linewidth=0)
+    ax.fill_between(x, *np.clip([mean - sd, mean + sd], *bounds), color=style["color"], alpha=0.18, linewidth=0)
 
 # %% ../nbs/55_drawing.ipynb #56f27927
 def spread_labels(

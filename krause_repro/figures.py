@@ -8,6 +8,7 @@ __all__ = ['plot_bifurcation', 'plot_particles', 'animate_particles', 'plot_part
 
 # %% ../nbs/56_figures.ipynb #b5bd8689
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -265,17 +266,16 @@ def plot_by_layer(
     start: str,  # format of the label of an initial value
     dashes: str | tuple,  # line style of initial values
     over: str,  # what the standard deviation is over, such as "3 seeds"
-    bounds: tuple[float, float] = (-np.inf, np.inf),  # of the quantity: a band beyond them would mean nothing
+    bounds: tuple[float, float] = (-np.inf, np.inf),  # of the quantity
 ) -> Figure:
     "Mean and standard deviation per layer, with horizontal lines at the initial values."
     layers, series = require_fields(data, "data", "layers", "series")
     fig, axes = new_figure(3.4)
     for i, style in enumerate(line_styles(series, "data['series']")):
-        draw_curve(axes[0, 0], layers, series[i], f"data['series'][{i}]", style, marker="o", markersize=5)
+        draw_curve(axes[0, 0], layers, series[i], f"data['series'][{i}]", style, bounds=bounds, marker="o", markersize=5)
     for initial in sorted({initial for (initial,) in require_each(series, "data['series']", "initial")}):
         axes[0, 0].axhline(initial, color=COLOURS["neutral"], linestyle=dashes, linewidth=1.2, label=start.format(initial))
-    low, high = axes[0, 0].get_ylim()
-    axes[0, 0].set(xlabel="layer", ylabel=ylabel, ylim=(max(low, bounds[0]), min(high, bounds[1])))
+    axes[0, 0].set(xlabel="layer", ylabel=ylabel)
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(min(len(layers), 10), integer=True))
     spread = f"mean, and band of one standard deviation, over {over}"
     if len(series) > 1:  # lines of one colour, which only their dashes tell apart
@@ -378,8 +378,8 @@ def plot_depth(
                 draw_curve(ax, layers, series[i], f"{where}[{i}]", style, marker="o", markersize=3.5)
             ax.set_axis_on()
             ax.set(title=title, xlabel="layer", xticks=layers)
-        here[0].set_ylabel(quantity)
-    draw_legend(fig, axes[0, 0], band_note(seeds))
+        here[0].set_ylabel(fill(quantity, 13))
+    draw_legend(fig, axes, band_note(seeds))
     return fig
 
 # %% ../nbs/56_figures.ipynb #cd2d2140
@@ -387,7 +387,7 @@ def plot_depth(
 def draw_llm_block(
     window: int,  # W, tokens
     top_k: int,  # k, tokens
-    gate: float,  # its initial value, 0..1
+    gate: float,  # its value for an input of zero before training, 0..1
 ) -> Figure:
     "An attention layer of a language model with a Krause branch and a gate. Source: paper, Figure 6."
     fig, axes = new_figure(3.9)
@@ -415,5 +415,5 @@ def draw_llm_block(
             box(x, 2.68 - 0.62 * row, 3.3, text, kind)
         arrow((x, 1.13), (x + (0.9 if x < 4 else -0.9), 0.8), kind)
     mixture = r"gate: $y_t = g_t\, o^{\,\mathrm{softmax}}_t + (1-g_t)\, o^{\,\mathrm{Krause}}_t$,"
-    box(4, 0.5, 5.4, f"{mixture}  at the start $g_t = {gate:g}$", "mixed")
+    box(4, 0.5, 6.2, f"{mixture}  $g_t = {gate:g}$ if its input is zero", "mixed")
     return fig

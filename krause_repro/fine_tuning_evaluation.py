@@ -197,7 +197,7 @@ def evaluate_fine_tuning(
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #24f48aa0
 FINE_TUNED_LABELS = {"lora": ("LoRA", "softmax"), "krause": ("LoRA + Krause branch", "mixed")}
 TEXTBOOK_LABELS = {  # by arm of `language_recipes.TEXTBOOK_ARMS`
-    **FINE_TUNED_LABELS, "krause_near_base": ("LoRA + Krause branch, gate 0.99", "krause"), "lora_wide": ("LoRA, rank 22", "neutral"),
+    **FINE_TUNED_LABELS, "krause_near_base": ("LoRA + Krause branch, gate 0.99", "mixed"), "lora_wide": ("LoRA, rank 22", "neutral"),
 }
 TOKEN_LOSS = Measure("token_loss", "held-out loss, nats per token", "nats per token")
 

@@ -53,6 +53,21 @@ def _seen_range(values: list[float]) -> tuple[float, float]:
     return max(0, np.floor(low - room)), min(100, np.ceil(high + room))
 
 # %% ../nbs/57_result_figures.ipynb #947fa7f1
+def _near(models: list[float], unit: float) -> tuple[float, float]:
+    "Bounds beyond which a baseline would squeeze the models: further from them than their own range and a unit."
+    room = max(models) - min(models) + unit if models else np.inf
+    return min(models, default=0) - room, max(models, default=0) + room
+
+
+def _edge_arrows(ax: Axes, rows: list[list[float]], low: float, high: float) -> None:
+    "Limit the axis to `low` to `high`, with an arrow at its edge for each row that lies beyond."
+    for place, values in enumerate(rows):
+        if max(values) < low or min(values) > high:
+            at, shape = (low, "<") if max(values) < low else (high, ">")
+            ax.plot(at, place, shape, color=COLOURS["neutral"], markersize=9, clip_on=False)
+    ax.set_xlim(low, high)
+
+
 def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, digits: int = 2) -> list[float]:
     "Draw seeds, mean and standard deviation of one row, scaled by `scale`, at height `place`; return the values to include in the axis."
     kind, values, mean, sd = require_fields(row, where, "kind", "values", "mean", "sd")
@@ -68,20 +83,17 @@ def _seeds_row(ax: Axes, place: int, row: dict, where: str, scale: float = 100, 
 def plot_accuracy(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "metric", "chance" or None}; in 0..1
 ) -> Figure:
-    "Every seed as a circle, the mean as a dot with a bar of one standard deviation, in percent. An arrow: a baseline far below."
+    "Every seed as a circle, the mean as a dot with a bar of one standard deviation, in percent. An arrow: a baseline far away."
     rows, metric, chance = require_fields(data, "data", "rows", "metric", "chance")
     labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
     fig, axes = new_figure(1.1 + 0.42 * len(rows))
     ax = axes[0, 0]
     seen = [_seeds_row(ax, i, row, f"data['rows'][{i}]") for i, row in enumerate(rows)]
-    models = [x for row, values in zip(rows, seen, strict=True) if row["kind"] != "neutral" for x in values]
-    least = 2 * min(models) - max(models) - 1 if models else 0  # baselines below do not squeeze the models
-    low, high = _seen_range([x for values in seen for x in values if x >= least])
-    for i, values in enumerate(seen):
-        if max(values) < low:
-            ax.plot(low, i, "<", color=COLOURS["neutral"], markersize=9, clip_on=False)
+    least, most = _near([x for row, values in zip(rows, seen, strict=True) if row["kind"] != "neutral" for x in values], 1)
+    low, high = _seen_range([x for values in seen for x in values if least <= x <= most])
+    _edge_arrows(ax, seen, low, high)
     by_chance = "" if chance is None else f"; chance is {100 * chance:g}"
-    ax.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.6), xlabel=f"{metric} (%), shown from {low:g} to {high:g}{by_chance}",
+    ax.set(ylim=(len(rows) - 0.5, -0.6), xlabel=f"{metric} (%), shown from {low:g} to {high:g}{by_chance}",
            ylabel="model", yticks=range(len(rows)), yticklabels=labels)
     ax.set_title("circle: one seed; dot and bar: mean ± standard deviation", loc="left", size=9, color=COLOURS["neutral"])
     return fig
@@ -128,18 +140,28 @@ def plot_factors(
     if baseline := data.get("baseline"):  # "label" and "value"
         for ax in axes[0]:
             ax.axhline(100 * baseline["value"], color=COLOURS["neutral"], linestyle=(0, (1, 1.5)), linewidth=1)
-    draw_note(fig, "dot: one seed; bar: mean" + (f"; dotted: {baseline['label']}" if baseline else ""))
+    dotted = f"; dotted: {baseline['label']}" if baseline else ""
+    draw_note(fig, f"dot: one seed; bar: mean{dotted}; the axis does not begin at zero")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #8dd74f3f
+def _difference_row(ax: Axes, place: int, values: list[float], mean: float, interval: list[float] | None, colour: str) -> None:
+    "The mean as a dot with its interval as a bar at height `place`, and every seed as a circle beside them."
+    if interval is not None:
+        ax.plot(interval, [place, place], color=colour, linewidth=2)
+    ax.plot(values, [place - 0.26] * len(values), "o", markersize=5, markerfacecolor="white", color=colour)
+    ax.plot(mean, place, "o", markersize=7, color=colour)
+
+
 @house_style()
 def plot_differences(
     data: dict,  # {"groups": {title: [{"label", "values": [seeds], "mean", "interval": [low, high] or None}]}, "counts"}; in 0..1
 ) -> Figure:
-    "Differences in percentage points, a panel per group: every seed as a circle, the mean as a dot, the 95% interval as a bar."
+    "Differences in percentage points, a panel per group: every seed as a circle, the mean as a dot, the corrected interval as a bar."
     groups, counts = require_fields(data, "data", "groups", "counts")
     sizes = [len(rows) for rows in groups.values()]
     fig, axes = new_figure(1.0 + 0.3 * len(sizes) + 0.34 * sum(sizes), len(sizes), sharex=True, height_ratios=sizes)
+    colours = []
     for ax, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
         entries = require_each(rows, f"data['groups'][{title!r}]", "label", "values", "mean", "interval")
         entries.sort(key=lambda entry: -entry[2])
@@ -147,14 +169,13 @@ def plot_differences(
         ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
         for place, (_, values, mean, interval) in enumerate(entries):
             shown = interval is not None and abs(mean) >= counts and interval[0] * interval[1] > 0
-            colour = "#000000" if shown else "#8A8A8A"
-            if interval is not None:
-                ax.plot([100 * bound for bound in interval], [place, place], color=colour, linewidth=2)
-            ax.plot([100 * x for x in values], [place] * len(values), "o", markersize=5, markerfacecolor="white", color=colour)
-            ax.plot(100 * mean, place, "o", markersize=7, color=colour)
+            colours.append("#000000" if shown else "#8A8A8A")
+            percent = interval and [100 * bound for bound in interval]
+            _difference_row(ax, place, [100 * x for x in values], 100 * mean, percent, colours[-1])
         ax.set(ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=[label for label, *_ in entries], ylabel=title)
     ax.set_xlabel("difference of test accuracy (points)")
-    draw_note(fig, "circle: one seed; dot and bar: mean and 95% interval; grey band: below the threshold; black: counts")
+    counted = "; black: counts" if "#000000" in colours else "; none counts"
+    draw_note(fig, f"circle: one seed; dot and bar: mean and corrected 95% interval; grey band: below the threshold{counted}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #822e5cf6
@@ -251,22 +272,25 @@ def plot_ratios(
 def plot_bits(
     data: dict,  # {"rows": [{"label", "kind", "values": [seeds], "mean", "sd" or None}], "baselines": [{"label", "value"}]}, see above
 ) -> Figure:
-    "Bits per dimension, or `quantity`: seeds as circles, mean as a dot with a bar of one standard deviation; baselines dashed."
+    "Bits per dimension, or `quantity`: seeds, mean and standard deviation; a baseline as a dashed line, or as an arrow if far away."
     rows, baselines = require_fields(data, "data", "rows", "baselines")
-    labels = [label for (label,) in require_each(rows, "data['rows']", "label")]
-    fig, axes = new_figure(1.8 + 0.42 * len(rows))
+    labels = [label for (label,) in require_each([*rows, *baselines], "data['rows'] + data['baselines']", "label")]
+    fig, axes = new_figure(1.5 + 0.42 * len(labels))
     ax = axes[0, 0]
-    seen = [x for i, row in enumerate(rows) for x in _seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3)]
-    for label, value in require_each(baselines, "data['baselines']", "label", "value"):
-        ax.axvline(value, color=COLOURS["neutral"], linewidth=1, linestyle="--")
-        ax.annotate(label, (value, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points", size=8, rotation=30,
-                    color=COLOURS["neutral"])
-        seen.append(value)
-    low, high = min(seen), max(seen)
-    room = 0.08 * (high - low) + 0.01
-    ax.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=labels, ylabel="model",
+    seen = [_seeds_row(ax, i, row, f"data['rows'][{i}]", 1, 3) for i, row in enumerate(rows)]
+    least, most = _near([x for values in seen for x in values], 0.01)
+    for (value,) in require_each(baselines, "data['baselines']", "value"):
+        if least <= value <= most:
+            ax.axvline(value, color=COLOURS["neutral"], linewidth=1, linestyle="--")
+        ax.text(1.02, len(seen), f"{value:.3f}", transform=ax.get_yaxis_transform(), va="center")
+        seen.append([value])
+    near = [x for values in seen for x in values if least <= x <= most]
+    room = 0.08 * (max(near) - min(near)) + 0.01
+    _edge_arrows(ax, seen, min(near) - room, max(near) + room)
+    ax.set(ylim=(len(labels) - 0.5, -0.6), yticks=range(len(labels)), yticklabels=labels, ylabel="model",
            xlabel=f"{data.get('quantity', 'bits per dimension of the test images')}, less is better")
-    draw_note(fig, f"circle: one seed; dot and bar: mean ± standard deviation\ndashed: {data.get('dashed', 'count baselines')}")
+    marks = "circle: one seed; dot and bar: mean ± standard deviation\ndashed line, or arrow if beyond the axis"
+    draw_note(fig, f"{marks}: {data.get('dashed', 'count baselines')}")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #a5b3c4e6
@@ -436,15 +460,16 @@ def plot_fine_tuning(
         return fig
     differences, contrast = require_fields(data, "data", "differences", "contrast")
     ax, rows = axes[0, -1], require_each(differences, "data['differences']", "label", "values", "mean", "interval")
-    ax.axhline(0, color=COLOURS["neutral"], linewidth=1)
-    for place, (_, values, mean, interval) in enumerate(rows):
-        ax.plot([place] * 2, interval or [mean] * 2, color="#000000", linewidth=2)
-        ax.plot([place] * len(values), values, "o", markersize=5, markerfacecolor="white", color="#000000")
-        ax.plot(place, mean, "o", markersize=7, color="#000000")
-    ax.set(title="at the end, by seed", ylabel=contrast, xlim=(-0.6, len(rows) - 0.4), xticks=range(len(rows)),
-           xticklabels=[label for label, *_ in rows], xlabel="data")
-    ax.tick_params(axis="x", labelsize=8)
-    draw_note(fig, f"{curves}; circles: seeds, with mean and 95% interval")
+    ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
+    for place, (_, *numbers) in enumerate(rows):
+        _difference_row(ax, place, *numbers, "#000000")
+    (low, high), seen = ax.get_xlim(), [0.0, *(x for _, values, *_ in rows for x in values)]
+    room = max(seen) - min(seen)  # longer intervals would squeeze the seeds
+    ax.set(xlim=(max(low, min(seen) - room), min(high, max(seen) + room)), ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)),
+           yticklabels=[label for label, *_ in rows], xlabel=contrast, ylabel="at the end, by seed")
+    ax.tick_params(labelsize=8)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    draw_note(fig, f"{curves}\ncircle: one seed; dot and bar: mean and 95% interval, cut where it leaves the panel")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #f60e29a7
@@ -452,9 +477,9 @@ def plot_fine_tuning(
 def plot_gate(
     data: dict,  # {"layers": [L], "series": [{"label", "kind", "initial": number, "mean": [L], "sd": [L]}], "over": such as "3 seeds"}
 ) -> Figure:
-    "Weight of the softmax branch by layer: mean and standard deviation, the initial value dotted. The axis shows the range of the data."
-    over = require_fields(data, "data", "over")[0]
-    return plot_by_layer(data, "weight of the softmax branch", "at the start: {:g}", (0, (1, 1.5)), over, (0, 1))
+    "Weight of the softmax branch by layer: mean and standard deviation; dotted, what an untrained gate gives for an input of zero."
+    over = f"{require_fields(data, 'data', 'over')[0]}, cut at 0 and 1"
+    return plot_by_layer(data, "weight of the softmax branch", "untrained, input zero: {:g}", (0, (1, 1.5)), over, (0, 1))
 
 # %% ../nbs/57_result_figures.ipynb #53ff9828
 @house_style()
@@ -478,19 +503,24 @@ def plot_by_position(
 # %% ../nbs/57_result_figures.ipynb #ed0ef0b1
 @house_style()
 def plot_groups(
-    data: dict,  # {"groups": [G names], "series": [{"label", "kind", "values": [G], in 0..1}], "chance": in 0..1, "metric"}
+    data: dict,  # {"groups": [G names], "items": [G counts], "series": [{"label", "kind", "values": [G]}], "chance", "metric"}; in 0..1
 ) -> Figure:
-    "A dot for each model in each group, in percent, with chance as a line."
-    groups, series, chance, metric = require_fields(data, "data", "groups", "series", "chance", "metric")
+    "A mark for each model in each group, in percent, with chance as a line and the standard error that the items leave as a band."
+    groups, items, series, chance, metric = require_fields(data, "data", "groups", "items", "series", "chance", "metric")
     values = [numbers for (numbers,) in require_each(series, "data['series']", "values")]
     fig, axes = new_figure(1.4 + 0.42 * len(groups))
     ax, markers = axes[0, 0], "osD^vP*X"
+    check_same_length("data", groups=groups, items=items)
     ax.axvline(100 * chance, color=COLOURS["neutral"], linewidth=1, linestyle="--", label=f"chance, {100 * chance:g}%")
     for i, (style, numbers) in enumerate(zip(line_styles(series, "data['series']"), values, strict=True)):
         check_same_length(f"data['series'][{i}]", groups=groups, values=numbers)
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * 0.6 / len(series)
         ax.plot(100 * np.asarray(numbers, float), places, markers[i % len(markers)], color=style["color"], label=style["label"],
                 markersize=5, markerfacecolor="white" if i % 2 else style["color"])
+    mean = np.mean(values, 0)
+    error = np.sqrt(mean * (1 - mean) / items)
+    ax.barh(range(len(groups)), 200 * error, 0.8, 100 * (mean - error), color=COLOURS["neutral"], alpha=0.15)
+    ax.use_sticky_edges = False  # a margin beside the bars
     ax.set(ylim=(len(groups) - 0.5, -0.6), yticks=range(len(groups)), yticklabels=groups, xlabel=f"{metric} (%)", ylabel="group")
-    draw_legend(fig, ax, "one dot for each model, mean over seeds")
+    draw_legend(fig, ax, "one mark for each model; band: their mean ± one standard error, from the number of items")
     return fig

@@ -81,7 +81,7 @@ EXAMPLES = {
                        {"label": "LoRA", "kind": "mixed", "steps": [0, 5, 9], **ONE_CURVE}, {**NAMED, "steps": [1, 2, 3], **CURVE}]}]},
     "plot_gate": {"layers": [1, 2, 3], "over": "2 seeds", "series": [{**NAMED, "initial": 0.8, **CURVE}]},
     "plot_by_position": {"length": 2, "seeds": 2, "series": [{**NAMED, "positions": [1, 2, 4], **CURVE}]},
-    "plot_groups": {"groups": ["binding", "ellipsis"], "chance": 0.5, "metric": "accuracy", "series": [
+    "plot_groups": {"groups": ["binding", "ellipsis"], "items": [100, 25], "chance": 0.5, "metric": "accuracy", "series": [
         {**NAMED, "values": [0.5, 0.7]}, {"label": "ARM", "kind": "softmax", "values": [0.6, 0.4]}]},
     "plot_token_time": {"made": "medians", "cases": [
         {"title": "short", "series": [{**NAMED, "positions": [1, 2], "milliseconds": [3, 4]}]},
@@ -287,6 +287,14 @@ def test_depth_starts_where_the_quantity_does():
     assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[1] > 7  # one scale, which holds all parts
 
 
+def test_long_quantities_are_wrapped_and_a_model_of_one_part_is_named():
+    data = copy.deepcopy(EXAMPLES["plot_depth"])
+    data["panels"][0]["quantity"] = "distance between heads"
+    data["panels"][0]["parts"]["untrained"].append({"label": "control", "kind": "softmax_local", "mean": [5, 6, 7], "sd": None})
+    fig = figures.plot_depth(data)
+    assert fig.axes[0].get_ylabel() == "distance\nbetween heads" and legend(fig)[0] == ["KViT", "control", "ViT"]
+
+
 def legend(fig):
     "What the legend below a figure says, and its title."
     return [text.get_text() for text in fig.legends[0].get_texts()], fig.legends[0].get_title().get_text()
@@ -306,14 +314,20 @@ def test_fine_tuning_has_labelled_curves_and_paired_differences():
     fig = draw("plot_fine_tuning")
     _, plays, differences = fig.axes
     assert {text.get_text() for text in plays.texts} == {"LoRA", "KViT", "base"}
-    assert [tick.get_text() for tick in differences.get_xticklabels()] == ["answers", "plays"] and differences.get_ylabel() == "A − B"
+    assert [tick.get_text() for tick in differences.get_yticklabels()] == ["answers", "plays"] and differences.get_xlabel() == "A − B"
+    _, interval, seeds, mean, *_ = differences.lines
+    assert [line.get_ydata()[0] for line in (interval, seeds, mean)] == [0, -0.26, 0]  # no seed behind the mean
+    wide = [{"label": "answers", "values": [0.1, 0.2], "mean": 0.15, "interval": [-5, 5]}]
+    cut = result_figures.plot_fine_tuning({**EXAMPLES["plot_fine_tuning"], "differences": wide}).axes[-1]
+    assert cut.get_xlim() == (-0.2, 0.4)
 
 
-def test_a_gate_shows_its_range_and_says_where_it_started():
+def test_a_gate_shows_its_range_and_its_value_for_zero():
     assert draw("plot_gate").axes[0].get_ylim()[0] > 0
     wide = {**EXAMPLES["plot_gate"]["series"][0], "mean": [0.9, 0.8, 0.1], "sd": [0.3, 0.1, 0.3]}
-    assert result_figures.plot_gate({**EXAMPLES["plot_gate"], "series": [wide]}).axes[0].get_ylim() == (0, 1)
-    assert [text.get_text() for text in draw("plot_gate").axes[0].texts] == ["KViT", "at the start: 0.8"]
+    band = result_figures.plot_gate({**EXAMPLES["plot_gate"], "series": [wide]}).axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (0, 1)
+    assert [text.get_text() for text in draw("plot_gate").axes[0].texts] == ["KViT", "untrained, input zero: 0.8"]
     two = EXAMPLES["plot_gate"]["series"] * 2
     assert legend(figures.plot_sigma({"layers": [1, 2, 3], "seeds": 2, "series": [{**s, "label": str(i)} for i, s in enumerate(two)]})) == (
         ["0", "1", "at the start: 0.8"], "mean, and band of one standard deviation, over 2 seeds")
@@ -323,6 +337,10 @@ def test_differences_are_ordered_and_only_those_that_count_are_black():
     first, second = draw("plot_differences").axes
     assert [tick.get_text() for tick in first.get_yticklabels()] == ["A − C", "A − B"] and second.get_ylabel() == "one"
     assert [line.get_color() for line in first.lines[1::3]] == ["#000000", "#8A8A8A"]  # the interval of A − B touches zero
+    assert [line.get_ydata()[0] for line in first.lines[1:4]] == [0, -0.26, 0]  # no seed behind the mean
+    few = {"counts": 0.01, "groups": {"one": EXAMPLES["plot_differences"]["groups"]["one"]}}
+    notes = [fig.get_supxlabel() for fig in (draw("plot_differences"), result_figures.plot_differences(few))]
+    assert [note.rpartition("; ")[2] for note in notes] == ["black: counts", "none counts"] and "corrected 95% interval" in notes[0]
 
 
 def test_supports_that_a_panel_lacks_are_not_on_its_axis():
@@ -331,11 +349,35 @@ def test_supports_that_a_panel_lacks_are_not_on_its_axis():
     assert [line for line in post.lines if line.get_label() == "KViT"][0].get_xdata().shape == (2,)  # random places are not joined
 
 
+def test_groups_show_the_standard_error_of_their_items():
+    fig = draw("plot_groups")
+    bands = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in fig.axes[0].patches]
+    np.testing.assert_allclose(bands, [(55 - 4.975, 55 + 4.975), (55 - 9.95, 55 + 9.95)], atol=0.001)  # means of 55%, 100 and 25 items
+    assert "seed" not in legend(fig)[1]
+
+
+def test_a_cut_axis_is_named():
+    assert draw("plot_factors").get_supxlabel().endswith("the axis does not begin at zero")
+
+
 def test_seeds_in_a_row_can_show_another_quantity_than_bits():
     assert draw("plot_bits").axes[0].get_xlabel() == "bits per dimension of the test images, less is better"
     other = result_figures.plot_bits(EXAMPLES["plot_bits"] | {"quantity": "held-out loss (nats)", "dashed": "no training"})
     assert other.axes[0].get_xlabel() == "held-out loss (nats), less is better"
-    assert other.get_supxlabel().endswith("\ndashed: no training")
+    assert other.get_supxlabel().endswith("\ndashed line, or arrow if beyond the axis: no training")
+
+
+def test_a_distant_baseline_is_an_arrow_and_a_near_one_a_line():
+    rows = EXAMPLES["plot_bits"]["rows"]  # up to 3.5
+    lines = [{"label": name, "value": value} for name, value in (("far", 9.0), ("near", 3.6), ("least", 1.0))]
+    ax = result_figures.plot_bits({"rows": rows, "baselines": lines}).axes[0]
+    low, high = ax.get_xlim()
+    assert 3 < low < 3.3 and 3.6 < high < 4
+    assert [(line.get_marker(), *line.get_xdata(), *line.get_ydata()) for line in ax.lines if line.get_marker() in ("<", ">")] == [
+        (">", high, 2), ("<", low, 4)]
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [3.6]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["KViT", "KViT", "far", "near", "least"]
+    assert [text.get_text() for text in ax.texts][2:] == ["9.000", "3.600", "1.000"]
 
 
 def test_numbers_beside_lines_keep_their_order_and_their_distance():
@@ -369,6 +411,10 @@ def test_colours_stay_apart_without_red_green_vision_and_text_is_legible():
     for colour in drawing.COLOURS.values():
         assert 1.05 / (linear(drawing.ink(colour)) @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5  # contrast of text with white
         assert 1.05 / (linear(colour) @ (0.2126, 0.7152, 0.0722) + 0.05) > 2
+
+
+def test_the_gate_of_a_block_is_that_of_an_input_of_zero():
+    assert figures.draw_llm_block(32, 16, 0.8).axes[0].texts[-1].get_text().endswith("$g_t = 0.8$ if its input is zero")
 
 
 def test_committed_figures_are_small_and_come_in_pairs():

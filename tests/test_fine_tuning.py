@@ -21,6 +21,7 @@ from krause_repro import cli, fine_tuning_evaluation, packaged_data, sinks, task
 from krause_repro.branched_models import add_krause_branch
 from krause_repro.corpus import textbooks
 from krause_repro.fine_tuning_evaluation import (
+    TEXTBOOK_LABELS,
     choice_accuracy,
     choice_baselines,
     evaluate_fine_tuning,
@@ -178,6 +179,10 @@ def test_lora_of_a_higher_rank_has_as_many_parameters_as_the_branch():
         lora = get_peft_model(model, lora_config(model, recipe.rank, recipe.alpha, recipe.lora_dropout))
         counts.append(parameter_counts(lora)["trainable"])
     assert abs(counts[0] - counts[1]) < 0.02 * counts[0]
+
+
+def test_a_colour_stands_for_one_kind_of_attention():
+    assert {kind for label, kind in TEXTBOOK_LABELS.values() if "Krause" in label} == {"mixed"}  # none is Krause attention alone
 
 
 def test_textbooks_without_a_preface_are_refused(tmp_path):
