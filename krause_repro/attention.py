@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import UserError, check_choice, check_flag, check_fraction, check_integer
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer
 from .fast_attention import banded_tiles, flex_attention, gathered_rows, sdpa_attention
 from .native_kernels import kernels_apply, native_band, native_lists
 from krause_repro.reference import (
@@ -40,7 +40,7 @@ def _check_sigma(sigma, heads):
             raise UserError(f"sigma must be a number or have shape ({heads},), one for each head, got shape {tuple(sigma.shape)}")
         bad = not sigma.is_floating_point() or not torch.compiler.is_compiling() and not _all_positive(sigma)
     else:
-        bad = isinstance(sigma, bool) or not isinstance(sigma, Real) or not sigma > 0
+        bad = isinstance(sigma, bool) or not isinstance(sigma, Real) or not sigma > 0 or math.inf > math.log10(sigma) > 308
     if bad:
         raise UserError(f"sigma must be a number > 0 (not NaN), or a floating tensor of them, got {sigma!r}")
 
@@ -233,7 +233,8 @@ def krause_attention(
     were alone. Scores are computed in float32 for half-precision input. Ties at the k-th place are all kept. A NaN or infinity in a query,
     or in a key that is not padding, makes every row that attends to it NaN. In a value, it affects the same coordinate of the rows
     that keep its key, through which no gradient flows; rows that dropped the key (window, top-k, padding, dropout) ignore it.
-    (With `sdpa`, dropped weights do not count as dropped keys, and vectors far from the others lose precision: products are in float32.)
+    With `sdpa`, dropped weights do not count as dropped keys. Its products are in float32: vectors far from the others lose precision,
+    and so do the gradients where σ is far below the distances, since they are divided by powers of σ; `reference` keeps it.
     Raises `ValueError` or `TypeError`, before any work, for invalid arguments.
     """
     _check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout, segment_ids)
@@ -251,7 +252,7 @@ def krause_attention_weights(
     top_k: int | None = None,  # keys kept in each row; None keeps all
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
     segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
-) -> Tensor:  # (B, H, Tq, Tk), float32 or float64; rows sum to one
+) -> Tensor:  # (B, H, Tq, Tk), float32 or float64; rows sum to one, those without candidates to zero
     "The weights $a_{ij}$ of Krause Attention (paper, Section 4), with the argument checks of `krause_attention`."
     _check_attention_arguments(query, key, key, sigma, neighborhood, top_k, key_mask, segment_ids=segment_ids)
     top_k = None if top_k is None else int(top_k)
@@ -314,9 +315,9 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, learn
     dropout = check_fraction("dropout", dropout)
     check_flag("learn_sigma", learn_sigma), check_flag("bias", bias)
     if score == "krause":
-        _check_sigma(sigma, heads)
         if isinstance(sigma, Tensor):
             raise UserError(f"sigma must be a number, the initial bandwidth of all heads, got a tensor of shape {tuple(sigma.shape)}")
+        check_bandwidth("sigma", sigma)
     return dim, heads, top_k, dropout
 
 
@@ -378,10 +379,11 @@ class KrauseAttention(nn.Module):
         segment_ids: Tensor | None = None,  # (B, T) of packed sequences, non-decreasing; `rotary` must know their positions
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, d) and (B, H, T, T) or None
         "Attend; returns the output and, when asked, the weights (before dropout)."
-        _check_hidden(hidden, self.dim, segment_ids, neighborhood or self.neighborhood, self.q_proj)
+        neighborhood = self.neighborhood if neighborhood is None else neighborhood
+        _check_hidden(hidden, self.dim, segment_ids, neighborhood, self.q_proj)
         query, key, value = (_split_heads(p(hidden), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         query, key = (query, key) if rotary is None else (rotary(query), rotary(key))
-        dropout, limits = self.dropout if self.training else 0.0, (neighborhood or self.neighborhood, self.top_k)
+        dropout, limits = self.dropout if self.training else 0.0, (neighborhood, self.top_k)
         if output_weights:
             weights, support = dense_attention_weights(query, key, *limits, self.score, self.sigma, None, segment_ids)
             return self.o_proj(merge_heads(weighted_sum(weights, value, dropout, support))), weights

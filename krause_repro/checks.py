@@ -43,6 +43,8 @@ def check_integer(
     symbolic = not isinstance(value, Integral) and type(value).__name__ == "SymInt"  # a size that `torch.export` leaves open
     if isinstance(value, bool) or not (isinstance(value, Integral) or symbolic) or value < least:
         raise UserError(f"{name} must be an integer ≥ {least}, got {value!r}")
+    if not symbolic and value >= 2**63:
+        raise UserError(f"{name} must be an integer below 2^63, got {value!r}")
     return value if symbolic or type(value) is int else int(value)
 
 # %% ../nbs/01_checks.ipynb #254af52d
@@ -64,6 +66,16 @@ def check_positive(
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise UserError(f"{name} must be a number > 0, got {value!r}")
     return value if type(value) in (int, float) else float(value)
+
+# %% ../nbs/01_checks.ipynb #f0aa491e
+def check_bandwidth(
+    name: str,  # the argument's name, for the message
+    value: float,  # the value given
+) -> float:
+    "Return `value`, an initial σ that is learned as log σ in float32, or raise a `ValueError` unless σ² is finite and > 0 there."
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0 or abs(math.log10(value)) > 18:
+        raise UserError(f"{name} must be a number from 1e-18 to 1e18, got {value!r}")
+    return float(value)
 
 # %% ../nbs/01_checks.ipynb #25d41c7e
 def check_flag(

@@ -178,6 +178,8 @@ def add_seeds(
 
     def added(first, second, place):
         name, (top, *_) = place.rpartition(".")[2], place.split(".")
+        if place == "frechet" and (None in (first, second) or first["real"] != second["real"]):
+            return None  # distances by different classifiers cannot be pooled
         if top in MACHINES and isinstance(first, dict):
             first, second = {**second, **first}, {**first, **second}
             return {key: added(first[key], second[key], f"{place}.{key}") for key in second}

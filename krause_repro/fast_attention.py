@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from .checks import UserError
 from krause_repro.reference import (
     CausalWindow, GridWindow, Neighborhood, band_mask, between, centred, constant_cache, first_query_and_key, half_square_norm,
-    masked_softmax, no_autocast, readable, repeat_kv, score_temperature, segment_starts, sum_of_support, support_mask, tracing,
-    transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_bad, without_padding,
+    known_finite, masked_softmax, no_autocast, readable, repeat_kv, score_temperature, segment_starts, sum_of_support, support_mask,
+    tracing, transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_bad, without_padding,
 )
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
@@ -338,10 +338,11 @@ def _fused_attention(
 
 # %% ../nbs/03_fast_attention.ipynb #e757c874
 def _median_centred(query, key, key_mask):
-    "Queries and keys relative to the median of the first 64 keys, which few outliers do not move; for rows that see all keys."
+    "Queries and keys relative to the median of 64 keys, which few outliers do not move; for rows that see all keys."
     with torch.no_grad():
         seen = key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], torch.nan)
-        centre = seen[:, :, :64].nanmedian(-2, keepdim=True).values.nan_to_num(0, 0, 0)
+        spaced = torch.arange(64, device=key.device) * key.shape[2] // 64  # with repetitions of fewer keys
+        centre = seen[:, :, spaced].nanmedian(-2, keepdim=True).values.nan_to_num(0, 0, 0)
         centre = centre.where(centre.abs() < torch.finfo(centre.dtype).max ** 0.25, 0)
     return query - centre, key - centre
 
@@ -354,8 +355,9 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         key, value = (_without(x, ~key_mask.unsqueeze(1)) for x in (key, value))
         allowed = without_padding(allowed, key_mask)
     key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])
+    spoiled, scale = score != "softmax" or not (known_finite(query) and known_finite(key)), None
     if score == "softmax":
-        bad, scale = None, None
+        bad_queries, bad_keys = (x.isnan().any(-1) for x in (query, key)) if spoiled else (None, None)
     else:
         if sees_all:
             query, key = _median_centred(upcast_to_float32(query), upcast_to_float32(key), key_mask)
@@ -364,13 +366,16 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         if key_mask is not None:
             key = _without(key, ~key_mask.unsqueeze(1))
         bad_queries, bad_keys = (half_square_norm(x).isnan() for x in (query, key))
-        bad, scale = bad_queries | _attends_to_any(allowed, bad_keys.unsqueeze(-1), causal).squeeze(-1), 1.0
-        query, key = augment(_without(query, bad_queries), _without(key, bad_keys), score, temperature)
+    if spoiled:
+        bad = bad_queries | _attends_to_any(allowed, bad_keys.unsqueeze(-1), causal).squeeze(-1)
+        query, key = _without(query, bad_queries), _without(key, bad_keys)
+    if score != "softmax":
+        (query, key), scale = augment(query, key, score, temperature), 1.0
         alone = _alone(allowed, query.shape[2], key.shape[2], causal)
         query = query if alone is None else _without(query, alone.to(query.device))
 
     def product(value):
-        if bad is None:
+        if score == "softmax":
             return _fused_attention(query, key, value, allowed, causal, dropout, scale)
         long_value = F.pad(upcast_to_float32(value), (0, max(0, query.shape[-1] - value.shape[-1])))
         with no_autocast(query.device):  # the vectors contain norms, which half precision would round
@@ -378,7 +383,7 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         return output[..., :value.shape[-1]].to(value.dtype)
 
     output = sum_of_support(product, lambda x: _attends_to_any(allowed, x, causal), value)
-    if bad is not None:
+    if spoiled:
         output = output.masked_fill(bad.unsqueeze(-1), torch.nan)
     return output if key_mask is None else output.masked_fill(~allowed.any(-1, keepdim=True), 0)
 

@@ -66,7 +66,7 @@ def readable(
     return plain and not (tracing() or torch._C._are_functorch_transforms_active())
 
 
-def _known_finite(
+def known_finite(
     x: Tensor,
 ) -> bool:
     "Whether `x` is readable and finite."
@@ -78,7 +78,7 @@ def without_bad(
     norm: Tensor,  # (...,), NaN where `x` is not finite
 ) -> Tensor:  # (..., D)
     "`x` with zeros in place of vectors that are not finite."
-    return x if _known_finite(norm) else x.masked_fill(norm.isnan().unsqueeze(-1), 0)
+    return x if known_finite(norm) else x.masked_fill(norm.isnan().unsqueeze(-1), 0)
 
 # %% ../nbs/02_reference.ipynb #b82f6a94
 def segment_starts(
@@ -443,7 +443,7 @@ def weights_and_support(
     allowed = without_padding(within_segments(allowed, segment_ids, query.shape[2]), key_mask)
     energy = pairwise_energy(query, repeat_kv(key, query.shape[1]), score, key_mask, segment_ids)
     weights, survivors = masked_softmax(energy, temperature, allowed, top_k, empty_rows=key_mask is not None)
-    if segment_ids is not None and not _known_finite(weights):  # in the backward pass a NaN row would reach the values of other segments
+    if segment_ids is not None and not known_finite(weights):  # in the backward pass a NaN row would reach the values of other segments
         weights = weights.masked_fill(~allowed, 0)
     return weights, None if survivors is None else lambda: survivors
 
@@ -485,12 +485,13 @@ def sum_of_support(
     value: Tensor,
 ) -> Tensor:
     "`product(value)`, except that non-finite values outside the support are ignored: zero times NaN counts as zero."
-    if readable(value) and _known_finite(output := product(value)):
+    if readable(value) and known_finite(output := product(value)):
         return output
     bad = ~value.isfinite()
     above, below = (reached(torch.cat([bad & ~value.isneginf(), bad & ~value.isposinf()], -1).to(value.dtype)) > 0).chunk(2, -1)
-    output = product(value.masked_fill(bad, 0)).masked_fill(above, torch.inf).masked_fill(below, -torch.inf)
-    return output.masked_fill(above & below, torch.nan)
+    finite = product(value.masked_fill(bad, 0))
+    output = finite.masked_fill(above, torch.inf).masked_fill(below, -torch.inf).masked_fill(above & below, torch.nan)
+    return output.where(~finite.isnan(), torch.nan)  # a row of NaN weights
 
 
 def weighted_sum(
@@ -509,8 +510,11 @@ def weighted_sum(
         shares = kept if support is None else support() if kept is None else support() * kept
         return shares.to(x.dtype) @ x
 
-    value = repeat_kv(value, weights.shape[1])
-    return sum_of_support(lambda x: weights.to(x.dtype) @ x, reached, value)
+    def product(x):
+        with no_autocast(x.device):
+            return weights.to(x.dtype) @ x
+
+    return sum_of_support(product, reached, repeat_kv(value, weights.shape[1]))
 
 # %% ../nbs/02_reference.ipynb #5ec1e22d
 def reference_attention(

@@ -45,25 +45,47 @@ README_RESULTS = ("ablations", "image_generation_colour", "generation_speed", "f
                   "language_speed", "cost", "counting", "particles", "attention_maps")  # files and folders
 
 
+def compared_recipes(
+    profile: str,  # "smoke", "desk" or "paper"
+) -> dict[str, list[str]]:  # by folder of their results
+    "The recipes that a profile compares."
+    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
+    colour = COLOUR_DATASET_BY_PROFILE.get(profile)
+    return {
+        "image_classification": list(CLASSIFIER_LABELS[profile]), "ablations": ablation_names(profile),
+        "image_generation": [f"{name}/{GENERATION_DATASET_BY_PROFILE[profile]}" for name in GENERATOR_LABELS],
+        "image_generation_colour": [f"{name}/{colour}" for name in GENERATORS] if colour else [],
+        **{f"fine_tuning_{data}": [f"{kind}_{model}/{data}" for kind in FINE_TUNED_LABELS] for data in datasets},
+        "textbooks": [f"{arm}_smollm2/openstax" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
+        "language_models": [f"lm_{mixer}_100m/{LM_DATASET_BY_PROFILE[profile]}" for mixer in LM_MIXERS_BY_PROFILE[profile]],
+    }
+
+
+def stored_results(
+    profile: str,  # "smoke", "desk" or "paper"
+    *folders: str,  # keys of `compared_recipes`
+    root: Path | None = None,  # the project's folder
+) -> dict[str, dict | None]:  # by recipe; None for a missing one
+    "Results of a profile. Raises `ValueError` for stale ones."
+    names, found = compared_recipes(profile), {}
+    for folder in folders:
+        found |= load_or_run_grid(folder, names[folder], profile, "never", root=root)
+    return found
+
+
 def expected_results(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> list[str]:
     "Names of all results of a profile, sorted by page."
-    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
-    scratch = [f"lm_{mixer}_100m" for mixer in LM_MIXERS_BY_PROFILE[profile]]
-    fine_tuned = [f"{arm}_smollm2" for arm in TEXTBOOK_LABELS] if profile != "smoke" else []
-    folders = {
-        "image_classification": [*(name.partition("/")[0] for name in CLASSIFIER_LABELS[profile]), "nearest_neighbours"],
-        "image_generation": [*GENERATOR_LABELS, "baselines"],
-        "image_generation_colour": GENERATORS if profile in COLOUR_DATASET_BY_PROFILE else [],
-        **{f"fine_tuning_{data}": [f"{kind}_{model}" for kind in FINE_TUNED_LABELS] for data in datasets},
-        "textbooks": fine_tuned, "textbook_tasks": ["base", *fine_tuned] if fine_tuned else [],
-        "language_models": [*scratch, "kneser_ney"], "language_model_sinks": scratch, "language_model_tasks": scratch,
-        "sinks": sink_models(profile), "ablations": [name.partition("/")[0] for name in ablation_names(profile)],
-    }
+    names = {folder: [name.partition("/")[0] for name in recipes] for folder, recipes in compared_recipes(profile).items()}
+    scratch, fine_tuned = names["language_models"], names["textbooks"]
+    more = {"image_classification": ["nearest_neighbours"], "image_generation": ["baselines"], "language_models": ["kneser_ney"],
+            "language_model_sinks": scratch, "language_model_tasks": scratch, "textbook_tasks": ["base", *fine_tuned] if fine_tuned else [],
+            "sinks": sink_models(profile), "attention_maps": ["untrained"]}
     files = ["particles", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
-             "cost", "counting", "training_profile", "training_speed", "attention_maps", "attention_maps/untrained"]
-    return sorted([*files, *(f"{folder}/{name}" for folder, names in folders.items() for name in names)], key=result_page)
+             "cost", "counting", "training_profile", "training_speed", "attention_maps"]
+    found = [f"{folder}/{name}" for part in (names, more) for folder, each in part.items() for name in each]
+    return sorted([*files, *found], key=result_page)
 
 
 def missing_results(
@@ -88,8 +110,7 @@ def missing_table(
     note = f"{there} of {len(expected)} result files exist under the {profile} profile."
     if not missing:
         return note
-    rows = [f"| {', '.join(names)} | `{command}` |" for command, names in missing.items()]
-    return "\n".join([note, "", "| missing | made by |", "| --- | --- |", *rows])
+    return f"{note}\n\n{markdown_table(('missing', 'made by'), ((', '.join(names), f'`{command}`') for command, names in missing.items()))}"
 
 # %% ../nbs/70_report.ipynb #de8dbbeb
 IMAGE_TABLES = {data["table"]: dataset for dataset, data in IMAGE_DATA.items()}
@@ -121,42 +142,10 @@ def our_results(
     root: Path | None = None,  # the project's folder
 ) -> dict[str, dict]:
     "The results of a profile by recipe; empty without results. Raises `ValueError` for stale ones."
-    grids = [classifier_results(profile, root), generator_results(profile, root), colour_results(profile, root)]
-    return {name: result for grid in grids for name, result in grid.items() if result}
-
-# %% ../nbs/70_report.ipynb #fe6b3a8a
-def generator_results(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: Path | None = None,  # the project's folder
-) -> dict[str, dict | None]:
-    "The image generation results of a profile by recipe; None for a missing one."
-    names = [f"{model}/{GENERATION_DATASET_BY_PROFILE[check_profile(profile)]}" for model in GENERATOR_LABELS]
-    return load_or_run_grid("image_generation", names, profile, "never", root=root)
-
-
-def colour_results(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: Path | None = None,  # the project's folder
-) -> dict[str, dict | None]:
-    "The colour image generation results of a profile by recipe; None for a missing one."
-    place = COLOUR_DATASET_BY_PROFILE.get(check_profile(profile))
-    names = [f"{model}/{place}" for model in GENERATORS] if place else []
-    return load_or_run_grid("image_generation_colour", names, profile, "never", root=root)
+    found = stored_results(profile, "image_classification", "image_generation", "image_generation_colour", root=root)
+    return {name: result for name, result in found.items() if result}
 
 # %% ../nbs/70_report.ipynb #954f6c57
-def fine_tuning_results(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: Path | None = None,  # the project's folder
-) -> dict[str, dict | None]:
-    "The fine-tuning results of a profile by recipe; None for a missing one."
-    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
-    cells = {}
-    for data in datasets:
-        names = [f"{kind}_{model}/{data}" for kind in FINE_TUNED_LABELS]
-        cells |= load_or_run_grid(f"fine_tuning_{data}", names, profile, "never", root=root)
-    return cells
-
-
 def zero_shot_results(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's folder
@@ -165,15 +154,6 @@ def zero_shot_results(
     found = {mixer: load_result(f"language_model_tasks/lm_{mixer}_100m", profile, root, missing_ok=True) for mixer in MIXER_LABELS}
     data = LM_DATASET_BY_PROFILE[profile]
     return {f"lm_{mixer}_100m/{data}": {"label": MIXER_LABELS[mixer][0], **(each or {})} for mixer, each in found.items()}
-
-
-# %% ../nbs/70_report.ipynb #5a072b27
-def classifier_results(
-    profile: str,  # "smoke", "desk" or "paper"
-    root: Path | None = None,  # the project's folder
-) -> dict[str, dict | None]:
-    "The image classification results of a profile by recipe; None for a missing one."
-    return load_or_run_grid("image_classification", list(CLASSIFIER_LABELS[check_profile(profile)]), profile, "never", root=root)
 
 # %% ../nbs/70_report.ipynb #9ddf40ff
 @lru_cache(maxsize=64)
@@ -305,7 +285,7 @@ def classification_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The desk results as RESULTS.md shows them, with the profile, seeds and versions they come from."
-    results, count, plan = classifier_results("desk", root), coverage("desk", root), read_plan("cifar10", root)
+    results, count, plan = stored_results("desk", "image_classification", root=root), coverage("desk", root), read_plan("cifar10", root)
     finished = [result for result in results.values() if result]
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
@@ -374,7 +354,7 @@ def ablation_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The cells and effects of notebook 65 as RESULTS.md shows them; cells that are not finished show a dash."
-    results = load_or_run_grid("ablations", ablation_names("desk"), "desk", "never", root=root)
+    results = stored_results("desk", "ablations", root=root)
     finished = [result for result in results.values() if result]
     if not finished:
         return "No cell is finished."
@@ -396,7 +376,8 @@ def generation_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The generators of notebook 62 as RESULTS.md shows them, beside count baselines."
-    results, file, karm = generator_results("desk", root), "image_generation/baselines", get_recipe("karm/mnist").at("desk")
+    results = stored_results("desk", "image_generation", root=root)
+    file, karm = "image_generation/baselines", get_recipe("karm/mnist").at("desk")
     plans = [read_plan(name, root) for name in ("mnist", "mnist_window")]
     models = {name: {"label": GENERATOR_LABELS[name.partition("/")[0]][0], **(result or {})} for name, result in results.items()}
     counts = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if result_path(file, "desk", root).is_file() else {}
@@ -404,7 +385,7 @@ def generation_section(
     made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     note = (f"{finished_runs(models, plans[0]['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
             f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
-    speed = load_result("generation_speed", "desk", root) if result_path("generation_speed", "desk", root).is_file() else None
+    speed = load_result("generation_speed", "desk", root, missing_ok=True)
     tables = trained_table(models, IMAGE_BITS, plans[0]["flat_gain"]), bits_table(results, counts)
     tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
     return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
@@ -427,7 +408,7 @@ def language_section(
 ) -> str:  # Markdown
     "Language models from scratch as RESULTS.md shows them: bits, planned differences and zero-shot scores."
     plan, names = read_plan("language_models", root), {f"lm_{mixer}_100m/openstax": label for mixer, (label, _) in MIXER_LABELS.items()}
-    results = load_or_run_grid("language_models", list(names), "desk", "never", root=root)
+    results = stored_results("desk", "language_models", root=root)
     models = {name: {"label": label, **(results.get(name) or {})} for name, label in names.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
@@ -441,12 +422,12 @@ def fine_tuning_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The fine-tuned models of notebook 63 as RESULTS.md shows them, attention sinks, and speed; a dash for a model without a result."
-    results = fine_tuning_results("desk", root)
+    results = stored_results("desk", "fine_tuning_questions", "fine_tuning_shakespeare", root=root)
     finished = [result for result in results.values() if result]
     one = finished[0] if finished else None
     made = f"; {one['device']}, torch {one['versions']['torch']}, {'bfloat16' if one['bf16'] else 'float32'}" if one else ""
     note = f"{len(finished)} of {len(results)} models are fine-tuned. SmolLM2-135M-Instruct, desk profile, held-out items{made}:"
-    speed = load_result("language_speed", "desk", root) if result_path("language_speed", "desk", root).is_file() else None
+    speed = load_result("language_speed", "desk", root, missing_ok=True)
     tables = [fine_tuning_table(results), *([fine_tuning_differences(results), parameter_table(results)] if finished else [])]
     return "\n\n".join([note, *tables, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
 

@@ -865,6 +865,8 @@ WINDOWED = {"neighborhood": CausalWindow(3)}
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, "dropout must be"),
         ({"dropout": math.nan}, "dropout must be"),
+        ({"top_k": 10**30}, r"top_k must be an integer below 2\^63"),
+        ({"sigma": 10**400}, "sigma must be a number > 0"),
     ],
 )
 def test_attention_names_the_bad_argument(change, message):
@@ -902,6 +904,8 @@ def test_weights_check_their_arguments_too():
         (lambda: CausalWindow(0), "size must be an integer ≥ 1, got 0"),
         (lambda: CausalWindow(True), "size must be"),
         (lambda: CausalWindow(2.5), "size must be"),
+        (lambda: CausalWindow(2**63), r"size must be an integer below 2\^63"),
+        (lambda: GridWindow(2, 2, 1, random_seed=2**64), r"random_seed must be an integer below 2\^63"),
         (lambda: GridWindow(0, 2, 1), "height must be an integer ≥ 1"),
         (lambda: GridWindow(2, 0, 1), "width must be"),
         (lambda: GridWindow(2, 2, -1), "radius must be an integer ≥ 0, got -1"),
@@ -920,6 +924,8 @@ def test_weights_check_their_arguments_too():
         (lambda: KrauseAttention(8, 2, Full(), 0), "top_k must be"),
         (lambda: KrauseAttention(8, 2, Full(), sigma=0.0), "sigma must be"),
         (lambda: KrauseAttention(8, 2, Full(), sigma=math.nan), "sigma must be"),
+        (lambda: KrauseAttention(8, 2, Full(), sigma=math.inf), "sigma must be a number from 1e-18 to 1e18, got inf"),
+        (lambda: KrauseAttention(8, 2, Full(), sigma=1e-60), "sigma must be a number from 1e-18 to 1e18"),
         (lambda: KrauseAttention(8, 2, Full(), dropout=1.0), "dropout must be"),
         (lambda: KrauseAttention(8, 2, Full(), bias="no"), "bias must be True or False"),
         (lambda: KrauseAttention(8, 2, Full(), learn_sigma=None), "learn_sigma must be True or False"),
@@ -935,7 +941,7 @@ def test_module_wants_a_neighbourhood():
     with pytest.raises(TypeError, match="neighborhood must be"):
         KrauseAttention(8, 2, "full")
     with pytest.raises(TypeError, match="neighborhood must be"):
-        KrauseAttention(8, 2, Full())(torch.zeros(1, 3, 8), neighborhood=3)
+        KrauseAttention(8, 2, Full())(torch.zeros(1, 3, 8), neighborhood=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert KrauseAttention(8, 2, Full())(torch.zeros(1, 3, 8).bfloat16())[0].isfinite().all()
 
@@ -1164,6 +1170,45 @@ def test_an_earlier_row_does_not_depend_on_a_later_key_to_the_last_bit(way):
     assert torch.equal(before[:, :, :25], after[:, :, :25])
 
 
+@pytest.mark.parametrize("sigma", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("support", [CausalWindow(32), GridWindow(8, 8, 2, cls_token=False)])
+def test_gradients_at_a_small_sigma_are_as_exact_as_those_of_the_reference(support, sigma):
+    exact, weight = small_three(64, torch.float64), small_three(64, torch.float64)[0].flip(-1)
+    def gradient(way, dtype):
+        query, key, value = exact.to(dtype)
+        query.requires_grad_()
+        output = krause_attention(query, key, value, sigma, support, 8, implementation=way)
+        return torch.autograd.grad((output.double() * weight).sum(), query)[0].double()
+    truth = gradient("reference", torch.float64)
+    errors = [(gradient(way, torch.float32) - truth).abs().max() for way in WAYS]
+    assert errors[0] <= 20 * errors[1] + 1e-9  # of almost all weight on one key, only rounding divided by σ² would be left
+
+
+@pytest.mark.parametrize("output_weights", [True, False])
+@pytest.mark.parametrize("score", SCORES)
+def test_a_query_and_a_key_that_are_no_numbers_stay_in_their_sequence(score, output_weights):
+    layer, hidden = KrauseAttention(8, 2, Full(), score=score), torch.randn(1, 6, 8)
+    hidden[0, 1, 0] = torch.nan
+    output = layer(hidden, output_weights=output_weights, segment_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))[0]
+    assert output.isnan().all(-1)[0].tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_of_nan_weights_is_not_hidden_by_an_infinite_value(way):
+    query, key, value = small_three()
+    query[0, 0, 3, 0], value[0, 0, 2] = torch.nan, torch.inf
+    output = krause_attention(query, key, value, 1.0, CausalWindow(4), implementation=way)
+    assert output[0, 0, 3].isnan().all() and output[0, 0, 2].isposinf().all() and output[0, 0, 4].isposinf().all()
+
+
+@pytest.mark.parametrize(("support", "top_k"), SUPPORTS)
+def test_under_autocast_every_implementation_keeps_the_dtype(support, top_k):
+    for dtype in (torch.float32, torch.float16):
+        tensors = small_three(dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(krause_attention(*tensors, 1.0, support, top_k, implementation=way).dtype == dtype for way in WAYS)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("support", [CausalWindow(1), Full()])
 def test_a_single_candidate_gives_sigma_no_gradient(support, way):
@@ -1192,3 +1237,10 @@ def test_a_layer_is_exported_and_leaves_no_imitations_behind(support, top_k):
     more = torch.randn(3, 8, 16)
     assert_close(graph(more)[0], layer(more)[0], rtol=0, atol=1e-5)
     assert type(layer(more)[0]) is torch.Tensor and layer(more)[0].requires_grad
+
+
+def test_a_layer_of_full_support_is_exported_with_any_length():
+    layer, length = KrauseAttention(16, 2, Full()).eval(), torch.export.Dim("length")
+    graph = torch.export.export(layer, (torch.randn(2, 6, 16),), dynamic_shapes=({1: length}, None, None)[:1]).module()
+    hidden = torch.randn(2, 100, 16)
+    assert_close(graph(hidden)[0], layer(hidden)[0], rtol=0, atol=1e-6)

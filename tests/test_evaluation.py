@@ -597,6 +597,10 @@ def test_seeds_of_two_machines_are_one_result():
         add_seeds(first, {**second, "paper": 95.2})
     with pytest.raises(UserError, match=r"test_accuracy must have a value for each of the seeds \[0\], got 2"):
         add_seeds({**first, "seeds": [0]}, second)
+    judged = [{"values": [real], "mean": real, "sd": None, "n": 1, "real": real} for real in (1.0, 2.0)]  # by another classifier each
+    for distances in (judged, [None, judged[0]], [judged[0], None]):
+        mine, other = ({**result([seed], [0.5], "2.14"), "frechet": each} for seed, each in enumerate(distances))
+        assert add_seeds(mine, other)["frechet"] is None
     named = add_seeds(add_seeds({**first, "device": "H200"}, second), result([3], [0.9], "2.15", samples="c"))
     assert named["device"] == "H200, CPU"
     for name in ("corpus", "data"):  # one result may be of an earlier version, which did not record it

@@ -1145,7 +1145,7 @@ def test_a_common_offset_costs_no_precision(name, neighborhood, top_k, far):
     gradients = [gradients_of(lambda *x, way=way: attend_by(way, *x[:3], neighborhood, top_k, sigma=x[3]), given_, torch.tensor(1.0), value)
                  for way, given_ in ((name, tensors), ("reference", precise(tensors)))]
     for gradient, true in zip(*gradients, strict=True):
-        assert largest(gradient - true) < 2e-4
+        assert largest(gradient - true) < 4e-4  # sums of products with keys near 100, in float32
 
 
 @pytest.mark.parametrize("name", ["reference", *CAUSAL])

@@ -461,7 +461,7 @@ def test_a_fixed_sigma_stays_fixed_when_loaded(tmp_path):
         ({"learn_sigma": "no"}, "learn_sigma must be True or False"),
         ({"initializer_range": 0}, "initializer_range must be a number > 0"),
         ({"hidden_size": -16}, "hidden_size must be an integer ≥ 1"),
-        ({"attention_random_seed": 2**64}, "attention_random_seed must be below"),
+        ({"attention_random_seed": 2**64}, "attention_random_seed must be an integer below"),
         ({"attention_random_seed": -1}, "attention_random_seed must be an integer ≥ 0"),
     ],
 )

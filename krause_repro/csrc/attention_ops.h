@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> band_backward_op(const Tensor& grad, 
   call.set_starts(starts);
   call.p.window = std::min(window, call.p.keys);
   const Segments segments(call.p);
-  return run_backward(call, with.grad, query, key, value, with.out, rows, call.p.batch * segments.count, [&](const Problem& p) {
+  return run_backward(call, with.grad, query, key, value, rows, call.p.batch * segments.count, [&](const Problem& p) {
     dispatch_score(p.score, [&](auto S) {
       for (int64_t parity = 0; parity < 2; ++parity)
         segments.for_each(p, parity, 2, [&](int64_t b, int64_t g, int64_t begin, int64_t end, int64_t segment) {
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lists_backward_op(const Tensor& grad,
   const FiniteInputs with(grad, query, key, value, out, rows, std::nullopt);
   Call call(with.query, with.key, with.value, tau, std::nullopt, top_k, score, dropout, seed, true);
   const Lists lists = lists_of(call.p, begin, token);
-  return run_backward(call, with.grad, query, key, value, with.out, rows, call.p.batch, [&](const Problem& p) {
+  return run_backward(call, with.grad, query, key, value, rows, call.p.batch, [&](const Problem& p) {
     dispatch_score(p.score, [&](auto S) {
       for_each_head(p, [&](int64_t b, int64_t h) { lists_backward<S()>(p, lists, b, h, p.dtemperature + b * p.heads); });
     });

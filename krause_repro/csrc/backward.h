@@ -14,16 +14,14 @@ KRAUSE_INLINE vec recompute_weights(const Row& row, float scale, const float* ma
 }
 
 // Turns one row's energies e into weights (after dropout), and s, which holds -do·v, into dS. Returns sum_j dS_j (lowest - E_j), the
-// row's contribution to -tau² dtau. `columns` accumulates the column sums of dS.
-KRAUSE_INLINE float backward_row(const Problem& p, const Row& row, float delta, float scale, uint32_t seed, const float* masked,
-                                 int64_t column, int64_t n, float* e, float* s, float* columns) {
+// row's contribution to -tau² dtau. `columns` accumulates the column sums of dS. do·o is summed here from the same do·v: with almost all
+// weight on one key the difference of the two is tiny, and dividing by tau would magnify another rounding.
+KRAUSE_INLINE float backward_row(const Problem& p, const Row& row, float scale, uint32_t seed, const float* masked, int64_t column,
+                                 int64_t n, float* e, float* s, float* columns) {
   const auto dropout_at = [&](int64_t j) { return p.dropout > 0 ? dropout_scale(seed, column + j, p.dropout) : broadcast(1); };
-  vec shifted{}, dtau{};
-  if (p.rounded) {  // the stored output was rounded: recompute do·o from the weights
-    vec total{};
-    for (int64_t j = 0; j < n; j += kLanes) total -= recompute_weights(row, scale, masked, e, j, shifted) * load(s + j) * dropout_at(j);
-    delta = sum(total);
-  }
+  vec shifted{}, dtau{}, total{};
+  for (int64_t j = 0; j < n; j += kLanes) total -= recompute_weights(row, scale, masked, e, j, shifted) * load(s + j) * dropout_at(j);
+  float delta = sum(total);
   if (std::isnan(row.inverse)) delta = 0;  // the weights of such a row are NaN; NaN times zero would also reach keys that it does not see
   for (int64_t j = 0; j < n; j += kLanes) {
     const vec weight = recompute_weights(row, scale, masked, e, j, shifted), kept = dropout_at(j);

@@ -60,8 +60,7 @@ static void band_backward(const Problem& p, int64_t b, int64_t g, int64_t begin,
             float *we = w + r * width, *se = s + r * width;
             std::fill(we + from - base, we + first - base, kInf);
             std::fill(we + last + 1 - base, we + to - base, kInf);
-            const float delta = dot(p.out.at(b, h, i + r), p.grad.at(b, h, i + r), p.value_dim);
-            dtau -= backward_row(p, p.load_row(row), delta, scale, row_seed(p.seed, row), keys.masked_at(p, from), from, to - from,
+            dtau -= backward_row(p, p.load_row(row), scale, row_seed(p.seed, row), keys.masked_at(p, from), from, to - from,
                                  we + from - base, se + from - base, columns + (from - keys.first));
             clear_edges(we, from - base, to - base, width);
             clear_edges(se, from - base, to - base, width);

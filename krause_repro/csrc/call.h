@@ -158,14 +158,12 @@ static int64_t balanced_length(const Problem& p) {
 // The backward pass multiplies some inputs by zero weights: values outside a row's support, queries and keys of NaN rows, padding.
 // These must be finite, so non-finite vectors become zeros. No gradient flows through a non-finite output.
 struct FiniteInputs {
-  Tensor grad, query, key, value, out;
-  FiniteInputs(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& result, const Tensor& rows,
+  Tensor grad, query, key, value;
+  FiniteInputs(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& rows,
                const OptionalTensor& key_mask)
-      : grad(dout), query(q), key(k), value(v), out(result) {
+      : grad(dout), query(q), key(k), value(v) {
     if (!finite(value)) {
-      const Tensor bad = out.isfinite().logical_not();
-      grad = grad.masked_fill(bad, 0);
-      out = out.masked_fill(bad, 0);
+      grad = grad.masked_fill(out.isfinite().logical_not(), 0);
       value = value.masked_fill(value.isfinite().logical_not(), 0);
     }
     if (finite(rows.select(0, 2)) && !(key_mask && !finite(key))) return;
@@ -178,19 +176,16 @@ struct FiniteInputs {
 // The common part of both backward operators: allocates padded gradients, lets `run` fill them, and restores shapes and dtypes.
 template <typename F>
 static std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(Call& call, const Tensor& grad, const Tensor& query, const Tensor& key,
-                                                               const Tensor& value, const Tensor& out, const Tensor& rows, int64_t partials,
-                                                               F run) {
+                                                               const Tensor& value, const Tensor& rows, int64_t partials, F run) {
   Problem& p = call.p;
   const auto options = call.q.options();
-  const Tensor dout = prepare(grad), result = prepare(out), saved = rows.contiguous();
+  const Tensor dout = prepare(grad), saved = rows.contiguous();
   Tensor dq = empty_as(query, p.dim, options), dk = empty_as(key, p.dim, options), dv = empty_as(value, p.value_dim, options),
          dtau = at::zeros({partials, p.heads}, options);
-  p.out = view(result);
   p.grad = view(dout);
   p.dq = view(dq);
   p.dk = view(dk);
   p.dv = view(dv);
-  p.rounded = out.scalar_type() != at::kFloat;
   p.rows = static_cast<float*>(saved.data_ptr());
   p.dtemperature = dtau.mutable_data_ptr<float>();
   run(p);

@@ -20,7 +20,6 @@ struct Problem {
   int score;
   float dropout;
   int64_t seed;
-  bool rounded;  // was the output rounded to half precision?
   View q, k, v, out, grad, dq, dk, dv;
   const float* temperature;             // (H,)
   const bool* mask;                     // (B, Tk), or null

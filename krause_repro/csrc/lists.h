@@ -69,8 +69,7 @@ static void lists_backward(const Problem& p, const Lists& lists, int64_t b, int6
     }
     std::fill(e + n, e + round_up(n, kLanes), kInf);
     std::fill(s + n, s + round_up(n, kLanes), 0.f);
-    const float delta = dot(p.out.at(b, h, i), grad, p.value_dim);
-    dtau -= backward_row(p, p.load_row(row), delta, scale, row_seed(p.seed, row), nullptr, 0, round_up(n, kLanes), e, s, nullptr);
+    dtau -= backward_row(p, p.load_row(row), scale, row_seed(p.seed, row), nullptr, 0, round_up(n, kLanes), e, s, nullptr);
     float* dq = p.dq.at(b, h, i);
     std::fill(dq, dq + p.dim, 0.f);
     for (int64_t c = 0; c < n; ++c) {
