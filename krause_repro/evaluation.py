@@ -23,7 +23,7 @@ from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
 from .recipes import get_recipe
 from .records import file_digest, project_root, read_json, write_json
-from .results import load_result, result_path, save_result, stale_recipes
+from .results import SEED_LISTS, load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, check_same_data, run_path, weights_file
 from krause_repro.statistics import (
     corrected_difference, decimals, finished_table, markdown_table, outcome, plural, pool, seeds_in_words, signed_interval, summarise,
@@ -156,7 +156,6 @@ def summarise_sigma(
     return None if sigmas[0] is None else summarise_curves(sigmas)
 
 # %% ../nbs/41_evaluation.ipynb #7b1f0c22
-SEED_LISTS = ("seeds", "commits", "threads", "chosen_epochs")  # one entry per seed
 FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # kept of the seeds that were there first
 MACHINES = ("versions", "device")  # of the runs; seeds may come from several machines
 MAY_LACK = ("corpus", "data")  # fields that runs of earlier versions lack; one result may have them alone

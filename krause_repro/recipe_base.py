@@ -19,24 +19,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from .checks import UserError, check_choice, nearest_name
+from .checks import PROFILES, UserError, check_profile, nearest_name
 
 # %% ../nbs/22_recipe_base.ipynb #57bd3086
 @lru_cache(maxsize=1)
 def published_tables() -> dict[str, dict]:
     "The paper's published tables by name: title, source, columns, rows and notes."
     return json.loads(files("krause_repro").joinpath("published.json").read_text(encoding="utf-8"))
-
-# %% ../nbs/22_recipe_base.ipynb #d26691ee
-PROFILES = ("smoke", "desk", "paper")
-
-
-def check_profile(
-    profile: str,
-) -> str:
-    "Return `profile`, or raise `UserError` that lists the profiles."
-    check_choice("profile", profile, PROFILES)
-    return profile
 
 # %% ../nbs/22_recipe_base.ipynb #8034da69
 @dataclass(frozen=True)
