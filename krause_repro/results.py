@@ -157,7 +157,7 @@ def _number(value):
 
 
 def _share(value):
-    return _number(value) and 0 <= value <= 1
+    return _number(value) and not (value < 0 or value > 1)  # of NaN, `check_fields` names the place
 
 
 def _text(value):
@@ -220,15 +220,15 @@ def _inconsistency(value):
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
         if not _same(value["mean"], statistics.fmean(values)) or not _same(value.get("sd") or 0.0, sd):
             return f"must have the mean and standard deviation of its values {values}, got {value['mean']} and {value.get('sd')}"
-    lengths = {name: len(value[name]) for name in SEED_LISTS if isinstance(value.get(name), list)}
-    if "seeds" in lengths and len(set(lengths.values())) > 1:
-        return f"must have an entry for each of the seeds {value['seeds']} in its lists, got {lengths}"
     for name, part in parts.items():
         if isinstance(value.get("seeds"), list) and isinstance(part.get("values"), list) and len(part["values"]) != len(value["seeds"]):
             return f"must have a value of {name} for each of the seeds {value['seeds']}, got {len(part['values'])}"
         own_times = not isinstance(times, list) or {"epochs", "steps"} & part.keys()
         if not own_times and isinstance(part.get("mean"), list) and len(part["mean"]) != len(times):
             return f"must have {len(times)} points in {name}.mean, one for each time, got {len(part['mean'])}"
+    lengths = {name: len(value[name]) for name in SEED_LISTS if isinstance(value.get(name), list)}
+    if "seeds" in lengths and len(set(lengths.values())) > 1:
+        return f"must have an entry for each of the seeds {value['seeds']} in its lists, got {lengths}"
     return None
 
 # %% ../nbs/21_results.ipynb #6d848d32
