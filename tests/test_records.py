@@ -386,8 +386,8 @@ def test_summarise():
     assert summary["sd"] == pytest.approx(math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2))
     with pytest.raises(ValueError, match="values is empty"):
         summarise([])
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"values must be finite, got {bad}"):
+    for bad in (math.nan, math.inf, "2", None, True):
+        with pytest.raises(UserError, match=re.escape(f"values must be finite numbers, got {bad!r}")):
             summarise([1.0, bad])
 
 
@@ -432,11 +432,15 @@ def test_results_are_below_the_folder_of_a_known_profile(tmp_path, name, profile
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"seeds": [0, 0]}, r"seeds must be a list of different integers, got \[0, 0\]"), ({"seeds": [0.5]}, "seeds must be a list of different"),
+    ({"seeds": [0, 0]}, r"seeds must be a list of different integers, got \[0, 0\]"),
+    ({"seeds": [0.5]}, "seeds must be a list of different integers"),
     ({"seeds": [0, 1], "threads": [2, 2, 2]}, r"an entry for each of the seeds \[0, 1\] in its lists, got .*'threads': 3"),
-    ({"test_accuracy": summarise([5.0, 6.0])}, "test_accuracy must be a summary in 0…1"), ({"accuracy": 1.5}, "accuracy must be a number in 0…1"),
-    ({"curves": {"loss": {"mean": [1.0], "sd": [-1.0]}}}, r"curves.loss.sd must be a number ≥ 0 or a list of numbers ≥ 0 or null, got \[-1.0\]"),
-    ({"versions": None}, "versions must be an object"), ({"recipes": None}, "recipes must be an object"), ({"recipes": []}, "recipes must be"),
+    ({"test_accuracy": summarise([5.0, 6.0])}, "test_accuracy must be a summary in 0…1"),
+    ({"accuracy": 1.5}, "accuracy must be a number in 0…1"),
+    ({"curves": {"loss": {"mean": [1.0], "sd": [-1.0]}}}, r"curves.loss.sd must be a number ≥ 0 or a list of numbers ≥ 0 or null"),
+    ({"versions": None}, "versions must be an object"),
+    ({"recipes": None}, "recipes must be an object"),
+    ({"recipes": []}, "recipes must be an object"),
 ])
 def test_a_result_edited_by_hand_is_refused_and_in_no_table(tmp_path, fields, message):
     path = write_json(result_path("a/edited", "smoke", tmp_path), {"profile": "smoke", "mean": 1, **fields})
