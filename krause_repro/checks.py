@@ -148,6 +148,17 @@ def check_choice(
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
+# %% ../nbs/01_checks.ipynb #d26691ee
+PROFILES = ("smoke", "desk", "paper")
+
+
+def check_profile(
+    profile: str,
+) -> str:
+    "Return `profile`, or raise `UserError` that lists the profiles."
+    check_choice("profile", profile, PROFILES)
+    return profile
+
 # %% ../nbs/01_checks.ipynb #7f24e50b
 def values_known(
     x: "Tensor",  # of any kind

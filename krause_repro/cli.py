@@ -165,8 +165,12 @@ def summarise_recipe(
         raise UserError("limit is for the items of the zero-shot suites; give items, a folder or hub")
     from krause_repro.ablation import planned_experiment
     from krause_repro.recipes import get_recipe
+    from krause_repro.records import project_root
 
     chosen, experiment = get_recipe(recipe).at(profile), planned_experiment(recipe, profile)
+    plans = project_root() / "results" / "plans"
+    if items is not None and not plans.is_dir():
+        raise FileNotFoundError(f"{plans} is missing; the plans are part of the project, so give items in a clone of it")
     if items is not None and experiment not in ("language_models", "textbooks"):
         raise UserError("items are for a language model of a plan, such as lm_krause_100m/openstax under desk; "
                         f"got recipe {recipe!r} under profile {profile!r}")

@@ -21,9 +21,10 @@ from .image_files import DATA
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
-from .recipes import get_recipe
+from .recipe_base import NOT_NEGATIVE, SEEDS, SHARE, STRING, STRINGS, Allowed, different, integers, or_none, plain, tuples
+from .recipes import RECIPES, get_recipe
 from .records import file_digest, project_root, read_json, write_json
-from .results import load_result, result_path, save_result, stale_recipes
+from .results import SEED_LISTS, load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, check_same_data, run_path, weights_file
 from krause_repro.statistics import (
     corrected_difference, decimals, finished_table, markdown_table, outcome, plural, pool, seeds_in_words, signed_interval, summarise,
@@ -58,14 +59,18 @@ def cached_test(
     name: str = "test.json",  # of the file
     source: str | Path | None = None,  # the user's data, which must be those of the run
     reads_data: bool = True,  # False: what is measured needs no data of the run, so they are not read to be compared
+    fields: dict[str, Allowed] | None = None,  # what is measured, and its allowed values; None: not checked
 ) -> dict:
     "Test metrics from a file in the run directory; measured again if the weights have changed. Raises `ValueError` for a broken file."
-    path, weights = run.path / name, weights_file(run)
+    path, weights, remedy = run.path / name, weights_file(run), "delete it to evaluate again"
     model = file_digest(weights) if weights.is_file() else None
-    record = read_json(path) if path.is_file() else {"model": ""}
+    record = read_json(path, remedy) if path.is_file() else {"model": ""}
     if not isinstance(record, dict) or "model" not in record:
-        raise UserError(f"{path} must hold the results of a model, got {record!r:.60}; delete it to evaluate again")
+        raise UserError(f"{path} must hold the results of a model, got {record!r:.60}; {remedy}")
     stale = record["model"] != model
+    for field, allowed in {} if stale else (fields or {}).items():
+        if field not in record or not allowed.holds(plain(record[field])):
+            raise UserError(f"{path}: {field} must be {allowed.what}, got {record.get(field)!r:.60}; {remedy}")
     if reads_data and (stale or source is not None):
         check_same_data(run, source)
     if stale:
@@ -86,10 +91,7 @@ def test_accuracy(
         metrics = trainer.evaluate(splits.test, metric_key_prefix="test")
         return {"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"], "images": len(splits.test)}
 
-    found = cached_test(run, measure, source=source)
-    if found.keys() != {"accuracy", "loss", "images"} or not 0 <= found["accuracy"] <= 1:
-        raise UserError(f"{run.path / 'test.json'} must hold accuracy in 0…1, loss and images, got {found}; delete it to evaluate again")
-    return found
+    return cached_test(run, measure, source=source, fields={"accuracy": SHARE, "loss": NOT_NEGATIVE, "images": integers(1)})
 
 
 test_accuracy.__test__ = False  # pytest must not collect it
@@ -156,7 +158,6 @@ def summarise_sigma(
     return None if sigmas[0] is None else summarise_curves(sigmas)
 
 # %% ../nbs/41_evaluation.ipynb #7b1f0c22
-SEED_LISTS = ("seeds", "commits", "threads", "chosen_epochs")  # one entry per seed
 FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # kept of the seeds that were there first
 MACHINES = ("versions", "device")  # of the runs; seeds may come from several machines
 MAY_LACK = ("corpus", "data")  # fields that runs of earlier versions lack; one result may have them alone
@@ -305,19 +306,21 @@ def undertrained_mark(
     return " *(undertrained)*" if is_undertrained(curves, gain) else ""
 
 # %% ../nbs/41_evaluation.ipynb #4ee98c25
+_MODEL = Allowed("the name of a recipe", lambda value: isinstance(value, str) and value in RECIPES)
 PLAN_FIELDS = {  # of a plan that decide what is compared
-    "models": list, "baselines": list, "comparisons": list, "seeds": list, "smallest_difference": float, "counts_as_a_difference": str,
-    "flat_gain": float,
+    "models": different(tuples(_MODEL)), "baselines": STRINGS, "comparisons": tuples(different(tuples(_MODEL, 2))), "seeds": SEEDS,
+    "smallest_difference": NOT_NEGATIVE, "counts_as_a_difference": STRING, "flat_gain": NOT_NEGATIVE, "earlier": or_none(STRINGS),
 }
 
 
-def _check_plan(plan, path):
-    for field, kind in PLAN_FIELDS.items():
-        if not isinstance(plan, dict) or not isinstance(plan.get(field), kind):
-            raise UserError(f"{path} must be an object whose {field} is a {kind.__name__}, got {plan!r:.60}")
-    for pair in plan["comparisons"]:
-        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(plan["models"]):
-            raise UserError(f"{path}: comparisons must be pairs of models, got {pair!r:.60}")
+def _check_plan(plan, path, remedy):
+    for field, allowed in PLAN_FIELDS.items():
+        value = plain(plan.get(field)) if isinstance(plan, dict) else plan
+        if not isinstance(plan, dict) or not allowed.holds(value):
+            raise UserError(f"{path} must be an object whose {field} is {allowed.what}, got {value!r:.60}; {remedy}")
+    pairs = [frozenset(pair) for pair in plan["comparisons"]]
+    if len(set(pairs)) < len(pairs) or not set().union(*pairs) <= set(plan["models"]):
+        raise UserError(f"{path}: comparisons must be different pairs of its models, got {plan['comparisons']}; {remedy}")
 
 
 def read_plan(
@@ -326,11 +329,16 @@ def read_plan(
 ) -> dict:  # with "commit", in which it was fixed; None if the file differs from that commit's
     "The planned comparisons of an experiment. Raises `UserError` for a damaged file."
     path = (root or project_root()) / "results" / "plans" / f"{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the plans are part of the project, so call this in a clone of it")
-    plan, fixed = read_json(path), read_json(path.with_name("commits.json")).get(name, {})
-    _check_plan(plan, path)
-    return {**plan, "commit": fixed["commit"] if fixed.get("sha256") == file_digest(path) else None}
+    commits, remedy = path.with_name("commits.json"), "the plans are part of the project: restore it from its repository"
+    for each in (path, commits):
+        if not each.is_file():
+            raise FileNotFoundError(f"{each} is missing; the plans are part of the project, so call this in a clone of it")
+    plan, fixed = read_json(path, remedy), read_json(commits, remedy)
+    _check_plan(plan, path, remedy)
+    own = fixed.get(name, {"commit": "", "sha256": ""}) if isinstance(fixed, dict) else fixed
+    if not isinstance(own, dict) or not all(isinstance(own.get(field), str) for field in ("commit", "sha256")):
+        raise UserError(f"{commits} must be an object whose {name} has a commit and a sha256, got {own!r:.60}; {remedy}")
+    return {**plan, "commit": own["commit"] if own["sha256"] == file_digest(path) else None}
 
 # %% ../nbs/41_evaluation.ipynb #c07d335f
 @dataclass(frozen=True)
@@ -372,7 +380,7 @@ def planned_table(
         return label, seeds_in_words(found["seeds"]), mean, interval, verdict
 
     head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
-    known = plan.get("earlier", ())  # models of an earlier plan, whose results were known
+    known = plan.get("earlier") or ()  # models of an earlier plan, whose results were known
     own = f" of {', '.join(models[name]['label'] for name in plan['models'] if name not in known)}" if known else ""
     fixed = f"Fixed before the first run{own}, in commit {plan['commit'][:10]}" if plan["commit"] else "Not the plan that was committed"
     note = (f"A difference counts if {plan['counts_as_a_difference']}. {fixed}. *Too small to count*: the interval "

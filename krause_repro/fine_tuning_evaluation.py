@@ -27,6 +27,7 @@ from krause_repro.evaluation import (
 from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
+from .recipe_base import SHARE, integers
 from .runs import Run
 from .sampling import evaluating
 from krause_repro.statistics import (
@@ -131,7 +132,7 @@ def test_choices(
         _, items = held_out_questions(run.recipe, source)
         return {"accuracy": choice_accuracy(finished_model(run), load_tokenizer(base_source(run.recipe)), items), "items": len(items)}
 
-    return cached_test(run, measure, "choices.json")["accuracy"]
+    return cached_test(run, measure, "choices.json", fields={"accuracy": SHARE, "items": integers(1)})["accuracy"]
 
 
 test_choices.__test__ = False  # pytest must not collect it

@@ -177,7 +177,7 @@ def counter_macs(
     tokens, d, m, heads = token_count(config), config.hidden_size, config.intermediate_size, config.num_attention_heads
     layers, score = config.num_hidden_layers, config.attention_score
     rows = layers * tokens
-    operations = ENTRY_OPERATIONS[score] if per_entry is None else per_entry
+    operations = ENTRY_OPERATIONS[score] if per_entry is None else check_integer("per_entry", per_entry, 0)
     products = component_macs(config)
     return {
         **products, "projections": products["projections"] if projections else 0,

@@ -8,6 +8,7 @@ __all__ = ['test_bits', 'sample_run', 'frechet_distance', 'summarise_generators'
 
 # %% ../nbs/43_generation_evaluation.ipynb #c6a5b24f
 import math
+import re
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, ImageSet, load_splits
 from .image_transformer import image_tokens
 from .likelihood import bits_per_dimension, fit_context_model
-from .recipe_base import plain
+from .recipe_base import NOT_NEGATIVE, integers, plain
 from .recipes import get_recipe
 from .records import atomic_write, check_writable, file_digest, locked, read_json, remove_leftovers, write_json
 from .results import pack_images
@@ -39,7 +40,11 @@ def test_bits(
     source: str | Path | None = None,  # the user's data folder
 ) -> dict[str, float]:  # as `likelihood.bits_per_dimension`
     "Bits per dimension of a run's selected model on the test images, cached in the run directory."
-    return cached_test(run, lambda: bits_per_dimension(finished_model(run), load_splits(run.recipe, source).test.images), source=source)
+    def measure():
+        return bits_per_dimension(finished_model(run), load_splits(run.recipe, source).test.images)
+
+    fields = {"bits_per_dim": NOT_NEGATIVE, "bits_per_dim_all": NOT_NEGATIVE, "images": integers(1)}
+    return cached_test(run, measure, source=source, fields=fields)
 
 
 test_bits.__test__ = False  # pytest must not collect it
@@ -57,22 +62,26 @@ def generation_curves(
     return {"held_out": bits(held_out), "training": bits(training)}
 
 # %% ../nbs/43_generation_evaluation.ipynb #572297c3
-def _saved_images(folder: Path) -> Tensor:
-    "Images of all complete batches before the first gap. A truncated file is a gap; files below the count are of other batch sizes."
-    found, count = [], 0
-    for path in sorted(folder.glob("images-*.safetensors")):
-        number = int(path.stem.partition("-")[2])
-        if number < count:
-            continue
-        try:
-            images = load_file(path)["images"] if number == count else None
-        except SafetensorError:
-            images = None
-        if images is None:
-            break
-        found.append(images)
-        count += len(images)
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.uint8)
+def _batch(path: Path, recipe: ImageGenerationRecipe) -> Tensor | None:
+    "Images of one file; None if it is damaged or holds anything but images of the recipe's data."
+    try:
+        images = load_file(path).get("images", torch.empty(0))
+    except SafetensorError:
+        return None
+    height, width, channels = recipe.image_shape
+    shaped = images.dtype == torch.uint8 and images.shape[1:] == (channels, height, width)
+    return images if shaped and len(images) and images.max() < recipe.levels else None
+
+
+def _saved_images(folder: Path, recipe: ImageGenerationRecipe) -> Tensor:
+    "Images of all complete batches before the first gap. A damaged file is a gap; files below the count are of other batch sizes."
+    files = {int(path.stem[7:]): path for path in folder.glob("images-*.safetensors") if re.fullmatch("images-[0-9]{6,}", path.stem)}
+    found, count = [torch.empty(0, dtype=torch.uint8)], 0
+    for number, path in sorted(files.items()):
+        if number == count and (images := _batch(path, recipe)) is not None:
+            found.append(images)
+            count += len(images)
+    return torch.cat(found)
 
 # %% ../nbs/43_generation_evaluation.ipynb #92c08813
 def samples_folder(
@@ -123,7 +132,7 @@ def sample_run(
     check_source(run.recipe, source)
     model, folder = finished_model(run), samples_folder(run, seed, temperature, top_p)
     settings = {"model": file_digest(run.path / "model.safetensors"), "seed": seed, "temperature": temperature, "top_p": top_p}
-    if _settings_match(folder, settings) and len(kept := _saved_images(folder)) >= count:
+    if _settings_match(folder, settings) and len(kept := _saved_images(folder, run.recipe)) >= count:
         return kept[:count]
     check_writable(folder)
     with locked(folder):
@@ -131,7 +140,7 @@ def sample_run(
         if not _settings_match(folder, settings):
             for path in folder.glob("images-*.safetensors"):
                 path.unlink()
-        kept = _saved_images(folder)
+        kept = _saved_images(folder, run.recipe)
         levels = None if model.config.start_token else first_frequencies(load_splits(run.recipe, source).train.images, run.recipe.levels)
         prompts, start = first_prompts(model.config, seed, levels), time.perf_counter()
         for numbers, images in generate_batches(model, prompts, range(len(kept), count), seed, temperature, top_p, batch, progress):
@@ -139,7 +148,7 @@ def sample_run(
             write_json(folder / "settings.json", settings)  # only after the first batch has been sampled
             with atomic_write(folder / f"images-{numbers[0]:06}.safetensors") as temporary:
                 save_file({"images": images.contiguous(), "seconds": torch.tensor(seconds)}, temporary)
-        return _saved_images(folder)[:count]
+        return _saved_images(folder, run.recipe)[:count]
 
 # %% ../nbs/43_generation_evaluation.ipynb #066d8066
 def save_image_grid(

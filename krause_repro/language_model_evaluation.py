@@ -26,7 +26,7 @@ from krause_repro.evaluation import (
 from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
-from .recipe_base import plain
+from .recipe_base import NOT_NEGATIVE, SHARE, integers, or_none, plain, tuples
 from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
 from .statistics import decimals, finished_table, markdown_table, seeds_in_words, summarise, summarise_curves
@@ -110,7 +110,9 @@ def test_text(
                 "tokens": len(blocks) * (recipe.context - 1), "gate": gates or None,
                 "by_position": binned(nats / math.log(2), position_edges(recipe.context))}
 
-    return cached_test(run, measure, source=source)
+    fields = {**dict.fromkeys(("bits_per_token", "bits_per_byte"), NOT_NEGATIVE), **dict.fromkeys(("blocks", "tokens"), integers(1)),
+              "gate": or_none(tuples(SHARE)), "by_position": tuples(NOT_NEGATIVE, len(position_edges(run.recipe.context)))}
+    return cached_test(run, measure, source=source, fields=fields)
 
 
 test_text.__test__ = False  # pytest must not collect it

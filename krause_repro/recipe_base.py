@@ -19,24 +19,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from .checks import UserError, check_choice, nearest_name
+from .checks import PROFILES, UserError, check_profile, nearest_name
 
 # %% ../nbs/22_recipe_base.ipynb #57bd3086
 @lru_cache(maxsize=1)
 def published_tables() -> dict[str, dict]:
     "The paper's published tables by name: title, source, columns, rows and notes."
     return json.loads(files("krause_repro").joinpath("published.json").read_text(encoding="utf-8"))
-
-# %% ../nbs/22_recipe_base.ipynb #d26691ee
-PROFILES = ("smoke", "desk", "paper")
-
-
-def check_profile(
-    profile: str,
-) -> str:
-    "Return `profile`, or raise `UserError` that lists the profiles."
-    check_choice("profile", profile, PROFILES)
-    return profile
 
 # %% ../nbs/22_recipe_base.ipynb #8034da69
 @dataclass(frozen=True)
@@ -106,12 +95,22 @@ def tuples(
     return Allowed(f"{'a tuple' if length is None else f'{length} values'}, each {each.what}", holds)
 
 
+def different(
+    allowed: Allowed,  # tuples
+) -> Allowed:
+    "`allowed`, without a value twice."
+    return Allowed(f"{allowed.what}, all different", lambda value: allowed.holds(value) and len(set(value)) == len(value))
+
+
 FLAG = Allowed("True or False", lambda value: isinstance(value, bool))
 POSITIVE = Allowed("a number > 0", lambda value: is_number(value) and value > 0)
 NOT_NEGATIVE = Allowed("a number ≥ 0", lambda value: is_number(value) and value >= 0)
 FRACTION = Allowed("in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
 SHARE = Allowed("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 SEED = integers(0, 2**32 - 1)  # as NumPy's generators take
+SEEDS = different(tuples(SEED))
+STRING = Allowed("a string", lambda value: isinstance(value, str))
+STRINGS = Allowed("a tuple of strings", lambda value: isinstance(value, tuple) and all(map(STRING.holds, value)))
 
 # %% ../nbs/22_recipe_base.ipynb #a18bf04a
 def plain(
@@ -138,9 +137,7 @@ class Recipe:
     allowed: ClassVar[dict[str, Allowed]] = {
         "name": Allowed("a path such as model/data", lambda value: isinstance(value, str) and all(
             re.fullmatch(r"\w[\w.-]*", part) for part in value.split("/"))),
-        "profile": one_of(*PROFILES), "seeds": tuples(SEED),
-        "unpublished": Allowed("a tuple of strings",
-                               lambda value: isinstance(value, tuple) and all(isinstance(each, str) for each in value)),
+        "profile": one_of(*PROFILES), "seeds": SEEDS, "unpublished": STRINGS,
         "published": Allowed("a dict", lambda value: isinstance(value, dict)),
     }
 

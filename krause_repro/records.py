@@ -32,9 +32,9 @@ def project_root() -> Path:
     "The nearest folder, from the current one upwards, that holds this project's settings.ini; else the current folder."
     here = Path.cwd()
     for folder in (here, *here.parents):
-        settings = folder / "settings.ini"
-        if settings.is_file() and "krause_repro" in settings.read_text(encoding="utf-8"):
-            return folder
+        with suppress(OSError):  # there is none, or it is another's and cannot be read
+            if b"krause_repro" in (folder / "settings.ini").read_bytes():  # in any encoding
+                return folder
     return here
 
 # %% ../nbs/20_records.ipynb #2ffe6136
@@ -181,13 +181,13 @@ def read_text(
 # %% ../nbs/20_records.ipynb #3924a9b1
 def read_json(
     path: str | Path,  # file to read
+    remedy: str = "delete it and make it again",  # for a damaged file, for the message
 ) -> object:
-    "Read JSON from `path`. Raises `UserError` that names a damaged file."
-    text = read_text(path)
+    "Read JSON from `path`. Raises `UserError` that names a damaged file and the remedy."
     try:
-        return json.loads(text)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and make it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 # %% ../nbs/20_records.ipynb #44cb3451
 def remove_leftovers(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import UserError, check_choice
+from .checks import UserError, check_choice, check_profile
 from .records import atomic_write, environment, project_root, read_json, write_json
 
 # %% ../nbs/21_results.ipynb #c74893c0
@@ -48,7 +48,10 @@ def result_path(
     profile: str,  # "smoke", "desk" or "paper"
     root: Path | None = None,  # the project's root
 ) -> Path:
-    "The result file of an experiment under a profile."
+    "The result file of an experiment under a profile. Raises `UserError` for an unknown profile and for a name that is no path below it."
+    check_profile(profile)
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
+        raise UserError(f"name must be a path such as ablations/kvit_t, got {name!r}")
     return (root or project_root()) / "results" / profile / f"{name}.json"
 
 # %% ../nbs/21_results.ipynb #dd94e7eb
@@ -71,7 +74,8 @@ def table_lines(
 ) -> Iterator[dict[str, object]]:  # by column
     "The lines of `results.csv`."
     for path in sorted(folder.rglob("*.json")):
-        result, name = read_json(path), path.relative_to(folder).with_suffix("").as_posix()
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        result = check_fields(read_json(path, remedy := result_remedy(name, folder.name)), str(path), remedy)
         if not isinstance(result, dict):
             continue  # no result; `load_result` says so
         for place, found in summaries(result):
@@ -139,9 +143,21 @@ def result_command(
     page = result_page(name)
     return f"make figures PROFILE={profile}{f' ONLY={page}' if page else ''} TRAIN=missing"
 
+
+def result_remedy(
+    name: str,  # the experiment, e.g. "ablations/kvit_t"
+    profile: str,  # "smoke", "desk" or "paper"
+) -> str:
+    "The remedy for a damaged result, for messages."
+    return f"delete it and make it again with: {result_command(name, profile)}"
+
 # %% ../nbs/21_results.ipynb #9fd541c9
 def _number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _share(value):
+    return _number(value) and not (value < 0 or value > 1)  # of NaN, `check_fields` names the place
 
 
 def _text(value):
@@ -174,6 +190,9 @@ def _curve_and_mean(value):
 
 KINDS = {
     "a number": _number, "null": lambda value: value is None, "a string": _text, "an object": _object,
+    "a number ≥ 0": lambda value: _number(value) and value >= 0, "a number in 0…1": _share,
+    "a list of numbers ≥ 0": _list(lambda value: _number(value) and value >= 0),
+    "a list of different integers": lambda value: _list(lambda each: type(each) is int)(value) and len(set(value)) == len(value),
     "a list of numbers": _list(_number), "a list of objects": _list(_object), "a list of lists of numbers": _list(_list(_number)),
     "two numbers": lambda value: _list(_number)(value) and len(value) == 2,
     "a list of booleans": _list(lambda value: isinstance(value, bool)),
@@ -183,9 +202,13 @@ KINDS = {
     "an object of numbers and strings": lambda value: _object(value) and all(_number(each) or _text(each) for each in value.values()),
     "a summary (mean and sd are numbers)": _mean_and_sd(_number), "a curve (mean and sd are lists)": _mean_and_sd(_list(_number)),
     "an object with all_layers, a summary": _curve_and_mean,
+    "a summary in 0…1": lambda value: _mean_and_sd(_number)(value) and all(map(_share, (value["mean"], *value.get("values", ())))),
 }
 
 # %% ../nbs/21_results.ipynb #5b0c7a2e
+SEED_LISTS = ("seeds", "commits", "threads", "chosen_epochs")  # one entry per seed
+
+
 def _same(first, second):
     return math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-9)
 
@@ -203,25 +226,30 @@ def _inconsistency(value):
         own_times = not isinstance(times, list) or {"epochs", "steps"} & part.keys()
         if not own_times and isinstance(part.get("mean"), list) and len(part["mean"]) != len(times):
             return f"must have {len(times)} points in {name}.mean, one for each time, got {len(part['mean'])}"
+    lengths = {name: len(value[name]) for name in SEED_LISTS if isinstance(value.get(name), list)}
+    if "seeds" in lengths and len(set(lengths.values())) > 1:
+        return f"must have an entry for each of the seeds {value['seeds']} in its lists, got {lengths}"
     return None
 
 # %% ../nbs/21_results.ipynb #6d848d32
 _SUMMARY, _CURVE = "a summary (mean and sd are numbers)", "a curve (mean and sd are lists)"
 FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "a number": "n parameters trainable frozen test_images ratio speed_ratio tokens_per_second images_per_second growth busy starts agents "
-                "batch dim length accuracy items truncated dropped response_tokens tokens operations context base_parameters "
+                "batch dim length items truncated dropped response_tokens tokens operations context base_parameters "
                 "branch_parameters published largest_difference_softmax_gaussian beta dimension height width mechanism.query "
                 "mechanism.sigma mechanism.top_k rows.seconds rows.heads rows.rows entry_operations.rows rows.images rows.rounds swin.macs "
                 "letters.chance letters.constant branch.gate test_tokens test_blocks ngram_order train_tokens",
+    "a number in 0…1": "accuracy",
     "a number or null": "paper peak_bytes macro_f1 top_k resident_growth accuracy_stderr limit",
     "a number or a list of numbers": "mean steps threads",
-    "a number or a list of numbers or null": "sd",
+    "a number ≥ 0 or a list of numbers ≥ 0 or null": "sd",
     "a number or a list of objects": "macs",
     "a number or an object": "images",
     f"a number or {_SUMMARY}": "bits_per_dim bits_per_dim_all bits_per_token bits_per_byte",
     "a number or an object with all_layers, a summary": "first_all first_near first_far",
     "an object with all_layers, a summary": "first_is_most most most_later value_ratio",
-    "a list of numbers": "values epochs positions milliseconds times radii seeds mechanism.score mechanism.weights",
+    "a list of numbers": "values epochs positions milliseconds times radii mechanism.score mechanism.weights",
+    "a list of different integers": "seeds",
     "two numbers": "ratio_quartiles speed_ratio_quartiles seconds_quartiles",
     "a list of numbers or null": "cls_weight",
     "a list of lists of numbers": "image maps counts opinions",
@@ -235,9 +263,9 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "an object or null": "letters frechet phenomena over_training",
     "named objects": "models surfaces bits sinks uniform quantities constant",
     "named lists of objects": "patience heads",
-    _SUMMARY: "test_accuracy held_out_accuracy token_loss token_accuracy held_out_bits seconds training_speed accuracies "
-              "standard_accuracies final.order final.clusters final.diameter final.closed",
-    f"{_SUMMARY} or null": "letter_accuracy",
+    _SUMMARY: "token_loss held_out_bits seconds training_speed final.order final.clusters final.diameter final.closed",
+    "a summary in 0…1": "test_accuracy held_out_accuracy token_accuracy accuracies standard_accuracies",
+    "a summary in 0…1 or null": "letter_accuracy",
     _CURVE: "train_loss validation_accuracy training held_out entropy head_diversity distance cosine residual effective_rank "
             "mixed.gate order diameter clusters",
     f"{_CURVE} or null": "sigma gate",
@@ -292,12 +320,13 @@ def load_result(
     missing_ok: bool = False,  # return None for a missing file
 ) -> dict | None:
     "Load and check one experiment's results (`check_fields`). Raises `FileNotFoundError` with the command that makes a missing file."
-    path, command = result_path(name, profile, root), result_command(name, profile)
+    path, remedy = result_path(name, profile, root), result_remedy(name, profile)
     if not path.is_file():
         if missing_ok:
             return None
+        command = result_command(name, profile)
         raise FileNotFoundError(f"no results of {name!r} under profile {profile!r} ({path}); make them with: {command}")
-    result, remedy = read_json(path), f"delete it and make it again with: {command}"
+    result = read_json(path, remedy)
     if not isinstance(result, dict):
         raise UserError(f"{path} must hold an object of results, got {json.dumps(result):.60}; {remedy}")
     if result.get("profile") != profile:

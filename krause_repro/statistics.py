@@ -9,6 +9,7 @@ __all__ = ['MISSING', 'summarise', 'paired_difference', 'seed_values', 'markdown
 import math
 import statistics
 from collections.abc import Iterable
+from numbers import Real
 
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes longer to import than all else here
@@ -20,11 +21,12 @@ def summarise(
     values: list[float],  # one number per seed
 ) -> dict[str, object]:  # "values", "mean", "sd" and "n"
     "Mean, sample standard deviation (None for one value) and count. Raises `ValueError` for an empty list and for NaN or infinity."
-    values = [float(v) for v in values]
+    values = list(values)
     if not values:
         raise UserError("values is empty; give one number per seed")
-    if wrong := [v for v in values if not math.isfinite(v)]:
-        raise UserError(f"values must be finite, got {wrong[0]}")
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v)]:
+        raise UserError(f"values must be finite numbers, got {wrong[0]!r}")
+    values = [float(v) for v in values]
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"values": values, "mean": statistics.fmean(values), "sd": sd, "n": len(values)}
 
@@ -55,6 +57,7 @@ def pool(
 # %% ../nbs/40_statistics.ipynb #c35f768e
 def _with_interval(summary, comparisons=1):
     "A summary with its 95% interval by Student's t, Bonferroni-corrected; the interval is None for fewer than two values."
+    check_integer("comparisons", comparisons, 1)
     if summary["n"] < 2:
         return {**summary, "interval": None}
     half = float(stdtrit(summary["n"] - 1, 1 - 0.025 / comparisons)) * summary["sd"] / summary["n"] ** 0.5
@@ -72,15 +75,23 @@ def paired_difference(
     return _with_interval(summarise([a - b for a, b in zip(first, second, strict=True)]), comparisons)
 
 
+def _by_seed(result, field):
+    "The values of a field of a result by seed."
+    seeds, values = result["seeds"], result[field]["values"]
+    if len(set(seeds)) < len(seeds) or len(values) != len(seeds):
+        raise UserError(f"seeds must differ and have one value of {field} each, got seeds {seeds} and values {values}")
+    return dict(zip(seeds, values, strict=True))
+
+
 def seed_values(
     results: list[dict],  # of several models, each with "seeds" and the "values" of `field`
     field: str = "test_accuracy",  # what is compared
 ) -> list[list[float]]:  # of each model, in the order of the seeds
     "Numbers that can be paired by seed. Raises `UserError` unless all models have the same seeds."
-    seeds = [sorted(result["seeds"]) for result in results]
-    if different := [each for each in seeds if each != seeds[0]]:
-        raise UserError(f"models that are compared by seed must have the same seeds, got {seeds[0]} and {different[0]}")
-    return [[value for _, value in sorted(zip(result["seeds"], result[field]["values"], strict=True))] for result in results]
+    values = [_by_seed(result, field) for result in results]
+    if different := [each for each in values if each.keys() != values[0].keys()]:
+        raise UserError(f"models that are compared by seed must have the same seeds, got {sorted(values[0])} and {sorted(different[0])}")
+    return [[each[seed] for seed in sorted(each)] for each in values]
 
 # %% ../nbs/40_statistics.ipynb #a02b6d17
 def unpaired_difference(
@@ -105,15 +116,11 @@ def corrected_difference(
     field: str = "test_accuracy",  # what is compared
 ) -> dict:  # as `paired_difference`, with "seeds", those that both models have; interval None for fewer than two
     "The difference paired by seed with a Bonferroni-corrected 95% interval."
-    check_integer("comparisons", comparisons, 1)
-    if any(len(set(model["seeds"])) < len(model["seeds"]) for model in (first, second)):
-        raise UserError(f"seeds must differ, got {first['seeds']} and {second['seeds']}")
-    values = [dict(zip(model["seeds"], model[field]["values"], strict=True)) for model in (first, second)]
+    values = [_by_seed(model, field) for model in (first, second)]
     seeds = sorted(values[0].keys() & values[1].keys())
-    if not seeds:
-        return {"values": [], "mean": None, "sd": None, "n": 0, "seeds": [], "interval": None}
     differences = [values[0][seed] - values[1][seed] for seed in seeds]
-    return {**_with_interval(summarise(differences), comparisons), "seeds": seeds}
+    summary = summarise(differences) if seeds else {"values": [], "mean": None, "sd": None, "n": 0}
+    return {**_with_interval(summary, comparisons), "seeds": seeds}
 
 # %% ../nbs/40_statistics.ipynb #c55ca2e9
 MIN_EFFECT = 0.01  # smallest difference of accuracy that counts, in 0…1
@@ -210,7 +217,9 @@ def effect(
     scale: float = 100,  # factor from the difference to the unit shown
     digits: int = 2,  # decimals
 ) -> str:
-    "Mean of a difference and, in brackets, its interval."
+    "Mean of a difference and, in brackets, its interval; a dash without a common seed."
+    if difference["mean"] is None:
+        return MISSING
     return f"{scale * difference['mean']:+.{digits}f} ({signed_interval(difference['interval'], scale, digits)})"
 
 # %% ../nbs/40_statistics.ipynb #3be7f150

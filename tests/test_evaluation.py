@@ -56,6 +56,7 @@ from krause_repro.runs import Run, run_path
 from krause_repro.statistics import (
     MIN_EFFECT,
     corrected_difference,
+    effect,
     exceeds_noise,
     is_shown,
     paired_difference,
@@ -103,6 +104,17 @@ def test_test_accuracy_is_computed_once(run, source):
     assert json.loads(kept.read_text(encoding="utf-8")).items() > first.items()
     stamp = kept.stat().st_mtime_ns
     assert test_accuracy(run) == first and kept.stat().st_mtime_ns == stamp
+
+
+def test_cached_numbers_that_cannot_be_are_refused(run, source):
+    found, kept = test_accuracy(run, source), run.path / "test.json"
+    text = kept.read_text(encoding="utf-8")
+    model = {"model": json.loads(text)["model"]}
+    for wrong in ({"accuracy": 2}, {"accuracy": "x"}, {"accuracy": None}, {"loss": math.nan}, {"loss": "x"}, {"images": -1}, {}):
+        kept.write_text(json.dumps((found | wrong if wrong else {}) | model), encoding="utf-8")
+        with pytest.raises(UserError, match=f"test.json: {next(iter(wrong), 'accuracy')} must be .*; delete it to evaluate again"):
+            test_accuracy(run)
+    kept.write_text(text, encoding="utf-8")
 
 
 def test_an_unfinished_run_has_no_test_accuracy(finished, source, tmp_path):
@@ -194,6 +206,9 @@ def test_seeds_must_be_paired():
             paired_difference(first, second)
     with pytest.raises(ValueError, match="values is empty"):
         paired_difference([], [])
+    for comparisons in (0, -1, 0.5, math.nan, True):
+        with pytest.raises(UserError, match="comparisons must be an integer ≥ 1"):
+            paired_difference([1.0, 2.0], [1.0, 3.0], comparisons)
 
 
 def test_results_are_paired_by_seed_whatever_the_order():
@@ -207,6 +222,10 @@ def test_results_are_paired_by_seed_whatever_the_order():
     assert change["values"] == pytest.approx([0.01] * 3)
     with pytest.raises(ValueError, match=r"same seeds, got \[0, 1, 2\] and \[0, 1\]"):
         single_changes({kvit: first, pre: result([1, 0], [0.5, 0.6])})
+    for wrong in (result([1, 1, 2], [0.8, 0.9, 0.7]), result([0, 1, 2], [0.8, 0.9])):
+        for compare in (lambda wrong=wrong: seed_values([wrong, wrong]), lambda wrong=wrong: corrected_difference(first, wrong, 1)):
+            with pytest.raises(UserError, match="seeds must differ and have one value of test_accuracy each, got seeds"):
+                compare()
 
 
 def test_one_seed_each_has_no_interval():
@@ -242,8 +261,8 @@ def test_train_seeds_trains_each_seed_of_the_profile(monkeypatch, tmp_path, rest
 
 def test_factor_effect_averages_over_the_other_factors_and_skips_what_is_missing():
     cells = {("A", "x"): [0.80, 0.82], ("B", "x"): [0.81, 0.84], ("A", "y"): [0.70, 0.72], ("B", "y"): [0.73, 0.74], ("B", "z"): [0.1, 0.1]}
-    effect = factor_effect(cells, 0, "B", "A")
-    assert effect["values"] == pytest.approx([0.02, 0.02]) and effect["settings"] == 2
+    averaged = factor_effect(cells, 0, "B", "A")
+    assert averaged["values"] == pytest.approx([0.02, 0.02]) and averaged["settings"] == 2
     assert factor_effect(cells, 1, "x", "y")["values"] == pytest.approx([0.09, 0.10])
     assert factor_effect(cells, 0, "B", "C") is None and factor_effect(cells, 1, "z", "x")["settings"] == 1
 
@@ -401,7 +420,8 @@ def test_differences_are_paired_by_seed_and_corrected():
     low, high = corrected_difference(first, second, 6)["interval"]
     assert (high - low) / 2 == pytest.approx(quantile * 0.01 / 3**0.5) and (high + low) / 2 == pytest.approx(0.06)
     assert corrected_difference(planned("A", [0.7], (0,)), second, 6)["interval"] is None
-    assert corrected_difference(planned("A", [0.7], (9,)), second, 6)["mean"] is None
+    without = corrected_difference(planned("A", [0.7], (9,)), second, 6)
+    assert without["mean"] is None and effect(without) == "—"
 
 
 def test_the_plans_table_names_what_is_not_trained_and_its_commit():
@@ -457,7 +477,7 @@ def test_a_plan_names_the_commit_before_its_runs_and_none_once_it_is_changed(tmp
     assert known or git_output("rev-parse", "--is-shallow-repository", folder=folder) != "false"
     shutil.copytree(folder / "plans", tmp_path / "results" / "plans")
     path = tmp_path / "results" / "plans" / "mnist.json"
-    path.write_text(path.read_text(encoding="utf-8").replace("0.02,", "0.001,"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("0.02,", "1,"), encoding="utf-8")
     plan = read_plan("mnist", tmp_path)
     assert plan["commit"] is None
     models = {name: {"label": name} for name in plan["models"]}
@@ -465,9 +485,18 @@ def test_a_plan_names_the_commit_before_its_runs_and_none_once_it_is_changed(tmp
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('"seeds": [', '"seed": [', "whose seeds is a list"),
-    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist"', "comparisons must be pairs of models"),
-    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist", "arm/mnits"', "comparisons must be pairs of models"),
+    ('"seeds": [', '"seed": [', "whose seeds is a tuple, .*all different, got None"),
+    ('"seeds": [', '"seeds": [0,', "whose seeds is a tuple, .*all different"), ('"seeds": [', '"seeds": ["a",', "whose seeds is a tuple"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist"', "whose comparisons is a tuple, each 2 values"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist", "arm/mnits"', "each the name of a recipe"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist", "karm/mnist"', "all different"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist", ["arm/mnist"]', "each the name of a recipe"),
+    ('"karm/mnist",\n   "arm/mnist"', '"larm/mnist", "karm/mnist"', "comparisons must be different pairs of its models"),
+    ('"karm/mnist",\n   "arm/mnist"', '"karm/mnist", "karm/digits"', "comparisons must be different pairs of its models"),
+    ('"models": [', '"models": [["arm/mnist"],', "whose models is a tuple"), ('"models": [', '"models": ["arm/minst",', "whose models is"),
+    ('"smallest_difference": 0.02', '"smallest_difference": NaN', "whose smallest_difference is a number ≥ 0, got nan"),
+    ('{', '[{', "is not valid JSON"),
+    ('"models": [', '"earlier": 5, "models": [', "whose earlier is a tuple of strings, or None, got 5"),
 ])
 def test_a_damaged_plan_is_named(tmp_path, old, new, message):
     shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
@@ -475,7 +504,19 @@ def test_a_damaged_plan_is_named(tmp_path, old, new, message):
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new), encoding="utf-8")
-    with pytest.raises(UserError, match=f"mnist.json.*{message}"):
+    with pytest.raises(UserError, match=f"mnist.json.*{message}.*: restore it from its repository"):
+        read_plan("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"mnist": 5}', '{"mnist": {}}', '{"mnist": {"sha256": "5b"}}'])
+def test_damaged_commits_of_plans_are_named(tmp_path, content):
+    shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
+    path = tmp_path / "results" / "plans" / "commits.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="commits.json .*: restore it from its repository"):
+        read_plan("mnist", tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="commits.json is missing; the plans are part of the project"):
         read_plan("mnist", tmp_path)
 
 
@@ -659,5 +700,7 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
             (["karm/mnist", "--limit", "5"], "limit is for the items")):
         assert cli.main(["summarise", *arguments]) == 2 and message in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)  # where there is no plan
+    assert cli.main(["summarise", "lm_window_100m/openstax", "--items", "hub"]) == 2
+    assert f"{tmp_path}/results/plans is missing; the plans are part of the project" in capsys.readouterr().err
     assert cli.main(["summarise", "karm/mnist"]) == 2
     assert f"no finished run of karm/mnist under profile 'desk' in {tmp_path}/runs/desk/karm/mnist" in capsys.readouterr().err

@@ -226,6 +226,13 @@ def test_what_is_no_row_of_the_tables_is_refused():
         count_row("kvit_x/cifar10")
 
 
+@pytest.mark.parametrize("count", [counter_macs, ptflops_macs])
+@pytest.mark.parametrize("per_entry", [-1, 1.5, True])
+def test_operations_for_each_entry_are_an_integer(count, per_entry):
+    with pytest.raises(ValueError, match="per_entry must be an integer ≥ 0, got"):
+        count(tiny(), True, per_entry)
+
+
 def test_a_component_that_is_lost_is_an_error(monkeypatch):
     monkeypatch.setattr(flops, "_score_macs", lambda attention, tokens: 0)
     assert measured_macs(tiny())["weighted sum"] == 2 * component_macs(tiny())["weighted sum"]

@@ -11,7 +11,7 @@ from cases import over
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 
 from krause_repro import cli, generation_evaluation
@@ -285,6 +285,11 @@ def test_gaps_and_torn_files_are_made_again(moved):
     torn = folder / "images-000002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     assert torch.equal(sample_run(moved, 6, batch=3, progress=False), whole)
+    (folder / "images-abc.safetensors").touch()
+    for wrong in ({"x": whole}, {"images": whole[:, :, :4].contiguous()}, {"images": whole.int()}, {"images": whole + 17}):
+        save_file(wrong, folder / "images-000000.safetensors")
+        assert len(generation_evaluation._saved_images(folder, moved.recipe)) == 0
+    assert torch.equal(sample_run(moved, 6, batch=6, progress=False), whole)
 
 
 def test_images_of_another_state_of_the_model_are_not_mixed(moved):
@@ -326,6 +331,11 @@ def test_bits_of_another_state_of_the_model_are_measured_again(moved):
     for content in ("[]", "{}"):
         (moved.path / "test.json").write_text(content)
         with pytest.raises(ValueError, match="test.json must hold the results of a model"):
+            test_bits(moved)
+    model = file_digest(moved.path / "model.safetensors")
+    for wrong in ({"bits_per_dim": -3}, {"bits_per_dim_all": math.nan}, {"bits_per_dim": "x"}, {"images": None}):
+        (moved.path / "test.json").write_text(json.dumps(before | wrong | {"model": model}))
+        with pytest.raises(ValueError, match=f"test.json: {next(iter(wrong))} must be .*; delete it to evaluate again"):
             test_bits(moved)
 
 

@@ -616,6 +616,13 @@ def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, s
 def check_evaluation(run, model, monkeypatch):
     "The result of a run, from its model's own loss, and a sample of text."
     result, blocks = evaluate_language_models([run]), RandomCorpus().blocks("test", 64, 1)
+    cache = run.path / "test.json"
+    whole = json.loads(cache.read_text(encoding="utf-8"))
+    for wrong in ({"bits_per_token": -3}, {"bits_per_byte": math.nan}, {"tokens": None}, {"gate": [2]}, {"by_position": [1.0]}):
+        cache.write_text(json.dumps(whole | wrong), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"test.json: {next(iter(wrong))} must be .*; delete it to evaluate again"):
+            evaluate_language_models([run])
+    cache.write_text(json.dumps(whole), encoding="utf-8")
     sinks = evaluate_text_sinks([run])
     assert sinks["passages"] == 32 and sinks["sinks"]["mixed"]["gate"]["n"] == 32 and "| softmax + Krause" not in text_sink_table({})
     ids = torch.stack([blocks[i * 72 // 64]["input_ids"] for i in range(64)])

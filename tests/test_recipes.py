@@ -405,7 +405,7 @@ ONE_OF_EACH = ["particles/circle", "kvit_t/fashion_mnist", "ablation_random_loca
 NAN, INF = float("nan"), float("inf")
 WRONG = {  # by field, in every kind of recipe that has it
     "name": ["", "../x", "/etc", "a//b", 3, None], "profile": ["tiny", "", None, ("smoke",)],
-    "seeds": [(), (-1,), (2**32,), (1.5,), ("0",), 3, (True,)], "unpublished": ["lr", (3,)], "published": [None, ()],
+    "seeds": [(), (1, 1), (-1,), (2**32,), (1.5,), ("0",), 3, (True,)], "unpublished": ["lr", (3,)], "published": [None, ()],
     "epochs": [0, -1, NAN, INF, "3", True, None], "lr": [0, -1, NAN, INF, "1e-3", None], "weight_decay": [-5, NAN, "0", None],
     "batch_size": [0, -8, 2.5, 16.0, True, None], "max_grad_norm": [0, -1, NAN, "1"], "held_out": [0, -1, 1.5, None],
     "warmup_epochs": [-1, 99_999, NAN, None], "warmup_share": [-0.1, 1, 2, None], "label_smoothing": [2, 1, -0.1, None],

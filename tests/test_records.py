@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import krause_repro
+from krause_repro.checks import UserError
 from krause_repro.recipes import get_recipe
 from krause_repro.records import (
     InUse,
@@ -304,9 +305,12 @@ def test_downloads_without_a_home(tmp_path, monkeypatch):
 
 
 def test_damaged_json_is_named(tmp_path):
-    (tmp_path / "file.json").write_text('{"a": ', encoding="utf-8")
-    with pytest.raises(ValueError, match="file.json is not valid JSON"):
-        read_json(tmp_path / "file.json")
+    for content in (b'{"a": ', b'"\xf6"'):
+        (tmp_path / "file.json").write_bytes(content)
+        with pytest.raises(ValueError, match="file.json is not valid JSON .*; delete it and make it again"):
+            read_json(tmp_path / "file.json")
+        with pytest.raises(ValueError, match="file.json is not valid JSON .*; restore it"):
+            read_json(tmp_path / "file.json", "restore it")
 
 
 # Where and with what
@@ -316,7 +320,8 @@ def test_project_root_is_found_from_inside_and_nowhere_else(tmp_path, monkeypatc
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = krause_repro\n", encoding="utf-8")
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
-    (deep / "settings.ini").write_text("[DEFAULT]\nlib_name = another\n", encoding="utf-8")
+    (deep / "settings.ini").write_text("[DEFAULT]\nlib_name = größer\n", encoding="latin-1")
+    (deep.parent / "settings.ini").mkdir()
     monkeypatch.chdir(deep)
     assert project_root() == tmp_path
     (tmp_path / "settings.ini").unlink()
@@ -381,8 +386,8 @@ def test_summarise():
     assert summary["sd"] == pytest.approx(math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2))
     with pytest.raises(ValueError, match="values is empty"):
         summarise([])
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"values must be finite, got {bad}"):
+    for bad in (math.nan, math.inf, "2", None, True):
+        with pytest.raises(UserError, match=re.escape(f"values must be finite numbers, got {bad!r}")):
             summarise([1.0, bad])
 
 
@@ -413,6 +418,36 @@ def test_missing_results_name_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="make figures PROFILE=smoke"):
         obtain("never", make, tmp_path)
     assert make.calls == 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "profile", "message"), [
+    ("n", "smoek", "profile must be one of smoke, desk, paper, got 'smoek'; did you mean smoke"), ("n", None, "profile must be one of"),
+    *((name, "smoke", f"name must be a path such as ablations/kvit_t, got {name!r}") for name in ("", "../n", "/n", "a//n", "a/", 5)),
+])
+def test_results_are_below_the_folder_of_a_known_profile(tmp_path, name, profile, message):
+    for use in (lambda: save_result(name, {"a": 1}, profile, tmp_path / "x"), lambda: load_result(name, profile, tmp_path / "x")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"seeds": [0, 0]}, r"seeds must be a list of different integers, got \[0, 0\]"),
+    ({"seeds": [0.5]}, "seeds must be a list of different integers"),
+    ({"seeds": [0, 1], "threads": [2, 2, 2]}, r"an entry for each of the seeds \[0, 1\] in its lists, got .*'threads': 3"),
+    ({"test_accuracy": summarise([5.0, 6.0])}, "test_accuracy must be a summary in 0…1"),
+    ({"accuracy": 1.5}, "accuracy must be a number in 0…1"),
+    ({"curves": {"loss": {"mean": [1.0], "sd": [-1.0]}}}, r"curves.loss.sd must be a number ≥ 0 or a list of numbers ≥ 0 or null"),
+    ({"versions": None}, "versions must be an object"),
+    ({"recipes": None}, "recipes must be an object"),
+    ({"recipes": []}, "recipes must be an object"),
+])
+def test_a_result_edited_by_hand_is_refused_and_in_no_table(tmp_path, fields, message):
+    path = write_json(result_path("a/edited", "smoke", tmp_path), {"profile": "smoke", "mean": 1, **fields})
+    for use in (lambda: load_result("a/edited", "smoke", tmp_path), lambda: save_result("another", {"a": 1}, "smoke", tmp_path)):
+        with pytest.raises(UserError, match=f"^{path}.* {message}.*; delete it and make it again with: make figures PROFILE=smoke"):
+            use()
+    assert not (tmp_path / "results" / "smoke" / "another.json").exists()
 
 
 def test_results_of_another_profile_are_refused(tmp_path):

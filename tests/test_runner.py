@@ -376,7 +376,7 @@ def test_the_report_needs_the_pages_whose_results_it_opens(monkeypatch):
     from krause_repro import report, results
 
     opened, read = set(), results.read_json
-    monkeypatch.setattr(results, "read_json", lambda path: opened.add(path) or read(path))
+    monkeypatch.setattr(results, "read_json", lambda path, remedy: opened.add(path) or read(path, remedy))
     report.report("desk"), report.coverage("desk")
     names = {path.relative_to(ROOT / "results" / "desk").with_suffix("").as_posix() for path in opened}
     stems = {page.stem for page in runner.notebooks(ROOT / "nbs") if page.number in {results.result_page(name) for name in names}}
