@@ -233,8 +233,7 @@ def krause_attention(
     were alone. Scores are computed in float32 for half-precision input. Ties at the k-th place are all kept. A NaN or infinity in a query,
     or in a key that is not padding, makes every row that attends to it NaN. In a value, it affects the same coordinate of the rows
     that keep its key, through which no gradient flows; rows that dropped the key (window, top-k, padding, dropout) ignore it.
-    With `sdpa`, dropped weights do not count as dropped keys. Its products are in float32: vectors far from the others lose precision,
-    and so do the gradients where σ is far below the distances, since they are divided by powers of σ; `reference` keeps it.
+    With `sdpa`, dropped weights are not dropped keys, and vectors far from the others, or a σ far below the distances, cost precision.
     Raises `ValueError` or `TypeError`, before any work, for invalid arguments.
     """
     _check_attention_arguments(query, key, value, sigma, neighborhood, top_k, key_mask, dropout, segment_ids)
