@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .attention import banded_attention
+from .attention import _check_attention_arguments, _check_floating, banded_attention
 from .checks import UserError, check_integer
 from .native_kernels import native_step, step_applies
 from .reference import CausalWindow
@@ -25,6 +25,7 @@ def ring_positions(
     device: torch.device | str = "cpu",  # of the result
 ) -> Tensor:  # (min(n, W),) the position held by each slot in use
     "The sequence position that each slot of a ring holds: the largest p < n with p mod W = slot."
+    length, window = check_integer("length", length, 0), check_integer("window", window, 1)
     slot = torch.arange(min(length, window), device=device)
     return length - 1 - (length - 1 - slot) % window
 
@@ -40,6 +41,7 @@ class _RingStorage(CacheLayerMixin):
         self.cumulative_length = 0  # tokens seen
         self._lent = False  # is the ring part of an autograd graph? Then it must not be modified
         self.record_past, self._overwritten = False, None  # keys and values since the last `crop`, in time order
+        self._checked = None  # sizes and settings of the last call of `attend`
 
     def __repr__(self):
         return f"{type(self).__name__}(window={self.window})"
@@ -53,6 +55,7 @@ class _RingStorage(CacheLayerMixin):
         self.is_initialized = True
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        _check_floating("key_states", key_states), _check_floating("value_states", value_states)
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
             shapes = f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
             raise UserError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, got {shapes}")
@@ -178,6 +181,18 @@ class _RingAttention(_RingWriter):
         self._write(key_states, value_states)
         return keys, values
 
+    def _check_call(self, query, key_states, value_states, top_k, sigma):
+        "Check the arguments of `attend` if they are not of the sizes and settings checked last."
+        sizes = getattr(query, "shape", None), getattr(query, "dtype", None), getattr(key_states, "shape", None)
+        call = (*sizes, top_k, sigma.shape if isinstance(sigma, Tensor) else sigma)
+        traced = torch.compiler.is_compiling()
+        if not traced and call == self._checked:
+            return
+        _check_attention_arguments(query, key_states, value_states, sigma, CausalWindow(self.window), top_k)
+        if query.shape[2] != key_states.shape[2]:
+            raise UserError(f"query and key_states must be of the same new tokens, got {query.shape[2]} and {key_states.shape[2]}")
+        self._checked = None if traced else call
+
     def attend(
         self,
         query: Tensor,  # (B, H, T, D), of the new tokens
@@ -186,7 +201,11 @@ class _RingAttention(_RingWriter):
         top_k: int | None,  # keys kept in each row; None keeps the whole window
         sigma: Tensor | float,  # bandwidth, a number or (H,)
     ) -> Tensor:  # (B, H, T, Dv)
-        "`update`, then Krause attention of the new tokens; a single token uses one C++ operator where supported."
+        """`update`, then Krause attention of the new tokens; a single token uses one C++ operator where supported.
+
+        The arguments are checked as those of `krause_attention`, the values of a tensor σ only when sizes or settings change.
+        """
+        self._check_call(query, key_states, value_states, top_k, sigma)
         if not step_applies(query, key_states, value_states):
             keys, values = self.update(key_states, value_states)
             return banded_attention(query, keys, values, CausalWindow(self.window), top_k, sigma=sigma)
