@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .attention import _check_attention_arguments, _check_floating, banded_attention
@@ -153,6 +153,22 @@ class _RingWriter(_RingRecord):
         oldest = self.cumulative_length % self.window
         return [held[:, :, oldest + 1:], held[:, :, :oldest]]
 
+    def step(
+        self,
+        operator: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, the number of slots in use
+    ) -> Tensor | None:  # the operator's result
+        "Let an operator write one token into an initialized ring and attend to it; None means it wrote nothing."
+        if self.record_past:
+            before = self._overwritten
+            self._record(self.keys[:, :, :1], self.values[:, :, :1])  # one token; it is not recorded itself
+        self._own()
+        slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
+        output = operator(self.keys, self.values, slot, held)
+        if self.record_past and output is None:
+            self._overwritten = before
+        self.cumulative_length += output is not None  # a declined or failed step does not count
+        return output
+
 # %% ../nbs/07_ring_cache.ipynb #243f195f
 class _RingAttention(_RingWriter):
     "A ring that new tokens are written to and attend to."
@@ -213,22 +229,6 @@ class _RingAttention(_RingWriter):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.step(lambda *ring: native_step(query, key_states, value_states, *ring, top_k, sigma))
-
-    def step(
-        self,
-        operator: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, the number of slots in use
-    ) -> Tensor | None:  # the operator's result
-        "Let an operator write one token into an initialized ring and attend to it; None means it wrote nothing."
-        if self.record_past:
-            before = self._overwritten
-            self._record(self.keys[:, :, :1], self.values[:, :, :1])  # one token; it is not recorded itself
-        self._own()
-        slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
-        output = operator(self.keys, self.values, slot, held)
-        if self.record_past and output is None:
-            self._overwritten = before
-        self.cumulative_length += output is not None  # a declined or failed step does not count
-        return output
 
 # %% ../nbs/07_ring_cache.ipynb #0fed1eb5
 class RingLayer(_RingAttention):
@@ -439,10 +439,39 @@ class PreallocatedLayer(CountedLayer):
         return self.length
 
 # %% ../nbs/07_ring_cache.ipynb #d41f6a90
+_NO_PAGING = ("continuous batching (generate_batch, cache_implementation='paged') keeps keys in pages, and this model keeps them in a "
+              "cache of its own kind; use generate")
+_REFUSED = {  # options of `generate`: what is wrong with them for a model that makes its own cache
+    "inputs_embeds": "the model takes tokens, input_ids", "cache_implementation": "the model makes a cache of its own kind",
+    "assistant_early_exit": "the model has no exit before its last layer",
+}
+
+
+def refuse_paging(*args, **kwargs) -> None:
+    "In place of `init_continuous_batching`, with which continuous batching starts: raises a `ValueError`."
+    raise UserError(_NO_PAGING)
+
+
+def option_of(
+    name: str,  # of the option
+    options: dict,  # keyword arguments of `generate`
+    default: GenerationConfig | None,  # the model's
+) -> object:  # None if there is none
+    "An option of `generate`: the argument, else that of the `generation_config` given, else the model's."
+    settings = (options.get("generation_config"), default)
+    return next((each for each in (options.get(name), *(getattr(each, name, None) for each in settings)) if each is not None), None)
+
+
 def prompt_length(
-    prompt: Tensor | None,  # (B, T) of `generate`; None: the start token alone
+    inputs: Tensor | None,  # (B, T), first argument of `generate`; None: it is `input_ids`, or the start token alone
+    options: dict,  # keyword arguments of `generate`
+    default: GenerationConfig | None,  # the model's
 ) -> int:
-    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions."
+    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions, and for options that the model cannot follow."
+    for name, reason in _REFUSED.items():
+        if option_of(name, options, default) is not None:
+            raise UserError(f"{name} must be None: {reason}")
+    prompt = options.get("input_ids") if inputs is None else inputs
     if prompt is None:
         return 1
     if not isinstance(prompt, Tensor) or prompt.ndim != 2:
@@ -450,16 +479,26 @@ def prompt_length(
         raise UserError(f"input_ids must be a tensor of integers of shape (B, T), got {found}")
     return prompt.shape[1]
 
+# %% ../nbs/07_ring_cache.ipynb #b3d7c94e
+_NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) takes tokens back, which this model's cache "
+                "cannot; call generate without it")
+
 
 def with_generation_cache(
     options: dict,  # keyword arguments of `generate`
     length: int,  # tokens of the prompt
     make: Callable[[], Cache],  # makes an empty cache
+    default: GenerationConfig | None,  # the model's
 ) -> dict:
-    "The arguments with the cache, by default a new one. Raises a `ValueError` unless it holds fewer tokens than the prompt."
+    "The arguments with the cache, by default a new one. Raises a `ValueError` if it is longer than the prompt or cannot be taken back."
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
     if (cache := take_cache(options)) is None and options["use_cache"]:
         cache = make()
     if isinstance(cache, Cache) and (held := cache.get_seq_length()) >= length:
         raise UserError(f"past_key_values must hold fewer tokens than the prompt, {length}, got {held}; crop it, or leave it out")
+    assisted = any(option_of(name, options, default) for name in ("assistant_model", "prompt_lookup_num_tokens", "is_assistant"))
+    if assisted and isinstance(cache, Cache):
+        cache.activate_past_recording()
+        if not cache.is_croppable:
+            raise UserError(_NO_ROLLBACK)
     return options if cache is None else options | {CACHE_NAME: cache}

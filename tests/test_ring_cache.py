@@ -382,9 +382,9 @@ def test_what_is_no_floating_tensor_or_position_is_refused():
         RingLayer(4).update([1], [1])
     with pytest.raises(ValueError, match="value_states must be a floating tensor"):
         RingLayer(4).update(*(x.to(dtype) for x, dtype in zip(states(), (torch.float32, torch.int64), strict=True)))
-    for given, name in (((-1, 3), "length"), ((3, 0), "window"), ((2.0, 3), "length")):
+    for arguments, name in (((-1, 3), "length"), ((3, 0), "window"), ((2.0, 3), "length")):
         with pytest.raises(ValueError, match=f"{name} must be an integer"):
-            ring_positions(*given)
+            ring_positions(*arguments)
 
 
 @pytest.mark.parametrize("window", [0, None, 2.0, True])
