@@ -29,6 +29,7 @@ from krause_repro.llm_branch import (
     is_unmodified, krause_branch_forward, mix_outputs, note_padding,
 )
 from .native_decode import DecodeLinear, native_branch_step, native_rotation, rotation_applies
+from .model_base import CheckedModel
 from .native_kernels import kernels_apply
 from .transformers_attention import LOAD_OPTIONS, SAFE_LOADING, hub_options, named_options
 
@@ -244,8 +245,8 @@ def add_krause_branch(
     """Add a Krause branch to every self-attention layer of a pretrained model (paper, Section 5, Figure 6).
 
     Raises `TypeError` for anything but a model of 🤗 Transformers, `ValueError` for invalid settings, a model without such layers, with
-    an encoder or with cross-attention, one that already has branches, and one wrapped by peft (add the branch first, then LoRA).
-    The model is changed only after all branches have been created.
+    an encoder or with cross-attention, one of this library, one that already has branches, and one wrapped by peft (add the branch
+    first, then LoRA). The model is changed only after all branches have been created.
     """
     settings = BranchSettings(window, top_k, sigma, gate_init, freeze_sigma, random_biases, ignore_cache)
     if isinstance(model, PeftModel):
@@ -255,16 +256,19 @@ def add_krause_branch(
     if branches(model):
         raise UserError("model already has a Krause branch; remove_krause_branch(model) removes it")
     decoder = model.get_decoder()
+    if isinstance(model, CheckedModel):
+        raise UserError(f"model must be a pretrained one of transformers, and {type(model).__name__} has its attention as a setting: "
+                        "LanguageModelConfig(mixer='krause') is a model with a branch")
     layers = attention_layers(decoder)
     _check_branchable(model, layers)
     config = branch_config(decoder.config)
     made = [FastBranch(layer, config, settings, type(decoder).__name__) for layer in layers.values()]  # may run out of memory
-    for layer, branch in zip(layers.values(), made, strict=True):
+    _own_config(model)
+    model.config.krause_branch, model.config.__class__ = asdict(settings), config_with_branch(type(model.config))
+    for layer, branch in zip(layers.values(), made, strict=True):  # from here on nothing fails
         _attach(layer, branch)
     decoder.krause_window, decoder.krause_ignores_cache = settings.window, settings.ignore_cache
     decoder._krause_hook = decoder.register_forward_pre_hook(note_padding, with_kwargs=True)
-    _own_config(model)
-    model.config.krause_branch, model.config.__class__ = asdict(settings), config_with_branch(type(model.config))
     for name, method in REPLACED.items():
         setattr(model, name, partial(method, model))
     _disable_compile(model)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from .branched_models import attach_branch
-from .checks import UserError, check_choice, check_integer, check_names
+from .checks import UserError, check_choice, check_fraction, check_integer, check_names, check_positive
 from .image_transformer import ImageTransformer, ImageTransformerConfig
 from .llm_branch import PROJECTIONS, BranchSettings
 from .swin import SwinClassifier, SwinClassifierConfig, WindowAttention
@@ -74,7 +74,8 @@ def _kvit_config(
     return VisionTransformerConfig(
         image_size=img_size, patch_size=patch_size, num_channels=in_channels, num_labels=num_classes, hidden_size=d_model,
         num_attention_heads=n_heads, num_hidden_layers=n_layers, intermediate_size=d_ff, sigma=sigma, dropout=dropout,
-        attention_radius=radius, attention_metric=metric, attention_top_k=(top_k, 2 * top_k), drop_path=drop_path,
+        attention_radius=radius, attention_metric=metric, drop_path=drop_path,
+        attention_top_k=(check_integer("top_k", top_k, 1), 2 * top_k),
     )
 
 # %% ../nbs/39_checkpoints.ipynb #1724f845
@@ -174,10 +175,10 @@ def _square_side(
     value: int | list[int] | tuple[int, int],  # one number, or two equal numbers
 ) -> int:
     "The side of a square from one number or, as in torchvision, two."
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
+    first, *others = value if isinstance(value, (list, tuple)) and value else [value]
+    if isinstance(first, (list, tuple)) or any(other != first for other in others):
         raise UserError(f"{name} must be one number or two equal numbers, got {value!r}")
-    return sides.pop()
+    return first
 
 
 def _window_attention(
@@ -261,11 +262,11 @@ def _image_config(
     "Our configuration for the arguments of the authors' image transformers."
     if attn_type not in (None, _ATTENTION_TYPES[attention]):
         raise UserError(f"attn_type must be {_ATTENTION_TYPES[attention]!r} for this kind, got {attn_type!r}")
-    shape = raster_shape(check_integer("seq_len", seq_len, 1))
+    shape, width = raster_shape(check_integer("seq_len", seq_len, 1)), check_integer("d_model", d_model, 1)
     top_k = min(top_k, window_size) if isinstance(top_k, int) and isinstance(window_size, int) else top_k
     return ImageTransformerConfig(
-        vocab_size=vocab_size, image_shape=shape, hidden_size=d_model, num_hidden_layers=num_layers, num_attention_heads=nhead,
-        intermediate_size=4 * d_model, attention=attention, attention_window=window_size, attention_top_k=top_k, sigma=sigma,
+        vocab_size=vocab_size, image_shape=shape, hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=nhead,
+        intermediate_size=4 * width, attention=attention, attention_window=window_size, attention_top_k=top_k, sigma=sigma,
         dropout=dropout,
     )
 
@@ -317,13 +318,21 @@ def _branched_attention(
     vocab_size: int | None = None,  # ignored: there is no embedding
 ) -> BranchedAttention:
     "Our module for the arguments of the authors' two-branch attention."
-    heads = check_integer("num_attention_heads" if rotary else "num_heads", num_attention_heads if rotary else num_heads, 1)
+    name, heads = ("num_attention_heads", num_attention_heads) if rotary else ("num_heads", num_heads)
+    heads, width, window, kept = (check_integer(*each, 1) for each in (
+        (name, heads), ("hidden_size", hidden_size), ("window_size", window_size), ("top_k", top_k)))
+    shared = heads if num_key_value_heads is None else check_integer("num_key_value_heads", num_key_value_heads, 1)
+    if width % heads or heads % shared:
+        raise UserError(f"{name} must divide hidden_size = {width}, and be a multiple of num_key_value_heads = {shared}, got {heads}")
+    dim = width // heads if head_dim is None else check_integer("head_dim", head_dim, 1)
+    if rotary and dim % 2:
+        raise UserError(f"head_dim must be even for rotary positions, got {dim}")
     config = LlamaConfig(
-        hidden_size=hidden_size, num_attention_heads=heads, num_key_value_heads=num_key_value_heads or heads,
-        head_dim=head_dim or hidden_size // heads, attention_bias=True, attention_dropout=attn_dropout,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        hidden_size=width, num_attention_heads=heads, num_key_value_heads=shared, head_dim=dim, attention_bias=True,
+        attention_dropout=check_fraction("attn_dropout", attn_dropout),
+        rope_parameters={"rope_type": "default", "rope_theta": check_positive("rope_theta", rope_theta)},
     )
-    return BranchedAttention(config, BranchSettings(window_size, min(top_k, window_size), init_sigma), rotary)
+    return BranchedAttention(config, BranchSettings(window, min(kept, window), check_positive("init_sigma", init_sigma)), rotary)
 
 # %% ../nbs/39_checkpoints.ipynb #6a381b88
 _BRANCH_NAMES = (

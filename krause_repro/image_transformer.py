@@ -21,7 +21,8 @@ from .model_base import INDICES, CheckedConfig, CheckedModel, check_targets, nam
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from krause_repro.ring_cache import (
-    CACHE_NAME, CountedLayer, PreallocatedLayer, RingCache, RingLayer, check_layers, prompt_length, ring_positions, with_generation_cache,
+    CACHE_NAME, CountedLayer, PreallocatedLayer, RingCache, RingLayer, check_layers, prompt_length, refuse_paging, ring_positions,
+    with_generation_cache,
 )
 from .transformers_attention import ensure
 
@@ -371,7 +372,7 @@ def _generation_options(model, length, options):
         raise UserError(f"max_new_tokens must be at most {left}, what is left of the image, got {options['max_new_tokens']}")
     if options.get("do_sample", settings.do_sample) and settings.top_k is None:
         options.setdefault("top_k", 0)  # the library's default of 50 would exclude the less likely levels
-    return with_generation_cache(options, length, lambda: image_cache(config))
+    return with_generation_cache(options, length, lambda: image_cache(config), model.generation_config)
 
 # %% ../nbs/13_image_transformer.ipynb #10deb003
 class ImageTransformer(CheckedModel, GenerationMixin):
@@ -392,7 +393,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         self.head = DecodeLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    _init_weights = _init_image_weights
+    _init_weights, init_continuous_batching = _init_image_weights, refuse_paging
 
     def get_input_embeddings(self) -> nn.Embedding:
         "The embeddings of the grey levels."
@@ -429,9 +430,9 @@ class ImageTransformer(CheckedModel, GenerationMixin):
     def generate(self, inputs=None, **kwargs):
         """As in 🤗 Transformers; by default to the end of the image, with a cache, and samples are drawn from all grey levels (no top-k).
 
-        Raises `ValueError`, before any work, for `max_new_tokens` beyond the end of the image.
+        Raises `ValueError`, before any work, for `max_new_tokens` beyond the end of the image, and for options that need another cache.
         """
-        length = prompt_length(kwargs.get("input_ids") if inputs is None else inputs)
+        length = prompt_length(inputs, kwargs, self.generation_config)
         return super().generate(inputs, **_generation_options(self, length, kwargs))
 
 # %% ../nbs/13_image_transformer.ipynb #96438504

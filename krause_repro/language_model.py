@@ -20,11 +20,13 @@ from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
 from .image_transformer import fused_attention
-from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward
+from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward, ring_of
 from .model_base import INDICES, CheckedConfig, CheckedModel, check_targets, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
-from .ring_cache import CACHE_NAME, PreallocatedLayer, RingCache, RingLayer, check_layers, prompt_length, with_generation_cache
+from krause_repro.ring_cache import (
+    CACHE_NAME, PreallocatedLayer, RingCache, RingLayer, check_layers, option_of, prompt_length, refuse_paging, with_generation_cache,
+)
 from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
@@ -285,6 +287,9 @@ def language_cache(
     "An empty cache for the model's mixer."
     rings, layers = config.mixer in WINDOWED, range(config.num_hidden_layers)
     cache = RingCache(config) if rings else Cache(layers=[PreallocatedLayer(config.positions) for _ in layers])
+    if config.mixer == "krause":  # with the branch's rings from the start: what is asked of the cache reaches them
+        for layer in layers:
+            ring_of(cache, layer, config.attention_window)
     cache.mixer = config.mixer
     return cache
 
@@ -377,18 +382,14 @@ def _init_language_weights(model, module):
 # %% ../nbs/19_language_model.ipynb #9a08cb20
 def _generation_options(config, length, options, default):
     "The arguments of `generate`, with a cache. Raises `ValueError` for more tokens than the model has positions."
-    def limit(name):
-        settings = (options.get("generation_config"), default)
-        return next((each for each in (options.get(name), *(getattr(each, name, None) for each in settings)) if each is not None), None)
-
-    new, end = limit("max_new_tokens"), limit("max_length")
+    new, end = (option_of(name, options, default) for name in ("max_new_tokens", "max_length"))
     end = end if new is None else length + new
     end = max(length, length + 1 if end is None else end)  # without a limit 🤗 Transformers makes 20 tokens, fewer where positions end
     if end > config.positions:
         raise UserError(f"prompt and new tokens must fit into the model's {config.positions} positions, got {end}")
     if (new or 0) > 0 and options.get("max_new_tokens") == new and options.keys().isdisjoint({"max_length", "generation_config"}):
         options["max_length"] = length + options.pop("max_new_tokens")  # the one limit: a trained model's default is its positions
-    return with_generation_cache(options, length, lambda: language_cache(config))
+    return with_generation_cache(options, length, lambda: language_cache(config), default)
 
 # %% ../nbs/19_language_model.ipynb #e582c9ea
 class LanguageModelParts(CheckedModel):
@@ -441,6 +442,8 @@ class LanguageModelParts(CheckedModel):
 class LanguageModel(LanguageModelParts, GenerationMixin):
     "Token and position embeddings, pre-norm blocks with a chosen attention, final norm, and a head tied to the embeddings."
 
+    init_continuous_batching = refuse_paging
+
     @named_arguments
     def forward(
         self,
@@ -475,9 +478,9 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
     def generate(self, inputs=None, **kwargs):
         """As in 🤗 Transformers, by default with the cache of the mixer; prompts have one length.
 
-        Raises `ValueError`, before any work, for more tokens than the model has positions.
+        Raises `ValueError`, before any work, for more tokens than the model has positions, and for options that need another cache.
         """
-        length = prompt_length(kwargs.get("input_ids") if inputs is None else inputs)
+        length = prompt_length(inputs, kwargs, self.generation_config)
         return super().generate(inputs, **_generation_options(self.config, length, kwargs, self.generation_config))
 
 # %% ../nbs/19_language_model.ipynb #63ad4173

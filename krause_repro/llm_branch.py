@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import banded_attention, krause_attention_weights
 from .checks import UserError, check_flag, check_integer, check_positive, moved_names, values_known
 from .native_decode import gate_applies, native_gate
 from .reference import CausalWindow
-from .ring_cache import CACHE_NAMES, RingLayer, ring_positions, take_cache
+from .ring_cache import CACHE_NAMES, RingLayer, refuse_paging, ring_positions, take_cache
 from .transformers_attention import check_positions, ensure, split_mask
 
 # %% ../nbs/15_llm_branch.ipynb #b6127c6b
@@ -237,25 +238,20 @@ def mix_outputs(
 # %% ../nbs/15_llm_branch.ipynb #971ac05b
 _NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) is not exact with ignore_cache=True, where "
                 "the branch sees only the tokens of a step; call generate without it")
-_NO_PAGING = ("continuous batching (generate_batch, cache_implementation='paged') keeps keys in pages of its own, and a Krause branch "
-              "keeps its ring in the model's cache; use generate")
 
 
-def _recorded_candidates(model, *args, model_kwargs, **kwargs):
-    "Replaces the method with which `generate` starts assisted decoding: rings will record what they overwrite."
-    if model.get_decoder().krause_ignores_cache:
+def _prepare_recording(model, generation_config, model_kwargs, mode, *args, **kwargs):
+    "Replaces the method with which `generate` prepares the cache: in assisted decoding, rings will record what they overwrite."
+    assisted = mode == GenerationMode.ASSISTED_GENERATION
+    if assisted and model.get_decoder().krause_ignores_cache:
         raise UserError(_NO_ROLLBACK)
-    take_cache(dict(model_kwargs)).krause_records = True
-    return type(model)._get_candidate_generator(model, *args, model_kwargs=model_kwargs, **kwargs)
-
-
-def _refuse_paging(*args, **kwargs):
-    "Replaces the method with which continuous batching starts."
-    raise UserError(_NO_PAGING)
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, mode, *args, **kwargs)
+    if (assisted or generation_config.is_assistant) and (cache := take_cache(dict(model_kwargs))) is not None:
+        cache.krause_records = True
 
 
 # methods of a model with a branch
-REPLACED = {"_get_candidate_generator": _recorded_candidates, "init_continuous_batching": _refuse_paging}
+REPLACED = {"_prepare_cache_for_generation": _prepare_recording, "init_continuous_batching": refuse_paging}
 
 # %% ../nbs/15_llm_branch.ipynb #35173593
 class _WithRing:
@@ -324,9 +320,22 @@ def ring_of(
     return layer.krause_ring
 
 # %% ../nbs/15_llm_branch.ipynb #f2fef4d1
+_FORM = "a 4-dimensional attention_mask must be causality plus padding for a Krause branch: (B, 1, T, columns), bool, or 0 and at most −10⁴"
+
+
+def _visible(mask, columns, length):
+    "A mask (B, 1, T, columns or more) as bool (B, T, columns or more). Raises, as `ensure` does, for other numbers than those of a mask."
+    if mask.shape[1:3] != (1, length) or mask.shape[3] < columns:
+        raise UserError(f"{_FORM}; T must be {length}, columns {columns} or more, got {tuple(mask.shape)}")
+    mask = mask[:, 0]
+    if mask.dtype == torch.bool:
+        return mask
+    ensure(((mask == 0) | (mask <= -1e4)).all(), _FORM)
+    return mask == 0
+
+
 def _rows_of_mask(mask, past, length, first):
-    "The real tokens (B, past + length) of a 4-dimensional mask, from its first row and its diagonal; its columns start at token `first`."
-    mask = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (B, T, columns)
+    "The real tokens (B, past + length) of a mask (B, T, columns), from its first row and its diagonal; its columns start at token `first`."
     real = torch.ones(mask.shape[0], past + length, dtype=torch.bool, device=mask.device)
     real[:, first:past] = mask[:, 0, :past - first]
     real[:, past:] = mask[:, :, past - first:past - first + length].diagonal(dim1=1, dim2=2)
@@ -354,22 +363,22 @@ def _real_tokens(
             raise UserError(f"attention_mask must have {past + length} columns, one per token so far, got {real.shape[1]}")
     else:
         first = 0 if cache is None else int(cache.get_mask_sizes(length, layer)[1])
-        real = _rows_of_mask(attention_mask, past, length, first)
-        _check_causal(attention_mask, real, past, first, window)
+        visible = _visible(attention_mask, past + length - first, length)
+        real = _rows_of_mask(visible, past, length, first)
+        _check_causal(visible, real, past, first, window)
     within_reach = real[:, -(length + window - 1):]
     return None if values_known(within_reach) and within_reach.all() else real
 
 
 def _check_causal(mask, real, past, first, window):
-    "Raise, as `ensure` does, unless a 4-dimensional mask is causality plus padding inside the window."
-    mask = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    "Raise, as `ensure` does, unless a mask (B, T, columns) is causality plus padding inside the window."
     length = mask.shape[1]
     row = past + torch.arange(length, device=mask.device)[:, None]
     column = first + torch.arange(mask.shape[2], device=mask.device)
     band = (column <= row) & (column > row - window)
     known = F.pad(real[:, first:], (0, max(0, mask.shape[2] - real[:, first:].shape[1])))[:, None, :mask.shape[2]]
     other = ((mask != known) & band & real[:, past:, None]) | (mask & (column > row))
-    ensure(~other.any(), "a 4-dimensional attention_mask must be causality plus padding for a Krause branch")
+    ensure(~other.any(), _FORM)
 
 # %% ../nbs/15_llm_branch.ipynb #d510fb9a
 def padding_of_keys(
@@ -387,7 +396,7 @@ def padding_of_keys(
 def _seen_by_ring(cache, decoder):
     "Number of tokens the rings have seen. Raises `ValueError` if the cache was filled without the branches."
     if not (cache is None or isinstance(cache, Cache)):
-        raise UserError(_NO_PAGING)
+        refuse_paging()
     past = 0 if cache is None or decoder.krause_ignores_cache else int(cache.get_seq_length())
     if past:
         ring = getattr(cache.layers[0], "krause_ring", None)
@@ -414,7 +423,10 @@ def note_padding(
     "Forward pre-hook of the decoder: passes the padding of the keys, or the packed sequences, to its layers."
     given, window = _by_name(decoder, args, kwargs), decoder.krause_window
     tokens, cache = given.get("input_ids"), take_cache(given)
-    rows, length = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
+    inputs = given.get("inputs_embeds") if tokens is None else tokens
+    if getattr(inputs, "ndim", 0) < 2:
+        return args, kwargs  # the base model raises an error
+    rows, length = inputs.shape[:2]
     past = _seen_by_ring(cache, decoder)
     real = _real_tokens(given.get("attention_mask"), cache, length, window)
     if cache is None and (packed := _packed_sequences(given, decoder, rows)) is not None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .attention import banded_attention
+from .attention import _check_attention_arguments, _check_floating, banded_attention
 from .checks import UserError, check_integer
 from .native_kernels import native_step, step_applies
 from .reference import CausalWindow
@@ -25,6 +25,7 @@ def ring_positions(
     device: torch.device | str = "cpu",  # of the result
 ) -> Tensor:  # (min(n, W),) the position held by each slot in use
     "The sequence position that each slot of a ring holds: the largest p < n with p mod W = slot."
+    length, window = check_integer("length", length, 0), check_integer("window", window, 1)
     slot = torch.arange(min(length, window), device=device)
     return length - 1 - (length - 1 - slot) % window
 
@@ -40,6 +41,7 @@ class _RingStorage(CacheLayerMixin):
         self.cumulative_length = 0  # tokens seen
         self._lent = False  # is the ring part of an autograd graph? Then it must not be modified
         self.record_past, self._overwritten = False, None  # keys and values since the last `crop`, in time order
+        self._checked = None  # sizes and settings of the last call of `attend`
 
     def __repr__(self):
         return f"{type(self).__name__}(window={self.window})"
@@ -53,6 +55,7 @@ class _RingStorage(CacheLayerMixin):
         self.is_initialized = True
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        _check_floating("key_states", key_states), _check_floating("value_states", value_states)
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
             shapes = f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
             raise UserError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, got {shapes}")
@@ -150,6 +153,22 @@ class _RingWriter(_RingRecord):
         oldest = self.cumulative_length % self.window
         return [held[:, :, oldest + 1:], held[:, :, :oldest]]
 
+    def step(
+        self,
+        operator: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, the number of slots in use
+    ) -> Tensor | None:  # the operator's result
+        "Let an operator write one token into an initialized ring and attend to it; None means it wrote nothing."
+        if self.record_past:
+            before = self._overwritten
+            self._record(self.keys[:, :, :1], self.values[:, :, :1])  # one token; it is not recorded itself
+        self._own()
+        slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
+        output = operator(self.keys, self.values, slot, held)
+        if self.record_past and output is None:
+            self._overwritten = before
+        self.cumulative_length += output is not None  # a declined or failed step does not count
+        return output
+
 # %% ../nbs/07_ring_cache.ipynb #243f195f
 class _RingAttention(_RingWriter):
     "A ring that new tokens are written to and attend to."
@@ -178,6 +197,18 @@ class _RingAttention(_RingWriter):
         self._write(key_states, value_states)
         return keys, values
 
+    def _check_call(self, query, key_states, value_states, top_k, sigma):
+        "Check the arguments of `attend` if they are not of the sizes and settings checked last."
+        sizes = getattr(query, "shape", None), getattr(query, "dtype", None), getattr(key_states, "shape", None)
+        call = (*sizes, top_k, sigma.shape if isinstance(sigma, Tensor) else sigma)
+        traced = torch.compiler.is_compiling()
+        if not traced and call == self._checked:
+            return
+        _check_attention_arguments(query, key_states, value_states, sigma, CausalWindow(self.window), top_k)
+        if query.shape[2] != key_states.shape[2]:
+            raise UserError(f"query and key_states must be of the same new tokens, got {query.shape[2]} and {key_states.shape[2]}")
+        self._checked = None if traced else call
+
     def attend(
         self,
         query: Tensor,  # (B, H, T, D), of the new tokens
@@ -186,7 +217,11 @@ class _RingAttention(_RingWriter):
         top_k: int | None,  # keys kept in each row; None keeps the whole window
         sigma: Tensor | float,  # bandwidth, a number or (H,)
     ) -> Tensor:  # (B, H, T, Dv)
-        "`update`, then Krause attention of the new tokens; a single token uses one C++ operator where supported."
+        """`update`, then Krause attention of the new tokens; a single token uses one C++ operator where supported.
+
+        The arguments are checked as those of `krause_attention`, the values of a tensor σ only when sizes or settings change.
+        """
+        self._check_call(query, key_states, value_states, top_k, sigma)
         if not step_applies(query, key_states, value_states):
             keys, values = self.update(key_states, value_states)
             return banded_attention(query, keys, values, CausalWindow(self.window), top_k, sigma=sigma)
@@ -194,22 +229,6 @@ class _RingAttention(_RingWriter):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.step(lambda *ring: native_step(query, key_states, value_states, *ring, top_k, sigma))
-
-    def step(
-        self,
-        operator: Callable[[Tensor, Tensor, int, int], Tensor | None],  # of keys, values, the token's slot, the number of slots in use
-    ) -> Tensor | None:  # the operator's result
-        "Let an operator write one token into an initialized ring and attend to it; None means it wrote nothing."
-        if self.record_past:
-            before = self._overwritten
-            self._record(self.keys[:, :, :1], self.values[:, :, :1])  # one token; it is not recorded itself
-        self._own()
-        slot, held = self.cumulative_length % self.window, min(self.cumulative_length + 1, self.window)
-        output = operator(self.keys, self.values, slot, held)
-        if self.record_past and output is None:
-            self._overwritten = before
-        self.cumulative_length += output is not None  # a declined or failed step does not count
-        return output
 
 # %% ../nbs/07_ring_cache.ipynb #0fed1eb5
 class RingLayer(_RingAttention):
@@ -420,10 +439,39 @@ class PreallocatedLayer(CountedLayer):
         return self.length
 
 # %% ../nbs/07_ring_cache.ipynb #d41f6a90
+_NO_PAGING = ("continuous batching (generate_batch, cache_implementation='paged') keeps keys in pages, and this model keeps them in a "
+              "cache of its own kind; use generate")
+_REFUSED = {  # options of `generate`: what is wrong with them for a model that makes its own cache
+    "inputs_embeds": "the model takes tokens, input_ids", "cache_implementation": "the model makes a cache of its own kind",
+    "assistant_early_exit": "the model has no exit before its last layer",
+}
+
+
+def refuse_paging(*args, **kwargs) -> None:
+    "In place of `init_continuous_batching`, with which continuous batching starts: raises a `ValueError`."
+    raise UserError(_NO_PAGING)
+
+
+def option_of(
+    name: str,  # of the option
+    options: dict,  # keyword arguments of `generate`
+    default: GenerationConfig | None,  # the model's
+) -> object:  # None if there is none
+    "An option of `generate`: the argument, else that of the `generation_config` given, else the model's."
+    settings = (options.get("generation_config"), default)
+    return next((each for each in (options.get(name), *(getattr(each, name, None) for each in settings)) if each is not None), None)
+
+
 def prompt_length(
-    prompt: Tensor | None,  # (B, T) of `generate`; None: the start token alone
+    inputs: Tensor | None,  # (B, T), first argument of `generate`; None: it is `input_ids`, or the start token alone
+    options: dict,  # keyword arguments of `generate`
+    default: GenerationConfig | None,  # the model's
 ) -> int:
-    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions."
+    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions, and for options that the model cannot follow."
+    for name, reason in _REFUSED.items():
+        if option_of(name, options, default) is not None:
+            raise UserError(f"{name} must be None: {reason}")
+    prompt = options.get("input_ids") if inputs is None else inputs
     if prompt is None:
         return 1
     if not isinstance(prompt, Tensor) or prompt.ndim != 2:
@@ -431,16 +479,26 @@ def prompt_length(
         raise UserError(f"input_ids must be a tensor of integers of shape (B, T), got {found}")
     return prompt.shape[1]
 
+# %% ../nbs/07_ring_cache.ipynb #b3d7c94e
+_NO_ROLLBACK = ("assisted decoding (an assistant_model, prompt_lookup_num_tokens and similar) takes tokens back, which this model's cache "
+                "cannot; call generate without it")
+
 
 def with_generation_cache(
     options: dict,  # keyword arguments of `generate`
     length: int,  # tokens of the prompt
     make: Callable[[], Cache],  # makes an empty cache
+    default: GenerationConfig | None,  # the model's
 ) -> dict:
-    "The arguments with the cache, by default a new one. Raises a `ValueError` unless it holds fewer tokens than the prompt."
+    "The arguments with the cache, by default a new one. Raises a `ValueError` if it is longer than the prompt or cannot be taken back."
     options.setdefault("use_cache", True)  # Trainer disables it in the config that it saves
     if (cache := take_cache(options)) is None and options["use_cache"]:
         cache = make()
     if isinstance(cache, Cache) and (held := cache.get_seq_length()) >= length:
         raise UserError(f"past_key_values must hold fewer tokens than the prompt, {length}, got {held}; crop it, or leave it out")
+    assisted = any(option_of(name, options, default) for name in ("assistant_model", "prompt_lookup_num_tokens", "is_assistant"))
+    if assisted and isinstance(cache, Cache):
+        cache.activate_past_recording()
+        if not cache.is_croppable:
+            raise UserError(_NO_ROLLBACK)
     return options if cache is None else options | {CACHE_NAME: cache}

@@ -86,8 +86,12 @@ def configure_krause(
         raise TypeError(f"config must be a model's configuration, such as LlamaConfig(...), got {type(config).__name__}")
     settings = _checked(sigma, window, top_k)
     decoder = config.get_text_config(decoder=True)
-    for name, value in settings._asdict().items():
-        setattr(decoder, f"krause_{name}", value)
+    try:
+        for name, value in settings._asdict().items():
+            setattr(decoder, f"krause_{name}", value)
+    except TypeError as error:  # a configuration that knows its settings
+        raise UserError(f"config must be of a decoder of transformers, and {type(config).__name__} has its attention as a setting: "
+                        "LanguageModelConfig(mixer='krause_only') is a model with Krause Attention") from error
     decoder._attn_implementation = decoder.attn_implementation = "krause"
     return config
 

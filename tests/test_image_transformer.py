@@ -232,6 +232,23 @@ def test_generate_is_the_greedy_continuation(attention):
     assert torch.equal(beams, model.generate(images[:, :9], num_beams=3, use_cache=False, **options))
 
 
+@over("attention", ATTENTIONS)
+def test_drafts_change_nothing_or_are_refused(attention):
+    model, images, options = small(attention).double(), tokens(1, 8), {"max_new_tokens": 12, "do_sample": False}
+    other = small("softmax", num_hidden_layers=1).double()
+    ways = [(model, {"prompt_lookup_num_tokens": 2}), (model, {"assistant_model": other}), (other, {"assistant_model": model})]
+    for target, way in ways:
+        if attention == "linear":
+            with pytest.raises(ValueError, match="assisted decoding .* takes tokens back, which this model's cache cannot"):
+                target.generate(images, **way, **options)
+        else:
+            assert torch.equal(target.generate(images, **way, **options), target.generate(images, **options))
+    with pytest.raises(ValueError, match="cache_implementation must be None: the model makes a cache of its own kind"):
+        model.generate(images, cache_implementation="static")
+    with pytest.raises(ValueError, match="continuous batching .* keeps keys in pages"):
+        model.generate_batch([[1, 2]])
+
+
 def test_sampling_draws_from_all_levels():
     model = small("softmax", vocab_size=200)
     with torch.no_grad():

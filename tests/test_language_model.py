@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TrainerCallback, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, TrainerCallback, pipeline
 
 from krause_repro import cli, training
 from krause_repro import corpus as corpora
@@ -162,6 +162,16 @@ def test_without_a_limit_as_many_new_tokens_as_fit():
     assert model.generate(ids[:, :10], do_sample=False).shape == (2, 24) and model.generate(ids[:, :2], do_sample=False).shape == (2, 22)
     with pytest.raises(ValueError, match="prompt and new tokens must fit into the model's 24 positions, got 25"):
         model.generate(ids)
+
+
+@each_mixer
+def test_drafts_change_nothing_whoever_makes_them(mixer):
+    model, other = small(mixer).double(), small("standard", num_hidden_layers=1).double()
+    ids, options = tokens(1, 8), {"max_new_tokens": 12, "do_sample": False}
+    made, of_other = model.generate(ids, **options), other.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=2, **options), made)
+    assert torch.equal(model.generate(ids, assistant_model=other, **options), made)
+    assert torch.equal(other.generate(ids, assistant_model=model, **options), of_other) and not torch.equal(made, of_other)
 
 
 def test_a_ring_does_not_grow():
@@ -454,6 +464,20 @@ def test_settings_that_cannot_be(settings, message):
 def test_calls_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match=message):
         small("krause")(**arguments)
+
+
+@over(("options", "name"), [
+    ({"inputs_embeds": torch.zeros(1, 3, 32), "max_new_tokens": 3}, "inputs_embeds"),
+    ({"cache_implementation": "static"}, "cache_implementation"),
+    ({"generation_config": GenerationConfig(cache_implementation="paged")}, "cache_implementation"),
+    ({"assistant_early_exit": 1}, "assistant_early_exit"),
+])
+def test_options_of_generation_that_a_model_cannot_follow(options, name):
+    for inputs in (None, tokens(1, 6)):
+        with pytest.raises(ValueError, match=f"{name} must be None"):
+            small("krause").generate(inputs, **options)
+    with pytest.raises(ValueError, match="continuous batching .* keeps keys in pages"):
+        small("krause").generate_batch([[1, 2]])
 
 
 def test_prompts_that_cannot_be_continued():

@@ -37,6 +37,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from krause_repro import branched_models, language_data, llm_branch
 from krause_repro.branched_models import add_krause_branch, branch_sigmas, mean_gates, recorded_branches, remove_krause_branch
+from krause_repro.image_transformer import ImageTransformer, ImageTransformerConfig
+from krause_repro.language_model import LanguageModel, LanguageModelConfig
 from krause_repro.language_models import (
     add_adapter,
     base_fingerprint,
@@ -52,6 +54,7 @@ from krause_repro.reference import CausalWindow
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
+OWN = {"vocab_size": 61, "positions": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "smollm": lambda: LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_attention_heads": 6, "hidden_size": 96}, tie_word_embeddings=True)),
@@ -489,6 +492,13 @@ def test_what_cannot_have_a_branch_is_refused():
     base = small(branch=False)
     with pytest.raises(ValueError, match="add the Krause branch to the base model first"):
         add_krause_branch(get_peft_model(base, lora_config(base)))
+    own = LanguageModel(LanguageModelConfig(**OWN, mixer="standard"))
+    image = ImageTransformer(ImageTransformerConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    for model, ids in ((own, tokens(4)), (image, tokens(4))):
+        before = model.eval()(ids).logits
+        with pytest.raises(ValueError, match=f"model must be a pretrained one .* and {type(model).__name__} has its attention"):
+            add_krause_branch(model, 4, 2)
+        assert torch.equal(model(ids).logits, before) and not branches(model)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -519,12 +529,28 @@ def test_masks_and_caches_that_do_not_fit_are_refused():
         model(ids, attention_mask=documents)
     with pytest.raises(ValueError, match="attention_mask must have 12 columns, one per token so far, got 9"):
         model(ids, attention_mask=torch.ones(2, 9, dtype=torch.long))
+    for mask, message in ((torch.ones(2, 1, 12, 12), "0 and at most −10⁴"), (torch.zeros(2, 1, 12, 12).fill_(torch.nan), "at most −10⁴"),
+                          (torch.zeros(2, 4, 12, 12), r"T must be 12, columns 12 or more, got \(2, 4, 12, 12\)"),
+                          (torch.zeros(2, 1, 11, 12), "T must be 12"), (torch.zeros(2, 1, 12, 11), "columns 12 or more")):
+        with pytest.raises(ValueError, match=message):
+            model(ids, attention_mask=mask)
     filled = remove_krause_branch(copy.deepcopy(model))(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="past_key_values was filled without this Krause branch"):
         model(ids[:, :1], cache=filled)
     causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
     with torch.no_grad():
-        assert_close(model(ids, attention_mask=causal).logits, model(ids).logits, rtol=0, atol=1e-5)
+        for mask in (causal, torch.zeros(causal.shape).masked_fill(~causal, -1e9)):
+            assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@over("inputs", [{}, {"input_ids": [[1, 2]]}, {"input_ids": torch.tensor(3)}])
+def test_inputs_that_cannot_be_are_refused_as_without_a_branch(inputs):
+    found = []
+    for branch in (False, True):
+        with pytest.raises(Exception) as error:  # noqa: PT011, B017
+            small(branch=branch)(**inputs)
+        found.append((type(error.value), str(error.value)))
+    assert found[0] == found[1]
 
 
 def test_adapters_and_models_that_do_not_fit_are_refused(tmp_path, monkeypatch):
@@ -746,6 +772,20 @@ def test_a_branch_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
         add_krause_branch(model)
     assert set(model.state_dict()) == names and set(vars(model.get_decoder())) == attributes
     assert not hasattr(model.config, "krause_branch") and torch.equal(model(ids).logits, before)
+
+
+def test_a_configuration_that_takes_no_branch_leaves_the_model_as_it_was(monkeypatch):
+    class Closed(LlamaConfig):
+        def __setattr__(self, name, value):
+            if name == "krause_branch":
+                raise TypeError(name)
+            super().__setattr__(name, value)
+
+    model, ids = LlamaForCausalLM(Closed(**SMALL)).eval(), tokens()
+    before = model(ids).logits
+    with pytest.raises(TypeError, match="krause_branch"):
+        add_krause_branch(model)
+    assert torch.equal(model(ids).logits, before) and not branches(model)
 
 
 def test_a_partly_branched_model_gets_rid_of_its_branches():
@@ -1105,6 +1145,14 @@ def test_a_cache_goes_back_as_far_as_its_rings_have_recorded():
             model(torch.cat([ids[:, 9:10], tokens(rejected)], 1), cache=cache)
             cache.crop(-rejected - 1)
         assert_close(model(ids[:, 9:], cache=cache).logits, whole[:, 9:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "wide qwen2"])
+def test_a_model_with_a_branch_drafts(family):
+    target, draft, ids, options = small("llama").double(), small(family).double(), tokens(9, 1), {"max_new_tokens": 20, "do_sample": False}
+    for model, way in ((target, {"assistant_model": draft}), (remove_krause_branch(small("llama")).double(), {"assistant_model": draft}),
+                       (draft, {"assistant_early_exit": 1}), (draft, {"prompt_lookup_num_tokens": 2})):
+        assert torch.equal(model.generate(ids, **way, **options), model.generate(ids, **options))
 
 
 def test_assisted_decoding_of_a_branch_without_a_cache_is_refused_before_it_begins():

@@ -232,6 +232,16 @@ def test_unknown_kind_lists_the_kinds():
         ("kvit_4neighbour", {"patch_size": 5}, "image_size must be a multiple of patch_size"),
         ("kvit_4neighbour", {"sigma": 0.0}, "sigma must be"),
         ("kvit_4neighbour", {"top_k": 0}, "top_k must be"),
+        ("kvit_4neighbour", {"top_k": None}, "top_k must be an integer ≥ 1, got None"),
+        ("karm", {"d_model": None}, "d_model must be an integer ≥ 1, got None"),
+        ("kswin_attention_plain", {"window_size": [[2], [2]]}, "window_size must be one number or two equal numbers"),
+        ("kswin_attention_plain", {"shift_size": []}, "shift_size must be one number or two"),
+        *(("krause_llama_attention", {name: value}, f"{name} must be") for name, value in (
+            ("hidden_size", 0), ("hidden_size", "a"), ("head_dim", -2), ("head_dim", 3), ("num_key_value_heads", -1), ("top_k", None),
+            ("window_size", [4]), ("init_sigma", 0), ("rope_theta", 0), ("rope_theta", -1.0), ("attn_dropout", 2.0))),
+        ("krause_llama_attention", {"hidden_size": 15}, "num_attention_heads must divide hidden_size = 15"),
+        ("krause_llama_attention", {"num_key_value_heads": 3}, "be a multiple of num_key_value_heads = 3"),
+        ("krause_lm_attention", {"num_heads": 3}, "num_heads must divide hidden_size"),
     ],
 )
 def test_wrong_config_is_named(kind, change, message):

@@ -6,6 +6,7 @@ import random
 import hypothesis.strategies as st
 import pytest
 import torch
+from cases import over
 from hypothesis import given
 from torch.testing import assert_close
 from transformers import DynamicCache, GPT2Config, LlamaConfig
@@ -353,6 +354,37 @@ def test_another_dtype_is_refused():
     feed(layer, *states(), [3])
     with pytest.raises(ValueError, match="of torch.bfloat16"):
         feed(layer, *states(dtype=torch.bfloat16), [1])
+
+
+@over(("change", "message"), [
+    ({"sigma": 0.0}, "sigma must be a number > 0"), ({"sigma": -torch.ones(4)}, "sigma must be a number > 0"),
+    ({"sigma": torch.ones(3)}, r"sigma must be a number or have shape \(4,\)"), ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"),
+    ({"top_k": -1}, "top_k must be an integer"), ({"query": torch.zeros(2, 3, 1, 16)}, "must divide the 3 heads of query"),
+    ({"query": torch.zeros(1, 4, 1, 16)}, "must agree"), ({"query": torch.zeros(2, 4, 1, 32)}, "must agree"),
+    ({"query": torch.zeros(2, 4, 1, 16).long()}, "query must be a floating tensor"), ({"query": [1]}, "query must be a tensor, got list"),
+    ({"key_states": torch.zeros(2, 2, 3, 16), "value_states": torch.zeros(2, 2, 3, 16)}, "must be of the same new tokens, got 1 and 3"),
+    ({"key_states": [1]}, "must be a tensor, got list"), ({"value_states": torch.zeros(2, 2, 1, 16).int()}, "must be a floating tensor"),
+])
+@over("seen", [0, 3])
+def test_arguments_of_attend_are_those_of_krause_attention(change, message, seen):
+    layer, call = RingLayer(4), {"query": torch.zeros(2, 4, 1, 16), "top_k": 2, "sigma": 1.5}
+    call |= dict(zip(("key_states", "value_states"), states(dim=16, length=1), strict=True))
+    with torch.no_grad():
+        for _ in range(seen):
+            layer.attend(**call)
+        with pytest.raises((ValueError, TypeError), match=message):
+            layer.attend(**call | change)
+    assert layer.get_seq_length() == seen and layer.is_initialized == (seen > 0)
+
+
+def test_what_is_no_floating_tensor_or_position_is_refused():
+    with pytest.raises(TypeError, match="key_states must be a tensor, got list"):
+        RingLayer(4).update([1], [1])
+    with pytest.raises(ValueError, match="value_states must be a floating tensor"):
+        RingLayer(4).update(*(x.to(dtype) for x, dtype in zip(states(), (torch.float32, torch.int64), strict=True)))
+    for arguments, name in (((-1, 3), "length"), ((3, 0), "window"), ((2.0, 3), "length")):
+        with pytest.raises(ValueError, match=f"{name} must be an integer"):
+            ring_positions(*arguments)
 
 
 @pytest.mark.parametrize("window", [0, None, 2.0, True])

@@ -37,6 +37,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from krause_repro.language_model import LanguageModelConfig
 from krause_repro.reference import Neighborhood, attention_weights, reference_attention
 from krause_repro.ring_cache import RingCache, cache_bytes, ring_positions
 from krause_repro.transformers_attention import (
@@ -570,6 +571,10 @@ def test_a_misspelt_setting_is_told_with_the_nearest(wrong, right):
     for call in (lambda: configure_krause({}, SIGMA, WINDOW), lambda: RingCache({"krause_window": 3})):
         with pytest.raises(TypeError, match="config must be a model's configuration.*got dict"):
             call()
+    config = LanguageModelConfig()
+    with pytest.raises(ValueError, match=r"config must be .* LanguageModelConfig\(mixer='krause_only'\)"):
+        configure_krause(config, SIGMA, WINDOW)
+    assert not hasattr(config, "krause_sigma")
 
 
 def test_settings_of_numpy_are_saved(tmp_path):
