@@ -320,7 +320,9 @@ def _check_layer(dim, heads, neighborhood, top_k, score, sigma, sigma_per, learn
     return dim, heads, top_k, dropout
 
 
-def _check_hidden(hidden, dim, segment_ids, neighborhood, proj):
+def _check_call(layer, hidden, neighborhood, segment_ids):
+    "The neighbourhood of a call, the layer's own if it is None; raises an error that names an invalid argument."
+    neighborhood, proj, dim = layer.neighborhood if neighborhood is None else neighborhood, layer.q_proj, layer.dim
     _check_floating("hidden", hidden)
     _check_neighborhood(neighborhood)
     kind = hidden.device.type
@@ -330,6 +332,7 @@ def _check_hidden(hidden, dim, segment_ids, neighborhood, proj):
     if hidden.ndim != 3 or hidden.shape[1] == 0 or hidden.shape[2] != dim:
         raise UserError(f"hidden must be of shape (B, T ≥ 1, {dim}), got {tuple(hidden.shape)}")
     _check_segments(segment_ids, neighborhood, hidden[:, None])
+    return neighborhood
 
 # %% ../nbs/06_attention.ipynb #e72f4489
 class KrauseAttention(nn.Module):
@@ -378,8 +381,7 @@ class KrauseAttention(nn.Module):
         segment_ids: Tensor | None = None,  # (B, T) of packed sequences, non-decreasing; `rotary` must know their positions
     ) -> tuple[Tensor, Tensor | None]:  # (B, T, d) and (B, H, T, T) or None
         "Attend; returns the output and, when asked, the weights (before dropout)."
-        neighborhood = self.neighborhood if neighborhood is None else neighborhood
-        _check_hidden(hidden, self.dim, segment_ids, neighborhood, self.q_proj)
+        neighborhood = _check_call(self, hidden, neighborhood, segment_ids)
         query, key, value = (_split_heads(p(hidden), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         query, key = (query, key) if rotary is None else (rotary(query), rotary(key))
         dropout, limits = self.dropout if self.training else 0.0, (neighborhood, self.top_k)

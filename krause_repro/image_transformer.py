@@ -16,15 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
-from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .model_base import INDICES, CheckedConfig, CheckedModel, check_targets, named_arguments, token_loss
+from .checks import UserError, check_choice, check_flag, check_bandwidth, check_fraction, check_integer, check_positive, values_known
+from .model_base import CheckedConfig, CheckedModel, check_input_ids, check_targets, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from krause_repro.ring_cache import (
     CACHE_NAME, CountedLayer, PreallocatedLayer, RingCache, RingLayer, check_layers, prompt_length, refuse_paging, ring_positions,
     with_generation_cache,
 )
-from .transformers_attention import ensure
 
 # %% ../nbs/13_image_transformer.ipynb #fa95dba1
 LINEAR_EPS = 1e-6
@@ -132,7 +131,8 @@ def check_image_config(
     for name in ("attention_window", "attention_top_k"):
         if getattr(config, name) is not None:
             check_integer(name, getattr(config, name), 1)
-    for name in ("sigma", "layer_norm_eps", "initializer_range"):
+    check_bandwidth("sigma", config.sigma)
+    for name in ("layer_norm_eps", "initializer_range"):
         check_positive(name, getattr(config, name))
     check_fraction("dropout", config.dropout)
     window, top_k = config.attention_window, config.attention_top_k
@@ -201,10 +201,10 @@ def fused_attention(
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
     spoiled = None
     cheap = key.device.type == "cpu" and values_known(key)  # on a GPU, reading a value forces a synchronisation
-    if new > 1 and not (cheap and (key.detach().sum() + value.detach().sum()).isfinite()):
+    if new > 1 and not (cheap and sum(x.detach().sum() for x in (query, key, value)).isfinite()):
         key, value, spoiled = contain(key, value)
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
-    return output if spoiled is None else output + spoiled[:, :, length - new:]
+    return output if spoiled is None else output + spoiled[:, :, length - new:] + query.detach().mul(0).sum(-1, keepdim=True)
 
 # %% ../nbs/13_image_transformer.ipynb #fcfdf5fb
 class PixelAttention(nn.Module):
@@ -298,33 +298,6 @@ class PixelBlock(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), cache, maps))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-# %% ../nbs/13_image_transformer.ipynb #ef137ca0
-def check_tokens(
-    input_ids: Tensor,  # must be (B, T) integers of the vocabulary
-    config: ImageTransformerConfig,
-    past: int,  # number of earlier tokens
-) -> None:
-    "Raise a `ValueError` for tokens of the wrong shape, dtype, range or length."
-    if input_ids.ndim != 2 or input_ids.dtype not in INDICES or not input_ids.numel():
-        found = f"{input_ids.dtype} {tuple(input_ids.shape)}"
-        raise UserError(f"input_ids must be integers of shape (B, T), int32 or int64 and not empty, got {found}")
-    if past + input_ids.shape[1] > config.positions:
-        raise UserError(f"input_ids must end within the image's {config.positions} tokens, got {input_ids.shape[1]} after {past}")
-    if not values_known(input_ids):
-        return
-    highest = config.vocab_size - (not config.start_token)
-    low, high = input_ids.min().item(), input_ids.max().item()
-    if low < 0 or high > highest:
-        raise UserError(f"input_ids must be from 0 to {highest}, got {low} to {high}")
-
-# %% ../nbs/13_image_transformer.ipynb #890ac3f8
-def check_padding(
-    attention_mask: Tensor | None,  # (B, T) must be all ones
-) -> None:
-    "Raise a `ValueError` for padding; a compiled graph raises a `RuntimeError` when it runs."
-    if attention_mask is not None:
-        ensure((attention_mask == 1).all(), "attention_mask must be all ones: images are not padded")
-
 # %% ../nbs/13_image_transformer.ipynb #72d91db3
 def check_cache(
     cache: Cache,
@@ -355,11 +328,10 @@ def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels)
     "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
     if cache is None and use_cache:
         cache = image_cache(config)
+    past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    check_input_ids(input_ids, attention_mask, config, past, config.vocab_size - (not config.start_token))
     if cache is not None:
         check_cache(cache, config, input_ids.shape[0])
-    past = 0 if cache is None else cache.get_seq_length()
-    check_tokens(input_ids, config, past)
-    check_padding(attention_mask)
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8

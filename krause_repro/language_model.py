@@ -18,16 +18,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
-from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
+from .checks import UserError, check_choice, check_flag, check_bandwidth, check_fraction, check_integer, check_positive, values_known
 from .image_transformer import fused_attention
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward, ring_of
-from .model_base import INDICES, CheckedConfig, CheckedModel, check_targets, named_arguments, token_loss
+from .model_base import INDICES, CheckedConfig, CheckedModel, check_input_ids, check_targets, named_arguments, token_loss
 from .native_decode import DecodeLinear
-from .reference import CausalWindow, Neighborhood, attention_weights, within_segments
+from .reference import CausalWindow, score_temperature, upcast_to_float32, weights_and_support, within_segments
 from krause_repro.ring_cache import (
     CACHE_NAME, PreallocatedLayer, RingCache, RingLayer, check_layers, option_of, prompt_length, refuse_paging, with_generation_cache,
 )
-from .transformers_attention import ensure
 
 # %% ../nbs/19_language_model.ipynb #7e0b735f
 MIXERS = ("standard", "window", "top_k", "longformer", "routing", "krause", "krause_only", "standard_wide")
@@ -91,7 +90,8 @@ def check_language_config(
         check_integer(name, getattr(config, name), 1)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
-    for name in ("sigma", "layer_norm_eps", "initializer_range"):
+    check_bandwidth("sigma", config.sigma)
+    for name in ("layer_norm_eps", "initializer_range"):
         check_positive(name, getattr(config, name))
     for name in ("dropout", "centroid_decay"):
         check_fraction(name, getattr(config, name))
@@ -215,16 +215,6 @@ def _train_routing(layer, query, key, value, dropout):
     return _routing(layer, query, key, value, labels, dropout)
 
 # %% ../nbs/19_language_model.ipynb #d43bb780
-class _Support(Neighborhood):
-    "The support of a mixer as a neighbourhood: a boolean mask, (T, T) or (B, H, T, T)."
-
-    def __init__(self, mask: Tensor):
-        self.given = mask
-
-    def mask(self, length, device="cpu"):
-        return self.given
-
-
 def support_of(
     layer: LanguageAttention,
     key: Tensor,  # (B, H, T, D)
@@ -249,9 +239,9 @@ def mixer_weights(
     "Attention weights of a layer, without those of a Krause branch (see `recorded_branches`)."
     query, key, _ = layer.project(hidden)
     top_k = layer.config.attention_top_k if layer.mixer in ("top_k", "krause_only") else None
-    krause = layer.mixer == "krause_only"
-    return attention_weights(query, key, _Support(support_of(layer, key)), top_k, score="krause" if krause else "softmax",
-                             sigma=layer.bandwidth(query) if krause else None, segment_ids=segment_ids)
+    score, sigma = ("krause", layer.bandwidth(query)) if layer.mixer == "krause_only" else ("softmax", None)
+    temperature = score_temperature(upcast_to_float32(query[..., :0]), score, sigma, query.shape[-1])
+    return weights_and_support(query, key, support_of(layer, key), top_k, score, temperature, None, segment_ids)[0]
 
 # %% ../nbs/19_language_model.ipynb #baaf9a96
 class LanguageBlock(GradientCheckpointingLayer):
@@ -308,30 +298,6 @@ def check_language_cache(
     check_layers(cache, "language_cache(model.config)", kind, config.num_hidden_layers, shape, **sizes)
 
 # %% ../nbs/19_language_model.ipynb #f786d9dc
-def check_language_tokens(
-    input_ids: Tensor,  # must be (B, T) integers of the vocabulary
-    attention_mask: Tensor | None,  # must be all ones
-    config: LanguageModelConfig,
-    past: int,  # number of earlier tokens
-) -> None:
-    "Raise a `ValueError` for tokens of the wrong shape, dtype, range or length, and for padding."
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in INDICES or not input_ids.numel():
-        found = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise UserError(f"input_ids must be integers of shape (B, T), int32 or int64 and not empty, got {found}")
-    if past + input_ids.shape[1] > config.positions:
-        raise UserError(f"input_ids must end within the model's {config.positions} positions, got {input_ids.shape[1]} tokens after {past}")
-    seen = (len(input_ids), past + input_ids.shape[1])
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
-        raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
-    if attention_mask is not None:
-        ensure((attention_mask == 1).all(), "attention_mask must be all ones: this model has no padding; give sequences of one length")
-    if input_ids.device.type != "cpu" or not values_known(input_ids):  # elsewhere the embedding itself checks
-        return
-    low, high = input_ids.min().item(), input_ids.max().item()
-    if low < 0 or high >= config.vocab_size:
-        raise UserError(f"input_ids must be tokens of the vocabulary, 0 to {config.vocab_size - 1}, got {low} to {high}")
-
-
 def packed_sequences(
     position_ids: Tensor | None,  # must be (B, T) or (1, T): from 0, by one per token, and again from 0 where the next sequence starts
     input_ids: Tensor,  # (B, T)
@@ -489,14 +455,14 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, ou
     config = model.config
     if cache is None and use_cache:
         cache = language_cache(config)
-    check_language_tokens(input_ids, attention_mask, config, 0 if not isinstance(cache, Cache) else cache.get_seq_length())
+    past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    check_input_ids(input_ids, attention_mask, config, past, config.vocab_size - 1)
     if cache is not None:
         check_language_cache(cache, config, input_ids.shape[0])
         if output_attentions:
             raise UserError("output_attentions must be False with a cache; use use_cache=False")
         if model.training and config.mixer == "routing":
             raise UserError("past_key_values must be None while routing is trained; call model.eval()")
-    past = 0 if cache is None else cache.get_seq_length()
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/19_language_model.ipynb #ad6cb2d3

@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import banded_attention, krause_attention_weights
-from .checks import UserError, check_flag, check_integer, check_positive, moved_names, values_known
+from .checks import UserError, check_bandwidth, check_flag, check_integer, moved_names, values_known
 from .native_decode import gate_applies, native_gate
 from .reference import CausalWindow
 from .ring_cache import CACHE_NAMES, RingLayer, refuse_paging, ring_positions, take_cache
@@ -150,7 +150,7 @@ class BranchSettings:
 
     def __post_init__(self):
         checked = {"window": check_integer("window", self.window, 1), "top_k": check_integer("top_k", self.top_k, 1),
-                   "sigma": check_positive("sigma", self.sigma), "gate_init": _between("gate_init", self.gate_init)}
+                   "sigma": check_bandwidth("sigma", self.sigma), "gate_init": _between("gate_init", self.gate_init)}
         if checked["top_k"] > checked["window"]:
             raise UserError(f"top_k must be at most window = {self.window}, got {self.top_k}")
         for name in ("freeze_sigma", "random_biases", "ignore_cache"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import UserError, check_flag, check_integer, check_names, check_weights, values_known
+from .transformers_attention import ensure
 
 # %% ../nbs/10_model_base.ipynb #146a0db5
 COMMON_SETTINGS = (  # accepted by every configuration of 🤗 Transformers, but not among its fields
@@ -137,6 +138,31 @@ def check_targets(
     if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
         raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")
     return targets
+
+# %% ../nbs/10_model_base.ipynb #bb0f77e6
+def check_input_ids(
+    input_ids: Tensor,  # must be (B, T) integers
+    attention_mask: Tensor | None,  # must be (B, past + T), all ones
+    config: CheckedConfig,  # with `positions`
+    past: int,  # number of earlier tokens
+    highest: int,  # largest token
+) -> None:
+    "Raise a `ValueError` for tokens of the wrong shape, dtype, range or length, and for padding."
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in INDICES or not input_ids.numel():
+        found = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise UserError(f"input_ids must be integers of shape (B, T), int32 or int64 and not empty, got {found}")
+    if past + input_ids.shape[1] > config.positions:
+        raise UserError(f"input_ids must end within the model's {config.positions} positions, got {input_ids.shape[1]} tokens after {past}")
+    seen = (len(input_ids), past + input_ids.shape[1])
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
+        raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
+    if attention_mask is not None:
+        ensure((attention_mask == 1).all(), "attention_mask must be all ones: this model has no padding; give sequences of one length")
+    if input_ids.device.type != "cpu" or not values_known(input_ids):  # elsewhere the embedding itself checks
+        return
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high > highest:
+        raise UserError(f"input_ids must be tokens of the vocabulary, 0 to {highest}, got {low} to {high}")
 
 # %% ../nbs/10_model_base.ipynb #8035f61c
 def named_arguments(

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .attention import merge_heads
-from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import named_arguments
 from .reference import SCORES, pairwise_energy, score_temperature, weighted_sum
 from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_image_settings, check_pixels
@@ -110,7 +110,7 @@ def check_window(
         if check_integer("shift_size", s, 0) >= check_integer("window_size", w, 1):
             raise UserError(f"shift_size must be smaller than window_size = {w}, got {s}")
     check_choice("attention_score", score, SCORES)
-    check_positive("sigma", sigma)
+    check_bandwidth("sigma", sigma)
 
 # %% ../nbs/12_swin.ipynb #c810e21a
 class WindowAttention(ShiftedWindowAttention):

@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from transformers.utils.output_capturing import _active_collector
 
 from .attention import krause_attention, krause_attention_weights
-from .checks import UserError, check_integer, check_names, check_positive, check_weights, values_known
+from .checks import UserError, check_bandwidth, check_integer, check_names, check_weights, values_known
 from .reference import CausalWindow
 from .ring_cache import layer_windows, ring_positions
 
@@ -36,7 +36,7 @@ class KrauseSettings(NamedTuple):
 
 def _checked(sigma, window, top_k, prefix=""):
     "The settings; a `ValueError` names an invalid one."
-    sigma, window = check_positive(f"{prefix}sigma", sigma), check_integer(f"{prefix}window", window, 1)
+    sigma, window = check_bandwidth(f"{prefix}sigma", sigma), check_integer(f"{prefix}window", window, 1)
     if top_k is not None:
         top_k = check_integer(f"{prefix}top_k", top_k, 1)
         if top_k > window:

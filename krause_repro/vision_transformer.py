@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from .attention import KrauseAttention
-from .checks import UserError, check_choice, check_flag, check_fraction, check_integer, check_positive
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import CheckedConfig, CheckedModel, check_label_range, named_arguments
 from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, upcast_to_float32
 from .transformers_attention import hub_options
@@ -169,7 +169,8 @@ def check_vision_config(
             raise UserError(f"attention_top_k must be None or (first layer, last layer), got {config.attention_top_k!r}")
         for k in config.attention_top_k:
             check_integer("attention_top_k", k, 1)
-    for name in ("sigma", "layer_norm_eps", "initializer_range"):
+    check_bandwidth("sigma", config.sigma)
+    for name in ("layer_norm_eps", "initializer_range"):
         check_positive(name, getattr(config, name))
     check_flag("learn_sigma", config.learn_sigma)
     for name in ("drop_path", "dropout"):

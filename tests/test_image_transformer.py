@@ -381,8 +381,9 @@ def test_generate_returns_weights_and_states(attention):
 
 
 @pytest.mark.parametrize(("input_ids", "message"), [
-    (torch.full((1, 3), 17), "input_ids must be from 0 to 16, got 17 to 17"), (torch.full((1, 3), -1), "input_ids must be from 0 to 16"),
-    (torch.zeros(1, 21, dtype=torch.long), "input_ids must end within the image's 20 tokens, got 21 after 0"),
+    (torch.full((1, 3), 17), "input_ids must be tokens of the vocabulary, 0 to 16, got 17 to 17"),
+    (torch.full((1, 3), -1), "input_ids must be tokens of the vocabulary"), ([[1, 2]], "input_ids must be integers of shape .* got list"),
+    (torch.zeros(1, 21, dtype=torch.long), "input_ids must end within the model's 20 positions, got 21 tokens after 0"),
     (torch.zeros(1, 0, dtype=torch.long), "input_ids must be integers of shape"), (torch.zeros(3), "input_ids must be integers of shape"),
     (torch.zeros(1, 3, dtype=torch.uint8), "input_ids must be integers of shape .*, int32 or int64"),
 ])

@@ -531,6 +531,8 @@ def test_helpers_refuse_what_they_cannot_use():
     assert_close(fused_attention(x[:, :, -2:], x, x), fused_attention(x, x, x)[:, :, -2:])
     whole, mask = F.scaled_dot_product_attention(x, x, x, is_causal=True), torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
     assert torch.equal(fused_attention(x, x, x), whole)
+    query = x.index_fill(2, torch.tensor([1]), torch.nan)
+    assert fused_attention(query, x, x).isnan().all(-1)[0, 0].tolist() == [False, True, False, False, False]
     assert torch.equal(fused_attention(x, x, x, mask), F.scaled_dot_product_attention(x, x, x, mask))
 
 
@@ -560,6 +562,15 @@ def test_packed_documents_are_measured_as_if_each_were_alone():
     first, second = (position_nats(model, [{"input_ids": document}]) for document in documents)
     assert_close(nats[:11].float(), first.float())
     assert_close(nats[12:].float(), second.float())
+
+
+def test_routing_maps_do_not_depend_on_the_size_of_the_batch():
+    model, ids = small("routing"), tokens(9, 8)  # more sequences than tokens
+    maps = model(ids, output_attentions=True, use_cache=False).attentions
+    alone = model(ids[:1], output_attentions=True, use_cache=False).attentions
+    assert maps[0].shape == (9, 4, 8, 8)
+    for many, one in zip(maps, alone, strict=True):
+        assert_close(many[:1], one)
 
 
 @each_mixer
