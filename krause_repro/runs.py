@@ -50,8 +50,8 @@ def _record(path: Path, fields: tuple[str, ...], remedy: str) -> dict:
         raise FileNotFoundError(f"{path} is missing; {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
-    if not isinstance(record, dict) or not set(fields) <= record.keys():
-        raise UserError(f"{path} is damaged: it must be an object with the fields {', '.join(fields)}; {remedy}")
+    if missing := [field for field in fields if not isinstance(record, dict) or field not in record]:
+        raise UserError(f"{path} is damaged: it has no {missing[0]}; {remedy}")
     return record
 
 

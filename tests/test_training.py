@@ -600,7 +600,7 @@ def test_last_checkpoint_counts_as_numbers(tmp_path):
     for step in (9, 10, 101):
         write_digests(tmp_path / f"checkpoint-{step}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert "must be an object with the fields best_global_step" in flaw(tmp_path / "checkpoint-101")
+    assert "is damaged: it has no best_global_step" in flaw(tmp_path / "checkpoint-101")
 
 
 def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
