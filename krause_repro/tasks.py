@@ -312,8 +312,8 @@ def random_splits(
         return TextSplits(train, train[:1], train[:1], tokenizer=tokenizer)
     if isinstance(recipe, ImageGenerationRecipe):
         rows, columns, channels = recipe.image_shape
-        shape, labels = (count, channels, rows, columns), torch.zeros(count, dtype=torch.long)
-        images = draw(recipe.levels, shape, dtype=torch.uint8)
+        images = draw(recipe.levels, (count, channels, rows, columns), dtype=torch.uint8)
+        labels = torch.zeros(count, dtype=torch.long)
     else:
         shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
         images, labels = draw(256, shape, dtype=torch.uint8), draw(recipe.classes, (count,))
