@@ -122,7 +122,7 @@ def _is_number(task, item):
     prompt = " ".join([*item["sentences"], item["question"].split("XXXXX")[0]]).strip() if task == "cbt" else item.get("query", "")
     return task in ("hellaswag", "cbt") and prompt.isdigit()
 
-
+# %% ../nbs/46_language_tasks.ipynb #d9253784
 def _item_problem(task, item):
     "What is wrong with an item of a task, or None."
     if not isinstance(item, dict):
