@@ -87,6 +87,16 @@ def check_flag(
         raise UserError(f"{name} must be True or False, got {value!r}")
     return value
 
+
+def check_path(
+    name: str,  # the argument's name, for the message
+    value: str | Path,  # the value given
+) -> Path:
+    "Return `value` as a path, or raise a `ValueError` that names the argument. Whether the path exists is not checked."
+    if not isinstance(value, (str, Path)):
+        raise UserError(f"{name} must be a file or folder, got {value!r}")
+    return Path(value)
+
 # %% ../nbs/01_checks.ipynb #e05a6c18
 def _similarity(
     name: str,

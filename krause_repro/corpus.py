@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .checks import UserError, check_choice, check_integer
+from .checks import UserError, check_choice, check_integer, check_path
 from .language_data import EOS, TokenBlocks, check_parquet, hub_errors, packed_tokens, read_documents, shakespeare_text
 from .likelihood import NGRAM, ngram_hashes, seen_shares
 from .packaged_data import language_folder
@@ -134,16 +134,12 @@ def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> Stre
 def _find_text(name: str, source: str | Path | None) -> Path:
     "The text of a corpus: the user's file or folder, or a file in the language folder."
     spec = CORPORA[name]
-    places = [Path(source)] if source is not None else []
-    if spec.file:
-        bases = places or [language_folder(), language_folder() / "text"]
-        places = [base / spec.file if base.is_dir() else base for base in bases]
-        if source is not None and Path(source).is_dir() and not places[0].exists():
-            places += [Path(source) / "text" / spec.file]
+    if source is None and not spec.file:
+        raise UserError("source must be a text file or a folder of .txt files for the corpus text")
+    base = language_folder() if source is None else Path(source)
+    places = [base / spec.file, base / "text" / spec.file] if spec.file and (source is None or base.is_dir()) else [base]
     if found := next(filter(Path.exists, places), None):
         return found
-    if not places:
-        raise UserError("source must be a text file or a folder of .txt files for the corpus text")
     raise FileNotFoundError(f"no {name} in {', '.join(map(str, places))}"
                             + (f"; put {spec.file} into {language_folder()}, or name its file or folder as source" if spec.file else ""))
 
@@ -228,6 +224,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (*hub_errors(), ValueError) as error:
         raise FileNotFoundError(f"no tokenizer in {name} ({error})") from error
+    except Exception as error:  # of any kind: the libraries do not check what they read
+        raise UserError(f"{name} is not a whole tokenizer ({error!r}); get it again, or delete the corpus it is of") from error
     highest = max(tokenizer.get_vocab().values(), default=0)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or not highest < len(tokenizer) <= MAX_VOCAB:
         raise UserError(f"tokenizer {name} must be a fast one with an end token and at most {MAX_VOCAB:,} tokens (uint16), numbered "
@@ -546,8 +544,11 @@ def load_corpus(
 ) -> Corpus:
     "Open a corpus; build it first if it is not there. Raises `UserError` and `FileNotFoundError` that name what is wrong or missing."
     check_choice("name", name, CORPORA)
-    if source is not None and not isinstance(source, str | Path):
-        raise UserError(f"source must be a file or folder, got {source!r}")
+    for each, value in {"source": source, "folder": folder, "tokenizer": tokenizer}.items():
+        if value is not None:
+            check_path(each, value)
+    if vocab_size is not None:
+        check_integer("vocab_size", vocab_size, MIN_VOCAB)
     if vocab_size is not None and tokenizer is not None:
         raise UserError(f"give vocab_size or tokenizer, not both: got {vocab_size} and {tokenizer}")
     if vocab_size is None and tokenizer is None:
@@ -560,6 +561,8 @@ def load_corpus(
     path = _text_folder(folder, label, text) if name == "text" else folder / f"{name}-{label}"
     if build:
         _build_missing(path, name, vocab_size, tokenizer, text, download)
+    elif not (path / MANIFEST).is_file():
+        raise FileNotFoundError(f"no corpus was built of {source or name}, as training on it does: there is no {path}")
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, text)
 
 # %% ../nbs/33_corpus.ipynb #ab3f19d6

@@ -9,7 +9,7 @@ __all__ = ['load', 'fetch', 'Collator', 'TokenCollator', 'Splits', 'load_splits'
 import copy
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from .checks import UserError, check_choice
+from .checks import UserError, check_choice, check_integer
 from .generation_recipes import ImageGenerationRecipe
 from krause_repro.image_files import (
     DAMAGE, DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, download_folder, find_source,
@@ -31,7 +31,7 @@ from krause_repro.image_files import (
 )
 from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from .image_transformer import image_tokens
-from .records import read_json, write_json
+from .records import file_digest, read_json, write_json
 
 # %% ../nbs/28_image_data.ipynb #dd366f53
 class ImageSet(Dataset):
@@ -50,6 +50,10 @@ class ImageSet(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+    def contents(self) -> Iterator[bytes]:
+        "The bytes of each image."
+        return (image.tobytes() for image in self.images.numpy())
 
     def subset(self, indices: Tensor) -> "ImageSet":
         "The images at `indices`."
@@ -84,7 +88,7 @@ def read_image(
         with Image.open(path) as image:
             return to_rgb(image)
     except OSError as error:
-        if error.errno is not None:  # I/O errors have a number, Pillow's own have none
+        if error.errno is not None and not (isinstance(error, FileNotFoundError) and os.path.islink(path)):  # Pillow's own have no number
             raise
         reason = error
     except DAMAGE as error:
@@ -112,12 +116,12 @@ def damaged_images(
 def why(
     path: str,  # an undecodable image
 ) -> str:
-    "The reason why an image cannot be decoded, and the remedy."
+    "An undecodable image, the reason why it cannot be decoded, and the remedy."
     try:
         read_image(path)
     except ValueError as error:
-        return " ".join(str(error).split()).removeprefix(f"{path} ")
-    return SKIP_HINT
+        return " ".join(str(error).split())
+    return f"{path}; {SKIP_HINT}"
 
 # %% ../nbs/28_image_data.ipynb #daf6e5bb
 SMALL_FOLDER = 10_000  # images; decoded in seconds and not cached
@@ -131,7 +135,7 @@ def scan(
         return damaged_images(paths)
     facts = hashlib.sha256()
     for path in paths:
-        state = os.stat(path)
+        state = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a broken link
         facts.update(f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}\n".encode())
     kept = download_folder() / "scans" / f"{facts.hexdigest()[:32]}.json"
     if kept.is_file():
@@ -155,8 +159,7 @@ class ImageFolderSet(Dataset):
         if unreadable == "skip":
             self._leave_out(scan(paths))
         elif len(paths) <= SMALL_FOLDER and (damaged := damaged_images(paths)):
-            first = f"the first is {damaged[0]}; {why(damaged[0])}"
-            raise UserError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded, {first}")
+            raise UserError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded; the first: {why(damaged[0])}")
 
     def _leave_out(self, damaged):
         gone, root = set(damaged), Path(self.data.root)
@@ -165,6 +168,10 @@ class ImageFolderSet(Dataset):
         if empty := set(range(len(self.data.classes))) - set(self.data.targets):
             raise UserError(f"{root} has no readable image of class {', '.join(self.data.classes[i] for i in sorted(empty)[:5])}")
         self.left_out = [str(Path(path).relative_to(root.parent)) for path in damaged]
+
+    def contents(self) -> Iterator[str]:
+        "The digest of each file."
+        return (file_digest(path) for path, _ in self.data.samples)
 
     def with_transform(self, transform: Callable) -> "ImageFolderSet":
         "The same images with another transform, without listing the folder again."
@@ -299,9 +306,9 @@ def split_held_out(
     limit: int | None = None,  # number of training images; None: all others
 ) -> tuple[Tensor, Tensor]:  # indices for training, indices held out
     "Disjoint random indices of training and held-out images, by a fixed seed."
-    if not 0 < held_out < total:
+    if check_integer("held_out", held_out, 1) >= total:
         raise UserError(f"held_out must be between 1 and {total - 1}, got {held_out}")
-    if limit is not None and not 0 < limit <= total - held_out:
+    if limit is not None and check_integer("limit", limit, 1) > total - held_out:
         raise UserError(f"limit must be between 1 and {total - held_out}, or None for all that are not held out, got {limit}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))
     kept = order[held_out:]
@@ -413,8 +420,7 @@ def load_splits(
         jitter = recipe.augmentation == "imagenet_jitter"
         changing, fixed = (imagenet_transform(training, recipe.image_size, jitter) for training in (True, False))
         plain, test = (load(recipe.dataset, split, source, fixed, unreadable) for split in ("train", "test"))
-        check_apart(plain, test)
-        check_classes(plain, test, recipe.classes)
+        check_folders(plain, test, recipe)
         train, left_out = plain.with_transform(changing), (*plain.left_out, *test.left_out)
     else:
         train, test = (load(recipe.dataset, split, source, unreadable=unreadable) for split in ("train", "test"))
@@ -436,14 +442,14 @@ COPIES = 0.01  # largest share of copies: the published images are distinct but 
 
 
 def check_distinct(
-    train: ImageSet,
-    test: ImageSet,
+    train: ImageSet | ImageFolderSet,
+    test: ImageSet | ImageFolderSet,
     name: str,  # of the data set, for the message
 ) -> None:
     "Raise `UserError` if a part has more than `COPIES` of repeated images, or so many of the test images are for training."
     seen = set()
     for split, part in (("train", train), ("test", test)):
-        own = {image.tobytes() for image in part.images.numpy()}
+        own = set(part.contents())
         twice, leaked = (len(part) - len(own), f"in the {split} part of {name} twice"), (len(own & seen), f"in both parts of {name}")
         for copies, where in (twice, leaked):
             if copies > COPIES * len(part):
@@ -455,26 +461,36 @@ def check_apart(
     train: ImageFolderSet,
     test: ImageFolderSet,
 ) -> None:
-    "Raise `UserError` if both splits are the same folder, such as through a link."
-    folders = [Path(part.data.root) for part in (train, test)]
-    if folders[0].samefile(folders[1]):
-        raise UserError(f"{folders[1]} must hold other images than {folders[0]}, but both are the same folder")
+    "Raise `UserError` if two folders, of the splits or of their classes, are the same, such as through a link."
+    seen = {}
+    for folder in (Path(part.data.root, name) for part in (train, test) for name in ("", *part.data.classes)):
+        state = folder.stat()
+        if (first := seen.setdefault((state.st_dev, state.st_ino), folder)) is not folder:
+            raise UserError(f"{folder} must hold other images than {first}, but both are the same folder")
 
 
-def check_classes(
+def check_folders(
     train: ImageFolderSet,
     test: ImageFolderSet,
-    classes: int,  # expected number of classes
+    recipe: ImageClassificationRecipe,  # its data set and number of classes
 ) -> None:
-    "Raise `UserError` if the splits differ in classes, or their number is wrong."
+    "Raise `UserError` for splits that share images, differ in classes, or have another number of classes or images than expected."
+    check_apart(train, test)
     differing = sorted(set(train.data.classes) ^ set(test.data.classes))
     if differing:
         raise UserError(
             f"{train.data.root} and {test.data.root} must have the same classes (folders), "
             f"but {len(differing)} are in only one of them: {', '.join(differing[:5])}"
         )
-    if len(train.data.classes) != classes:
-        raise UserError(f"{train.data.root} must have {classes} classes (folders), got {len(train.data.classes)}")
+    if len(train.data.classes) != recipe.classes:
+        raise UserError(f"{train.data.root} must have {recipe.classes} classes (folders), got {len(train.data.classes)}")
+    spec = DATA[recipe.dataset]
+    for part, expected in ((train, spec.train), (test, spec.test)):
+        found = len(part) + len(part.left_out)
+        if recipe.classes == spec.classes and found != expected:  # else a part of the data set, of fewer classes
+            raise UserError(f"{part.data.root} must have the {expected:,} images of {recipe.dataset}, got {found:,}")
+    if len(train) + len(test) <= SMALL_FOLDER:
+        check_distinct(train, test, recipe.dataset)
 
 
 def check_data(

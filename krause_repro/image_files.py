@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
-from .checks import UserError, check_choice
+from .checks import UserError, check_choice, check_path
 from .image_recipes import PIXELS
 from .records import cache_folder, disk_error, file_digest, read_json, scratch_folder
 
@@ -184,7 +184,7 @@ def find_source(
     if spec.package_folder:
         places.insert(0, Path(spec.package_folder))
     if source is not None:
-        base = Path(source)
+        base = check_path("source", source)
         idx = [base / IDX_FOLDERS[name], base / "raw"] if name in IDX_FOLDERS else []
         places = [base, *idx, *([base / name] if name in LABEL_COLUMNS else [])]
     for place in sorted(places, key=lambda place: place != base / name):  # `base` may hold another data set

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .checks import UserError, check_integer, moved_names
+from .checks import UserError, check_integer, check_path, moved_names
 from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
 from .packaged_data import find_or_download, language_folder
 from .records import read_text, write_text
@@ -66,7 +66,10 @@ EOS = "<|endoftext|>"  # GPT-2's end token; also the line that ends a document i
 
 
 def _read_plain(path: Path) -> str:
-    return read_text(path).removeprefix("\ufeff")  # the byte order mark of some editors
+    text = read_text(path)
+    if "\0" in text:
+        raise UserError(f"{path} is not text in UTF-8: it has NUL characters, as UTF-16 without a byte order mark has")
+    return text.removeprefix("\ufeff")  # the byte order mark of some editors
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -150,8 +153,8 @@ def read_item_lines(
         for number, line in enumerate(lines, 1):
             try:
                 item = json.loads(line.decode("utf-8"))
-                found.append({key: item[key] + "" for key in ("inputs", "targets")})  # raises TypeError unless they are strings
-            except (ValueError, KeyError, TypeError) as error:
+                found.append({key: item[key].encode().decode() for key in ("inputs", "targets")})  # raises unless they are texts in UTF-8
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
                 raise UserError(f"{path}, line {number}, must be a JSON object with inputs and targets, in UTF-8: {line[:80]!r}") from error
     return found
 
@@ -200,7 +203,7 @@ def flan_items(
 ) -> list[dict[str, str]]:  # "inputs" and "targets"
     "Items of Flan-v2, as in the paper: from a file, or streamed from the hub and saved to one."
     check_integer("n", n, 1)
-    path = language_folder() / f"flan-{n}.jsonl" if source is None else Path(source)
+    path = language_folder() / f"flan-{n}.jsonl" if source is None else check_path("source", source)
     if not path.is_file():
         missing = f"no Flan-v2 in {path}"
         if source is not None or not download:

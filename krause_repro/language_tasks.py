@@ -21,6 +21,7 @@ import yaml
 
 from .checks import MissingPackageError, UserError, check_integer, nearest_name
 from .language_data import MARKER, hub_errors
+from .records import read_text
 
 # %% ../nbs/46_language_tasks.ipynb #5dde2272
 _PAIR = {"premise": str, "hypothesis": str, "label": range(3)}
@@ -105,6 +106,12 @@ def _field_problem(field, kind, value):
     return None if right else f"field {field!r} must be of type {kind.__name__}, got {value!r}"
 
 
+def _is_unicode(value):
+    "Whether all texts of a value can be encoded: JSON may hold half of a surrogate pair."
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.isascii() or not re.search(r"[\ud800-\udfff]", text)
+
+
 def _are_texts(values, least=2):
     "Whether a list has so many entries, all of them texts that are not empty."
     return len(values) >= least and all(isinstance(value, str) and value.strip() for value in values)
@@ -115,7 +122,7 @@ def _is_number(task, item):
     prompt = " ".join([*item["sentences"], item["question"].split("XXXXX")[0]]).strip() if task == "cbt" else item.get("query", "")
     return task in ("hellaswag", "cbt") and prompt.isdigit()
 
-
+# %% ../nbs/46_language_tasks.ipynb #d9253784
 def _item_problem(task, item):
     "What is wrong with an item of a task, or None."
     if not isinstance(item, dict):
@@ -124,15 +131,21 @@ def _item_problem(task, item):
         problem = _field_problem(field, kind, item[field]) if field in item else f"field {field!r} is missing"
         if problem:
             return problem
+        if not _is_unicode(item[field]):
+            return f"field {field!r} must be text in UTF-8, got {item[field]!r:.80}"
         if task in CONTINUATION_TASKS and kind is str and not item[field].strip():
             return f"field {field!r} must not be empty"
     if task in ("hellaswag", "arc_easy") and (not _are_texts(item["choices"]) or item["gold"] >= len(item["choices"])):
         return ("field 'choices' must hold at least 2 strings, none empty, and 'gold' be below their number, got "
                 f"{item['gold']} and {item['choices']!r}")
+    if task in ("hellaswag", "arc_easy") and item["choices"].count(item["choices"][item["gold"]]) > 1:
+        return f"field 'choices' must hold the right choice once, got {item['choices']!r}"
     if task == "cbt" and not (_are_texts(item["options"], 2) and _are_texts(item["sentences"], 0)):
         return f"fields 'options', at least 2, and 'sentences' must hold strings, none empty, got {item['options']!r}"
-    if task == "cbt" and (item["answer"] not in item["options"] or item["question"].count("XXXXX") != 1):
-        return "field 'options' must hold the answer, and 'question' one XXXXX"
+    if task == "cbt" and (item["options"].count(item["answer"]) != 1 or item["question"].count("XXXXX") != 1):
+        return "field 'options' must hold the answer once, and 'question' one XXXXX"
+    if task.startswith("piqa") and item["sol1"] == item["sol2"]:
+        return "fields 'sol1' and 'sol2' must differ"
     if _is_number(task, item):
         return f"field {'question' if task == 'cbt' else 'query'!r} must not make a prompt of digits only: lm-eval takes it for a number"
     if task == "lambada" and (" " not in item["text"] or item["text"] != item["text"].strip()):
@@ -162,6 +175,9 @@ def check_items(
     for number, item in enumerate(items, 1):
         if problem := _item_problem(task, item):
             raise UserError(f"{place}, item {number} of {len(items)}: {problem}")
+    same = sum(task == "blimp" and item["sentence_good"] == item["sentence_bad"] for item in items)
+    if same > 0.01 * len(items):  # of the published 67,000 they are 7
+        raise UserError(f"{place}: fields 'sentence_good' and 'sentence_bad' must differ, but do not in {same} of {len(items)} items")
     return [{field: item[field] for field in ITEM_FIELDS[task]} for item in items]
 
 # %% ../nbs/46_language_tasks.ipynb #694f6a9b
@@ -172,8 +188,8 @@ PUBLISHED_FILES = {  # by data set: its file as published, or as copies of it ar
 
 
 def _label(given):
-    "A label as an integer if it is one, as text or as a number."
-    return int(given) if isinstance(given, str) and given.isdecimal() else given
+    "A label as an integer if it is one of one digit, as text or as a number."
+    return int(given) if isinstance(given, str) and re.fullmatch("[0-9]", given) else given
 
 
 def _as_published(data, item):
@@ -188,11 +204,20 @@ def _as_published(data, item):
     return item
 
 
+def _json(content, place):
+    "The content of JSON in UTF-8."
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON: {error}") from error
+
+
 def _read_lines(files, data):
     "The items of published files; PIQA's labels are in a file beside its items."
-    items = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = ((file, number, line) for file in files for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip())
+    items = [_json(line, f"{file}, line {number},") for file, number, line in lines]
     if data == "piqa":
-        labels = (files[0].parent / "valid-labels.lst").read_text(encoding="utf-8").split()
+        labels = read_text(files[0].parent / "valid-labels.lst").split()
         if len(labels) != len(items):
             raise UserError(f"{files[0].parent / 'valid-labels.lst'} must hold a label for each of {len(items)} items, got {len(labels)}")
         pairs = zip(items, labels, strict=True)
@@ -212,10 +237,7 @@ def read_task_items(
         also = f" or {PUBLISHED_FILES[data]}" if data in PUBLISHED_FILES else ""
         raise FileNotFoundError(
             f"source: there is no file {file}; allowed: hub, local, a JSON file of items, or a folder with {data}.json{also}")
-    try:
-        items = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else _read_lines(published, data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file if file.is_file() else published[0].parent} is not valid JSON: {error}") from error
+    items = _json(file.read_bytes(), file) if file.is_file() else _read_lines(published, data)
     return check_items(task, items, file if file.is_file() else published[0])
 
 # %% ../nbs/46_language_tasks.ipynb #9383b64d
@@ -337,12 +359,12 @@ def _clean(text):
 def _from_hub(task, item):
     "An item with the fields of `ITEM_FIELDS` from one of the hub."
     if task == "hellaswag":
-        context = f"{item['ctx_a']} {item['ctx_b'].capitalize()}" if "ctx_a" in item else item["ctx"]
-        query, choices = _clean(f"{item['activity_label']}: {context}"), [_clean(ending) for ending in item["endings"]]
+        context = item["ctx_a"] + " " + item["ctx_b"].capitalize() if "ctx_a" in item else item["ctx"]
+        query, choices = _clean(item["activity_label"] + ": " + context), [_clean(ending) for ending in item["endings"]]
         return {"query": query, "choices": choices, "gold": _label(item["label"])}
     if task == "arc_easy":
         choices = item["choices"]
-        return {"query": f"Question: {item['question']}", "choices": choices["text"], "gold": choices["label"].index(item["answerKey"])}
+        return {"query": "Question: " + item["question"], "choices": choices["text"], "gold": choices["label"].index(item["answerKey"])}
     return item
 
 
@@ -376,7 +398,7 @@ def _subset(items, limit, seed):
 
 
 def language_items(
-    tasks: list[str],  # keys of `ITEM_FIELDS`
+    tasks: str | list[str] | tuple[str, ...],  # names, or one comma-separated string
     source: str | Path = "hub",  # "hub", "local" (this package's items), a JSON file of one task, or a folder of <task>.json
     limit: int | None = None,  # at most so many items of each task, drawn at random; None for all
     item_seed: int = 0,  # of the draw
@@ -385,6 +407,7 @@ def language_items(
     if limit is not None:
         check_integer("limit", limit, 1)
     check_integer("item_seed", item_seed, 0)
+    tasks = check_language_tasks(tasks)
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source must be hub, local, or the path of a file or folder, got {source!r}")
     if source != "hub" and Path(source).is_file() and len(tasks) > 1:

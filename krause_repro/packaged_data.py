@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from .checks import UserError, check_choice
+from .checks import UserError, check_choice, check_path
 from .language_models import load_language_model
 from .records import atomic_write, cache_folder, scratch_folder, write_json
 
@@ -122,7 +122,7 @@ def _holding(package: PackagedFiles, place: Path | None) -> list[Path]:
 def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]:
     "The first place with intact files, and the files."
     package, damaged = check_packaged_files(name), []
-    places = [_installed(package), language_folder()] if source is None else [Path(source)]
+    places = [_installed(package), language_folder()] if source is None else [check_path("source", source)]
     for path in (path for place in places for path in _holding(package, place)):
         try:
             return path, read_packaged_files(name, path)

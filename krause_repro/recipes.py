@@ -79,7 +79,7 @@ def get_recipe(
     name: str,  # key of `RECIPES`
 ) -> Recipe:
     "The recipe of that name under the profile `paper`. Raises `UserError` with the most similar names if there is none."
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         near = similar_names(str(name), RECIPES, 0.4)[:3] or sorted(RECIPES)[:3]
         shown = f"the {len(RECIPES)} names that `krause-repro list` shows, such as {', '.join(near)}"
         raise UserError(f"recipe must be one of {shown}; got {name!r}")
@@ -96,6 +96,8 @@ def list_models(
     pattern: str = "*",  # with wildcards, such as "kvit*"
 ) -> list[str]:
     "The names that `create_model` takes, in the order of the recipes."
+    if not isinstance(pattern, str):
+        raise UserError(f"pattern must be a string with wildcards, got {pattern!r}")
     return [name for name in _models() if fnmatchcase(name, pattern)]
 
 
@@ -107,7 +109,8 @@ def create_model(
     **settings,  # of the model's configuration, such as `image_size` or `sigma`, instead of the recipe's
 ) -> PreTrainedModel:
     "A new model of a recipe. Raises `UserError` for an unknown name or wrong value, `TypeError` for an unknown setting."
-    if name not in (models := _models()):
+    models = _models()
+    if not isinstance(name, str) or name not in models:
         raise UserError(f"name must be one of the {len(models)} that list_models() shows, got {name!r}{did_you_mean(name, models)}")
     if check_flag("pretrained", pretrained):
         raise UserError(f"pretrained must be False, because no weights are published; krause-repro train {models[name].name} trains them")

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainerCallback
 
-from .checks import UserError
+from .checks import UserError, check_path
 from .corpus import Corpus
 from .image_files import data_origin
 from .recipes import get_recipe
@@ -28,6 +28,7 @@ from .tasks import TrainedRecipe, recipe_corpus, task_of
 
 # %% ../nbs/35_runs.ipynb #4c8a6461
 ADVICE = "lower lr, or set max_grad_norm"
+RESTART = "move the directory away, or train with restart=True (--restart)"
 
 # %% ../nbs/35_runs.ipynb #673a2bb4
 class TrainingDiverged(UserError):
@@ -41,6 +42,19 @@ def not_finite(
     return ", ".join(f"{name} is {value}" for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value))
 
 # %% ../nbs/35_runs.ipynb #1ffb7fe3
+def _record(path: Path, fields: tuple[str, ...], remedy: str) -> dict:
+    "The object in a JSON file of a run. Raises an error with the remedy if the file is missing or damaged, or lacks one of the fields."
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if missing := [field for field in fields if not isinstance(record, dict) or field not in record]:
+        raise UserError(f"{path} is damaged: it has no {missing[0]}; {remedy}")
+    return record
+
+
 @dataclass(frozen=True)
 class Run:
     "A training run: recipe, seed and directory."
@@ -66,11 +80,11 @@ class Run:
 
     def summary(self) -> dict:
         "Seconds, steps and selected epoch of a finished run."
-        return read_json(self.path / "finished.json")
+        return _record(self.path / "finished.json", ("seconds", "steps"), self.remedy)
 
     def environment(self) -> dict:
         "Versions, commit, device and threads at the start of the run."
-        return read_json(self.path / "environment.json")
+        return _record(self.path / "environment.json", ("commit", "device", "versions"), RESTART)
 
     def metrics(self) -> list[dict]:
         "All logged lines."
@@ -92,21 +106,19 @@ def run_path(
     runs: str | Path = "runs",  # relative to the project's root
 ) -> Path:
     "The directory of a run: `runs/<profile>/<recipe>/seed-<n>`."
-    if not isinstance(runs, (str, Path)):
-        raise UserError(f"runs must be a folder, got {runs!r}")
-    return project_root() / runs / recipe.profile / recipe.name / f"seed-{seed}"
+    return project_root() / check_path("runs", runs) / recipe.profile / recipe.name / f"seed-{seed}"
 
 # %% ../nbs/35_runs.ipynb #7187cf3c
 def _saved_recipe(run: Run) -> dict | None:
     "Content of `recipe.json`; None for a new directory. Raises `UserError` if it is damaged, or missing beside checkpoints or a model."
-    path, way_out = run.path / "recipe.json", "move the directory away, or train with restart=True (--restart)"
+    path = run.path / "recipe.json"
     if not path.is_file():
         if run.finished or (run.path / "checkpoints").is_dir():
-            raise UserError(f"{path} is missing, so the recipe of the run is unknown; {way_out}")
+            raise UserError(f"{path} is missing, so the recipe of the run is unknown; {RESTART}")
         return None
-    saved = read_json(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("recipe"), dict) or not isinstance(saved.get("fingerprint"), str):
-        raise UserError(f"{path} is damaged: it must hold a recipe and its fingerprint; {way_out}")
+    saved = _record(path, ("recipe", "fingerprint"), RESTART)
+    if not isinstance(saved["recipe"], dict) or not isinstance(saved["fingerprint"], str):
+        raise UserError(f"{path} is damaged: it must hold a recipe and its fingerprint; {RESTART}")
     return saved
 
 
@@ -114,12 +126,13 @@ def open_run(
     path: str | Path,  # a run directory
 ) -> "Run":
     "The run in a directory. Raises `UserError` or `FileNotFoundError` if there is none, or one of another recipe."
-    saved = read_json(Path(path) / "recipe.json")
+    path = check_path("path", path)
+    saved = _record(path / "recipe.json", ("recipe", "seed"), "path must be the directory of a run")
     try:
-        recipe, seed = get_recipe(saved["recipe"]["name"]).at(saved["recipe"]["profile"]), saved["seed"]
+        recipe = get_recipe(saved["recipe"]["name"]).at(saved["recipe"]["profile"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{Path(path) / 'recipe.json'} is damaged: it must hold a recipe with its name and profile, and a seed") from error
-    run = Run(Path(path), recipe, seed)
+        raise UserError(f"{path / 'recipe.json'} is damaged: it must hold a recipe with its name and profile, and a seed") from error
+    run = Run(path, recipe, saved["seed"])
     check_run(run)
     return run
 
@@ -155,7 +168,7 @@ def check_weights(
         if not (run.path / name).is_file():
             raise FileNotFoundError(f"{run.path / name} is missing; {run.remedy}")
         if name.endswith(".json"):
-            read_json(run.path / name)
+            _record(run.path / name, (), run.remedy)
     path = weights_file(run)
     try:
         with safe_open(path, "pt") as tensors:
@@ -173,11 +186,9 @@ def check_finished(
     if (run.path / DIGESTS).is_file() and (wrong := damage(run.path, task_of(run.recipe).files)):  # runs of earlier versions have none
         raise UserError(f"{wrong}; {run.remedy}")
     check_weights(run)
-    held_out = f"held_out_{task_of(run.recipe).metric}"
-    for content, name, fields in ((run.summary(), "finished.json", ("seconds", "steps", "chosen_epoch", "threads", "parameters", held_out)),
-                                  (run.environment(), "environment.json", ("commit", "device", "versions"))):
-        if missing := [field for field in fields if not isinstance(content, dict) or field not in content]:
-            raise UserError(f"{run.path / name} is damaged: it has no {missing[0]}; {run.remedy}")
+    fields = ("seconds", "steps", "chosen_epoch", "threads", "parameters", f"held_out_{task_of(run.recipe).metric}")
+    _record(run.path / "finished.json", fields, run.remedy)
+    run.environment()
     lines = run.metrics()
     if not all(isinstance(line, dict) and {"epoch", "step"} <= line.keys() for line in lines):
         raise UserError(f"{run.path / 'metrics.jsonl'} is damaged: each line must have epoch and step; {run.remedy}")
@@ -191,8 +202,8 @@ def check_diverged(
     "Raise `TrainingDiverged` again for a run that has diverged, since it would diverge again."
     path = run.path / "diverged.json"
     if path.is_file():
-        raise TrainingDiverged(f"{path}: {read_json(path)['why']}; the same settings would diverge again: {ADVICE}, or start again with "
-                               "restart=True (--restart)")
+        raise TrainingDiverged(f"{path}: {_record(path, ('why',), RESTART)['why']}; the same settings would diverge again: {ADVICE}, or "
+                               "start again with restart=True (--restart)")
 
 # %% ../nbs/35_runs.ipynb #c0a7b1e3
 def _recorded(run: Run, name: str) -> object:
@@ -208,7 +219,10 @@ def check_data(
     "Raise `UserError` if the run was trained on other files of images, on another text or with another tokenizer."
     found = _recorded(run, "data")
     if found and origin is not None:
-        digests = [[sorted(part["files"].values()) for part in data.values()] for data in (found, origin)]
+        try:
+            digests = [[sorted(part["files"].values()) for part in data.values()] for data in (found, origin)]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{run.path / 'environment.json'} is damaged: data must hold files by split; {RESTART}") from error
         if digests[0] != digests[1]:
             raise UserError(f"source must be the data of the run {run.path}, got other files of {run.recipe.dataset}")
     if corpus is not None and _recorded(run, "corpus") not in (None, corpus):
@@ -287,7 +301,11 @@ def flaw(
     "Why training cannot resume from a checkpoint; None if it can."
     if wrong := damage(checkpoint):
         return wrong
-    best = read_json(checkpoint / "trainer_state.json")["best_global_step"]
+    try:
+        state = _record(checkpoint / "trainer_state.json", ("best_global_step", "best_model_checkpoint"), "training cannot resume from it")
+    except UserError as error:
+        return str(error)
+    best = state["best_global_step"]
     wrong = best and damage(checkpoint.with_name(f"checkpoint-{best}"))
     return f"its best checkpoint is invalid: {wrong}" if wrong else None
 

@@ -312,10 +312,12 @@ def random_splits(
         return TextSplits(train, train[:1], train[:1], tokenizer=tokenizer)
     if isinstance(recipe, ImageGenerationRecipe):
         rows, columns, channels = recipe.image_shape
-        images, labels = draw(recipe.levels, (count, channels, rows, columns)), torch.zeros(count, dtype=torch.long)
+        images = draw(recipe.levels, (count, channels, rows, columns), dtype=torch.uint8)
+        labels = torch.zeros(count, dtype=torch.long)
     else:
-        images, labels = draw(256, (count, recipe.channels, recipe.image_size, recipe.image_size)), draw(recipe.classes, (count,))
-    train = ImageSet(images.to(torch.uint8), labels)
+        shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
+        images, labels = draw(256, shape, dtype=torch.uint8), draw(recipe.classes, (count,))
+    train = ImageSet(images, labels)
     return Splits(train, train, train)
 
 # %% ../nbs/34_tasks.ipynb #d07ff3db

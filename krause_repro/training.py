@@ -8,12 +8,13 @@ __all__ = ['train', 'dry_run']
 # %% ../nbs/36_training.ipynb #0aef710c
 import math
 import pickle
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -30,10 +31,11 @@ from transformers.trainer_utils import seed_worker, set_seed
 
 from .attention_patterns import Centroids
 from .branched_models import branch_sigmas, mean_gates
-from .checks import UserError, check_flag, check_integer
+from .checks import UserError, check_flag, check_integer, check_path
 from .corpus import TRAINED_ON, open_corpus
 from .image_data import Splits
 from .image_files import check_unreadable, find_source
+from .image_recipes import FOLDER_DATASETS
 from .language_data import IGNORED
 from .language_models import parameter_counts
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
@@ -293,7 +295,15 @@ def build_trainer(
 
 # %% ../nbs/36_training.ipynb #b9bfb8d9
 def _old(run: Run) -> Path:
-    return run.path.with_name(f".{run.path.name}.old")
+    folder = run.path.resolve()  # a directory that is a link stays one
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _clear(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _left_out(splits: Splits, unreadable: str) -> dict:
@@ -303,13 +313,14 @@ def _left_out(splits: Splits, unreadable: str) -> dict:
 
 
 def _start(run: Run, restart: bool, left_out: dict) -> None:
+    folder = run.path.resolve()
     with disk_errors(run.path):
         if restart and run.finished:  # keep the finished run until the new one has finished
-            shutil.rmtree(_old(run), ignore_errors=True)
-            run.path.rename(_old(run))
+            _clear(_old(run))
+            folder.rename(_old(run))
         elif restart:
-            shutil.rmtree(run.path, ignore_errors=True)
-        run.path.mkdir(parents=True, exist_ok=True)
+            _clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run.path)
     now = environment()
     if (run.path / "recipe.json").is_file():
@@ -386,10 +397,11 @@ def check_source(
     recipe: TrainedRecipe,  # of the run
     source: str | Path | None,  # the user's data, or None
 ) -> None:
-    "Raise `FileNotFoundError` if the user's data do not exist."
+    "Raise `UserError` for a recipe without training, and `FileNotFoundError` if the user's data do not exist."
+    task_of(recipe)
     if source is None:
         return
-    if not Path(source).exists():
+    if not check_path("source", source).exists():
         raise FileNotFoundError(f"source must be a file or folder that is there, got {source}")
     if not isinstance(recipe, (FineTuningRecipe, LanguageModelRecipe)):
         find_source(recipe.dataset, source)
@@ -492,6 +504,8 @@ def train(
     seed, task = plain(seed), task_of(recipe)
     SEED.check("seed", seed)
     check_unreadable(unreadable)
+    if unreadable == "skip" and recipe.dataset not in FOLDER_DATASETS:
+        raise UserError(f"unreadable is for folders of images, {' and '.join(FOLDER_DATASETS)}; leave it out for {recipe.name}")
     check_flag("restart", restart)
     check_flag("progress", progress)
     if wrong := [each for each in callbacks if not isinstance(each, TrainerCallback)]:
@@ -525,6 +539,7 @@ def dry_run(
     batch_size: int | None = None,  # examples per step; None: the recipe's
 ) -> dict:  # "losses" and "seconds" of each step, "parameters", and "peak_bytes" of GPU memory (None on a CPU)
     "Train a recipe's model for a few steps on random data, and keep nothing. Raises `UserError` for settings that cannot be trained."
+    task = task_of(recipe)
     check_integer("steps", steps, 1)
     if batch_size is not None:
         check_integer("batch_size", batch_size, 1)
@@ -534,10 +549,10 @@ def dry_run(
     check_batch(recipe)
     cuda, ends = torch.cuda.is_available(), []
     set_seed(0)
-    model = task_of(recipe).build(recipe)
+    model = task.build(recipe)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
+    with _named_memory(steps, recipe.batch_size), tempfile.TemporaryDirectory() as folder:
         splits = random_splits(recipe, steps * recipe.batch_size)
         trainer = build_trainer(recipe, model, splits, Path(folder), progress=False, steps=steps)
         trainer.add_callback(_StepTimer(ends))
@@ -545,6 +560,19 @@ def dry_run(
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {"losses": losses, "seconds": [end - begin for begin, end in pairwise(ends)], "parameters": parameter_counts(model)["total"],
             "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+
+
+@contextmanager
+def _named_memory(steps: int, batch_size: int) -> Iterator[None]:
+    "Convert errors for want of memory, which have several types, to a `UserError`."
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, (RuntimeError, TypeError)) and not re.search("allocate memory|out of memory|overflow", reason, re.IGNORECASE):
+            raise
+        raise UserError(f"steps and batch_size must leave the examples and the model room in memory, got {steps} and {batch_size} "
+                        f"({reason})") from error
 
 
 class _StepTimer(TrainerCallback):

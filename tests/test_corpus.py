@@ -24,6 +24,7 @@ from krause_repro.corpus import (
     document_split,
     load_corpus,
     open_corpus,
+    open_source,
     train_tokenizer,
 )
 from krause_repro.language_data import EOS, read_documents
@@ -313,6 +314,7 @@ def test_two_texts_have_a_corpus_each(built, folder, tmp_path, monkeypatch):
     (lambda path: change(path / "manifest.json", name="novels"), ValueError, "manifest.json was altered"),
     (lambda path: change(path / "manifest.json", empty_documents=7), ValueError, "manifest.json was altered"),
     (lambda path: train_as_test(path), ValueError, "must list shards of test with .* tokens in all"),
+    (lambda path: (path / "tokenizer" / "tokenizer.json").write_text("{}"), ValueError, "/tokenizer is not a whole tokenizer"),
 ])
 def test_a_damaged_corpus_is_refused(damaged, damage, error, message):
     open_corpus(damaged)
@@ -330,7 +332,10 @@ def test_folders_without_text_are_refused(tmp_path, content, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_documents(tmp_path)
-    (tmp_path / "a.txt").unlink(missing_ok=True)
+    (tmp_path / "a.txt").write_text("a text", encoding="utf-16-le")
+    with pytest.raises(ValueError, match="a.txt is not text in UTF-8: it has NUL characters"):
+        read_documents(tmp_path)
+    (tmp_path / "a.txt").unlink()
     (tmp_path / "a.txt").symlink_to(tmp_path / "no.txt")
     with pytest.raises(FileNotFoundError, match="a.txt"):
         read_documents(tmp_path)
@@ -368,10 +373,23 @@ def test_texts_that_are_too_small_are_refused_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (("opentax",), "name must be one of .*openstax"),
     (("text",), "source must be a text file or a folder"),
+    (("text", "300"), "vocab_size must be an integer ≥ 257, got '300'"), (("text", True), "vocab_size must be an integer"),
+    (("text", None, 5), "source must be a file or folder, got 5"), (("text", None, None, 5), "folder must be a file or folder, got 5"),
+    (("text", None, None, None, 5), "tokenizer must be a file or folder, got 5"),
 ])
-def test_unknown_requests_are_refused(tmp_path, arguments, message):
+def test_unknown_requests_are_refused(no_downloads, arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_corpus(*arguments, folder=tmp_path)
+        load_corpus(*arguments)
+
+
+@pytest.mark.parametrize("name", ["openstax", "novels"])
+def test_no_other_file_is_taken_for_a_known_text(no_downloads, name):
+    place = no_downloads / "language" / "text"
+    place.parent.mkdir()
+    place.write_text("someone's text", encoding="utf-8")
+    file = CORPORA[name].file
+    with pytest.raises(FileNotFoundError, match=f"no {name} in {place.parent}/{file}, {place}/{file}; put {file} into {place.parent}"):
+        open_source(name)
 
 
 def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -344,7 +345,7 @@ def test_original_files_are_recorded_by_their_published_checksums(finished, sour
     with pytest.raises(ValueError, match="source must be the data of the run .*, got other files of fashion_mnist"):
         check_data(finished, data_origin("cifar10", tmp_path))
     earlier = replace(finished, path=tmp_path)  # of a version that recorded no data
-    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / "environment.json").write_text('{"commit": null, "device": "CPU", "versions": {}}')
     check_data(earlier, origin)
 
 
@@ -363,15 +364,15 @@ def test_held_out_images_are_fixed_and_apart():
     assert split_held_out(10, 3)[1].tolist() == torch.randperm(10, generator=torch.Generator().manual_seed(3407))[:3].tolist()
 
 
-@pytest.mark.parametrize("held_out", [0, -1, 10, 11])
+@pytest.mark.parametrize("held_out", [0, -1, 10, 11, 2.0, True])
 def test_held_out_must_leave_something(held_out):
-    with pytest.raises(ValueError, match=f"held_out must be between 1 and 9, got {held_out}"):
+    with pytest.raises(ValueError, match=f"held_out must be (between 1 and 9|an integer ≥ 1), got {held_out}"):
         split_held_out(10, held_out)
 
 
-@pytest.mark.parametrize("limit", [0, -1, 8])
+@pytest.mark.parametrize("limit", [0, -1, 8, 2.0, True])
 def test_a_limit_must_be_possible(limit):
-    with pytest.raises(ValueError, match=f"limit must be .*7.*got {limit}"):
+    with pytest.raises(ValueError, match=f"limit must be (between 1 and 7, or None.*|an integer ≥ 1), got {limit}"):
         split_held_out(10, 3, limit)
 
 
@@ -443,6 +444,24 @@ def test_folders_must_have_the_same_classes(folder):
         load_splits(recipe, folder)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda folder: ((folder / "val").rename(folder / "old"), (folder / "val").symlink_to(folder / "train")), "val must hold other images"),
+    (lambda folder: (shutil.rmtree(folder / "val/ant"), (folder / "val/ant").symlink_to(folder / "train/bee")), "val/ant must hold other"),
+    (lambda folder: (shutil.rmtree(folder / "val"), shutil.copytree(folder / "train", folder / "val")), "10 of 10 are in both parts of"),
+    (lambda folder: shutil.copy(folder / "val/ant/0.png", folder / "val/bee"), "1 of 4 are in the test part of imagenet twice"),
+])
+def test_images_in_both_parts_are_refused(folder, change, message):
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        load_splits(photographs(), folder)
+
+
+@pytest.mark.parametrize("wrong", [5, b"data", ["data"]])
+def test_a_source_that_is_no_path_is_refused(wrong):
+    with pytest.raises(ValueError, match="source must be a file or folder, got"):
+        load("mnist", "test", wrong)
+
+
 # Images that cannot be read
 
 
@@ -512,10 +531,10 @@ def test_numbers_without_a_known_range_are_refused_by_file_and_mode(folder, mode
 
 
 def test_damaged_images_stop_before_training(damaged):
-    message = f"2 of 12 images in {damaged}/train cannot be decoded, the first is .*ant/cut.jpg; .*--unreadable skip"
+    message = f"2 of 12 images in {damaged}/train cannot be decoded; the first: {damaged}/train/ant/cut.jpg is not .*--unreadable skip"
     with pytest.raises(ValueError, match=message):
         load_splits(photographs(), damaged)
-    with pytest.raises(ValueError, match=f"1 of 5 images in {damaged}/val cannot be decoded, the first is .*empty.jpeg"):
+    with pytest.raises(ValueError, match=f"1 of 5 images in {damaged}/val cannot be decoded; the first: .*empty.jpeg is not"):
         load("imagenet", "test", damaged)
 
 
@@ -544,6 +563,13 @@ def test_damaged_images_are_skipped_and_told(damaged, folder):
     assert splits.train.indices == clean.train.indices
 
 
+def test_a_whole_data_set_of_folders_has_its_number_of_images(damaged, monkeypatch):
+    for test in (5, 6):  # those left out are counted
+        monkeypatch.setitem(DATA, "imagenet", replace(DATA["imagenet"], classes=2, train=12, test=test))
+        with nullcontext() if test == 5 else pytest.raises(ValueError, match="val must have the 6 images of imagenet, got 5"):
+            load_splits(photographs(), damaged, "skip")
+
+
 def test_a_large_folder_is_decoded_once_until_it_changes(damaged, no_downloads, monkeypatch):
     monkeypatch.setattr(image_data, "SMALL_FOLDER", 0)
     calls, works = [], image_data.damaged_images
@@ -553,6 +579,16 @@ def test_a_large_folder_is_decoded_once_until_it_changes(damaged, no_downloads, 
     (damaged / "train" / "bee" / "1.png").write_bytes(b"no more")
     assert load("imagenet", "train", damaged, unreadable="skip").left_out == [*first.left_out[:1], "train/bee/1.png", *first.left_out[1:]]
     assert calls == [12, 12] and len(list((no_downloads / "scans").iterdir())) == 2
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_broken_link_is_a_damaged_image(folder, no_downloads, monkeypatch, large):
+    (folder / "val" / "ant" / "9.png").symlink_to(folder / "gone.png")
+    with pytest.raises(ValueError, match="9.png is not a readable image .*No such file"):
+        load("imagenet", "test", folder)
+    if large:
+        monkeypatch.setattr(image_data, "SMALL_FOLDER", 0)
+    assert load("imagenet", "test", folder, unreadable="skip").left_out == ["val/ant/9.png"]
 
 
 def test_trouble_of_the_disk_is_never_skipped(damaged, monkeypatch):

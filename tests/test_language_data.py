@@ -586,9 +586,13 @@ def test_without_a_hub_the_error_says_what_to_do(no_downloads, monkeypatch, tmp_
     for n in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="n must be an integer ≥ 1"):
             flan_items(n)
+    for ask in (lambda: flan_items(1, 5), lambda: shakespeare_text(5)):
+        with pytest.raises(ValueError, match="source must be a file or folder, got 5"):
+            ask()
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"inputs": "a"}', '{"inputs": "a", "targets": 5}', "null", ""])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"inputs": "a"}', '{"inputs": "a", "targets": 5}', "null", "", "[" * 99_999,
+                                  '{"inputs": "a", "targets": "\\ud800"}'])
 def test_a_line_that_is_not_an_item_is_named(tmp_path, line):
     path = tmp_path / "items.jsonl"
     path.write_text(f'{{"inputs": "a", "targets": "b\\n\\u2028"}}\n{line}\n')

@@ -329,7 +329,7 @@ PIQA, MMLU, IFEVAL = OWN["piqa"][0], OWN["mmlu_pro"][0], OWN["ifeval"][0]
 
 
 @pytest.mark.parametrize(("task", "content", "message"), [
-    ("piqa", "[", "items.json is not valid JSON"),
+    ("piqa", "[", "items.json is not valid JSON"), ("piqa", "[" * 99_999, "items.json is not valid JSON"),
     ("piqa", "{}", "must hold a list of items of piqa"),
     ("piqa", "[]", "must hold a list of items of piqa"),
     ("piqa", [PIQA, 3], "item 2 of 2: must be an object with the fields goal, sol1, sol2, label"),
@@ -339,11 +339,17 @@ PIQA, MMLU, IFEVAL = OWN["piqa"][0], OWN["mmlu_pro"][0], OWN["ifeval"][0]
     ("piqa", [{**PIQA, "label": True}], "must be an integer from 0 to 1, got True"),
     ("piqa", [{**PIQA, "label": "0"}], "must be an integer from 0 to 1, got '0'"),
     ("piqa", [{**PIQA, "goal": None}], "field 'goal' must be of type str, got None"),
+    ("piqa", [{**PIQA, "goal": "\ud800"}], "field 'goal' must be text in UTF-8, got '\\ud800'"),
+    ("piqa", [{**PIQA, "sol1": PIQA["sol2"]}], "fields 'sol1' and 'sol2' must differ"),
+    ("ifeval", [{**IFEVAL, "kwargs": [{"keywords": ["\udfff"]}]}], "field 'kwargs' must be text in UTF-8"),
     ("mmlu_pro", [{**MMLU, "options": ["1"]}], "field 'options' must hold 2 to 10 strings"),
     ("mmlu_pro", [{**MMLU, "options": list("12345678901")}], "field 'options' must hold 2 to 10 strings"),
     ("mmlu_pro", [{**MMLU, "options": ["1", 2]}], "field 'options' must hold 2 to 10 strings"),
     ("mmlu_pro", [{**MMLU, "answer_index": 4}], "field 'answer_index' must be below 4, the number of options, got 4"),
     ("blimp", [{"sentence_good": " ", "sentence_bad": "b", "UID": "u", "linguistics_term": "t"}], "field 'sentence_good' must not be"),
+    ("blimp", [{"sentence_good": "a b", "sentence_bad": "a b", "UID": "u", "linguistics_term": "t"}], "must differ, but do not in 1 of 1"),
+    ("arc_easy", [{"query": "q", "choices": ["a", "b", "b"], "gold": 2}], "field 'choices' must hold the right choice once"),
+    ("cbt", [{"sentences": ["s"], "question": "XXXXX", "options": ["u", "u"], "answer": "u"}], "field 'options' must hold the answer once"),
     ("lambada", [{"text": "the dog ran "}], "field 'text' must hold at least two words, and no white space around them"),
     ("hellaswag", [{"query": "q", "choices": ["", "x"], "gold": 1}], "field 'choices' must hold at least 2 strings, none empty"),
     ("hellaswag", [{"query": "2024", "choices": ["a", "b"], "gold": 1}], "field 'query' must not make a prompt of digits only"),
@@ -758,6 +764,8 @@ def test_the_command_looks_for_the_model_before_the_items(branch, capsys):
 
 def test_checked_items_keep_the_fields_of_their_task():
     assert check_items("cb", OWN["cb"], "here") == OWN["cb"]
+    pairs = [{"sentence_good": "a", "sentence_bad": bad, "UID": "u", "linguistics_term": "t"} for bad in "a" + "b" * 99]
+    assert check_items("blimp", pairs, "here") == pairs  # as few of the published ones are alike
     assert check_items("cb", [{**OWN["cb"][0], "idx": 0}], "here") == OWN["cb"][:1]
 
 
@@ -955,6 +963,8 @@ def test_hellaswag_is_read_as_its_authors_publish_it(tmp_path):
     ("hellaswag", [1], "must be an object with the fields query"), ("hellaswag", {"endings": ["a"]}, "field 'query' is missing"),
     ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": ""}, "field 'gold' must be an integer"),
     ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": True}, "field 'gold' must be an integer"),
+    ("hellaswag", {"endings": ["a", "b"], "ctx": "c", "activity_label": "l", "label": "9" * 5000}, "field 'gold' must be an integer"),
+    ("hellaswag", {"endings": ["a", "b"], "ctx": None, "activity_label": None, "label": 1}, "field 'query' is missing"),
 ])
 def test_damaged_lines_of_published_files_are_named(tmp_path, task, line, message):
     place = tmp_path / {"piqa": "piqa/valid.jsonl", "hellaswag": "hellaswag_val.jsonl"}.get(task, f"{task}.jsonl")
@@ -968,6 +978,13 @@ def test_damaged_lines_of_published_files_are_named(tmp_path, task, line, messag
         place.write_text(json.dumps(PIQA), encoding="utf-8")
         (place.parent / "valid-labels.lst").write_text("x", encoding="utf-8")
         with pytest.raises(ValueError, match="field 'label' must be an integer from 0 to 1, got 'x'"):
+            language_items([task], tmp_path)
+        (place.parent / "valid-labels.lst").write_bytes(b"\xff")
+        with pytest.raises(ValueError, match="valid-labels.lst is not text in UTF-8"):
+            language_items(task, tmp_path)
+    for damage in (b"x", b"\xff", b"[" * 99_999):
+        place.write_bytes(json.dumps(line).encode() + b"\n\n" + damage)
+        with pytest.raises(ValueError, match=f"{place}, line 3, is not valid JSON: "):
             language_items([task], tmp_path)
 
 
@@ -991,7 +1008,7 @@ def test_a_run_of_the_users_text_needs_the_text_only_to_compare_it(no_downloads,
     assert scores["tasks"]["piqa_continuation"]["items"] == 2
     assert sample_text(run, "w1", 3) == sample_text(run, "w1", 3, source=tmp_path / "one") and len(run_model(run)[1]) == 512
     for name, error, message in (("other", ValueError, "source must be the corpus of the run"),
-                                 ("third", FileNotFoundError, "leave source out, as .*seed-0 holds its tokenizer")):
+                                 ("third", FileNotFoundError, "no corpus was built of .*third, .* leave source out, as .*seed-0")):
         with pytest.raises(error, match=message):
             sample_text(run, "w1", 3, source=tmp_path / name)
         with pytest.raises(error, match=message):

@@ -1,6 +1,7 @@
 """Every published row has its recipe: exact where the paper is known, marked as ours where it is not."""
 
 import pickle
+import re
 from copy import deepcopy
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from itertools import product
@@ -392,9 +393,9 @@ def test_plain_data():
 
 
 @pytest.mark.parametrize(("name", "near"), [("kvit_s/cifar", "kvit_s/cifar10"), ("vit_t/fashionmnist", "vit_t/fashion_mnist"), ("", ""),
-                                            (None, "")])
+                                            (None, ""), (["kvit_s/cifar"], "")])
 def test_unknown_names_suggest_the_nearest(name, near):
-    with pytest.raises(ValueError, match=f"recipe must be one of .*{near}.*got {name!r}"):
+    with pytest.raises(ValueError, match=f"recipe must be one of .*{near}.*got {re.escape(repr(name))}"):
         get_recipe(name)
 
 
@@ -507,7 +508,8 @@ def test_models_are_made_by_name_as_in_timm():
 
 @pytest.mark.parametrize(("wrong", "kind", "message"), [
     ({"name": "kvit_s_cifar"}, ValueError, "list_models.* got 'kvit_s_cifar'; did you mean kvit_s_cifar10"),
-    ({"name": 3}, ValueError, "got 3"), ({"pretrained": True}, ValueError, "pretrained must be False"),
+    ({"name": 3}, ValueError, "got 3"), ({"name": ["kvit_s_cifar10"]}, ValueError, "list_models.* got .'kvit_s_cifar10'"),
+    ({"pretrained": True}, ValueError, "pretrained must be False"),
     ({"pretrained": 0}, ValueError, "pretrained must be True or False"), ({"num_classes": 0}, ValueError, "num_classes must be an integer"),
     ({"name": "karm_mnist", "num_classes": 3}, ValueError, "num_classes must be None for karm_mnist"),
     ({"profile": "large"}, ValueError, "profile must be"), ({"sigma": -1}, ValueError, "sigma must be"),
@@ -516,3 +518,8 @@ def test_models_are_made_by_name_as_in_timm():
 def test_models_that_cannot_be_made(wrong, kind, message):
     with pytest.raises(kind, match=message):
         create_model(**{"name": "kvit_s_cifar10", **wrong})
+
+
+def test_a_pattern_is_a_string():
+    with pytest.raises(ValueError, match="pattern must be a string with wildcards, got 5"):
+        list_models(5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
+from cases import over
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from krause_repro import tasks, training
+from krause_repro.checks import UserError
 from krause_repro.corpus import load_corpus
 from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
 from krause_repro.image_files import DATA, photograph_folder
@@ -34,7 +36,19 @@ from krause_repro.image_recipes import ImageClassificationRecipe
 from krause_repro.language_data import EOS
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import InUse, damage, lock_path, locked, read_json, write_digests, write_json
-from krause_repro.runs import Run, TrainingDiverged, check_run, checkpoints, drop_damaged, flaw, last_checkpoint, run_path
+from krause_repro.runs import (
+    Run,
+    TrainingDiverged,
+    check_data,
+    check_diverged,
+    check_run,
+    checkpoints,
+    drop_damaged,
+    flaw,
+    last_checkpoint,
+    open_run,
+    run_path,
+)
 from krause_repro.swin import SwinBlock, SwinClassifier
 from krause_repro.tasks import process_count, save_model
 from krause_repro.training import PartCollator, build_trainer, device_options, dry_run, part_of, train, training_arguments
@@ -325,6 +339,14 @@ def test_a_dry_run_of_a_fine_tuning_uses_the_base_model(tmp_path):
 def test_a_dry_run_of_nothing_is_refused(recipe, given):
     with pytest.raises(ValueError, match=f"{next(iter(given))} must be an integer"):
         dry_run(recipe, **given)
+    with pytest.raises(ValueError, match="recipe 'particles/circle' has nothing to train"):
+        dry_run(get_recipe("particles/circle"), **given)
+
+
+@pytest.mark.parametrize("given", [{"steps": 2**40}, {"steps": 1, "batch_size": 2**60}, {"steps": 2**70}])
+def test_a_dry_run_that_memory_does_not_hold_names_its_numbers(recipe, given):
+    with pytest.raises(UserError, match=f"steps and batch_size must leave .* got {given['steps']} and {given.get('batch_size', 8)} "):
+        dry_run(recipe, **given)
 
 
 @pytest.mark.parametrize(("name", "block"), [("kvit_s16/imagenet", Block), ("kswin_t/cifar10", SwinBlock)])
@@ -394,8 +416,9 @@ def test_images_left_out_are_in_the_runs_files_and_shown(tmp_path, capsys):
 
 
 def test_another_word_for_unreadable_is_refused_before_any_work(start, tmp_path):
-    with pytest.raises(ValueError, match="unreadable must be one of stop, skip, got 'ignore'"):
-        start(unreadable="ignore")
+    for word, message in (("ignore", "must be one of stop, skip, got 'ignore'"), ("skip", "is for folders of images, imagenet and")):
+        with pytest.raises(ValueError, match=f"unreadable {message}"):
+            start(unreadable=word)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -570,13 +593,14 @@ def test_the_best_and_the_newest_checkpoint_are_kept(start, recipe):
 
 def test_last_checkpoint_counts_as_numbers(tmp_path):
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "nowhere") is None
-    for step in (9, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"best_global_step": null}', encoding="utf-8")
+    for step in (9, 10, 100, 101):
+        state = dict.fromkeys(("best_global_step", "best_model_checkpoint")) if step < 101 else {}
+        write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", state)
     assert last_checkpoint(tmp_path) is None
-    for step in (9, 10):
+    for step in (9, 10, 101):
         write_digests(tmp_path / f"checkpoint-{step}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert "is damaged: it has no best_global_step" in flaw(tmp_path / "checkpoint-101")
 
 
 def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
@@ -657,6 +681,20 @@ def test_restart_of_a_finished_run_gives_the_same_bits_again(start, finished, re
     assert same(start(restart=True), finished) and (first / "finished.json").stat().st_mtime_ns > changed
 
 
+def test_restart_in_a_linked_directory_begins_anew_where_the_link_leads(copied, tmp_path):
+    real, run = tmp_path / "disk" / "first", copied
+    real.parent.mkdir()
+    run.path.rename(real)
+    run.path.symlink_to(real)
+    real.with_name(".first.old").symlink_to(tmp_path)  # a link that is in the way is removed, not what it leads to
+    training._start(run, True, {})
+    assert run.path.is_symlink() and not run.finished and (real.parent / ".first.old" / "finished.json").is_file()
+    assert not (tmp_path / "finished.json").exists() and not run.path.with_name(".seed-0.old").exists()
+    (real / "checkpoints").mkdir()
+    training._start(run, True, {})
+    assert sorted(path.name for path in real.iterdir()) == ["environment.json", "recipe.json"]
+
+
 # Before any work
 
 
@@ -708,6 +746,11 @@ def test_a_source_that_is_not_there_is_refused_whether_the_run_is_finished_or_no
         with pytest.raises(FileNotFoundError, match=f"source must be a file or folder that is there|no fashion_mnist in {tmp_path}/empty"):
             train(recipe, 0, runs=runs, progress=False, source=tmp_path / wrong)
     assert contents(finished.path) == before and not (tmp_path / "runs").exists()
+    for wrong in (5, b"data", ["data"]):
+        with pytest.raises(UserError, match="source must be a file or folder, got"):
+            train(recipe, 0, runs=tmp_path / "runs", progress=False, source=wrong)
+    with pytest.raises(UserError, match="recipe 'particles/circle' has nothing to train"):
+        training.check_source(get_recipe("particles/circle"), None)
 
 
 @pytest.mark.parametrize(("variables", "message"), [
@@ -830,6 +873,9 @@ DAMAGES = {
     "end []": ("finished.json", lambda path: path.write_text("[]")), "recipe {}": ("recipe.json", lambda path: path.write_text("{}")),
     "recipe cut": ("recipe.json", cut), "recipe gone": ("recipe.json", Path.unlink),
     "recipe []": ("recipe.json", lambda path: path.write_text("[]")), "digests cut": ("digests.json", cut),
+    "environment gone": ("environment.json", Path.unlink), "environment cut": ("environment.json", cut),
+    "environment []": ("environment.json", lambda path: path.write_text("[]")),
+    "environment deep": ("environment.json", lambda path: path.write_text("[" * 99_999)),
     "digests {}": ("digests.json", lambda path: path.write_text("{}")),
 }
 
@@ -838,7 +884,7 @@ DAMAGES = {
 def test_a_finished_run_that_is_damaged_is_an_error_that_names_the_file(copied, start, finished, what):
     name, harm = DAMAGES[what]
     harm(copied.path / name)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"{copied.path / name} (is not valid JSON|.*restart=True)"):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{copied.path / name} .*restart=True"):
         start()
     if what == "model cut":  # the remedy that is told
         (copied.path / "finished.json").unlink()
@@ -895,6 +941,23 @@ def test_a_damaged_log_is_named(copied):
     cut(copied.path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
         copied.metrics()
+
+
+@over(("name", "content", "ask"), [
+    *(("diverged.json", content, check_diverged) for content in ([], {})), ("finished.json", 5, Run.summary),
+    *(("environment.json", content, lambda run: check_data(run, {"train": {"files": {}}}))
+      for content in ([], {}, {"commit": None, "device": "", "versions": {}, "data": {"train": 5}})),
+])
+def test_a_damaged_record_of_a_run_is_named(recipe, tmp_path, name, content, ask):
+    write_json(tmp_path / name, content)
+    with pytest.raises(UserError, match=f"^{tmp_path / name} is damaged: .*restart=True"):
+        ask(Run(tmp_path, recipe, 0))
+
+
+def test_only_a_directory_of_a_run_is_opened(tmp_path):
+    for wrong, message in ((5, "path must be a file or folder, got 5"), (tmp_path, "recipe.json is missing; path must be the directory")):
+        with pytest.raises((UserError, FileNotFoundError), match=message):
+            open_run(wrong)
 
 
 def test_the_run_of_another_seed_is_refused(copied, start):
