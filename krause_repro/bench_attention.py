@@ -158,7 +158,6 @@ def bench_attention(
     recipe: CostRecipe = COST,
 ) -> dict:
     "Times of every contender on every causal case of a recipe, and ratios to fused full attention."
-    recipe.check()
     return {"benchmark": "attention", "rows": _bench_cases(recipe.cases, recipe.budget)}
 
 
@@ -166,7 +165,6 @@ def bench_grids(
     recipe: CostRecipe = COST,
 ) -> dict:
     "Times of every contender on every image grid of a recipe, and ratios to fused full attention."
-    recipe.check()
     return {"benchmark": "grids", "rows": _bench_cases(recipe.grids, recipe.budget)}
 
 # %% ../nbs/50_bench_attention.ipynb #10fa6e37
@@ -257,7 +255,6 @@ def bench_scaling(
     recipe: CostRecipe = COST,
 ) -> dict:
     "Times over T and over W of banded and fused full attention, and over T of the dense reference."
-    recipe.check()
     band = "banded, C++" if kernels_available() else "banded, PyTorch"
     long = [replace(recipe.scaling, title=f"T = {length}", length=length) for length in recipe.lengths]
     wide = [replace(recipe.scaling, title=f"W = {w}", length=recipe.window_length, window=w, top_k=3 * w // 4) for w in recipe.windows]
@@ -272,7 +269,7 @@ def scaling_series(
     quantity: str = "seconds",  # or "peak_bytes"
     unit: float = 1.0,  # unit of the figure, in seconds or bytes
     least: float = 0,  # smallest size in the fit
-) -> list[dict]:  # label, kind, x, y, exponent and fitted points, for `figures.plot_scaling`
+) -> list[dict]:  # label, kind, x, y, exponent and fitted points, for `result_figures.plot_scaling`
     "One series for each contender, with its fitted exponent."
     series = []
     for name in dict.fromkeys(row["name"] for row in rows):

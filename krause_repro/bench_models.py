@@ -67,7 +67,6 @@ def bench_images(
     passes: tuple[str, ...] = tuple(IMAGE_PASSES),  # some of `IMAGE_PASSES`
 ) -> dict:
     "Times and images per second of KViT and of ViT with fused attention, of equal size and drop-path, timed in turns."
-    recipe.check()
     if unknown := [name for name in passes if name not in IMAGE_PASSES]:
         raise UserError(f"passes must be of {', '.join(IMAGE_PASSES)}, got {unknown[0]!r}")
     rows = []

@@ -130,7 +130,7 @@ def step_curves(
 # %% ../nbs/41_evaluation.ipynb #f8db9549
 def training_curves(
     runs: list[Run],  # of one recipe, one for each seed
-) -> dict:  # an entry of `figures.plot_training_curves`
+) -> dict:  # an entry of `result_figures.plot_training_curves`
     "Held-out accuracy and training loss over epochs, with mean and standard deviation over seeds."
     accuracies, losses = ([curve(run, key) for run in runs] for key in ("eval_accuracy", "loss"))
     return {

@@ -52,7 +52,7 @@ test_bits.__test__ = False  # pytest must not collect it
 # %% ../nbs/43_generation_evaluation.ipynb #834b2ff9
 def generation_curves(
     runs: list[Run],  # of one recipe, one for each seed
-) -> dict:  # an entry of `figures.plot_bits_curves`
+) -> dict:  # an entry of `result_figures.plot_bits_curves`
     "Bits per token of held-out and training images over epochs, with mean and standard deviation over seeds."
     held_out, training = ([curve(run, key) for run in runs] for key in ("eval_loss", "loss"))
 

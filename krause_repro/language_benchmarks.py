@@ -33,6 +33,7 @@ from krause_repro.language_tasks import (
     ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, ZERO_SHOT_TASKS, check_ifeval, check_language_tasks, evaluation_split, fixed_draws,
     import_lm_eval, language_items, language_overrides, task_config, task_file, task_prompt,
 )
+from .recipe_base import Allowed
 from .runs import Run
 from .sampling import evaluating
 from .statistics import finished_table, markdown_table, percent, summarise
@@ -460,7 +461,8 @@ def _zero_shot_scores(run, source, options):
 
         asked = [options["items"][task], options["limit"], options["max_gen_toks"]]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        return cached_test(run, measure, f"{task}_{digest[:16]}.json", reads_data=False)["scores"]
+        fields = {"scores": Allowed("an object", lambda scores: isinstance(scores, dict) and "accuracy" in scores)}
+        return cached_test(run, measure, f"{task}_{digest[:16]}.json", reads_data=False, fields=fields)["scores"]
 
     return {task: scored(task) for task in options["items"]}
 

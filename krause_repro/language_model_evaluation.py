@@ -178,7 +178,7 @@ def run_tokenizer(
     try:
         return run_corpus(run, source, build=not kept).tokenizer
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; leave source out, as {run.path} holds its tokenizer" if kept else error) from error
+        raise FileNotFoundError(f"{error}; give no other text, as {run.path} holds its tokenizer" if kept else error) from error
 
 
 def sample_text(

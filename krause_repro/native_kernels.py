@@ -268,7 +268,7 @@ def native_band(
     key_mask: Tensor | None = None,  # (B, Tk) bool, False = padding
     segment_ids: Tensor | None = None,  # (B, Tk) of packed sequences, non-decreasing; None: a row is one sequence
 ) -> Tensor:  # (B, H, Tq, Dv)
-    "`attention.reference_attention` with a causal window, by the C++ operator: O(T·W) time and O(T) memory."
+    "`reference.reference_attention` with a causal window, by the C++ operator: O(T·W) time and O(T) memory."
     _require_kernels(query)
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
     starts = None if segment_ids is None else segment_starts(segment_ids).int()
@@ -301,7 +301,7 @@ def native_lists(
     sigma: Tensor | float | None = None,  # bandwidth, a number or (H,)
     dropout: float = 0.0,  # probability of dropping a weight
 ) -> Tensor:  # (B, H, T, Dv)
-    "`attention.reference_attention` on an image grid, by the C++ operator; each row computes only its candidates."
+    "`reference.reference_attention` on an image grid, by the C++ operator; each row computes only its candidates."
     _require_kernels(query)
     tau, numbers = _numbers(query, top_k, score, sigma, dropout)
     key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])

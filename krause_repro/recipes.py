@@ -162,7 +162,7 @@ class GridCase(AttentionCase):
 
     side: int = 0  # patches in a row of the square grid
     radius: int = 1  # of the window, in patches
-    metric: str = "manhattan"  # as in `attention.GridWindow`
+    metric: str = "manhattan"  # as in `reference.GridWindow`
 
     def __post_init__(self):
         super().__post_init__()
@@ -224,8 +224,7 @@ class CostRecipe(Recipe):
     budget: float = 3.0  # seconds per comparison, see `in_turns`
     compiled: bool = True  # also time the top-k with torch.compile
 
-    def check(self) -> None:
-        "Raise `UserError` for wrong settings before measuring."
+    def check_together(self):
         for name in ("lengths", "windows"):
             if not getattr(self, name):
                 raise UserError(f"{name} must hold at least one size")

@@ -43,6 +43,7 @@ from .model_base import token_loss
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe
 from .records import disk_errors, scratch_folder
+from .reference import segment_starts
 
 # %% ../nbs/34_tasks.ipynb #b664466e
 TrainedRecipe = ImageClassificationRecipe | ImageGenerationRecipe | FineTuningRecipe | LanguageModelRecipe  # recipes with a training run
@@ -277,9 +278,8 @@ def document_positions(
     eos: int,  # the token that ends a document
 ) -> Tensor:  # (B, T)
     "The position of each token in its document; a document that began in an earlier block starts at 0 again."
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    starts = F.pad(places[1:].where(tokens[:, :-1] == eos, 0), (1, 0))
-    return places - starts.cummax(1).values
+    documents = F.pad(tokens[:, :-1] == eos, (1, 0)).cumsum(1)
+    return torch.arange(tokens.shape[1], device=tokens.device) - segment_starts(documents)
 
 
 def _collate_blocks(examples: list[dict[str, Tensor]], eos: int | None = None) -> dict[str, Tensor]:
@@ -370,10 +370,10 @@ def save_model(
             os.replace(file, path / file.name)
 
 # %% ../nbs/34_tasks.ipynb #d96d8b7e
-def _model_task(auto: type, load: Callable, *others: object) -> Task:
+def _model_task(auto: type, load: Callable, *others: object, **options: object) -> Task:
     "The task of a model trained from scratch."
     build, read = (lambda recipe: auto.from_config(recipe.config)), (lambda run: read_model(run, auto))
-    return Task(load, build, read, MODEL_FILES, lambda _: save_model, *others)
+    return Task(load, build, read, MODEL_FILES, lambda _: save_model, *others, **options)
 
 
 TASKS: dict[type, Task] = {
@@ -385,7 +385,7 @@ TASKS: dict[type, Task] = {
         language_splits, fine_tuning_model, _adapted_model, ADAPTER_FILES, _adapter_saver, "token_loss", False, _fine_tuning_options,
         _language_collators, token_metrics, token_scores, keeps_best=False),
     LanguageModelRecipe: _model_task(
-        AutoModelForCausalLM, corpus_splits, "loss", False, _language_model_options, _block_collators, None, None, False),
+        AutoModelForCausalLM, corpus_splits, "loss", False, _language_model_options, _block_collators, keeps_best=False),
 }
 
 # %% ../nbs/34_tasks.ipynb #b79af2e1

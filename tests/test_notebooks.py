@@ -190,3 +190,12 @@ def test_public_functions_say_what_each_parameter_is(path):
                 if parameter.annotation is None or not said:
                     silent.append(f"{function.name}({parameter.arg})")
     assert silent == []
+
+
+@each_module
+def test_names_in_backticks_are_where_they_are_said_to_be(path):
+    texts = {each.stem: each.read_text(encoding="utf-8") for each in MODULES}
+    said = re.findall(r"`([a-z_]+)\.([A-Za-z_]\w*)`", texts[path.stem])
+    wrong = [f"{module}.{name}" for module, name in said
+             if module in texts and name not in ("csv", "json", "py") and not re.search(rf"^(?:(?:def|class) +)?{name}\b|^    (?:def +)?{name}\b", texts[module], re.MULTILINE)]
+    assert not wrong
