@@ -73,8 +73,8 @@ def check_bandwidth(
     value: float,  # the value given
 ) -> float:
     "Return `value`, an initial σ that is learned as log σ in float32, or raise a `ValueError` unless σ² is finite and > 0 there."
-    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0 or abs(math.log10(value)) > 18:
-        raise UserError(f"{name} must be a number > 0, from 1e-18 to 1e18, got {value!r}")
+    if abs(math.log10(check_positive(name, value))) > 18:
+        raise UserError(f"{name} must be from 1e-18 to 1e18, got {value!r}")
     return float(value)
 
 # %% ../nbs/01_checks.ipynb #25d41c7e

@@ -153,7 +153,7 @@ def check_input_ids(
         raise UserError(f"input_ids must be integers of shape (B, T), int32 or int64 and not empty, got {found}")
     if past + input_ids.shape[1] > config.positions:
         raise UserError(f"input_ids must end within the model's {config.positions} positions, got {input_ids.shape[1]} tokens after {past}")
-    seen = (len(input_ids), past + input_ids.shape[1])
+    seen = (input_ids.shape[0], past + input_ids.shape[1])
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
         raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
     if attention_mask is not None:

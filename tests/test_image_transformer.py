@@ -398,7 +398,7 @@ def test_the_start_token_is_a_token_and_no_grey_level():
     with torch.no_grad():
         logits = model(sequence).logits
     assert logits.shape == (3, 21, 17)
-    with pytest.raises(ValueError, match="from 0 to 17, got 0 to 18"):
+    with pytest.raises(ValueError, match="0 to 17, got 0 to 18"):
         model(torch.tensor([[0, 18]]))
 
 
@@ -424,7 +424,7 @@ def test_a_cache_of_another_size_is_refused(attention, settings, message):
 def test_a_cache_goes_on_with_its_own_images_only(attention):
     model, cache = small(attention), image_cache(small(attention).config)
     with torch.no_grad():
-        model(tokens(), past_key_values=cache)
+        model(tokens(length=3), past_key_values=cache)
         with pytest.raises(ValueError, match="past_key_values must hold 2 sequences of 2 heads of dimension 8"):
             model(tokens(2, 1), past_key_values=cache)
         cache = image_cache(model.config)
@@ -461,7 +461,7 @@ def test_sequences_of_a_cache_are_chosen_and_repeated_and_its_graph_is_kept(atte
         return model.blocks[0].attention.k_proj.weight.grad.clone()
 
     cached = gradient(lambda: torch.cat([model(part, past_key_values=cache).logits for part in x.split((8, 1, 1, 10), 1)], 1))
-    assert_close(cached, gradient(lambda: model(x).logits), rtol=1e-4, atol=1e-6)
+    assert_close(cached, gradient(lambda: model(x).logits), rtol=1e-4, atol=3e-6)
     cache.reset()
     with torch.no_grad():
         model(x[:, :9], past_key_values=cache)
