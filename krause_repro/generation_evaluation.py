@@ -70,7 +70,7 @@ def _batch(path: Path, recipe: ImageGenerationRecipe) -> Tensor | None:
         return None
     height, width, channels = recipe.image_shape
     shaped = images.dtype == torch.uint8 and images.shape[1:] == (channels, height, width)
-    return images if shaped and len(images) and images.max() < recipe.levels else None
+    return images if shaped and len(images) and images.max().item() < recipe.levels else None
 
 
 def _saved_images(folder: Path, recipe: ImageGenerationRecipe) -> Tensor:

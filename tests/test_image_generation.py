@@ -289,6 +289,9 @@ def test_gaps_and_torn_files_are_made_again(moved):
     for wrong in ({"x": whole}, {"images": whole[:, :, :4].contiguous()}, {"images": whole.int()}, {"images": whole + 17}):
         save_file(wrong, folder / "images-000000.safetensors")
         assert len(generation_evaluation._saved_images(folder, moved.recipe)) == 0
+    grey = get_recipe("karm/mnist").at("smoke")  # 256 levels, as many as uint8 has
+    save_file({"images": torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)}, folder / "images-000000.safetensors")
+    assert len(generation_evaluation._saved_images(folder, grey)) == 2
     assert torch.equal(sample_run(moved, 6, batch=6, progress=False), whole)
 
 
