@@ -44,12 +44,9 @@ def not_finite(
 # %% ../nbs/35_runs.ipynb #1ffb7fe3
 def _record(path: Path, fields: tuple[str, ...], remedy: str) -> dict:
     "The object in a JSON file of a run. Raises an error with the remedy if the file is missing or damaged, or lacks one of the fields."
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; {remedy}")
+    record = read_json(path, remedy)
     if missing := [field for field in fields if not isinstance(record, dict) or field not in record]:
         raise UserError(f"{path} is damaged: it has no {missing[0]}; {remedy}")
     return record
