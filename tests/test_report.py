@@ -408,6 +408,9 @@ def test_what_the_readme_says_of_the_window_follows_from_the_results():
     assert claims.on_cifar10()[-1]["verdict"] == DOES_NOT_HOLD
     assert claims.part_effects()[1] == {"distance": "not shown", "top-k": "harms"}
     assert claims.judged()["accuracy"].verdict == NOT_SHOWN
+    window = {pair: found["mean"] for pair, found in claims.planned_differences("mnist_window", None)[2].items()}
+    assert 0 > window["karm/mnist", "arm_window/mnist"] > claims.on_mnist()[2]["arm"]["mean"] / 2
+    assert claims.planned_differences("mnist_window", None)[2]["karm_no_top_k/mnist", "arm_window/mnist"]["verdict"] == NOT_SHOWN
     assert "windowed softmax as fast" in claims.judged()["linear"].ours
     assert all(numbers["cut"] <= numbers["branch"] for numbers in claims.sink_numbers(None)[0].values())
 
