@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -76,6 +77,13 @@ def check_bandwidth(
     if abs(math.log10(check_positive(name, value))) > 18:
         raise UserError(f"{name} must be from 1e-18 to 1e18, got {value!r}")
     return float(value)
+
+# %% ../nbs/01_checks.ipynb #f0aa491f
+def is_unicode(
+    text: str,
+) -> bool:
+    "Whether a text can be encoded: JSON and command lines may hold half of a surrogate pair."
+    return text.isascii() or not re.search(r"[\ud800-\udfff]", text)
 
 # %% ../nbs/01_checks.ipynb #25d41c7e
 def check_flag(

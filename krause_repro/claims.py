@@ -222,26 +222,25 @@ PART_TESTS = {"distance": "distance against dot product (without top-k)", "top-k
 
 
 def part_effects(root: Path | None = None):  # the project's folder
-    "On CIFAR-10, the planned difference that each part makes, by part; finished ones only. And what each is called."
-    plan, _, found = planned_differences("cifar10", root)
+    "On CIFAR-10, the planned difference that each part makes, by part; finished ones only. What each is called, and all results."
+    plan, results, found = planned_differences("cifar10", root)
     effects = {part: found[pair] for part, pair in PARTS.items() if found.get(pair)}
-    return effects, {part: outcome(each, "helps", "harms", plan["smallest_difference"]) for part, each in effects.items()}
+    return effects, {part: outcome(each, "helps", "harms", plan["smallest_difference"]) for part, each in effects.items()}, results
 
 
-def unplanned_effects(root: Path | None = None) -> list[str]:  # the project's folder
+def unplanned_effects(results: dict[str, dict | None]) -> list[str]:  # by recipe, from `planned_results`
     "What the window does on CIFAR-10, in a sentence; none before the models are trained."
-    results = {name: result or {} for name, result in planned_results("cifar10", root)[1].items()}
-    models = {name: result | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
+    models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
     told = "; ".join(f"{label} {effect(found)}" for label, found in unplanned_differences(models).items())
     return [f"Not planned, chosen when the results were known, not corrected: {told} points."] if told else []
 
 
 def _judge_parts(root):
-    effects, told = part_effects(root)
+    effects, told, results = part_effects(root)
     evidence = [f"CIFAR-10, {part} ({' − '.join(CLASSIFIER_LABELS['desk'][name][0] for name in PARTS[part])}): {effect(each)} points, "
                 f"{plural(each['n'], 'seed')}, corrected: {told[part]}." for part, each in effects.items()]
     evidence.append(f"Not tested by a planned comparison: {', '.join(['window', *(part for part in PARTS if part not in effects)])}.")
-    evidence += unplanned_effects(root)
+    evidence += unplanned_effects(results)
     ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())
     words = set(told.values())
     verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else UNDECIDED
@@ -543,7 +542,7 @@ def _judge_branch_speed(root):
     kept = [speed >= LEAST_SPEED for speed in speeds["decode"]]
     if not kept or not speeds["prefill"]:
         return Finding(UNDECIDED, "not measured", ("The speed with a branch is not measured.",))
-    weights, share = branch_weights(**LLAMA3_8B), branch_weights(**LLAMA3_8B) / LLAMA3_8B_PARAMETERS
+    share = (weights := branch_weights(**LLAMA3_8B)) / LLAMA3_8B_PARAMETERS
     evidence = (
         f"SmolLM2 on a CPU, float32, {len(kept)} settings: with a branch {span(speeds['decode'], 2, ' to ')} times the decoding speed and "
         f"{span(speeds['prefill'], 2, ' to ')} times the prefill speed of the base model (medians over alternating rounds).",

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
-from .checks import UserError, check_choice, check_flag, check_bandwidth, check_fraction, check_integer, check_positive, values_known
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
 from .model_base import CheckedConfig, CheckedModel, check_input_ids, check_targets, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from .branched_models import mean_gates
-from .checks import UserError, check_integer
+from .checks import UserError, check_integer, is_unicode
 from .corpus import Corpus, load_tokenizer
 from krause_repro.evaluation import (
     Measure, cached_test, finished_model, is_undertrained, last_gain, provenance, step_curves, summarise_sigma,
@@ -194,7 +194,7 @@ def sample_text(
     seed, temperature, top_p = map(plain, (seed, temperature, top_p))
     check_sampling(seed, temperature, top_p, 1)
     check_integer("tokens", tokens, 1)
-    if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes of a command line that are no UTF-8
+    if not isinstance(prompt, str) or not is_unicode(prompt):  # bytes of a command line that are no UTF-8
         raise UserError(f"prompt must be a text in UTF-8, got {prompt!r:.60}")
     model, tokenizer = finished_model(run), run_tokenizer(run, source)
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from .checks import MissingPackageError, UserError, check_integer, nearest_name
+from .checks import MissingPackageError, UserError, check_integer, is_unicode, nearest_name
 from .language_data import MARKER, hub_errors
 from .records import read_text
 
@@ -106,12 +106,6 @@ def _field_problem(field, kind, value):
     return None if right else f"field {field!r} must be of type {kind.__name__}, got {value!r}"
 
 
-def _is_unicode(value):
-    "Whether all texts of a value can be encoded: JSON may hold half of a surrogate pair."
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.isascii() or not re.search(r"[\ud800-\udfff]", text)
-
-
 def _are_texts(values, least=2):
     "Whether a list has so many entries, all of them texts that are not empty."
     return len(values) >= least and all(isinstance(value, str) and value.strip() for value in values)
@@ -131,7 +125,7 @@ def _item_problem(task, item):
         problem = _field_problem(field, kind, item[field]) if field in item else f"field {field!r} is missing"
         if problem:
             return problem
-        if not _is_unicode(item[field]):
+        if not is_unicode(item[field] if isinstance(item[field], str) else json.dumps(item[field], ensure_ascii=False)):
             return f"field {field!r} must be text in UTF-8, got {item[field]!r:.80}"
         if task in CONTINUATION_TASKS and kind is str and not item[field].strip():
             return f"field {field!r} must not be empty"

@@ -273,12 +273,17 @@ def corpus_splits(
     return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)
 
 # %% ../nbs/34_tasks.ipynb #eb916c2c
+def _document_starts(tokens: Tensor, eos: int) -> Tensor:
+    "Which tokens (B, T) of packed documents follow an end token."
+    return F.pad(tokens[:, :-1] == eos, (1, 0))
+
+
 def document_positions(
     tokens: Tensor,  # (B, T), packed documents
     eos: int,  # the token that ends a document
 ) -> Tensor:  # (B, T)
     "The position of each token in its document; a document that began in an earlier block starts at 0 again."
-    documents = F.pad(tokens[:, :-1] == eos, (1, 0)).cumsum(1)
+    documents = _document_starts(tokens, eos).cumsum(1)
     return torch.arange(tokens.shape[1], device=tokens.device) - segment_starts(documents)
 
 
@@ -287,8 +292,8 @@ def _collate_blocks(examples: list[dict[str, Tensor]], eos: int | None = None) -
     tokens = torch.stack([example["input_ids"] for example in examples])
     if eos is None:
         return {"input_ids": tokens, "labels": tokens}
-    first = F.pad(tokens[:, :-1] == eos, (1, 0))
-    return {"input_ids": tokens, "labels": tokens.masked_fill(first, IGNORED), "position_ids": document_positions(tokens, eos)}
+    labels = tokens.masked_fill(_document_starts(tokens, eos), IGNORED)
+    return {"input_ids": tokens, "labels": labels, "position_ids": document_positions(tokens, eos)}
 
 
 def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
