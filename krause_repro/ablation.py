@@ -47,7 +47,8 @@ def load_or_run_grid(
 # %% ../nbs/42_ablation.ipynb #99d7374a
 PLANNED_RESULTS = {  # by plan: folder of its results, field that is compared, and the sign of a better model
     "cifar10": ("image_classification", "test_accuracy", 1), "mnist": ("image_generation", "bits_per_dim", -1),
-    "mnist_window": ("image_generation", "bits_per_dim", -1), "textbooks": ("textbooks", "token_loss", -1),
+    "mnist_window": ("image_generation", "bits_per_dim", -1), "questions": ("questions", "token_loss", -1),
+    "textbooks": ("textbooks", "token_loss", -1),
     "language_models": ("language_models", "bits_per_token", -1),
 }
 
@@ -73,7 +74,7 @@ def planned_experiment(
     if recipe in CLASSIFIER_LABELS["desk"]:
         return "image_classification" if recipe in CLASSIFIER_LABELS[profile] else None
     data = {"image_generation": GENERATION_DATASET_BY_PROFILE[profile], "language_models": LM_DATASET_BY_PROFILE[profile],
-            "textbooks": None if profile == "smoke" else "openstax"}
+            "questions": None if profile == "paper" else "questions", "textbooks": "openstax" if profile == "desk" else None}
     for name, (folder, *_) in PLANNED_RESULTS.items():
         plan = read_plan(name)
         if recipe in (*plan["models"], *plan["baselines"]):

@@ -16,7 +16,7 @@ from krause_repro.evaluation import (
     CLASSIFIER_LABELS, altered_note, finished_runs, held_out_lead, is_undertrained, last_gain, means_so_far, pending_results,
     unplanned_differences,
 )
-from .fine_tuning_evaluation import TEXTBOOK_LABELS, short_run_differences
+from .fine_tuning_evaluation import fine_tuned_models
 from .flops import LLAMA3_8B, LLAMA3_8B_PARAMETERS, branch_weights
 from .generation_evaluation import GENERATOR_LABELS
 from .recipe_base import published_tables
@@ -508,29 +508,32 @@ def _published_benchmarks() -> str:
     return f"ahead of LoRA on {sum(branch > lora for branch, lora in pairs)} of {len(pairs)} benchmarks"
 
 
+def _tuning_evidence(data, root):
+    "Of a plan of fine-tuning: sentences, differences, and if any is unfinished the means so far."
+    plan, results, found = planned_differences(data, root)
+    names = {name: model["label"] for name, model in fine_tuned_models(results).items()}
+    evidence = [f"SmolLM2-135M-Instruct, {data}: {names[first]} − {names[second]} {effect(each, 1, 3)} nats per token, corrected: "
+                f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}." for (first, second), each in found.items() if each]
+    lora, branch = list(results)[:2] if results else (None, None)
+    if moved := (results.get(branch) or {}).get("over_training"):
+        evidence.append("The branch on {}: in the mean the gate gives the softmax attention a weight of {:.2f} before training, {:.2f} "
+                        "after it; at 1 the branch is switched off.".format(data, *(moved["gate"]["mean"][i] for i in (0, -1))))
+    if found and all(found.values()):
+        return evidence, list(found.values()), None
+    evidence.append(f"Nats per token on {data}, finished so far: {pending_results(results, 'token_loss', names)}.")
+    return evidence, [], f"{data}, nats: {means_so_far(plan, results, 'token_loss', {branch: 'branch', lora: 'LoRA'}, 1, 3)}"
+
+
 def _judge_fine_tuning(root):
-    short, (plan, results, found) = short_run_differences(root), planned_differences("textbooks", root)
-    names = {f"{arm}_smollm2/openstax": label for arm, (label, _) in TEXTBOOK_LABELS.items()}
-    evidence = [f"SmolLM2-135M-Instruct, {data}, {each['steps']:g} steps: with a branch minus without {effect(each, 1, 3)} nats per "
-                f"token, {plural(each['n'], 'seed')}; before the first step {each['before']:+.3f}." for data, each in short.items()]
-    evidence += [f"Textbooks: {names[first]} − {names[second]} {effect(each, 1, 3)} nats per token, corrected: "
-                 f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
-                 for (first, second), each in found.items() if each]
+    told, differences, pending = zip(*(_tuning_evidence(data, root) for data in ("questions", "textbooks")), strict=True)
+    evidence, found, pending = sum(told, []), sum(differences, []), [*filter(None, pending)]
     clear = [task for task, pair in _benchmark_pairs().items() if exceeds_noise(*pair, BENCHMARK_ITEMS[task])]
     evidence.append(f"Of the published leads over LoRA, each from one run, {len(clear)} ({', '.join(clear)}) exceeds twice its standard "
                     "error by the usual number of items; its macro-F1 is lower with the branch.")
-    moved = (results.get("krause_smollm2/openstax") or {}).get("over_training")
-    if moved:
-        start, end = (moved["gate"]["mean"][i] for i in (0, -1))
-        evidence.append(f"Textbooks, LoRA + Krause branch: in the mean the gate gives the softmax attention a weight of {start:.2f} before "
-                        f"training and of {end:.2f} after it; at 1 the branch is switched off.")
-    if found and all(found.values()):
-        best = min(found.values(), key=lambda each: each["mean"])
-        return Finding(_of_pairs([each["verdict"] for each in found.values()]), f"SmolLM2, textbooks: at best {effect(best, 1, 3)} nats",
-                       tuple(evidence))
-    evidence.append(f"Textbooks, nats per token, finished so far: {pending_results(results, 'token_loss', names)}.")
-    labels = {"krause_smollm2/openstax": "branch", "lora_smollm2/openstax": "LoRA"}
-    return Finding(UNDECIDED, f"textbooks, nats: {means_so_far(plan, results, 'token_loss', labels, 1, 3)}", tuple(evidence))
+    if pending:
+        return Finding(UNDECIDED, pending[0], tuple(evidence))
+    best = min(found, key=lambda each: each["mean"])
+    return Finding(_of_pairs([each["verdict"] for each in found]), f"SmolLM2: at best {effect(best, 1, 3)} nats", tuple(evidence))
 
 CLAIMS["fine_tuning"] = Claim("A Krause branch improves fine-tuning", _published_benchmarks, "63_llm_finetuning", _judge_fine_tuning)
 
@@ -552,9 +555,8 @@ def _judge_branch_speed(root):
     return Finding(HOLDS if all(kept) else IN_PART if any(kept) else DOES_NOT_HOLD,
                    f"SmolLM2, CPU: decoding {span(speeds['decode'], 2, '–')}, prefill {span(speeds['prefill'], 2, '–')} times", evidence)
 
-CLAIMS["branch_speed"] = Claim(
-    "A Krause branch costs no speed", lambda: f"at least {LEAST_SPEED} times the speed", "63_llm_finetuning", _judge_branch_speed,
-)
+CLAIMS["branch_speed"] = Claim("A Krause branch costs no speed", lambda: f"at least {LEAST_SPEED} times the speed", "63_llm_finetuning",
+                               _judge_branch_speed)
 
 # %% ../nbs/68_claims.ipynb #30703c4d
 def _published_means() -> str:
@@ -568,8 +570,7 @@ def _judge_from_scratch(root):
     found = {pair: each for pair, each in planned.items()
              if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]}  # the published model and the paper's rivals
     evidence = [f"{first} − {second}: {effect(each, 1, 3)} bits per token, corrected: "
-                f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}."
-                for (first, second), each in found.items() if each]
+                f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}." for (first, second), each in found.items() if each]
     if not found or not all(found.values()):
         evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
         labels = {"lm_standard_100m/openstax": "softmax", "lm_krause_100m/openstax": "branch"}
@@ -578,9 +579,9 @@ def _judge_from_scratch(root):
         if ngram:
             evidence.append(f"Bits per token of the test text: a 5-gram model {ngram['all']['bits_per_token']:.2f}; {bits}.")
         return Finding(UNDECIDED, bits, tuple(evidence))
-    wins = sum(each["verdict"] == HOLDS for each in found.values())
-    verdict = _of_pairs([each["verdict"] for each in found.values()])
-    return Finding(verdict, f"fewer bits than {wins} of {len(found)} rivals, 2M parameters", tuple(evidence))
+    verdicts = [each["verdict"] for each in found.values()]
+    ours = f"fewer bits than {verdicts.count(HOLDS)} of {len(found)} rivals, 2M parameters"
+    return Finding(_of_pairs(verdicts), ours, tuple(evidence))
 
 CLAIMS["from_scratch"] = Claim("Better language models from scratch", _published_means, "64_language_modelling", _judge_from_scratch)
 

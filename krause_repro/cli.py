@@ -201,12 +201,12 @@ def result_summaries(
 
         suites = {} if items is None else {"language_model_tasks": partial(evaluate_zero_shot, items=items, limit=limit)}
         return {**suites, "language_models": evaluate_language_models, "language_model_sinks": evaluate_text_sinks}
-    if experiment == "textbooks":
+    if experiment in ("questions", "textbooks"):
         from krause_repro.fine_tuning_evaluation import evaluate_fine_tuning
         from krause_repro.language_benchmarks import evaluate_fine_tuned_zero_shot
 
         suites = {} if items is None else {"textbook_tasks": partial(evaluate_fine_tuned_zero_shot, items=items, limit=limit)}
-        return {**suites, "textbooks": evaluate_fine_tuning}
+        return {**suites, experiment: evaluate_fine_tuning}
     if experiment == "image_classification":
         from krause_repro.evaluation import evaluate_runs as evaluate
     else:

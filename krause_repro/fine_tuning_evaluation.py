@@ -6,7 +6,6 @@
 __all__ = ['summarise_fine_tuning', 'evaluate_fine_tuning', 'fine_tuning_table']
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #9fb75fc6
-import math
 import re
 from collections import Counter
 from collections.abc import Sized
@@ -18,21 +17,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .ablation import load_or_run_grid
 from .branched_models import branch_sigmas
 from .checks import UserError
-from krause_repro.evaluation import (
-    FLAT_LOSS, Measure, cached_test, finished_model, on_device, provenance, step_curves, undertrained_mark,
-)
+from .evaluation import FLAT_LOSS, Measure, cached_test, finished_model, on_device, provenance, step_curves
 from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
 from .recipe_base import SHARE, integers
 from .runs import Run
 from .sampling import evaluating
-from krause_repro.statistics import (
-    decimals, effect, markdown_table, paired_difference, percent, plural, seed_values, summarise, summarise_curves,
-)
+from .statistics import finished_table, markdown_table, percent, summarise, summarise_curves
 from .tasks import base_model, base_source
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #17fd8d8a
@@ -196,86 +190,52 @@ def evaluate_fine_tuning(
     return summarise_fine_tuning(runs, measure_choices(runs, source) if runs[0].recipe.dataset == "questions" else None)
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #24f48aa0
-FINE_TUNED_LABELS = {"lora": ("LoRA", "softmax"), "krause": ("LoRA + Krause branch", "mixed")}
-TEXTBOOK_LABELS = {  # by arm of `language_recipes.TEXTBOOK_ARMS`
-    **FINE_TUNED_LABELS, "krause_near_base": ("LoRA + Krause branch, gate 0.99", "mixed"), "lora_wide": ("LoRA, rank 22", "neutral"),
+FINE_TUNED_LABELS = {  # by arm of `language_recipes.TUNING_ARMS`: label, and kind of colour
+    "lora": ("LoRA", "softmax"), "krause": ("LoRA + Krause branch", "mixed"),
+    "krause_near_base": ("LoRA + Krause branch, gate 0.99", "mixed"), "lora_wide": ("LoRA, rank 22", "neutral"),
 }
 TOKEN_LOSS = Measure("token_loss", "held-out loss, nats per token", "nats per token")
 
 
-def fine_tuned_label(
-    name: str,  # key of `RECIPES`, such as krause_smollm2/questions
-) -> tuple[str, str]:
-    "Label and kind of colour of a fine-tuned model."
-    return FINE_TUNED_LABELS[name.partition("_")[0]]
+def fine_tuned_models(
+    results: dict[str, dict | None],  # by recipe, such as krause_smollm2/questions: from `summarise_fine_tuning`, or None
+) -> dict[str, dict]:  # by recipe: the result, with "label" and "kind" of colour
+    "The results with the names that tables and figures show."
+    def shown(name):
+        arm = max((arm for arm in FINE_TUNED_LABELS if name.startswith(f"{arm}_")), key=len)
+        return dict(zip(("label", "kind"), FINE_TUNED_LABELS[arm], strict=True))
+
+    return {name: (result or {}) | shown(name) for name, result in results.items()}
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #9cd6fc2c
 def fine_tuning_table(
-    results: dict[str, dict | None],  # by recipe: result of `summarise_fine_tuning`, or None
+    models: dict[str, dict],  # of `fine_tuned_models`, on one data set
 ) -> str:  # Markdown
-    "Loss, perplexity and accuracies of each model on each data set, before and after training; dashes without a result."
-    def row(name, result):
-        label, data = fine_tuned_label(name)[0], name.partition("/")[2]
-        if result is None:
-            return data, label, *(None,) * 7
-        loss = result["token_loss"]
-        after = decimals(loss) + undertrained_mark(result["curves"], FLAT_LOSS)
-        return (data, label, f"{result['before']['token_loss']['mean']:.3f}", after, f"{math.exp(loss['mean']):.2f}",
-                percent(result["token_accuracy"]), percent(result["letter_accuracy"]), result["steps"], loss["n"])
+    "Loss before training and where it was lowest, and what the trained model gets right; with baselines of multiple choice."
+    def lowest(m):
+        held_out = m["curves"]["held_out"]
+        loss, step = min(zip(held_out["mean"], held_out["steps"], strict=True))
+        over = " *(overfitted)*" if held_out["mean"][-1] - loss >= FLAT_LOSS else ""
+        return f"{loss:.3f}, step {step:,}{over}"
 
-    rows = [row(*item) for item in results.items()]
-    choices = next((result["letters"] for result in results.values() if result and result["letters"]), None)
+    def row(m):
+        if "token_loss" not in m:
+            return m["label"], *(None,) * len(columns)
+        right = percent(m["token_accuracy"]), percent(m["letter_accuracy"])
+        return m["label"], f"{m['before']['token_loss']['mean']:.3f}", lowest(m), *right
+
+    columns = ("loss before training", "lowest loss, mean over seeds", "token accuracy, %", "multiple choice, %")
+    choices = next((m["letters"] for m in models.values() if m.get("letters")), {})
     named = {"base": "base model", "chance": "chance", "constant": "most frequent choice"} if choices else {}
-    rows += [("questions", label, *(None,) * 4, f"{100 * choices[name]:.2f}", None, None) for name, label in named.items()]
-    head = ("data", "model", "held-out loss before training", "after, nats per token", "perplexity", "token accuracy, %",
-            "multiple choice, %", "steps", "seeds")
-    return markdown_table(head, rows)
+    rows = [row(m) for m in models.values()] + [(label, "—", "—", "—", f"{100 * choices[name]:.2f}") for name, label in named.items()]
+    return finished_table(("model", *columns), rows)
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #077e2e7e
-def parameter_table(
-    results: dict[str, dict | None],  # by recipe: result of `summarise_fine_tuning`, or None
-) -> str:  # Markdown
-    "Trainable, frozen and total parameters of each kind of model."
-    kinds = {fine_tuned_label(name)[0]: result for name, result in results.items() if result}
-    rows = [(label, *(f"{r[part]:,}" for part in ("trainable", "frozen", "parameters"))) for label, r in kinds.items()]
-    return markdown_table(("model", "trainable", "frozen", "in all"), rows)
-
-
 def data_table(
-    results: dict[str, dict | None],  # by recipe: result of `summarise_fine_tuning`, or None
+    results: dict[str, dict],  # by data set: result of `summarise_fine_tuning`
 ) -> str:  # Markdown
     "Items or blocks of each part of each data set, how many were truncated or dropped to fit, and tokens."
-    seen = {name.partition("/")[2]: result["data"] for name, result in results.items() if result}
     rows = [(data, part.replace("_", " "), *(f"{n:,}" for n in (
         c["items"], c.get("truncated", 0), c.get("dropped", 0), c["tokens"], c.get("response_tokens", c["tokens"]))))
-        for data, parts in seen.items() for part, c in parts.items()]
+        for data, result in results.items() for part, c in result["data"].items()]
     return markdown_table(("data", "part", "items", "truncated", "dropped", "tokens", "tokens with a loss"), rows)
-
-# %% ../nbs/44_fine_tuning_evaluation.ipynb #d55993d9
-def fine_tuning_differences(
-    results: dict[str, dict | None],  # by recipe: result of `summarise_fine_tuning`, or None
-) -> str:  # a Markdown list
-    "One sentence for each data set with both models: loss with a branch minus loss without, and its interval."
-    def sentence(data, name, rival):
-        found = paired_difference(*seed_values([results[name], results[rival]], "token_loss"))
-        labels = " minus ".join(fine_tuned_label(each)[0] for each in (name, rival))
-        return f"- {data}: {labels}: {effect(found, 1, 3)} nats per token, mean of {plural(found['n'], 'seed')} with its 95% interval."
-
-    pairs = [(name.partition("/")[2], name, name.replace("krause_", "lora_", 1)) for name in results if name.startswith("krause_")]
-    found = [sentence(*pair) for pair in pairs if results[pair[1]] and results.get(pair[2])]
-    return "\n".join(found) or "No pair is finished."
-
-# %% ../nbs/44_fine_tuning_evaluation.ipynb #d55993da
-def short_run_differences(
-    root: Path | None = None,  # the project's folder
-) -> dict[str, dict]:  # by data set, those with both results
-    "Loss with a branch minus loss without after the short desk runs, with the number of steps and the difference before the first."
-    found = {}
-    for data in ("questions", "shakespeare"):
-        names = [f"{kind}_smollm2/{data}" for kind in ("krause", "lora")]
-        branch, lora = load_or_run_grid(f"fine_tuning_{data}", names, "desk", "never", root=root).values()
-        if branch and lora:
-            before = [result["before"]["token_loss"]["mean"] for result in (branch, lora)]
-            found[data] = {**paired_difference(*seed_values([branch, lora], "token_loss")), "steps": branch["steps"],
-                           "before": before[0] - before[1]}
-    return found

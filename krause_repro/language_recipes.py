@@ -17,7 +17,6 @@ from .llm_branch import BranchSettings
 from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, is_number, one_of, or_none, tuples
 
 # %% ../nbs/25_language_recipes.ipynb #7d4861b2
-RUNNING_TEXT = ("shakespeare", "openstax")  # blocks of text, split by work or by book
 FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
 GATE_INIT = Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1)
 
@@ -28,7 +27,7 @@ class FineTuningRecipe(Recipe):
 
     base: str = "meta-llama/Meta-Llama-3-8B"  # a name on the hub, a folder or a .gguf file; "smollm2" comes from a package (page 29)
     base_layers: int | None = None  # keep only this many first layers; None: all
-    dataset: str = "flan"  # "flan" or "questions" (items with a response), "shakespeare" or "openstax" (running text)
+    dataset: str = "flan"  # "flan" or "questions" (items with a response), or "openstax" (blocks of textbooks)
     branch: bool = True  # a Krause branch beside each attention?
     window: int = 32  # W of the branch, in tokens
     top_k: int = 16  # keys kept inside the window
@@ -42,6 +41,7 @@ class FineTuningRecipe(Recipe):
     batch_size: int = 128  # sequences per step, over all devices
     per_device_batch_size: int = 4  # sequences at once on one device
     lr: float = 5e-5
+    sigma_lr: float | None = None  # learning rate of log σ (ours); None: that of the other weights
     weight_decay: float = 0.01  # not applied to σ, biases and norms (our choice)
     max_grad_norm: float = 1.0
     max_length: int = 2048  # maximum tokens of an item, or tokens of a block of running text
@@ -49,16 +49,15 @@ class FineTuningRecipe(Recipe):
     train_items: int | None = FLAN_TRAIN  # items or blocks, drawn once; None: all that are not held out
     held_out: int = FLAN_HELD_OUT  # items or blocks for evaluation
     bf16: bool = True  # bfloat16 autocast where the device has it, a CPU included
-    evaluations: ClassVar[int] = 2  # at least so many while it trains
+    evaluations: ClassVar[int] = 8  # at least so many while it trains
     allowed: ClassVar[dict[str, Allowed]] = {
         **Recipe.allowed, **TRAINING, "base": Allowed("a name or a path", lambda value: isinstance(value, str) and bool(value.strip())),
-        "dataset": one_of("flan", "questions", *RUNNING_TEXT),
+        "dataset": one_of("flan", "questions", "openstax"),
         **dict.fromkeys(("base_layers", "train_items"), or_none(integers(1))),
         **dict.fromkeys(("branch", "gradient_checkpointing"), FLAG),
         **dict.fromkeys(("window", "top_k", "rank", "alpha", "batch_size", "per_device_batch_size", "held_out"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("lora_dropout", "warmup_share"), FRACTION),
-        "max_length": integers(2),
-        "gate_init": GATE_INIT,
+        "max_length": integers(2), "gate_init": GATE_INIT, "sigma_lr": or_none(POSITIVE),
     }
 
     def check_together(self):
@@ -78,8 +77,7 @@ class FineTuningRecipe(Recipe):
 # %% ../nbs/25_language_recipes.ipynb #4e7d132f
 FINE_TUNING_PROFILES = {
     "desk": {
-        "seeds": (0, 1, 2), "epochs": 1, "batch_size": 8, "per_device_batch_size": 4, "lr": 5e-4, "max_length": 768,
-        "gradient_checkpointing": False,
+        "seeds": (0, 1, 2), "epochs": 1, "batch_size": 4, "per_device_batch_size": 4, "lr": 5e-4, "gradient_checkpointing": False,
     },
     "smoke": {
         "seeds": (0, 1), "base_layers": 2, "rank": 4, "epochs": 1, "batch_size": 4, "per_device_batch_size": 2, "lr": 2e-3,
@@ -88,61 +86,51 @@ FINE_TUNING_PROFILES = {
 }
 FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itself and for its profiles
     "flan": {},
-    "questions": {"recipe": {"train_items": None, "held_out": 82}},
-    "shakespeare": {"recipe": {"train_items": None, "held_out": 50},
-                    "desk": {"train_items": 160, "held_out": 50, "max_length": 256},
-                    "smoke": {"max_length": 48}},
-    "openstax": {"recipe": {"train_items": None, "held_out": 48},
-                 "desk": {"train_items": 640, "held_out": 48, "max_length": 256, "batch_size": 4},
+    "questions": {"recipe": {"train_items": None, "held_out": 82}, "desk": {"epochs": 3, "max_length": 768}},
+    "openstax": {"recipe": {"train_items": None, "held_out": 48}, "desk": {"train_items": 640, "max_length": 256},
                  "smoke": {"max_length": 48}},
 }
-BASES = {  # by the model's name: the base, and the first column of its published rows with the branch and without
+BASES = {  # of the paper, by the model's name: the base, and the first column of its published rows with the branch and without
     "llama3_8b": ("meta-llama/Meta-Llama-3-8B", "table6_llama", "Krause-Llama3-8B", "Llama3-8B + LoRA"),
     "qwen1.5_7b": ("Qwen/Qwen1.5-7B", None, None, None),
-    "smollm2": ("smollm2", None, None, None),
-}
-FINE_TUNING_DATASET_BY_PROFILE = {  # base and data sets of the comparison under each profile
-    "smoke": ("smollm2", ("questions", "shakespeare")), "desk": ("smollm2", ("questions", "shakespeare")),
-    "paper": ("llama3_8b", ("flan",)),
 }
 
 # %% ../nbs/25_language_recipes.ipynb #c76e5b87
-def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
-    "LoRA alone and LoRA with a Krause branch for each base on its data: `krause_llama3_8b/flan`, `lora_smollm2/questions`, …"
-    recipes, common = {}, ("max_grad_norm", "per_device_batch_size")
+def published_tuning_recipes() -> dict[str, FineTuningRecipe]:
+    "LoRA with a Krause branch and alone for each base of the paper: `krause_llama3_8b/flan`, …"
+    recipes = {}
     for model, (base, table, *rows) in BASES.items():
-        for dataset in ("questions", "shakespeare") if model == "smollm2" else ("flan",):
-            own = FINE_TUNING_DATA[dataset].get("recipe", {})
-            unpublished = ("base", "dataset", *own, *common) if model == "smollm2" else common
-            for kind, row in zip(("krause", "lora"), rows, strict=True):
-                name, published = f"{kind}_{model}/{dataset}", published_row(table, row)
-                recipes[name] = FineTuningRecipe(
-                    name=name, base=base, dataset=dataset, branch=kind == "krause", published=published, unpublished=unpublished, **own)
+        for kind, row in zip(("krause", "lora"), rows, strict=True):
+            name, published = f"{kind}_{model}/flan", published_row(table, row)
+            recipes[name] = FineTuningRecipe(name=name, base=base, branch=kind == "krause", published=published,
+                                             unpublished=("sigma_lr", "max_grad_norm", "per_device_batch_size"))
     return recipes
 
 # %% ../nbs/25_language_recipes.ipynb #c19be4f2
-@dataclass(frozen=True)
-class TextbookTuningRecipe(FineTuningRecipe):
-    "LoRA on textbooks, with a learning rate of its own for log σ and at least 8 evaluations (ours)."
-
-    sigma_lr: float = 0.02  # learning rate of log σ
-    evaluations: ClassVar[int] = 8
-    allowed: ClassVar[dict[str, Allowed]] = {**FineTuningRecipe.allowed, "sigma_lr": POSITIVE}
-
-
-TEXTBOOK_ARMS = {  # changes to LoRA of rank 16 with a branch
+TUNING_ARMS = {  # changes to LoRA of rank 16 with a branch
     "lora": {"branch": False}, "krause": {}, "krause_near_base": {"gate_init": 0.99},
     "lora_wide": {"branch": False, "rank": 22, "alpha": 44},
 }
 
 
-def textbook_recipes() -> dict[str, TextbookTuningRecipe]:
-    "Four ways of fine-tuning SmolLM2 on OpenStax: `lora_smollm2/openstax`, …"
-    own = FINE_TUNING_DATA["openstax"]["recipe"]
-    unpublished = ("base", "dataset", "sigma_lr", "max_grad_norm", "per_device_batch_size", *own)
-    return {f"{arm}_smollm2/openstax": TextbookTuningRecipe(
-        name=f"{arm}_smollm2/openstax", base="smollm2", dataset="openstax", unpublished=tuple(dict.fromkeys((*unpublished, *change))),
-        **change, **own) for arm, change in TEXTBOOK_ARMS.items()}
+def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
+    "The paper's recipes, and four ways of fine-tuning SmolLM2 on questions and on textbooks: `lora_smollm2/questions`, …"
+    recipes, ours = published_tuning_recipes(), ("base", "dataset", "sigma_lr", "max_grad_norm", "per_device_batch_size")
+    for data in ("questions", "openstax"):
+        own = FINE_TUNING_DATA[data]["recipe"]
+        for arm, change in TUNING_ARMS.items():
+            name, settings = f"{arm}_smollm2/{data}", {**own, **change}
+            recipes[name] = FineTuningRecipe(name=name, base="smollm2", dataset=data, sigma_lr=0.02, **settings,
+                                             unpublished=tuple(dict.fromkeys((*ours, *settings))))
+    return recipes
+
+
+FINE_TUNING_BY_PROFILE = {  # what a profile compares, by folder of the results
+    "smoke": {"questions": [f"{arm}_smollm2/questions" for arm in TUNING_ARMS]},
+    "desk": {"questions": [f"{arm}_smollm2/questions" for arm in TUNING_ARMS],
+             "textbooks": [f"{arm}_smollm2/openstax" for arm in TUNING_ARMS]},
+    "paper": {"flan": ["lora_llama3_8b/flan", "krause_llama3_8b/flan"]},
+}
 
 # %% ../nbs/25_language_recipes.ipynb #7dc81a36
 LM_DATASETS = ("fineweb_edu", "openstax", "novels", "shakespeare", "text")  # of page 33; "text": the user's own file or folder

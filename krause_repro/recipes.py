@@ -21,7 +21,7 @@ from krause_repro.image_recipes import (
     POST_NORM_VIT, ImageClassificationRecipe, ablation_recipes, baseline_recipes, cifar_control_recipes, image_classification_recipes,
     photograph_recipes, published_ablation_recipes, swin_recipes,
 )
-from .language_recipes import LanguageModelRecipe, fine_tuning_recipes, language_model_recipes, textbook_recipes
+from .language_recipes import LanguageModelRecipe, fine_tuning_recipes, language_model_recipes
 from .recipe_base import POSITIVE, Allowed, Recipe, integers, is_number, one_of
 from .reference import GridWindow
 
@@ -70,7 +70,6 @@ RECIPES: dict[str, Recipe] = {
     **feature_classifiers(),
     **generation_recipes(),
     **fine_tuning_recipes(),
-    **textbook_recipes(),
     **language_model_recipes(),
 }
 

@@ -22,16 +22,14 @@ from .claims import CLAIMS, VERDICTS, claims_table, judged
 from krause_repro.evaluation import (
     CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, finished_runs, is_undertrained, planned_table, read_plan, trained_table,
 )
-from krause_repro.fine_tuning_evaluation import (
-    FINE_TUNED_LABELS, TEXTBOOK_LABELS, fine_tuning_differences, fine_tuning_table, parameter_table,
-)
+from .fine_tuning_evaluation import TOKEN_LOSS, fine_tuned_models, fine_tuning_table
 from .flops import component_macs
 from .generation_evaluation import GENERATOR_LABELS, IMAGE_BITS, bits_table
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
 from .language_benchmarks import zero_shot_table
 from .language_model_evaluation import MIXER_LABELS, TEXT_BITS, language_model_table
-from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
+from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
@@ -41,22 +39,20 @@ from .statistics import MIN_EFFECT, decimals, markdown_table, plural
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
-README_RESULTS = ("ablations", "image_generation_colour", "generation_speed", "fine_tuning_questions", "fine_tuning_shakespeare", "sinks",
-                  "language_speed", "cost", "counting", "particles", "attention_maps")  # files and folders
+README_RESULTS = ("ablations", "image_generation_colour", "generation_speed", "sinks", "language_speed", "cost", "counting", "particles",
+                  "attention_maps")  # files and folders
 
 
 def compared_recipes(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> dict[str, list[str]]:  # by folder of their results
     "The recipes that a profile compares."
-    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
-    colour = COLOUR_DATASET_BY_PROFILE.get(profile)
+    colour = COLOUR_DATASET_BY_PROFILE.get(check_profile(profile))
     return {
         "image_classification": list(CLASSIFIER_LABELS[profile]), "ablations": ablation_names(profile),
         "image_generation": [f"{name}/{GENERATION_DATASET_BY_PROFILE[profile]}" for name in GENERATOR_LABELS],
         "image_generation_colour": [f"{name}/{colour}" for name in GENERATORS] if colour else [],
-        **{f"fine_tuning_{data}": [f"{kind}_{model}/{data}" for kind in FINE_TUNED_LABELS] for data in datasets},
-        "textbooks": [f"{arm}_smollm2/openstax" for arm in TEXTBOOK_LABELS] if profile != "smoke" else [],
+        **FINE_TUNING_BY_PROFILE[profile],
         "language_models": [f"lm_{mixer}_100m/{LM_DATASET_BY_PROFILE[profile]}" for mixer in LM_MIXERS_BY_PROFILE[profile]],
     }
 
@@ -78,12 +74,12 @@ def expected_results(
 ) -> list[str]:
     "Names of all results of a profile, sorted by page."
     names = {folder: [name.partition("/")[0] for name in recipes] for folder, recipes in compared_recipes(profile).items()}
-    scratch, fine_tuned = names["language_models"], names["textbooks"]
+    scratch, fine_tuned = names["language_models"], names.get("textbooks", [])
     more = {"image_classification": ["nearest_neighbours"], "image_generation": ["baselines"], "language_models": ["kneser_ney"],
             "language_model_sinks": scratch, "language_model_tasks": scratch, "textbook_tasks": ["base", *fine_tuned] if fine_tuned else [],
             "sinks": sink_models(profile), "attention_maps": ["untrained"]}
-    files = ["particles", "generation_speed", "language_tasks", "language_speed", "language_model_speed",
-             "cost", "counting", "training_profile", "training_speed", "attention_maps"]
+    files = ["particles", "generation_speed", "language_speed", "language_model_speed", "cost", "counting", "training_profile",
+             "training_speed", "attention_maps", *([] if profile == "desk" else ["language_tasks"])]
     found = [f"{folder}/{name}" for part in (names, more) for folder, each in part.items() for name in each]
     return sorted([*files, *found], key=result_page)
 
@@ -213,7 +209,7 @@ def related_measurement(
 ) -> str | None:
     "A sentence on our measurement of the same question with another model, data set or machine; None without one."
     if table == "figure7_llama_sink":
-        found, data = stored_sinks(profile, root), FINE_TUNING_DATASET_BY_PROFILE[profile][1][0]
+        found, data = stored_sinks(profile, root), list(FINE_TUNING_BY_PROFILE[profile])[-1]
         if {"base", f"krause_{data}"} <= found.keys():
             base, krause = (found[file]["sinks"][kind]["first_all"]["all_layers"] for file, kind in
                             (("base", "softmax"), (f"krause_{data}", "krause")))
@@ -422,14 +418,12 @@ def fine_tuning_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The fine-tuned models of notebook 63 as RESULTS.md shows them, attention sinks, and speed; a dash for a model without a result."
-    results = stored_results("desk", "fine_tuning_questions", "fine_tuning_shakespeare", root=root)
-    finished = [result for result in results.values() if result]
-    one = finished[0] if finished else None
-    made = f"; {one['device']}, torch {one['versions']['torch']}, {'bfloat16' if one['bf16'] else 'float32'}" if one else ""
-    note = f"{len(finished)} of {len(results)} models are fine-tuned. SmolLM2-135M-Instruct, desk profile, held-out items{made}:"
-    speed = load_result("language_speed", "desk", root, missing_ok=True)
-    tables = [fine_tuning_table(results), *([fine_tuning_differences(results), parameter_table(results)] if finished else [])]
-    return "\n\n".join([note, *tables, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
+    parts, speed = [], load_result("language_speed", "desk", root, missing_ok=True)
+    for data in FINE_TUNING_BY_PROFILE["desk"]:
+        plan, models = read_plan(data, root), fine_tuned_models(stored_results("desk", data, root=root))
+        parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
+                  trained_table(models, TOKEN_LOSS, plan["flat_gain"]), planned_table(models, plan, TOKEN_LOSS), fine_tuning_table(models)]
+    return "\n\n".join([*parts, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
 
 
 def _language_speed_lines(speed):

@@ -121,7 +121,7 @@ def save_result(
 # %% ../nbs/21_results.ipynb #e85c83e3
 RESULT_PAGES = {  # page by file name or folder
     "particles": "60", "image_classification": "61", "training_speed": "61", "image_generation": "62", "image_generation_colour": "62",
-    "generation_speed": "62", "fine_tuning": "63", "textbooks": "63", "textbook_tasks": "63", "sinks": "63", "language_tasks": "63",
+    "generation_speed": "62", **dict.fromkeys(("questions", "textbooks", "flan", "textbook_tasks", "sinks", "language_tasks"), "63"),
     "language_speed": "63", "language_models": "64", "language_model_sinks": "64", "language_model_tasks": "64",
     "language_model_speed": "64", "ablations": "65", "cost": "66", "counting": "66", "training_profile": "66", "attention_maps": "67",
 }
@@ -131,8 +131,7 @@ def result_page(
     name: str,  # the experiment, e.g. "ablations/kvit_t"
 ) -> str | None:
     "Number of the page that makes a result; None for an unknown name."
-    first = name.partition("/")[0]
-    return RESULT_PAGES.get("fine_tuning" if first.startswith("fine_tuning_") else first)
+    return RESULT_PAGES.get(name.partition("/")[0])
 
 # %% ../nbs/21_results.ipynb #bff9ebae
 def result_command(

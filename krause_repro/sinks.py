@@ -25,7 +25,7 @@ from .fine_tuning_evaluation import FINE_TUNED_LABELS
 from .language_data import shakespeare_text, split_works, start_tokens, text_blocks
 from .language_model import LanguageModel, support_of
 from .language_model_evaluation import text_blocks_of
-from .language_recipes import FINE_TUNING_DATASET_BY_PROFILE, FineTuningRecipe
+from .language_recipes import FINE_TUNING_BY_PROFILE, FineTuningRecipe
 from .llm_branch import attention_layers, branches
 from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
@@ -312,20 +312,18 @@ def sink_models(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> dict[str, tuple[str, FineTuningRecipe]]:  # by result file: label, and the recipe of the model or of its base
     "The models whose first-token attention is measured."
-    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[check_profile(profile)]
-    recipes = {(kind, data): get_recipe(f"{kind}_{model}/{data}").at(profile) for data in datasets for kind in FINE_TUNED_LABELS}
-    base, branch = (recipes[kind, datasets[0]] for kind in ("lora", "krause"))
-    if profile == "desk":  # the longest fine-tuning
-        recipes["krause", "textbooks"] = get_recipe("krause_smollm2/openstax").at(profile)
-    return {"base": ("base model", base), "untrained_branch": ("untrained branch", branch)} | {
-        f"{kind}_{data}": (f"{FINE_TUNED_LABELS[kind][0]}, {data}", recipe) for (kind, data), recipe in recipes.items()}
+    data, names = list(FINE_TUNING_BY_PROFILE[check_profile(profile)].items())[-1]
+    lora, branch = (get_recipe(name).at(profile) for name in names[:2])
+    labels = {kind: f"{FINE_TUNED_LABELS[kind][0]}, {data}" for kind in ("lora", "krause")}
+    return {"base": ("base model", lora), "untrained_branch": ("untrained branch", branch),
+            f"lora_{data}": (labels["lora"], lora), f"krause_{data}": (labels["krause"], branch)}
 
 # %% ../nbs/49_sinks.ipynb #939758a7
 def branch_files(
     found: dict[str, dict],  # by result file, as in `sink_models`
 ) -> dict[str, str]:  # by file of a model with a branch: "before training", "after training on questions", …
     "Result files of models with a branch, if the base model is measured as well, with a description."
-    data = {file: file.removeprefix("krause_").replace("shakespeare", "Shakespeare") for file in found if file.startswith("krause_")}
+    data = {file: file.removeprefix("krause_") for file in found if file.startswith("krause_")}
     when = {"untrained_branch": "before training"} | {file: f"after training on {each}" for file, each in data.items()}
     return {file: label for file, label in when.items() if file in found and "base" in found}
 

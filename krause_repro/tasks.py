@@ -32,13 +32,13 @@ from .image_data import Collator, ImageSet, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import check_images
 from krause_repro.language_data import (
-    IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, shakespeare_text, split_items, split_works,
+    IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, split_items, split_works,
     text_blocks,
 )
 from krause_repro.language_models import (
     ADAPTER_FILES, add_adapter, base_fingerprint, load_language_model, load_tokenizer, lora_config, save_adapter,
 )
-from .language_recipes import RUNNING_TEXT, FineTuningRecipe, LanguageModelRecipe
+from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .model_base import token_loss
 from .packaged_data import pretrained_source
 from .recipe_base import Recipe
@@ -194,8 +194,8 @@ def _subset(total: int, limit: int | None, name: str = "train_items") -> list[in
 
 
 def _text_blocks(recipe: FineTuningRecipe, tokenizer: PreTrainedTokenizerBase, source: str | Path | None) -> tuple[list, list, dict]:
-    "Blocks of Shakespeare's works or of textbooks: evaluation blocks are evenly spaced in other works than those of training."
-    parts = split_works(shakespeare_text(source) if recipe.dataset == "shakespeare" else textbooks(source))
+    "Blocks of textbooks: evaluation blocks are evenly spaced in other books than those of training."
+    parts = split_works(textbooks(source))
     (train, _), (test, _) = (text_blocks(tokenizer, list(parts[part].values()), recipe.max_length) for part in ("train", "test"))
     if not 0 < recipe.held_out <= len(test):
         raise UserError(f"held_out must be between 1 and {len(test)} blocks of {recipe.max_length} tokens, got {recipe.held_out}")
@@ -221,15 +221,15 @@ def language_splits(
     unreadable: str = "stop",  # for images; unused
 ) -> TextSplits:
     "The tokenised splits of a recipe. Raises `UserError` before training for invalid data sets, files and lengths."
-    check_choice("dataset", recipe.dataset, ("flan", "questions", *RUNNING_TEXT))
+    check_choice("dataset", recipe.dataset, ("flan", "questions", "openstax"))
     tokenizer = load_tokenizer(base_source(recipe))
-    make = _text_blocks if recipe.dataset in RUNNING_TEXT else _response_items
+    make = _text_blocks if recipe.dataset == "openstax" else _response_items
     train, held_out, counts = make(recipe, tokenizer, source)
     return TextSplits(train, held_out, held_out, tokenizer=tokenizer, counts=counts)
 
 
 def _language_collators(recipe: FineTuningRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:
-    if recipe.dataset in RUNNING_TEXT:
+    if recipe.dataset == "openstax":
         return (default_data_collator,) * 2
     return (ResponseCollator(splits.tokenizer, recipe.max_length),) * 2
 

@@ -289,7 +289,7 @@ def build_trainer(
         train_dataset=splits.train, eval_dataset=splits.held_out, compute_metrics=task.measure,
         preprocess_logits_for_metrics=task.scores,
     )
-    trainer.sigma_lr = getattr(recipe, "sigma_lr", None)
+    trainer.sigma_lr = getattr(recipe, "sigma_lr", None)  # recipes of other tasks have none
     trainer.remove_callback(PrinterCallback)  # prints every log line if there is no progress bar; they are in metrics.jsonl
     return trainer
 

@@ -455,7 +455,7 @@ def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 2 (seeds 0, 1) | 2.000 | +0.250 | 2 |" and lines[4] == "Not finished: C."
 
 
-@pytest.mark.parametrize("name", ["mnist", "textbooks", "language_models"])
+@pytest.mark.parametrize("name", ["mnist", "questions", "textbooks", "language_models"])
 def test_other_plans_are_about_recipes_too(name):
     plan = read_plan(name)
     assert {each for pair in plan["comparisons"] for each in pair} <= set(plan["models"]) <= set(RECIPES)
@@ -659,7 +659,8 @@ def test_seeds_of_two_machines_are_one_result():
 
 @pytest.mark.parametrize(("recipe", "places"), [
     ("karm/mnist", [None, "image_generation", "image_generation"]), ("lm_top_k_100m/openstax", [None, "language_models", None]),
-    ("kvit_s/cifar10", [None, "image_classification", "image_classification"]), ("lora_smollm2/openstax", [None, "textbooks", "textbooks"]),
+    ("kvit_s/cifar10", [None, "image_classification", "image_classification"]), ("lora_smollm2/openstax", [None, "textbooks", None]),
+    ("lora_wide_smollm2/questions", ["questions", "questions", None]),
     ("karm/digits", [None] * 3),
 ])
 def test_a_planned_recipe_has_a_place_where_no_other_data_set_has_it(recipe, places):

@@ -12,7 +12,7 @@ from krause_repro.flops import COUNTED
 from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.generation_recipes import GENERATORS
 from krause_repro.image_recipes import SUPPORTS, ablation_name
-from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
+from krause_repro.language_recipes import LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, TEXT_SPEED, get_recipe
 from krause_repro.records import project_root
 from krause_repro.reference import SCORES
@@ -37,12 +37,9 @@ def generator_files(data):
 
 
 def fine_tuning_files(profile):
-    model, datasets = FINE_TUNING_DATASET_BY_PROFILE[profile]
-    names = [(data, f"{kind}_{model}") for data in datasets for kind in ("lora", "krause")]
-    tuned = {f"fine_tuning_{data}/{name}": [get_recipe(f"{name}/{data}")] for data, name in names}
     sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
-    asked = [recipe for each in list(tuned.values())[:2] for recipe in each]
-    return tuned | sinks | {"language_speed": [LANGUAGE_SPEED], "language_tasks": asked}
+    plans = planned_files("questions", "questions") | planned_files("textbooks", "textbooks") | planned_files("textbook_tasks", "textbooks")
+    return plans | sinks | {"language_speed": [LANGUAGE_SPEED], "textbook_tasks/base": [get_recipe("lora_smollm2/openstax")]}
 
 
 def cifar_files():
@@ -67,15 +64,14 @@ def language_model_files(profile):
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 ON_WINDOW = get_recipe("ablation_softmax_local_top_k_post/fashion_mnist")
-TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "textbook", "language_model")  # beginnings of files
+TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "questions", "textbook", "language_model")  # beginnings of files
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
     "61_image_classification": cifar_files() | {"training_speed": [get_recipe(name) for name in CLASSIFIER_LABELS["desk"]]},
     "62_image_generation": generator_files("mnist") | {
         f"image_generation_colour/{model}": [get_recipe(f"{model}/photograph_tiles")] for model in GENERATORS
     },
-    "63_llm_finetuning": fine_tuning_files("desk") | planned_files("textbooks", "textbooks")
-        | planned_files("textbook_tasks", "textbooks") | {"textbook_tasks/base": [get_recipe("lora_smollm2/openstax")]},
+    "63_llm_finetuning": fine_tuning_files("desk"),
     "64_language_modelling": language_model_files("desk"),
     "65_ablations": cell_files(CELLS),
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},

@@ -21,20 +21,19 @@ from krause_repro import cli, fine_tuning_evaluation, packaged_data, sinks, task
 from krause_repro.branched_models import add_krause_branch
 from krause_repro.corpus import textbooks
 from krause_repro.fine_tuning_evaluation import (
-    TEXTBOOK_LABELS,
+    FINE_TUNED_LABELS,
     choice_accuracy,
     choice_baselines,
     evaluate_fine_tuning,
+    fine_tuned_models,
     fine_tuning_curves,
-    fine_tuning_differences,
     fine_tuning_table,
     offered_choices,
-    parameter_table,
     predicted_choices,
 )
 from krause_repro.language_data import IGNORED, split_works
 from krause_repro.language_models import ADAPTER_FILES, load_language_model, lora_config, parameter_counts
-from krause_repro.language_recipes import FINE_TUNING_DATASET_BY_PROFILE, fine_tuning_recipes
+from krause_repro.language_recipes import FINE_TUNING_BY_PROFILE, fine_tuning_recipes
 from krause_repro.llm_branch import branches
 from krause_repro.packaged_data import pretrained_source, smollm2_folder
 from krause_repro.recipe_base import PROFILES, published_tables
@@ -121,19 +120,20 @@ def test_recipes_are_the_papers():
 
 
 @over("profile", PROFILES)
-@over("name", [name for name in fine_tuning_recipes() if name.startswith("krause_")])
+@over("name", [name for name in fine_tuning_recipes() if name.startswith("krause_") and "near_base" not in name])
 def test_the_two_models_differ_by_their_branch(name, profile):
     one, two = (asdict(RECIPES[each].at(profile)) for each in (name, name.replace("krause_", "lora_", 1)))
-    assert {key for key in one if one[key] != two[key]} - {"published"} == {"name", "branch"}
+    assert {key for key in one if one[key] != two[key]} - {"published", "unpublished"} == {"name", "branch"}
     assert RECIPES[name].at(profile).config.window == 32 and RECIPES[name.replace("krause_", "lora_", 1)].config is None
 
 
 def test_the_comparison_of_each_profile_has_recipes():
-    assert set(FINE_TUNING_DATASET_BY_PROFILE) == set(PROFILES)
-    for profile, (model, datasets) in FINE_TUNING_DATASET_BY_PROFILE.items():
-        for data in datasets:
-            recipe = get_recipe(f"krause_{model}/{data}").at(profile)
-            assert recipe.batch_size % recipe.per_device_batch_size == 0 and (profile != "desk" or len(recipe.seeds) >= 3)
+    assert set(FINE_TUNING_BY_PROFILE) == set(PROFILES)
+    for profile, compared in FINE_TUNING_BY_PROFILE.items():
+        for names in compared.values():
+            recipes = [get_recipe(name).at(profile) for name in names]
+            assert [recipe.branch for recipe in recipes[:2]] == [False, True]
+            assert profile != "desk" or all(len(recipe.seeds) >= 3 for recipe in recipes)
 
 
 # Textbooks
@@ -182,7 +182,7 @@ def test_lora_of_a_higher_rank_has_as_many_parameters_as_the_branch():
 
 
 def test_a_colour_stands_for_one_kind_of_attention():
-    assert {kind for label, kind in TEXTBOOK_LABELS.values() if "Krause" in label} == {"mixed"}  # none is Krause attention alone
+    assert {kind for label, kind in FINE_TUNED_LABELS.values() if "Krause" in label} == {"mixed"}  # none is Krause attention alone
 
 
 def test_textbooks_without_a_preface_are_refused(tmp_path):
@@ -212,10 +212,10 @@ def test_long_items_are_cut_and_counted(recipe, items):
     assert counts["train"]["truncated"] + counts["train"]["dropped"] > 0
 
 
-def test_blocks_to_judge_by_are_of_other_works(recipe, monkeypatch):
+def test_blocks_to_judge_by_are_of_other_books(recipe, monkeypatch):
     works = {f"work {chr(97 + i)}": chr(97 + i) * 300 for i in range(12)}
-    monkeypatch.setattr(tasks, "shakespeare_text", lambda source: works)
-    text = replace(recipe, dataset="shakespeare", max_length=20, train_items=30, held_out=10)
+    monkeypatch.setattr(tasks, "textbooks", lambda source: works)
+    text = replace(recipe, dataset="openstax", max_length=20, train_items=30, held_out=10)
     splits = language_splits(text)
     assert len(splits.train) == 30 and len(splits.held_out) == 10 and all(item["input_ids"] == item["labels"] for item in splits.train)
     letters = [set(splits.tokenizer.decode([i for item in part for i in item["input_ids"]], skip_special_tokens=True))
@@ -269,14 +269,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, recipe, items, tmp_path):
 
 
 def test_a_run_killed_inside_an_epoch_goes_on_from_there(recipe, items, tmp_path):
-    once = replace(recipe, epochs=1, batch_size=2)  # six steps, a checkpoint after the third
+    once = replace(recipe, epochs=1, batch_size=1, per_device_batch_size=1)  # twelve steps, a checkpoint after every second
     with pytest.raises(Killed):
-        train(once, 0, runs=tmp_path / "killed", progress=False, source=items, callbacks=(Stop(4),))
+        train(once, 0, runs=tmp_path / "killed", progress=False, source=items, callbacks=(Stop(5),))
     killed, whole = (train(once, 0, runs=tmp_path / folder, progress=False, source=items) for folder in ("killed", "whole"))
     assert_same(whole, killed)
     for each in (killed, whole):  # the time before the checkpoint is not lost
         spans = [(line["step"], line["seconds"]) for line in each.metrics() if "seconds" in line]
-        assert {step for step, _ in spans} == {3, 6} and each.summary()["seconds"] == pytest.approx(sum(span for _, span in spans))
+        assert {step for step, _ in spans} == {2, 4, 6, 8, 10, 12}
+        assert each.summary()["seconds"] == pytest.approx(sum(span for _, span in spans))
 
 
 class Worsen(TrainerCallback):
@@ -349,7 +350,7 @@ def test_long_responses_count_by_their_tokens():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"dataset": "bible"}, "dataset must be one of flan, questions, shakespeare, openstax, got 'bible'"),
+    ({"dataset": "bible"}, "dataset must be one of flan, questions, openstax, got 'bible'"),
     ({"base_layers": 3}, "base_layers must be between 1 and 2, or None for all, got 3"),
     ({"batch_size": 5}, "batch_size = 5 must be a multiple of per_device_batch_size, 2"),
     ({"train_items": 0}, "train_items must be an integer ≥ 1"),
@@ -461,21 +462,19 @@ def test_a_summary_and_its_tables(run, alone):
     assert cli.run_scores(run) == {f"held_out_{name}": with_branch[name]["mean"] for name in ("token_loss", "token_accuracy")}
     assert len(with_branch["sigma"]["mean"]) == 2 and results["lora_smollm2/questions"]["sigma"] is None
     over, plain = with_branch["over_training"], results["lora_smollm2/questions"]["over_training"]
-    assert plain is None and over["steps"] == [0, 3, 6] and not any("eval_gate" in line for line in alone.metrics())
+    assert plain is None and over["steps"] == list(range(7)) and not any("eval_gate" in line for line in alone.metrics())
     assert over["sigma"]["mean"][0] == pytest.approx(run.recipe.sigma)
     assert over["gate"]["mean"][0] == pytest.approx(run.recipe.gate_init, abs=0.02)
     assert over["sigma"]["mean"][-1] == pytest.approx(statistics.fmean(with_branch["sigma"]["mean"]), abs=1e-6)
-    assert over["sigma"]["mean"][-1] != over["sigma"]["mean"][0] and over["sigma"]["sd"] == over["gate"]["sd"] == [0, 0, 0]  # one seed
+    assert over["sigma"]["mean"][-1] != over["sigma"]["mean"][0] and over["sigma"]["sd"] == over["gate"]["sd"] == [0] * 7  # one seed
     curves = fine_tuning_curves([run])
-    assert curves["held_out"]["steps"] == [0, 3, 6] and curves["training"]["steps"] == list(range(1, 7))
-    table = fine_tuning_table(results | {"krause_smollm2/shakespeare": None})
-    assert "LoRA + Krause branch" in table and "| shakespeare | LoRA + Krause branch | — |" in table
-    assert f"{math.exp(with_branch['token_loss']['mean']):.2f}" in table
-    assert f"{with_branch['trainable']:,}" in parameter_table(results)
-    change = with_branch["token_loss"]["mean"] - results["lora_smollm2/questions"]["token_loss"]["mean"]
-    wanted = f"questions: LoRA + Krause branch minus LoRA: {change:+.3f} (—) nats per token, mean of 1 seed"
-    assert wanted in fine_tuning_differences(results)
-    assert fine_tuning_differences({**results, "lora_smollm2/questions": None}) == "No pair is finished."
+    assert curves["held_out"]["steps"] == list(range(7)) and curves["training"]["steps"] == list(range(1, 7))
+    models = fine_tuned_models(results | {"lora_wide_smollm2/questions": None, "krause_near_base_smollm2/questions": None})
+    models["krause_smollm2/questions"]["curves"]["held_out"] = {"steps": [0, 3, 6], "mean": [3, 2, 2.02], "sd": [0, 0, 0]}
+    table = fine_tuning_table(models)
+    assert table.endswith("Not finished: LoRA, rank 22; LoRA + Krause branch, gate 0.99.")
+    assert "| 2.000, step 3 *(overfitted)* |" in table
+    assert [models[name]["kind"] for name in sorted(models)] == ["mixed", "mixed", "softmax", "neutral"]
 
 
 def test_multiple_choice_is_evaluated_once_for_each_run(run, monkeypatch):

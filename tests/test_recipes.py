@@ -41,7 +41,6 @@ from krause_repro.language_recipes import (
     LanguageModelRecipe,
     fine_tuning_recipes,
     language_model_recipes,
-    textbook_recipes,
 )
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
@@ -161,7 +160,7 @@ def test_rows_are_all_and_have_names_of_their_own():
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
         *CIFAR_CONTROLS, *baseline_recipes(),
-    } | set(generation_recipes()) | set(fine_tuning_recipes()) | set(language_model_recipes()) | set(textbook_recipes())
+    } | set(generation_recipes()) | set(fine_tuning_recipes()) | set(language_model_recipes())
 
 
 def test_ablation_varies_one_thing_at_a_time():
@@ -408,7 +407,7 @@ WRONG = {  # by field, in every kind of recipe that has it
     "name": ["", "../x", "/etc", "a//b", 3, None], "profile": ["tiny", "", None, ("smoke",)],
     "seeds": [(), (1, 1), (-1,), (2**32,), (1.5,), ("0",), 3, (True,)], "unpublished": ["lr", (3,)], "published": [None, ()],
     "epochs": [0, -1, NAN, INF, "3", True, None], "lr": [0, -1, NAN, INF, "1e-3", None], "weight_decay": [-5, NAN, "0", None],
-    "batch_size": [0, -8, 2.5, 16.0, True, None], "max_grad_norm": [0, -1, NAN, "1"], "held_out": [0, -1, 1.5, None],
+    "batch_size": [0, -8, 2.5, 16.0, True, None], "max_grad_norm": [0, -1, NAN, "1"], "sigma_lr": [0, NAN], "held_out": [0, -1, 1.5, None],
     "warmup_epochs": [-1, 99_999, NAN, None], "warmup_share": [-0.1, 1, 2, None], "label_smoothing": [2, 1, -0.1, None],
     "cutmix_probability": [1.5, -0.1, NAN, "0.5"], "cutmix_alpha": [0, -1, None], "mixup_alpha": [0, NAN], "crop_padding": [-1, 0.5, None],
     "augmentation": ["crop", None], "train_images": [0, -1, 1.5], "test_images": [0, "all"], "classes": [1, 0, 2.0], "channels": [0, None],

@@ -101,7 +101,8 @@ def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_si
 def tuned(name, values):
     recipe, right = get_recipe(name).at("desk"), summarise([0.6] * len(values))
     before = {"token_loss": summarise([2.5]), "token_accuracy": summarise([0.4])}
-    seeds = {"seeds": list(range(len(values))), "curves": {"held_out": {"steps": [20, 25], "mean": [1.8, 1.7], "sd": [0, 0]}}}
+    seeds = {"seeds": list(range(len(values))), "seconds": summarise([60.0] * len(values)),
+             "curves": {"held_out": {"steps": [20, 25], "mean": [1.8, 1.7], "sd": [0, 0]}}}
     return {"recipes": {recipe.name: recipe.to_dict()}, **seeds, "token_loss": summarise(values), "token_accuracy": right,
             "before": before, "letter_accuracy": None, "letters": None, "steps": 25, "bf16": True, "trainable": 5, "frozen": 95,
             "parameters": 100}
@@ -117,21 +118,22 @@ def sinks_of(kinds):
 
 
 def test_the_results_show_what_is_tuned_and_the_answer_on_sinks(tmp_path):
+    shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
     text = fine_tuning_section(tmp_path)
-    assert text.startswith("0 of 4 models are fine-tuned.") and "Attention sinks" not in text
+    assert text.startswith("SmolLM2-135M-Instruct on questions: 0 of 12 runs are finished") and "Attention sinks" not in text
     for kind, values in (("lora", [1.6, 1.7, 1.8]), ("krause", [1.5, 1.6, 1.7])):
-        save_result(f"fine_tuning_questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
+        save_result(f"questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
     text = fine_tuning_section(tmp_path)
-    assert text.startswith("2 of 4 models are fine-tuned.") and "bfloat16" in text and "| LoRA | 5 | 95 | 100 |" in text
-    assert "LoRA + Krause branch minus LoRA: -0.100 (-0.100 to -0.100) nats per token" in text and (
-        "| questions | LoRA | 2.500 | 1.700 ± 0.100 *(undertrained)* |" in text)
-    models = {"base": ("lora_smollm2/questions", {"softmax": (0.6, 0.5)}),
-              "krause_questions": ("krause_smollm2/questions", {"softmax": (0.6, 0.5), "krause": (0.5, 0.0), "mixed": (0.6, 0.4)})}
+    assert text.startswith("SmolLM2-135M-Instruct on questions: 6 of 12 runs are finished")
+    assert "| LoRA | 5 | 1.700 ± 0.100 *(undertrained)* | 3 (seeds 0, 1, 2) |" in text
+    assert "| LoRA + Krause branch − LoRA | 3 (seeds 0, 1, 2) | -0.100 | -0.100 to -0.100 | lower |" in text
+    models = {"base": ("lora_smollm2/openstax", {"softmax": (0.6, 0.5)}),
+              "krause_textbooks": ("krause_smollm2/openstax", {"softmax": (0.6, 0.5), "krause": (0.5, 0.0), "mixed": (0.6, 0.4)})}
     for file, (name, kinds) in models.items():
         recipes = {recipe.name: recipe.to_dict() for recipe in (SINKS.at("desk"), get_recipe(name).at("desk"))}
         save_result(f"sinks/{file}", {"recipes": recipes, **sinks_of(kinds)}, "desk", tmp_path)
     text = fine_tuning_section(tmp_path)
-    assert "| branch after training on questions | 0.122 | 0.500 | there | 0.524 | 0.449 | there |" in text
+    assert "| branch after training on textbooks | 0.122 | 0.500 | there | 0.524 | 0.449 | there |" in text
     lines = report("desk", tmp_path).splitlines()
     assert "| Llama3-8B | 0.707 |" in lines and "| Krause-Llama3-8B (Krause branch) | 0.364 |" in lines
     assert ("Ours, not comparable number by number: SmolLM2, 200 other passages of 128 tokens: 0.524 ± 0.010 for the base model, "
@@ -264,11 +266,13 @@ def planned_runs(root, plan, values):
     ("mnist", "bits", {}, NOT_SHOWN),
     ("textbooks", "fine_tuning", {}, NOT_SHOWN),
     ("textbooks", "fine_tuning", {"krause_smollm2/openstax": [0.45, 0.461, 0.47]}, IN_PART),
+    ("questions", "fine_tuning", {"krause_smollm2/questions": [0.45, 0.461, 0.47]}, IN_PART),
     ("textbooks", "fine_tuning", {f"krause_{kind}smollm2/openstax": [0.55, 0.561, 0.57] for kind in ("", "near_base_")}, DOES_NOT_HOLD),
 ])
 def test_a_verdict_follows_from_the_plan_once_its_seeds_are_finished(committed, monkeypatch, plan, claim, values, verdict):
     monkeypatch.setattr(results, "table_lines", lambda folder: [])  # of all results, for each that is saved
-    planned_runs(committed, plan, values)
+    for each in ("questions", "textbooks") if claim == "fine_tuning" else (plan,):  # claim 10 has two plans
+        planned_runs(committed, each, values)
     assert CLAIMS[claim].judge(committed).verdict == verdict
     assert "finished so far" not in claim_text(claim, committed)
     folder, field, better = PLANNED_RESULTS[plan]
@@ -296,7 +300,7 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
     if git("cat-file", "-t", "955f128") == ["commit"]:  # else a shallow clone, or none
         plans = (f"results/plans/{plan}.json" for plan in PLANNED_RESULTS)
         first = {git("log", "--format=%h", "--abbrev=7", "--", plan)[-1] for plan in plans}
-        assert len(named) == 7 and first | {"955f128"} == set(named)
+        assert len(named) == 8 and first | {"955f128"} == set(named)
 
 
 def test_a_missing_result_is_an_error_of_the_readme_and_a_line_of_the_report(committed):
@@ -327,7 +331,7 @@ DAMAGE = {  # file, place, what is put there (None: it is taken out), what the m
     "missing field": ("language_speed", "rows|2|speed_ratio", None, "has no field rows[2].speed_ratio"),
     "missing part": ("generation_speed", "rows", None, "has no field rows"),
     "number for a summary": ("ablations/kvit_t", "test_accuracy", 0.8, "test_accuracy must be a summary in 0…1, got 0"),
-    "text for a number": ("fine_tuning_questions/lora_smollm2", "token_loss|mean", "1.5", "token_loss must be a summary"),
+    "text for a number": ("textbooks/lora_smollm2", "token_loss|mean", "1.5", "token_loss must be a summary"),
     "empty list": ("cost", "scaling|rows", [], "scaling.rows must be a list of objects, got []"),
     "a value too few": ("image_generation_colour/karm", "bits_per_dim|values|0", None, "bits_per_dim must be a number or a summary"),
     "another mean": ("image_classification/residual", "test_accuracy|mean", 0.99, "must have the mean and standard deviation"),
@@ -335,7 +339,7 @@ DAMAGE = {  # file, place, what is put there (None: it is taken out), what the m
     "a time too few": ("image_classification/kvit_s", "curves|epochs|0", None, "curves must have 19 points in"),
     "object for a list": ("cost", "images|rows", {"ratio": 1}, "images.rows must be a list of objects"),
     "one quartile": ("language_speed", "rows|0|ratio_quartiles|0", None, "rows[0].ratio_quartiles must be two numbers"),
-    "layers of different numbers": ("sinks/krause_questions", "sinks|krause|first_all|sd", [0.1], "sinks.krause.first_all must be"),
+    "layers of different numbers": ("sinks/krause_textbooks", "sinks|krause|first_all|sd", [0.1], "sinks.krause.first_all must be"),
 }
 
 

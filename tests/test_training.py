@@ -330,7 +330,7 @@ def test_a_dry_run_of_a_fine_tuning_uses_the_base_model(tmp_path):
     base.save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a")), eos_token="</s>",
                             pad_token="</s>").save_pretrained(tmp_path)
-    recipe = replace(get_recipe("krause_llama3_8b/flan").at("paper"), base=str(tmp_path), dataset="shakespeare", max_length=16)
+    recipe = replace(get_recipe("krause_llama3_8b/flan").at("paper"), base=str(tmp_path), dataset="openstax", max_length=16)
     tried = dry_run(recipe, batch_size=2)
     assert all(map(math.isfinite, tried["losses"])) and tried["parameters"] > base.num_parameters()
 
