@@ -531,7 +531,7 @@ def _judge_fine_tuning(root):
     evidence.append(f"Of the published leads over LoRA, each from one run, {len(clear)} ({', '.join(clear)}) exceeds twice its standard "
                     "error by the usual number of items; its macro-F1 is lower with the branch.")
     if pending:
-        return Finding(UNDECIDED, pending[0], tuple(evidence))
+        return Finding(UNDECIDED, pending[-1], tuple(evidence))
     best = min(found, key=lambda each: each["mean"])
     return Finding(_of_pairs([each["verdict"] for each in found]), f"SmolLM2: at best {effect(best, 1, 3)} nats", tuple(evidence))
 

@@ -86,7 +86,8 @@ FINE_TUNING_PROFILES = {
 }
 FINE_TUNING_DATA = {  # what differs from the paper's data, for the recipe itself and for its profiles
     "flan": {},
-    "questions": {"recipe": {"train_items": None, "held_out": 82}, "desk": {"epochs": 3, "max_length": 768, "per_device_batch_size": 1}},  # no padding
+    "questions": {"recipe": {"train_items": None, "held_out": 82},
+                  "desk": {"epochs": 3, "max_length": 768, "per_device_batch_size": 1}},  # one at a time: no padding
     "openstax": {"recipe": {"train_items": None, "held_out": 48}, "desk": {"train_items": 640, "max_length": 256},
                  "smoke": {"max_length": 48}},
 }
