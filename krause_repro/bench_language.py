@@ -184,6 +184,10 @@ def language_notes(
         f"{memory['base_parameters'] / 1e6:.1f} MB; the resident size grew by {grown}"]
 
 # %% ../nbs/53_bench_language.ipynb #01f2d5b5
+RATIO_NOTE = ("Ratios are medians of the ratios within a round and can differ from the ratio of the speeds; a target is met or missed by "
+              "the median")
+
+
 def language_speed_table(
     result: dict,  # from `bench_language`
 ) -> str:  # Markdown
@@ -196,7 +200,7 @@ def language_speed_table(
         return f"{row['pass']}, {row['case']}", row["name"], f"{row['tokens_per_second']:,.1f}", speed, target, row["rounds"]
 
     head = ("what", "model", "tokens per second", "times the speed without a branch (quartiles)", "our target", "rounds")
-    return markdown_table(head, map(cells, result["rows"]))
+    return f"{markdown_table(head, map(cells, result['rows']))}\n\n{RATIO_NOTE}."
 
 # %% ../nbs/53_bench_language.ipynb #1373f156
 def text_model(
@@ -278,13 +282,14 @@ def text_speed_notes(
         f"a training step of Krause alone on {length:,} tokens takes {step:.2f} of softmax's time; {goal('training step', step)}",
         f"a token of Krause alone after {late:,} tokens takes {flat['krause_only']:.2f} of its time after {early:,}, in the median over "
         f"rounds that alternate; {goal('flat', flat['krause_only'])}",
-        f"there Krause alone generates {faster:.2f} times softmax's tokens per second; {goal('generation', faster)}"]
+        f"after {late:,} tokens Krause alone generates {faster:.2f} times softmax's tokens per second; {goal('generation', faster)}"]
 
 # %% ../nbs/53_bench_language.ipynb #bbfecb79
 def text_speed_table(
     result: dict,  # from `bench_text`
     labels: dict[str, tuple[str, str]],  # by mixer: label and kind of colour
-) -> str:  # Markdown, with the notes
+    recipe: TextSpeedRecipe,  # whose targets the notes are about
+) -> str:  # Markdown, with notes
     "Tokens per second by mixer, and time relative to standard softmax attention."
     def cells(row):
         low, high = row["ratio_quartiles"]
@@ -293,7 +298,8 @@ def text_speed_table(
         return f"{row['pass']}, {row['case']}", labels[row["name"]][0], f"{row['tokens_per_second']:,.0f}", ratio, held, row["rounds"]
 
     head = ("what", "mixer", "tokens per second", "time relative to softmax (quartiles)", "cache, MB", "rounds")
-    return markdown_table(head, map(cells, result["rows"])) + "\n\n" + "\n".join(f"- {note}." for note in result["notes"])
+    notes = [f"- {note}." for note in (RATIO_NOTE, *text_speed_notes(result["rows"], result["flat"], recipe))]
+    return markdown_table(head, map(cells, result["rows"])) + "\n\n" + "\n".join(notes)
 
 
 def text_speed_series(

@@ -382,7 +382,9 @@ def planned_table(
     head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
     known = plan.get("earlier") or ()  # models of an earlier plan, whose results were known
     own = f" of {', '.join(models[name]['label'] for name in plan['models'] if name not in known)}" if known else ""
-    fixed = f"Fixed before the first run{own}, in commit {plan['commit'][:10]}" if plan["commit"] else "Not the plan that was committed"
+    fixed = "Not the plan that was committed"
+    if plan["commit"]:
+        fixed = f"Fixed before the first of these runs{own}, in commit {plan['commit'][:10]}"
     note = (f"A difference counts if {plan['counts_as_a_difference']}. {fixed}. *Too small to count*: the interval "
             "excludes 0, but the mean is smaller.")
     return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
@@ -447,7 +449,7 @@ def finished_runs(
 ) -> str:
     "How many of the runs are finished, in words."
     done = [len((m or {}).get("seeds", ())) for m in models.values()]
-    models = f"{sum(map(bool, done))} of {len(done)} models have a seed or more"
+    models = f"{sum(map(bool, done))} of {len(done)} models have at least one seed"
     return f"{sum(done)} of {len(done) * len(planned)} runs are finished; {models}"
 
 

@@ -271,7 +271,7 @@ def report(
         related = related_measurement(name, profile, root)
         placed = re.match(r"(table|figure)(\d+)_", name)
         place = f"{placed[1].capitalize()} {placed[2]}. " if placed else ""
-        beside = f"\n\nOurs, not comparable number by number: {related}" if related else ""
+        beside = f"\n\nNot comparable number by number: {related}" if related else ""
         parts.append(f"### {place}{table['title']}\n\n{text}{beside}")
     said = f"No measured number of ours stands beside: {'; '.join(without)}." if without else ""
     return "\n\n".join([said, *parts] if said else parts)
@@ -409,7 +409,7 @@ def language_section(
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan["flat_gain"]),
-        planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %:",
+        planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %, on random items:",
         zero_shot_table(zero_shot_results("desk", root), {}),
     ])
 

@@ -235,16 +235,16 @@ def sink_verdict(
     uniform: float,  # the same of uniform attention
     base: float,  # attention on token 0 of the base model
     base_uniform: float,  # uniform attention with the base model's support
-) -> str:  # "there", "weaker", "gone", or "never there"
+) -> str:  # "present", "weaker", "gone", or "never present"
     "Classify first-token attention by its excess over uniform attention, relative to the base model's excess."
     for name, number in (("value", value), ("uniform", uniform), ("base", base), ("base_uniform", base_uniform)):
         if not math.isfinite(number):
             raise UserError(f"{name} must be a finite number, got {number!r}")
     whole = base - base_uniform
     if whole < MIN_BASE_EXCESS:
-        return "never there"
+        return "never present"
     share = (value - uniform) / whole
-    return "there" if share >= SINK_LEFT[0] else "weaker" if share >= SINK_LEFT[1] else "gone"
+    return "present" if share >= SINK_LEFT[0] else "weaker" if share >= SINK_LEFT[1] else "gone"
 
 # %% ../nbs/49_sinks.ipynb #2e8bfe8f
 def sink_comparison(
@@ -294,7 +294,7 @@ def sink_table(
     "Sink quantities of each attention of each model: means over layers, ± standard deviation over passages."
     names = {"softmax": "softmax", "krause": "Krause branch", "mixed": "mixture"}
     columns = {  # title: quantity, scale, decimals
-        "on token 0, all queries": ("first_all", 1, 3), "that can see it through W": ("first_near", 1, 3),
+        "attention on token 0: all queries": ("first_all", 1, 3), "queries 1 to W − 1": ("first_near", 1, 3),
         "that cannot": ("first_far", 1, 3), "token 0 receives most, %": ("first_is_most", 100, 0),
         "largest weight on a later token, × uniform": ("most_later", 1, 1),
         "entropy, nats": ("entropy", 1, 2), "value norm, token 0 : others": ("value_ratio", 1, 2),
@@ -358,7 +358,7 @@ def sink_model(
 
 # %% ../nbs/49_sinks.ipynb #dfa189a3
 def sink_numbers(root: Path | None = None):  # the project's folder
-    "By file of a model with a branch: attention on token 0, and whether the sink is there in branch and model."
+    "By file of a model with a branch: attention on token 0, and whether the sink is present in branch and model."
     found, recipe = stored_sinks("desk", root), SINKS.at("desk")
 
     def seeing(file, kind):

@@ -392,7 +392,7 @@ def test_a_division_by_zero_is_an_error(call):
 @pytest.mark.parametrize("place", range(4))
 def test_nothing_is_said_of_a_sink_that_is_not_a_number(place):
     numbers = [0.3, 0.1, 0.4, 0.1]
-    assert sink_verdict(*numbers) == "there"
+    assert sink_verdict(*numbers) == "present"
     numbers[place] = math.nan
     with pytest.raises(ValueError, match="must be a finite number, got nan"):
         sink_verdict(*numbers)

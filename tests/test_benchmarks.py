@@ -421,7 +421,7 @@ def test_speeds_of_language_models_are_tokens_over_seconds():
         assert row["speed_ratio"] == pytest.approx(1 / row["ratio"]) and row["speed_ratio"] == 1 or row["name"] not in ("base", "LoRA")
     assert len(result["notes"]) == 9 + 1 and [each["context"] for each in result["macs"]] == [8, 40]
     lines = language_speed_table(result).splitlines()
-    assert len(lines) == 2 + 18 and lines[2].startswith("| prefill, batch 1, 40 tokens | base | ")
+    assert len(lines) == 2 + 18 + 2 and lines[2].startswith("| prefill, batch 1, 40 tokens | base | ")
     assert [line.count("≥") for line in lines[2:6]] == [0, 0, 1, 1] and len(language_mac_table(result).splitlines()) == 2 + 6 + 5 + 2
 
 
@@ -536,7 +536,7 @@ def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
         (kind, mixer) for kind in ("training step", "training step", "generation", "generation") for mixer in recipe.mixers]
     assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "standard") and result["flat"].keys() == set(recipe.mixers)
     labels = {mixer: (f"label of {mixer}", "krause") for mixer in recipe.mixers}
-    assert len(result["notes"]) == 3 and "after 32 tokens | label of krause_only" in text_speed_table(result, labels)
+    assert len(result["notes"]) == 3 and "after 32 tokens | label of krause_only" in text_speed_table(result, labels, recipe)
     kept = {(row["name"], row["context"]): row["cache_bytes"] for row in result["rows"] if row["pass"] == "generation"}
     shape = get_recipe("lm_krause_only_100m/openstax").at("smoke")
     per_token = 2 * 4 * shape.depth * shape.width  # keys and values in float32

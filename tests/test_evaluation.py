@@ -431,7 +431,7 @@ def test_the_plans_table_names_what_is_not_trained_and_its_commit():
     models["d"] = planned("D", [0.6], (7,))
     lines = planned_table(models, plan).splitlines()
     assert lines[2] == "| A − B | 3 (seeds 0, 1, 2) | +5.00 | +5.00 to +5.00 | higher |"
-    assert lines[-1] .startswith("A difference counts if big. Fixed before the first run, in commit ababababab. ")
+    assert lines[-1] .startswith("A difference counts if big. Fixed before the first of these runs, in commit ababababab. ")
     assert lines[3:5] == ["", "Not finished: A − C; A − D."]
     small = planned_table(models, {**plan, "smallest_difference": 0.06}).splitlines()
     assert small[2].endswith("| too small to count |")
@@ -481,7 +481,7 @@ def test_a_plan_names_the_commit_before_its_runs_and_none_once_it_is_changed(tmp
     plan = read_plan("mnist", tmp_path)
     assert plan["commit"] is None
     models = {name: {"label": name} for name in plan["models"]}
-    assert "Not the plan that was committed." in planned_table(models, plan) and "first run" not in planned_table(models, plan)
+    assert "Not the plan that was committed." in planned_table(models, plan) and "these runs" not in planned_table(models, plan)
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [

@@ -507,7 +507,7 @@ def with_branch(near, mixed):
 
 
 @pytest.mark.parametrize(("near", "mixed", "branch", "model"), [
-    (0.7, 0.6, "there", "there"), (0.3, 0.15, "weaker", "weaker"), (0.1, 0.04, "gone", "gone"), (0.7, 0.04, "there", "gone"),
+    (0.7, 0.6, "present", "present"), (0.3, 0.15, "weaker", "weaker"), (0.1, 0.04, "gone", "gone"), (0.7, 0.04, "present", "gone"),
 ])
 def test_the_answer_follows_the_numbers(near, mixed, branch, model):
     base = {"sinks": {"softmax": told("softmax", 0.8, 0.6)}, "uniform": FLAT}
@@ -525,7 +525,7 @@ def test_the_answer_follows_the_numbers(near, mixed, branch, model):
 def test_a_model_without_a_sink_has_none_to_lose():
     base = {"sinks": {"softmax": told("softmax", 0.1, 0.02)}, "uniform": FLAT}
     found = sink_comparison(base, with_branch(0.9, 0.1), SINKS)
-    assert found["in_branch"] == found["in_model"] == "never there"
+    assert found["in_branch"] == found["in_model"] == "never present"
     assert sink_answer({"base": base}, SINKS) == "No model with a branch is measured."
 
 

@@ -89,7 +89,7 @@ def test_the_results_count_trained_generators(tmp_path):
 
 
 def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_sizes(tmp_path):
-    assert "Ours, not comparable number by number: our desk-size models" not in report("desk", tmp_path)
+    assert "Not comparable number by number: our desk-size models" not in report("desk", tmp_path)
     recipe = get_recipe("lm_window_100m/openstax").at("desk")
     score = {"accuracies": summarise([0.53]), "standard_accuracies": summarise([0.5]), "stderr": 0.01, "chance": 0.5, "items": 2000}
     result = {"recipes": {recipe.name: recipe.to_dict()}, "tasks": {"blimp": score}, "parameters": 1500, "seeds": [0]}
@@ -133,10 +133,10 @@ def test_the_results_show_what_is_tuned_and_the_answer_on_sinks(tmp_path):
         recipes = {recipe.name: recipe.to_dict() for recipe in (SINKS.at("desk"), get_recipe(name).at("desk"))}
         save_result(f"sinks/{file}", {"recipes": recipes, **sinks_of(kinds)}, "desk", tmp_path)
     text = fine_tuning_section(tmp_path)
-    assert "| branch after training on textbooks | 0.122 | 0.500 | there | 0.524 | 0.449 | there |" in text
+    assert "| branch after training on textbooks | 0.122 | 0.500 | present | 0.524 | 0.449 | present |" in text
     lines = report("desk", tmp_path).splitlines()
     assert "| Llama3-8B | 0.707 |" in lines and "| Krause-Llama3-8B (Krause branch) | 0.364 |" in lines
-    assert ("Ours, not comparable number by number: SmolLM2, 200 other passages of 128 tokens: 0.524 ± 0.010 for the base model, "
+    assert ("Not comparable number by number: SmolLM2, 200 other passages of 128 tokens: 0.524 ± 0.010 for the base model, "
             "0.122 ± 0.010 for the Krause branch (± over passages, first seed).") in lines
 
 
