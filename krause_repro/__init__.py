@@ -9,10 +9,10 @@ In reading order:
 - the tools: `records` (files), `results`, `recipe_base`, `image_recipes`, `generation_recipes`, `language_recipes`, `recipes`,
   `image_files`, `image_data`, `packaged_data`, `language_data`, `sampling`, `likelihood`, `corpus`, `tasks`, `runs`, `training`,
   `flops`, `timing`, `checkpoints`
-- the measures: `statistics`, `evaluation`, `ablation`, `generation_evaluation`, `fine_tuning_evaluation`,
+- the measures: `statistics`, `evaluation`, `plans`, `generation_evaluation`, `fine_tuning_evaluation`,
   `language_model_evaluation`, `language_tasks`, `language_benchmarks`, `attention_analysis`, `sinks`
 - the benchmarks: `bench_attention`, `bench_models`, `bench_generation`, `bench_language`, `benchmarks`
-- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `claims`, `report`, `cli`
+- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `ablations`, `claims`, `report`, `cli`
 """
 import sys
 from importlib import import_module

@@ -10,21 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .ablation import PLANNED_RESULTS, planned_results
 from .bench_attention import relative_values, scaling_series
-from krause_repro.evaluation import (
-    CLASSIFIER_LABELS, altered_note, finished_runs, held_out_lead, is_undertrained, last_gain, means_so_far, pending_results,
-    unplanned_differences,
-)
+from .evaluation import CLASSIFIER_LABELS, altered_note, held_out_lead, is_undertrained, last_gain
 from .fine_tuning_evaluation import fine_tuned_models
 from .flops import LLAMA3_8B, LLAMA3_8B_PARAMETERS, branch_weights
 from .generation_evaluation import GENERATOR_LABELS
+from krause_repro.plans import (
+    ACCURACY, IMAGE_BITS, PLANS, TEXT_BITS, TOKEN_LOSS, finished_runs, means_so_far, pending_results, planned_difference, planned_results,
+    unplanned_differences,
+)
 from .recipe_base import published_tables
 from .recipes import COST, PASSES, get_recipe
 from .results import load_result
 from .sinks import sink_numbers
 from krause_repro.statistics import (
-    MIN_EFFECT, corrected_difference, decimals, effect, exceeds_noise, is_shown, markdown_table, outcome, percent, plural, span,
+    MIN_EFFECT, decimals, effect, exceeds_noise, is_shown, markdown_table, outcome, percent, plural, span,
     unpaired_difference,
 )
 
@@ -64,28 +64,17 @@ def judged(
     return {name: claim.judge(root) for name, claim in CLAIMS.items()}
 
 # %% ../nbs/68_claims.ipynb #fdbc9644
-def planned_difference(
-    name: str,  # of the plan
-    plan: dict,  # from `read_plan`
-    results: dict[str, dict | None],  # by recipe
-    first: str,  # recipe
-    second: str,  # recipe it is compared with
-) -> dict | None:  # as `corrected_difference`, with "verdict" on first being better; None before all seeds are finished
-    "A planned comparison and what it says."
-    pair, field, better = [results.get(first), results.get(second)], *PLANNED_RESULTS[name][1:]
-    if not all(result and set(plan["seeds"]) <= set(result["seeds"]) for result in pair):
-        return None
-    found = corrected_difference(*pair, len(plan["comparisons"]), field)
-    return {**found, "verdict": _verdict(found, plan["smallest_difference"], better)}
-
-
 def planned_differences(
     name: str,  # of the plan
     root: Path | None,  # the project's folder
-):  # the plan, its results, and by pair of recipes `planned_difference`; None and empty without a plan
-    "A plan with its results and all its comparisons."
-    plan, results = planned_results(name, root)
-    return plan, results, {pair: planned_difference(name, plan, results, *pair) for pair in map(tuple, plan["comparisons"] if plan else ())}
+) -> tuple[dict | None, dict, dict]:  # the plan, its results, and its comparisons by pair of recipes; None and empty without a plan
+    "A plan and what its comparisons say: `planned_difference` with a \"verdict\", None before all seeds are finished."
+    (plan, results), measure, found = planned_results(name, root), PLANS[name][1], {}
+    for pair in map(tuple, plan["comparisons"] if plan else ()):
+        each = planned_difference(plan, results, *pair, measure)
+        verdict = each and each["finished"] and _verdict(each, plan["smallest_difference"], measure.better)
+        found[pair] = {**each, "verdict": verdict} if verdict else None
+    return plan, results, found
 
 
 def _verdict(difference: dict, smallest: float = MIN_EFFECT, better: int = 1) -> str:
@@ -175,7 +164,7 @@ def on_cifar10(root: Path | None = None):  # the project's folder
 def cifar10_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
     "Mean accuracies on CIFAR-10, from the `plan` and `results` of `planned_results`."
     labels = {"kvit_s/cifar10": "", "vit_s/cifar10": "ViT", "vit_s_post/cifar10": "post-norm"}
-    return f"CIFAR-10 {means_so_far(plan, results, 'test_accuracy', labels, 100, 1)}"
+    return f"CIFAR-10 {means_so_far(plan, results, ACCURACY, labels, 1)}"
 
 # %% ../nbs/68_claims.ipynb #b9d2e6f3
 def _judge_accuracy(root):
@@ -188,7 +177,7 @@ def _judge_accuracy(root):
         f"CIFAR-10, {size_in_words('kvit_s/cifar10')}: KViT − ViT {effect(cifar)} points; with the same LayerNorm "
         f"placement {effect(post)}, {told}; seeds "
         f"{', '.join(map(str, cifar['seeds']))}, corrected for {len(plan['comparisons'])} comparisons." if done else
-        f"CIFAR-10, finished so far: {pending_results(results, 'test_accuracy', labels, 100, 2)}. No verdict before all seeds are.",
+        f"CIFAR-10, finished so far: {pending_results(results, ACCURACY, labels)}. No verdict before all seeds are.",
     ]
     for name in ("softmax_regression", "convolution", "residual"):
         baseline = load_result(f"image_classification/{name}", "desk", root, missing_ok=True)
@@ -391,7 +380,7 @@ CLAIMS["sinks"] = Claim("Attention sinks are alleviated", _published_sinks, "63_
 def mnist_so_far(plan: dict | None, results: dict[str, dict | None]) -> str:
     "Mean bits on MNIST, from the `plan` and `results` of `planned_results`."
     labels = {f"{model}/mnist": model.upper() for model in ("karm", "arm", "larm")}
-    return f"MNIST {means_so_far(plan, results, 'bits_per_dim', labels, 1, 3)}"
+    return f"MNIST {means_so_far(plan, results, IMAGE_BITS, labels)}"
 
 
 def on_mnist(root: Path | None = None):  # the project's folder
@@ -520,8 +509,8 @@ def _tuning_evidence(data, root):
                         "after it; at 1 the branch is switched off.".format(data, *(moved["gate"]["mean"][i] for i in (0, -1))))
     if found and all(found.values()):
         return evidence, list(found.values()), None
-    evidence.append(f"Nats per token on {data}, finished so far: {pending_results(results, 'token_loss', names)}.")
-    return evidence, [], f"{data}, nats, {means_so_far(plan, results, 'token_loss', {branch: 'branch', lora: 'LoRA'}, 1, 3)}"
+    evidence.append(f"Nats per token on {data}, finished so far: {pending_results(results, TOKEN_LOSS, names)}.")
+    return evidence, [], f"{data}, nats, {means_so_far(plan, results, TOKEN_LOSS, {branch: 'branch', lora: 'LoRA'})}"
 
 
 def _judge_fine_tuning(root):
@@ -574,7 +563,7 @@ def _judge_from_scratch(root):
     if not found or not all(found.values()):
         evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
         labels = {"lm_standard_100m/openstax": "softmax", "lm_krause_100m/openstax": "branch"}
-        bits = f"bits/token, {means_so_far(plan, results, 'bits_per_token', labels, 1, 2)}"
+        bits = f"bits/token, {means_so_far(plan, results, TEXT_BITS, labels, 2)}"
         ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
         if ngram:
             evidence.append(f"Bits per token of the test text: a 5-gram model {ngram['all']['bits_per_token']:.2f}; {bits}.")

@@ -163,7 +163,7 @@ def summarise_recipe(
     "Evaluate a recipe's finished runs on the test data: add their seeds to its results, or print the scores if it is in no plan."
     if limit is not None and items is None:
         raise UserError("limit is for the items of the zero-shot suites; give items, a folder or hub")
-    from krause_repro.ablation import planned_experiment
+    from krause_repro.plans import planned_experiment
     from krause_repro.recipes import get_recipe
     from krause_repro.records import project_root
 

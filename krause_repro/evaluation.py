@@ -7,7 +7,6 @@ __all__ = ['test_accuracy', 'train_seeds', 'summarise_runs', 'evaluate_runs', 'n
 
 # %% ../nbs/41_evaluation.ipynb #2c570b24
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -21,15 +20,12 @@ from .image_files import DATA
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
-from .recipe_base import NOT_NEGATIVE, SEEDS, SHARE, STRING, STRINGS, Allowed, different, integers, or_none, plain, tuples
-from .recipes import RECIPES, get_recipe
-from .records import file_digest, project_root, read_json, write_json
+from .recipe_base import NOT_NEGATIVE, SHARE, Allowed, integers, plain
+from .recipes import get_recipe
+from .records import file_digest, read_json, write_json
 from .results import SEED_LISTS, load_result, result_path, save_result, stale_recipes
 from .runs import Run, check_finished, check_run, check_same_data, run_path, weights_file
-from krause_repro.statistics import (
-    corrected_difference, decimals, finished_table, markdown_table, outcome, plural, pool, seeds_in_words, signed_interval, summarise,
-    summarise_curves,
-)
+from .statistics import markdown_table, pool, summarise, summarise_curves
 from .swin import WindowAttention
 from .tasks import TrainedRecipe
 from .training import build_trainer, check_source, train
@@ -304,191 +300,6 @@ def undertrained_mark(
 ) -> str:
     "The word beside the number of an undertrained model, with a space before it; empty for others."
     return " *(undertrained)*" if is_undertrained(curves, gain) else ""
-
-# %% ../nbs/41_evaluation.ipynb #4ee98c25
-_MODEL = Allowed("the name of a recipe", lambda value: isinstance(value, str) and value in RECIPES)
-PLAN_FIELDS = {  # of a plan that decide what is compared
-    "models": different(tuples(_MODEL)), "baselines": STRINGS, "comparisons": tuples(different(tuples(_MODEL, 2))), "seeds": SEEDS,
-    "smallest_difference": NOT_NEGATIVE, "counts_as_a_difference": STRING, "flat_gain": NOT_NEGATIVE, "earlier": or_none(STRINGS),
-}
-
-
-def _check_plan(plan, path, remedy):
-    for field, allowed in PLAN_FIELDS.items():
-        value = plain(plan.get(field)) if isinstance(plan, dict) else plan
-        if not isinstance(plan, dict) or not allowed.holds(value):
-            raise UserError(f"{path} must be an object whose {field} is {allowed.what}, got {value!r:.60}; {remedy}")
-    pairs = [frozenset(pair) for pair in plan["comparisons"]]
-    if len(set(pairs)) < len(pairs) or not set().union(*pairs) <= set(plan["models"]):
-        raise UserError(f"{path}: comparisons must be different pairs of its models, got {plan['comparisons']}; {remedy}")
-
-
-def read_plan(
-    name: str,  # of the file under `results/plans`
-    root: Path | None = None,  # project folder
-) -> dict:  # with "commit", in which it was fixed; None if the file differs from that commit's
-    "The planned comparisons of an experiment. Raises `UserError` for a damaged file."
-    path = (root or project_root()) / "results" / "plans" / f"{name}.json"
-    commits, remedy = path.with_name("commits.json"), "the plans are part of the project: restore it from its repository"
-    for each in (path, commits):
-        if not each.is_file():
-            raise FileNotFoundError(f"{each} is missing; the plans are part of the project, so call this in a clone of it")
-    plan, fixed = read_json(path, remedy), read_json(commits, remedy)
-    _check_plan(plan, path, remedy)
-    own = fixed.get(name, {"commit": "", "sha256": ""}) if isinstance(fixed, dict) else fixed
-    if not isinstance(own, dict) or not all(isinstance(own.get(field), str) for field in ("commit", "sha256")):
-        raise UserError(f"{commits} must be an object whose {name} has a commit and a sha256, got {own!r:.60}; {remedy}")
-    return {**plan, "commit": own["commit"] if own["sha256"] == file_digest(path) else None}
-
-# %% ../nbs/41_evaluation.ipynb #c07d335f
-@dataclass(frozen=True)
-class Measure:
-    "A measure of models, and how tables show it."
-
-    field: str  # of a result, a summary over seeds
-    title: str  # of its column
-    unit: str  # of a difference
-    held_out: str | None = None  # field of the same measure on held-out data
-    scale: float = 1  # factor from the field to the unit
-    digits: int = 3  # decimals
-    trend: str = "fell"  # what it does in training
-    paper: str = "paper (its own size and training)"  # title of the column of published numbers
-
-
-ACCURACY = Measure("test_accuracy", "test accuracy, %", "points", "held_out_accuracy", 100, 2, "gained",
-                   "paper, % (its own size and training)")
-
-# %% ../nbs/41_evaluation.ipynb #5cbf14ca
-def planned_table(
-    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
-    plan: dict,  # from `read_plan`
-    measure: Measure = ACCURACY,  # what is compared
-) -> str:  # Markdown
-    "The planned comparisons with corrected intervals; those without two trained models are named below."
-    scale, digits = measure.scale, measure.digits
-
-    def row(first, second):
-        label, missing = f"{models[first]['label']} − {models[second]['label']}", (None,) * 4
-        if not all(measure.field in models[name] for name in (first, second)):
-            return label, *missing
-        found = corrected_difference(models[first], models[second], len(plan["comparisons"]), measure.field)
-        if not found["seeds"]:
-            return label, *missing
-        finished = set(plan["seeds"]) <= set(found["seeds"])
-        verdict = outcome(found, "higher", "lower", plan["smallest_difference"]) if finished else "unfinished"
-        mean, interval = f"{scale * found['mean']:+.{digits}f}", signed_interval(found["interval"], scale, digits)
-        return label, seeds_in_words(found["seeds"]), mean, interval, verdict
-
-    head = ("difference", "seeds", measure.unit, "95% interval, corrected", "verdict")
-    known = plan.get("earlier") or ()  # models of an earlier plan, whose results were known
-    own = f" of {', '.join(models[name]['label'] for name in plan['models'] if name not in known)}" if known else ""
-    fixed = "Not the plan that was committed"
-    if plan["commit"]:
-        fixed = f"Fixed before the first of these runs{own}, in commit {plan['commit'][:10]}"
-    note = (f"A difference counts if {plan['counts_as_a_difference']}. {fixed}. *Too small to count*: the interval "
-            "excludes 0, but the mean is smaller.")
-    return finished_table(head, [row(*pair) for pair in plan["comparisons"]]) + f"\n\n{note}"
-
-# %% ../nbs/41_evaluation.ipynb #5cbf14cc
-UNPLANNED = [(first, second) for second in ("vit_s_post/cifar10", "vit_s/cifar10")
-             for first in ("softmax_s_local/cifar10", "kvit_s_local/cifar10")]
-
-
-def unplanned_differences(
-    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
-) -> dict[str, dict]:  # by "first − second": as from `corrected_difference`, without correction
-    "The window, with either score, against each ViT on CIFAR-10: pairs with a seed in common."
-    trained = {name for name, model in models.items() if "test_accuracy" in model}
-    pairs = [pair for pair in UNPLANNED if trained.issuperset(pair)]
-    labels = {pair: " − ".join(models[name]["label"] for name in pair) for pair in pairs}
-    found = {label: corrected_difference(*(models[name] for name in pair), 1) for pair, label in labels.items()}
-    return {label: difference for label, difference in found.items() if difference["seeds"]}
-
-
-def unplanned_table(
-    models: dict[str, dict],  # as of `unplanned_differences`
-) -> str:  # Markdown
-    "Those differences with their seeds."
-    rows = [(label, ", ".join(f"{100 * value:+.2f}" for value in found["values"]), f"{100 * found['mean']:+.2f}",
-             signed_interval(found["interval"])) for label, found in unplanned_differences(models).items()]
-    return markdown_table(("difference", "points, by seed", "mean", "95% interval, not corrected"), rows)
-
-# %% ../nbs/41_evaluation.ipynb #26d8a7f3
-def trained_table(
-    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
-    measure: Measure = ACCURACY,  # what is shown
-    flat_gain: float = FLAT_GAIN,  # gain at the end from which on a model is undertrained
-) -> str:  # Markdown
-    "A measure over seeds, with its gain at the end of training; models that are not trained are named below."
-    def shown(m, field):
-        return decimals(m[field], measure.digits, measure.scale)
-
-    def marked(m):
-        return shown(m, measure.field) + undertrained_mark(m["curves"], flat_gain)
-
-    def gained(m):
-        gain = last_gain(m["curves"])
-        return None if gain is None else f"{measure.scale * gain:+.{measure.digits}f}"
-
-    tuned = any(m.get("trainable") for m in models.values())
-    columns = {"trained parameters" if tuned else "parameters": lambda m: f"{m['trainable' if tuned else 'parameters']:,}",
-               measure.title: marked, "seeds": lambda m: seeds_in_words(m["seeds"])}
-    if measure.held_out:
-        columns[measure.title.replace("test", "held-out")] = lambda m: shown(m, measure.held_out)
-    columns[f"{measure.trend} at the end of training, {measure.unit}"] = gained
-    columns["minutes per run"] = lambda m: ", ".join(f"{seconds / 60:.0f}" for seconds in m["seconds"]["values"])
-    if any(m.get("paper") for m in models.values()):
-        columns[measure.paper] = lambda m: m.get("paper")
-    rows = [(m["label"], *(cell(m) if measure.field in m else None for cell in columns.values())) for m in models.values()]
-    return finished_table(("model", *columns), rows)
-
-# %% ../nbs/41_evaluation.ipynb #5778683a
-def finished_runs(
-    models: dict[str, dict],  # by recipe: a result with "seeds", or none for a model that is not trained
-    planned: list[int] | tuple[int, ...],  # seeds of each
-) -> str:
-    "How many of the runs are finished, in words."
-    done = [len((m or {}).get("seeds", ())) for m in models.values()]
-    models = f"{sum(map(bool, done))} of {len(done)} models have at least one seed"
-    return f"{sum(done)} of {len(done) * len(planned)} runs are finished; {models}"
-
-
-def pending_results(
-    results: dict[str, dict | None],  # by recipe
-    field: str,  # what is told of them
-    labels: dict[str, str],  # by recipe
-    scale: float = 1,  # factor to the unit shown
-    digits: int = 3,  # decimals
-) -> str:
-    "The models of a plan that have a result, with their seeds."
-    found = [f"{labels[name]} {decimals(result[field], digits, scale)}, {seeds_in_words(result['seeds'])}"
-             for name, result in results.items() if result]
-    return "; ".join(found) or "none"
-
-
-def means_so_far(
-    plan: dict | None,  # from `read_plan`
-    results: dict[str, dict | None],  # by recipe
-    field: str,  # what is told of them
-    labels: dict[str, str],  # by recipe
-    scale: float = 1,  # factor to the unit shown
-    digits: int = 2,  # decimals
-) -> str:
-    "Means of models of a plan, each over its own seeds, marked if undertrained, after the word *unfinished* if one has not all its seeds."
-    trained, gain = {name: results[name] for name in labels if results.get(name)}, (plan or {}).get("flat_gain", FLAT_GAIN)
-    marks = {name: ", undertrained" if is_undertrained(result["curves"], gain) else "" for name, result in trained.items()}
-    means = [f"{labels[name]} {scale * result[field]['mean']:.{digits}f} ({plural(len(result['seeds']), 'seed')}{marks[name]})".strip()
-             for name, result in trained.items()]
-    done = plan and all(results.get(name) and set(plan["seeds"]) <= set(results[name]["seeds"]) for name in labels)
-    return ("" if done else "unfinished: ") + ", ".join(means) if means else "not finished"
-
-
-def seed_range(
-    models: dict[str, dict],  # by recipe: a result of `summarise_runs`, with "seeds"
-) -> tuple[int, int] | None:  # None without a model
-    "The least and the most seeds of trained models, as `save_figure` takes them."
-    counts = [len(m["seeds"]) for m in models.values()]
-    return (min(counts), max(counts)) if counts else None
 
 # %% ../nbs/41_evaluation.ipynb #ef91d947
 def altered_note(

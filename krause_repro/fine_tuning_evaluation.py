@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .branched_models import branch_sigmas
 from .checks import UserError
-from .evaluation import FLAT_LOSS, Measure, cached_test, finished_model, on_device, provenance, step_curves
+from .evaluation import FLAT_LOSS, cached_test, finished_model, on_device, provenance, step_curves
 from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
@@ -194,7 +194,6 @@ FINE_TUNED_LABELS = {  # by arm of `language_recipes.TUNING_ARMS`: label, and ki
     "lora": ("LoRA", "softmax"), "krause": ("LoRA + Krause branch", "mixed"),
     "krause_near_base": ("LoRA + Krause branch, gate 0.99", "mixed"), "lora_wide": ("LoRA, rank 22", "neutral"),
 }
-TOKEN_LOSS = Measure("token_loss", "held-out loss, nats per token", "nats per token")
 
 
 def fine_tuned_models(

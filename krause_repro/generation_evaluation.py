@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from .checks import UserError, check_integer
-from .evaluation import FLAT_LOSS, Measure, cached_test, curve, finished_model, provenance, summarise_sigma, undertrained_mark
+from .evaluation import FLAT_LOSS, cached_test, curve, finished_model, provenance, summarise_sigma, undertrained_mark
 from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, ImageSet, load_splits
 from .image_transformer import image_tokens
@@ -303,7 +303,6 @@ GENERATOR_LABELS = {  # by model: label and kind of colour
     "karm_no_window": ("KARM without window", "krause_full"), "karm_no_top_k": ("KARM without top-k", "krause"),
     "karm_no_window_no_top_k": ("KARM without both", "krause_full"), "arm_window": ("ARM on KARM's window", "softmax_local"),
 }
-IMAGE_BITS = Measure("bits_per_dim", "test bits per dimension", "bits per dimension", "held_out_bits")
 CONTEXT_LABELS = {"order 0": "unigram", "order 1": "bigram", "order 2": "trigram"}
 
 

@@ -20,9 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .branched_models import mean_gates
 from .checks import UserError, check_integer, is_unicode
 from .corpus import Corpus, load_tokenizer
-from krause_repro.evaluation import (
-    Measure, cached_test, finished_model, is_undertrained, last_gain, provenance, step_curves, summarise_sigma,
-)
+from .evaluation import cached_test, finished_model, last_gain, provenance, step_curves, summarise_sigma, undertrained_mark
 from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
@@ -212,24 +210,23 @@ MIXER_LABELS = {  # by mixer: label and kind of colour
     "top_k": ("softmax, top-k", "softmax_local"), "longformer": ("softmax, window and global tokens", "softmax_local"),
     "routing": ("routing", "neutral"), "krause": ("softmax + Krause branch", "mixed"), "krause_only": ("Krause alone", "krause"),
 }
-TEXT_BITS = Measure("bits_per_token", "test bits per token", "bits per token")
 
 
 def language_model_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_language_models` if trained
     ngram: dict | None,  # from `ngram_baselines`
-    flat_gain: float,  # fall of held-out nats per token at the end from which on a model is undertrained
+    flat_gain: float,  # fall of held-out bits per token at the end from which on a model is undertrained
 ) -> str:  # Markdown
     "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; models that are not trained are named below."
     def row(m):
         if "bits_per_token" not in m:
             return m["label"], *(None,) * 8
         bits, gain = m["bits_per_token"], last_gain(m["curves"])
-        mark = " *(undertrained)*" if is_undertrained(m["curves"], flat_gain / math.log(2)) else ""
         below = f"{100 * (1 - bits['mean'] / ngram['all']['bits_per_token']):.1f}" if ngram else None
         seeds, gain = seeds_in_words(m["seeds"]), None if gain is None else f"{gain:+.3f}"
-        return (m["label"], f"{m['parameters']:,}", decimals(m["bits_per_byte"]) + mark, decimals(bits), f"{2 ** bits['mean']:.1f}", below,
-                seeds, f"{m['steps']:,}", gain)
+        marked = decimals(m["bits_per_byte"]) + undertrained_mark(m["curves"], flat_gain)
+        sizes = f"{m['parameters']:,}", marked, decimals(bits), f"{2 ** bits['mean']:.1f}"
+        return m["label"], *sizes, below, seeds, f"{m['steps']:,}", gain
 
     rows = [row(m) for m in models.values()]
     for name, what in (("all", "all training tokens"), ("seen", "the tokens that the models see")) if ngram else ():

@@ -12,24 +12,23 @@ from pathlib import Path
 
 import torch
 
-from krause_repro.ablation import (
-    ablation_names, averaged_effects, cell_table, difference_table, load_or_run_grid, plain_answers, single_changes,
-)
+from .ablations import ablation_names, averaged_effects, cell_table, difference_table, plain_answers, single_changes
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
 from .claims import CLAIMS, VERDICTS, claims_table, judged
-from krause_repro.evaluation import (
-    CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, finished_runs, is_undertrained, planned_table, read_plan, trained_table,
-)
-from .fine_tuning_evaluation import TOKEN_LOSS, fine_tuned_models, fine_tuning_table
+from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, is_undertrained
+from .fine_tuning_evaluation import fine_tuned_models, fine_tuning_table
 from .flops import component_macs
-from .generation_evaluation import GENERATOR_LABELS, IMAGE_BITS, bits_table
+from .generation_evaluation import GENERATOR_LABELS, bits_table
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
 from .language_benchmarks import zero_shot_table
-from .language_model_evaluation import MIXER_LABELS, TEXT_BITS, language_model_table
+from .language_model_evaluation import MIXER_LABELS, language_model_table
 from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
+from krause_repro.plans import (
+    IMAGE_BITS, TEXT_BITS, TOKEN_LOSS, finished_runs, load_or_run_grid, planned_table, read_plan, trained_table,
+)
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
@@ -382,7 +381,7 @@ def generation_section(
     note = (f"{finished_runs(models, plans[0]['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
             f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
     speed = load_result("generation_speed", "desk", root, missing_ok=True)
-    tables = trained_table(models, IMAGE_BITS, plans[0]["flat_gain"]), bits_table(results, counts)
+    tables = trained_table(models, IMAGE_BITS, IMAGE_BITS.flat_gain(plans[0])), bits_table(results, counts)
     tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
     return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
 
@@ -408,7 +407,7 @@ def language_section(
     models = {name: {"label": label, **(results.get(name) or {})} for name, label in names.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
-        f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan["flat_gain"]),
+        f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, TEXT_BITS.flat_gain(plan)),
         planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %, on random items:",
         zero_shot_table(zero_shot_results("desk", root), {}),
     ])
@@ -422,7 +421,8 @@ def fine_tuning_section(
     for data in FINE_TUNING_BY_PROFILE["desk"]:
         plan, models = read_plan(data, root), fine_tuned_models(stored_results("desk", data, root=root))
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
-                  trained_table(models, TOKEN_LOSS, plan["flat_gain"]), planned_table(models, plan, TOKEN_LOSS), fine_tuning_table(models)]
+                  trained_table(models, TOKEN_LOSS, TOKEN_LOSS.flat_gain(plan)), planned_table(models, plan, TOKEN_LOSS),
+                  fine_tuning_table(models)]
     return "\n\n".join([*parts, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
 
 

@@ -10,18 +10,15 @@ import torch
 from cases import over
 
 from krause_repro import cli, evaluation
-from krause_repro.ablation import (
+from krause_repro.ablations import (
     ABLATION_CELLS,
     ABLATION_CONTROLS,
-    PLANNED_RESULTS,
     averaged_effects,
     cell_table,
     difference_table,
     factor_effect,
-    load_or_run_grid,
     paper_steps,
     plain_answers,
-    planned_experiment,
     single_changes,
 )
 from krause_repro.checks import UserError
@@ -29,7 +26,6 @@ from krause_repro.evaluation import (
     CLASSIFIER_LABELS,
     FLAT_GAIN,
     FLAT_SHARE,
-    Measure,
     add_seeds,
     altered_note,
     curve,
@@ -38,17 +34,27 @@ from krause_repro.evaluation import (
     is_undertrained,
     last_gain,
     learned_sigma,
-    planned_table,
     provenance_table,
-    read_plan,
     save_finished,
     test_accuracy,
     train_seeds,
-    trained_table,
     training_curves,
-    unplanned_differences,
 )
 from krause_repro.image_data import Collator, load_splits
+from krause_repro.plans import (
+    ACCURACY,
+    PLANS,
+    TEXT_BITS,
+    Measure,
+    load_or_run_grid,
+    means_so_far,
+    planned_difference,
+    planned_experiment,
+    planned_table,
+    read_plan,
+    trained_table,
+    unplanned_differences,
+)
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import git_output, project_root, read_json
 from krause_repro.results import save_result
@@ -443,16 +449,28 @@ def test_the_plans_table_names_what_is_not_trained_and_its_commit():
 def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     falling = {"held_out": {"steps": [0, 5, 10], "mean": [3.0, 2.5, 2.25]}}
     assert last_gain(falling) == pytest.approx(0.25) and is_undertrained(falling, 0.25) and not is_undertrained(falling, 0.26)
-    bits = Measure("bits", "test bits", "bits", "held_out_bits")
+    bits = Measure("bits", "test bits", "bits", held_out="held_out_bits")
     models = {"a": {"label": "A", "bits": summarise([1.0, 1.1]), "seeds": [0, 1]},
               "b": {"label": "B", "bits": summarise([1.2, 1.3]), "seeds": [0, 1]}}
     plan = {"comparisons": [["a", "b"]], "smallest_difference": 0.1, "commit": None, "counts_as_a_difference": "big", "seeds": [0, 1]}
     assert planned_table(models, plan, bits).splitlines()[2] == "| A − B | 2 (seeds 0, 1) | -0.200 | -0.200 to -0.200 | lower |"
     models["a"] |= {"trainable": 7, "held_out_bits": summarise([2.0]), "curves": falling, "seconds": {"values": [90]}}
+    assert planned_difference(plan, models, "a", "b", bits)["finished"] and planned_difference(plan, models, "a", "b", ACCURACY) is None
+    assert not planned_difference({**plan, "seeds": [0, 1, 2]}, models, "a", "b", bits)["finished"]
+    assert planned_difference(plan, {**models, "b": {**models["b"], "seeds": [2, 3]}}, "a", "b", bits) is None
     lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
     assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell at the end of training, bits "
                         "| minutes per run |")
     assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 2 (seeds 0, 1) | 2.000 | +0.250 | 2 |" and lines[4] == "Not finished: C."
+
+
+def test_a_plan_in_nats_is_applied_to_curves_in_bits():
+    held_out = {"epochs": [3, 4], "mean": [5.025, 5.0]}  # 0.025 bits are 0.017 nats
+    result = {"bits_per_token": summarise([5.0]), "seeds": [0], "curves": {"held_out": held_out}}
+    plan = {"flat_gain": 0.02, "seeds": [0]}
+    assert means_so_far(plan, {"a": result}, TEXT_BITS, {"a": "A"}) == "A 5.000 (1 seed)"
+    held_out["mean"][0] = 5.03
+    assert means_so_far(plan, {"a": result}, TEXT_BITS, {"a": "A"}, 1) == "A 5.0 (1 seed, undertrained)"
 
 
 @pytest.mark.parametrize("name", ["mnist", "questions", "textbooks", "language_models"])
@@ -464,7 +482,7 @@ def test_other_plans_are_about_recipes_too(name):
 
 def test_a_plan_names_the_commit_before_its_runs_and_none_once_it_is_changed(tmp_path):
     folder, known = project_root() / "results", set()
-    for name, (results, *_) in PLANNED_RESULTS.items():
+    for name, (results, *_) in PLANS.items():
         plan = read_plan(name)
         commit, own = plan["commit"], {model.partition("/")[0] for model in plan["models"] if model not in plan.get("earlier", ())}
         if git_output("cat-file", "-t", commit, folder=folder) == "commit":  # else a shallow clone, or none

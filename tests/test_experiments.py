@@ -7,12 +7,13 @@ import pytest
 
 from krause_repro import image_data, image_recipes
 from krause_repro.drawing import figure_files, read_figure
-from krause_repro.evaluation import CLASSIFIER_LABELS, read_plan
+from krause_repro.evaluation import CLASSIFIER_LABELS
 from krause_repro.flops import COUNTED
 from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.generation_recipes import GENERATORS
 from krause_repro.image_recipes import SUPPORTS, ablation_name
 from krause_repro.language_recipes import LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
+from krause_repro.plans import read_plan
 from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, TEXT_SPEED, get_recipe
 from krause_repro.records import project_root
 from krause_repro.reference import SCORES

@@ -8,7 +8,6 @@ import subprocess
 import pytest
 
 from krause_repro import claims, results
-from krause_repro.ablation import PLANNED_RESULTS, planned_results
 from krause_repro.claims import (
     CLAIMS,
     DOES_NOT_HOLD,
@@ -17,8 +16,8 @@ from krause_repro.claims import (
     NOT_SHOWN,
     UNDECIDED,
     claim_text,
-    planned_difference,
 )
+from krause_repro.plans import PLANS, planned_difference, planned_results
 from krause_repro.recipe_base import published_tables
 from krause_repro.recipes import SINKS, get_recipe
 from krause_repro.records import project_root
@@ -237,14 +236,14 @@ def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
     monkeypatch.setattr(results, "read_json", lambda path, remedy: opened.add(path) or read(path, remedy))
     for make in (*README_BLOCKS.values(), results_page):
         make()
-    planned = {*(folder for folder, *_ in PLANNED_RESULTS.values()), "language_model_tasks"}  # made one by one
+    planned = {*(folder for folder, _ in PLANS.values()), "language_model_tasks"}  # made one by one
     folders = {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened}
     assert folders - planned == set(README_RESULTS)
 
 
 def planned_runs(root, plan, values):
     "Results of every model of a plan with all seeds; by recipe name: one number a seed."
-    folder, field, _ = PLANNED_RESULTS[plan]
+    folder, field = PLANS[plan][0], PLANS[plan][1].field
     for name in planned_results(plan, root)[0]["models"]:
         recipe, numbers = get_recipe(name).at("desk"), summarise(values.get(name, [0.5, 0.51, 0.52]))
         flat = {"mean": [0.7, 0.7], "sd": [0, 0]}
@@ -275,16 +274,15 @@ def test_a_verdict_follows_from_the_plan_once_its_seeds_are_finished(committed, 
         planned_runs(committed, each, values)
     assert CLAIMS[claim].judge(committed).verdict == verdict
     assert "finished so far" not in claim_text(claim, committed)
-    folder, field, better = PLANNED_RESULTS[plan]
-    found, grid = planned_results(plan, committed)
+    measure, (found, grid) = PLANS[plan][1], planned_results(plan, committed)
     first, second = found["comparisons"][0]
-    assert planned_difference(plan, found, {**grid, second: None}, first, second) is None
-    part = {**grid[first], "seeds": [0, 1], field: summarise([0.1, 0.2])}
-    assert planned_difference(plan, found, {**grid, first: part}, first, second) is None
+    assert planned_difference(found, {**grid, second: None}, first, second, measure) is None
+    part = {**grid[first], "seeds": [0, 1], measure.field: summarise([0.1, 0.2])}
+    assert not planned_difference(found, {**grid, first: part}, first, second, measure)["finished"]
 
 
 def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed):
-    for folder, *_ in PLANNED_RESULTS.values():
+    for folder, _ in PLANS.values():
         shutil.rmtree(committed / "results" / "desk" / folder, ignore_errors=True)
     verdicts = {name: claim.judge(committed).verdict for name, claim in CLAIMS.items()}
     untested = [name for name, verdict in verdicts.items() if verdict == UNDECIDED]
@@ -298,7 +296,7 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
         return done.stdout.split() if done.returncode == 0 else []
 
     if git("cat-file", "-t", "955f128") == ["commit"]:  # else a shallow clone, or none
-        plans = (f"results/plans/{plan}.json" for plan in PLANNED_RESULTS)
+        plans = (f"results/plans/{plan}.json" for plan in PLANS)
         first = {git("log", "--format=%h", "--abbrev=7", "--", plan)[-1] for plan in plans}
         assert len(named) == 8 and first | {"955f128"} == set(named)
 
