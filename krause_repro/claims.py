@@ -195,7 +195,7 @@ def _judge_accuracy(root):
     beside = (f"a residual convolutional network of as many parameters, added when the other test results were known, reaches "
               f"{percent(network['test_accuracy'])}% ({plural(len(network['seeds']), 'seed')})") if network else ""
     small = (f"the models are small ({size_in_words('kvit_s/cifar10')}), and {len(rising)} of the {sum(map(bool, results.values()))} "
-             "transformers were still improving")
+             "transformers were still improving; the learning rate was chosen on the post-norm ViT")
     return Finding(cifar["verdict"], numbers, tuple(filter(None, evidence)),
                    f"KViT minus ViT on CIFAR-10: {effect(cifar)} points, {plural(len(cifar['seeds']), 'seed')}; with LayerNorm in the same "
                    f"place in both: {effect(post)}, {told}.", "; ".join(filter(None, (small, beside, altered_note(results).rstrip(".")))))
@@ -233,10 +233,13 @@ def _judge_parts(root):
     ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())
     words = set(told.values())
     verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else UNDECIDED
+    gains = [last_gain(results[name]["curves"]) for name in PARTS["top-k"]] if "top-k" in effects else []
+    still = "; in the last part of training KViT gained {:.2f} points, without top-k {:.2f}"
+    still = still.format(*(100 * gain for gain in gains)) if gains and None not in gains else ""
     parts = "; ".join(f"{PART_TESTS[part]}: {effect(each)} points, {told[part]}" for part, each in effects.items()) or "nothing is finished"
     return Finding(verdict, f"CIFAR-10: {ours}" if ours else "not finished", tuple(evidence), f"On CIFAR-10, {parts}.",
                    "the question is ours: the paper does not claim that each part helps, and top-k costs "
-                   f"{-_published_parts()['top-k']:.2f} points in its Table 13, too; no comparison was planned for the window alone")
+                   f"{-_published_parts()['top-k']:.2f} points in its Table 13, too; no comparison was planned for the window alone{still}")
 
 def _published_parts() -> dict[str, float]:
     "Points that each step of Table 13 adds."
@@ -366,7 +369,8 @@ def _judge_sinks(root):
     told = (f"Averaged over all queries, as in the paper, attention on the first token falls from {n['base']:.2f} in the base model to "
             f"{n['branch']:.2f} in a Krause branch beside its attention; cutting the base model's attention at the branch's window leaves "
             f"{n['cut']:.2f}. Queries that see the first token give it {decimals(n['seeing'][0], 2)} in the branch, "
-            f"{decimals(n['seeing'][1], 2)} in the base model (± over passages){weaker}.")
+            f"{decimals(n['seeing'][1], 2)} in the base model (± over passages){weaker}. With the retained softmax attention, mixed by the "
+            f"gate, the first token receives {n['mixed']:.2f}.")
     return Finding(verdict, f"{n['base']:.2f} → {n['branch']:.2f}, window alone {n['cut']:.2f}; where visible {n['base_near']:.2f} → "
                    f"{n['near']:.2f}", tuple(evidence), told, f"this is one seed of SmolLM2-135M {n['when']}")
 
