@@ -161,17 +161,14 @@ def textbooks(
 def open_source(
     name: str,  # key of `CORPORA`
     source: str | Path | None = None,  # the user's file or folder; if given, no other place is searched
-    download: bool = True,  # may it be downloaded?
     revision: str | None = None,  # on the hub; None: the newest
 ) -> TextSource | StreamSource:
     "The documents of a corpus. Raises `UserError` if a text has too few of them for one in each split."
     spec = CORPORA[name]
     if spec.hub:
-        if source is None and not download:
-            raise FileNotFoundError(f"no {name} on this machine; build it where the hub can be reached with: krause-repro data {name}")
         return _stream(spec, None if source is None else Path(source), revision)
     if name == "shakespeare":
-        found = TextSource(list(shakespeare_text(source, download).values()), name)
+        found = TextSource(list(shakespeare_text(source).values()), name)
     else:
         path = _find_text(name, source)
         found = TextSource(read_documents(path), path.name)
@@ -539,7 +536,6 @@ def load_corpus(
     source: str | Path | None = None,  # the user's text file or folder of texts, or a folder with a finished corpus
     folder: str | Path | None = None,  # where corpora are built; None: `corpora` in the language folder (page 29)
     tokenizer: str | Path | None = None,  # a folder or a name on the hub, instead of training one
-    download: bool = True,  # may the text be downloaded?
     build: bool = True,  # may it be built?
 ) -> Corpus:
     "Open a corpus; build it first if it is not there. Raises `UserError` and `FileNotFoundError` that name what is wrong or missing."
@@ -555,12 +551,12 @@ def load_corpus(
         vocab_size, tokenizer = CORPORA[name].vocab_size, CORPORA[name].tokenizer
     if source is not None and (Path(source) / MANIFEST).is_file():
         return _check_request(open_corpus(source), name, vocab_size, tokenizer, None)
-    text = None if source is None else open_source(name, source, download)
+    text = None if source is None else open_source(name, source)
     label = f"bpe{vocab_size}" if tokenizer is None else str(tokenizer).strip("/").replace("/", "--")
     folder = language_folder() / "corpora" if folder is None else Path(folder)
     path = _text_folder(folder, label, text) if name == "text" else folder / f"{name}-{label}"
     if build:
-        _build_missing(path, name, vocab_size, tokenizer, text, download)
+        _build_missing(path, name, vocab_size, tokenizer, text)
     elif not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"no corpus was built of {source or name}, as training on it does: there is no {path}")
     return _check_request(open_corpus(path), name, vocab_size, tokenizer, text)
@@ -578,14 +574,14 @@ def _text_folder(folder, label, text):
     return built[0] if built else earlier  # which cannot be built without a source
 
 
-def _build_missing(path, name, vocab_size, tokenizer, text, download):
+def _build_missing(path, name, vocab_size, tokenizer, text):
     if (path / MANIFEST).is_file():
         return
     with locked(path):
         if not (path / MANIFEST).is_file():  # else another process was faster
             remove_leftovers(path)
             begun = _begun(path) or {"source": {}}
-            found = open_source(name, None, download, begun["source"].get("revision")) if text is None else text
+            found = open_source(name, None, begun["source"].get("revision")) if text is None else text
             build_corpus(path, name, found, vocab_size, tokenizer)
 
 

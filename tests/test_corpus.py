@@ -392,6 +392,18 @@ def test_no_other_file_is_taken_for_a_known_text(no_downloads, name):
         open_source(name)
 
 
+def test_without_a_hub_the_error_says_which_texts_need_none(no_downloads, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    with pytest.raises(FileNotFoundError, match="fineweb-edu could not be loaded .*not known.*or use another text: openstax"):
+        load_corpus("fineweb_edu")
+    assert not list(no_downloads.rglob("*.*"))
+
+
 def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path):
     assert load_corpus("text", VOCAB, built.path).manifest == built.manifest
     with pytest.raises(ValueError, match="is the corpus text with 300 tokens, not novels"):

