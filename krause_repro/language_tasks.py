@@ -21,7 +21,7 @@ import yaml
 
 from .checks import MissingPackageError, UserError, check_integer, is_unicode, nearest_name
 from .language_data import MARKER, hub_errors
-from .records import read_text
+from .records import parse_json, read_json, read_text
 
 # %% ../nbs/46_language_tasks.ipynb #5dde2272
 _PAIR = {"premise": str, "hypothesis": str, "label": range(3)}
@@ -198,18 +198,13 @@ def _as_published(data, item):
     return item
 
 
-def _json(content, place):
-    "The content of JSON in UTF-8."
-    try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON: {error}") from error
+REMEDY = "correct it, or name another file as source"
 
 
 def _read_lines(files, data):
     "The items of published files; PIQA's labels are in a file beside its items."
     lines = ((file, number, line) for file in files for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip())
-    items = [_json(line, f"{file}, line {number},") for file, number, line in lines]
+    items = [parse_json(line, f"{file}, line {number},", REMEDY) for file, number, line in lines]
     if data == "piqa":
         labels = read_text(files[0].parent / "valid-labels.lst").split()
         if len(labels) != len(items):
@@ -231,7 +226,7 @@ def read_task_items(
         also = f" or {PUBLISHED_FILES[data]}" if data in PUBLISHED_FILES else ""
         raise FileNotFoundError(
             f"source: there is no file {file}; allowed: hub, local, a JSON file of items, or a folder with {data}.json{also}")
-    items = _json(file.read_bytes(), file) if file.is_file() else _read_lines(published, data)
+    items = read_json(file, REMEDY) if file.is_file() else _read_lines(published, data)
     return check_items(task, items, file if file.is_file() else published[0])
 
 # %% ../nbs/46_language_tasks.ipynb #9383b64d

@@ -179,15 +179,24 @@ def read_text(
         raise UserError(f"{path} is not text in UTF-8 ({error})") from error
 
 # %% ../nbs/20_records.ipynb #3924a9b1
+def parse_json(
+    content: bytes,  # JSON in UTF-8
+    place: str | Path,  # where it is from, such as a file, for the message
+    remedy: str,  # for damaged content, for the message
+) -> object:
+    "The value in JSON. Raises `UserError` that names the place and the remedy."
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON ({error}); {remedy}") from error
+
+
 def read_json(
     path: str | Path,  # file to read
     remedy: str = "delete it and make it again",  # for a damaged file, for the message
 ) -> object:
     "Read JSON from `path`. Raises `UserError` that names a damaged file and the remedy."
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    return parse_json(Path(path).read_bytes(), path, remedy)
 
 # %% ../nbs/20_records.ipynb #44cb3451
 def remove_leftovers(

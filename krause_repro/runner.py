@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .checks import UserError, did_you_mean
-from .records import atomic_write, copy_file, git_state, locked, project_root, remove_leftovers
+from .records import atomic_write, copy_file, git_state, locked, project_root, read_json, remove_leftovers
 
 # %% ../nbs/58_runner.ipynb #10b4482f
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ def read_notebook(
     remedy: str,  # how to fix a damaged notebook, for the message
 ) -> dict:
     "The JSON of a notebook. Raises `ValueError` with the file's name if it is damaged."
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    notebook = read_json(path, remedy)
     if not (isinstance(notebook, dict) and isinstance(notebook.get("metadata"), dict) and isinstance(notebook.get("cells"), list)):
         raise UserError(f"{path} is damaged (it has no metadata or no list of cells); {remedy}")
     for place, cell in enumerate(notebook["cells"], 1):

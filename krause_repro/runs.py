@@ -23,7 +23,7 @@ from .checks import UserError, check_path
 from .corpus import Corpus
 from .image_files import data_origin
 from .recipes import get_recipe
-from .records import DIGESTS, atomic_write, damage, project_root, read_json, write_digests
+from .records import DIGESTS, atomic_write, damage, parse_json, project_root, read_json, write_digests
 from .tasks import TrainedRecipe, recipe_corpus, task_of
 
 # %% ../nbs/35_runs.ipynb #4c8a6461
@@ -86,10 +86,8 @@ class Run:
     def metrics(self) -> list[dict]:
         "All logged lines."
         path = self.path / "metrics.jsonl"
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); {self.remedy}") from error
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        return [parse_json(line, f"{path}, line {number},", self.remedy) for number, line in lines]
 
     def model(self) -> PreTrainedModel:
         "The selected model in eval mode. Raises `UserError` or `FileNotFoundError` that names a damaged or missing file."

@@ -305,7 +305,7 @@ def test_downloads_without_a_home(tmp_path, monkeypatch):
 
 
 def test_damaged_json_is_named(tmp_path):
-    for content in (b'{"a": ', b'"\xf6"'):
+    for content in (b'{"a": ', b'"\xf6"', b"[" * 99_999):
         (tmp_path / "file.json").write_bytes(content)
         with pytest.raises(ValueError, match="file.json is not valid JSON .*; delete it and make it again"):
             read_json(tmp_path / "file.json")

@@ -938,9 +938,13 @@ def test_a_saved_recipe_that_contradicts_its_fingerprint_is_named(copied, start)
 
 
 def test_a_damaged_log_is_named(copied):
-    cut(copied.path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="metrics.jsonl is damaged"):
-        copied.metrics()
+    path = copied.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for wrong in (b'{"loss": ', b"\xff", b"[" * 99_999):
+        path.write_bytes(whole + wrong)
+        last = len(whole.splitlines()) + 1
+        with pytest.raises(UserError, match=f"metrics.jsonl, line {last}, is not valid JSON .*; remove .*restart=True"):
+            copied.metrics()
 
 
 @over(("name", "content", "ask"), [
