@@ -13,7 +13,7 @@ from krause_repro.image_recipes import (
     COUNTS, FOLDER_DATASETS, IMAGE_DATASETS, SUBSETS, TRAINING, ImageClassificationRecipe, check_heads, image_classification_recipes,
 )
 from .image_transformer import ATTENTIONS, ImageTransformerConfig
-from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, one_of, or_none, published_tables, tuples
+from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, one_of, or_none, published_row, tuples
 
 # %% ../nbs/24_generation_recipes.ipynb #5c7cc851
 @dataclass(frozen=True)
@@ -137,13 +137,6 @@ def feature_classifiers() -> dict[str, ImageClassificationRecipe]:
 CLASSIFIERS = {"mnist": "vit_t/mnist", "digits": "vit_t/digits", "fashion_mnist": "vit_t/fashion_mnist", "cifar10": "vit_s/cifar10"}
 
 # %% ../nbs/24_generation_recipes.ipynb #cd535c0a
-def published_row(table: str, row: str) -> dict:
-    "A row of a published table by its first column; empty if there is none."
-    published = published_tables().get(table, {"rows": []})
-    found = next((r for r in published["rows"] if r[0] == row), None)
-    return {"table": table, **dict(zip(published["columns"], found, strict=True))} if found else {}
-
-
 def generation_recipes() -> dict[str, ImageGenerationRecipe]:
     "KARM, ARM and LARM on the paper's data sets and ours, KARM without window, top-k or both (Table 16), and ARM on KARM's window."
     recipes = {}

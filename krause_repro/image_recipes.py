@@ -12,7 +12,7 @@ from typing import ClassVar
 from .baselines import PixelClassifierConfig
 from .checks import UserError
 from krause_repro.recipe_base import (
-    FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Allowed, Recipe, integers, one_of, or_none, published_tables, tuples,
+    FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, Allowed, Recipe, integers, one_of, or_none, published_row, published_tables, tuples,
 )
 from .reference import METRICS, SCORES
 from .swin import SWIN_SIZES, SwinClassifierConfig
@@ -41,6 +41,14 @@ def check_heads(
     "Raise `UserError` unless `heads` divides `width`."
     if recipe.width % recipe.heads:
         raise UserError(f"heads must divide width = {recipe.width}, got {recipe.heads}")
+
+
+def check_batch_size(
+    recipe: Recipe,  # with fields batch_size and per_device_batch_size
+) -> None:
+    "Raise `UserError` unless `per_device_batch_size` divides `batch_size`."
+    if recipe.batch_size % recipe.per_device_batch_size:
+        raise UserError(f"batch_size = {recipe.batch_size} must be a multiple of per_device_batch_size, {recipe.per_device_batch_size}")
 
 
 def _check_warmup(recipe: Recipe) -> None:
@@ -206,11 +214,9 @@ def image_classification_recipes() -> dict[str, ImageClassificationRecipe]:
     "A recipe for each row of the paper's Tables 1, 2, 3 and 12."
     recipes = {}
     for dataset, data in IMAGE_DATA.items():
-        table = published_tables()[data["table"]]
-        for row in table["rows"]:
-            name = row_name(dataset, row[0])
-            published = {"table": data["table"], **dict(zip(table["columns"], row, strict=True))}
-            recipes[name] = ImageClassificationRecipe(name=name, published=published, **image_settings(dataset, row[0]))
+        for row, *_ in published_tables()[data["table"]]["rows"]:
+            name, published = row_name(dataset, row), published_row(data["table"], row)
+            recipes[name] = ImageClassificationRecipe(name=name, published=published, **image_settings(dataset, row))
     return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #30a072ee
@@ -233,6 +239,15 @@ class RandomSupportRecipe(ImageClassificationRecipe):
     def config(self) -> VisionTransformerConfig:
         "The configuration of the model."
         return VisionTransformerConfig(**{**super().config.to_dict(), "attention_random_seed": self.random_support})
+
+# %% ../nbs/23_image_recipes.ipynb #99107221
+def as_kind(
+    recipe: Recipe,
+    kind: type[Recipe],  # with the recipe's fields, and its own
+    **changes: object,  # by field
+) -> Recipe:
+    "The recipe as another kind."
+    return kind(**{each.name: getattr(recipe, each.name) for each in fields(recipe)} | changes)
 
 # %% ../nbs/23_image_recipes.ipynb #03018091
 SUPPORTS = {"full": {"radius": None, "top_k": None}, "local": {"top_k": None}, "local_top_k": {}}  # changes to KViT
@@ -258,9 +273,7 @@ def ablation_recipes() -> dict[str, ImageClassificationRecipe]:
     cells["ablation_fixed_sigma/fashion_mnist"] = {"learn_sigma": False}
 
     def changed(name, change, kind=ImageClassificationRecipe):
-        common = {f.name: getattr(kvit, f.name) for f in fields(kvit)}
-        unpublished = tuple(dict.fromkeys((*kvit.unpublished, *change)))
-        return kind(**{**common, "name": name, "published": {}, "unpublished": unpublished, **change})
+        return as_kind(kvit, kind, name=name, published={}, unpublished=tuple(dict.fromkeys((*kvit.unpublished, *change))), **change)
 
     recipes = {name: changed(name, change) for name, change in cells.items() if name not in (kvit.name, POST_NORM_VIT.name)}
     for support in ("local", "local_top_k"):
@@ -277,9 +290,9 @@ TABLE_13 = {
 
 def published_ablation_recipes() -> dict[str, ImageClassificationRecipe]:
     "A recipe for each row of the paper's Table 13 that is not in Table 1."
-    kvit, table = image_classification_recipes()["kvit_s/cifar10"], published_tables()["table13_kvit_ablation"]
-    published = {row[0]: {"table": "table13_kvit_ablation", **dict(zip(table["columns"], row, strict=True))} for row in table["rows"]}
-    return {name: replace(kvit, name=name, published=published[row], **SUPPORTS[support]) for row, (name, support) in TABLE_13.items()}
+    kvit = image_classification_recipes()["kvit_s/cifar10"]
+    return {name: replace(kvit, name=name, published=published_row("table13_kvit_ablation", row), **SUPPORTS[support])
+            for row, (name, support) in TABLE_13.items()}
 
 # %% ../nbs/23_image_recipes.ipynb #2f9d61ca
 CIFAR_CONTROLS = {  # changes to KViT-S
@@ -329,11 +342,10 @@ def baseline_recipes() -> dict[str, PixelRecipe]:
     vits, recipes = {"cifar10": "vit_s/cifar10", "fashion_mnist": "vit_t/fashion_mnist"}, {}
     for name, each in stages.items():
         vit = image_classification_recipes()[vits[name.partition("/")[2]]]
-        common = {f.name: getattr(vit, f.name) for f in fields(vit)} | {"published": {}}
-        if vit.dataset == "fashion_mnist":  # augmentation would cost a linear model several points
-            common |= {"augmentation": "none", "label_smoothing": 0.0}
+        plain = {"augmentation": "none", "label_smoothing": 0.0}  # augmentation would cost a linear model several points
+        change = plain if vit.dataset == "fashion_mnist" else {}
         kind, own = (ResidualRecipe, ("stages", "blocks")) if name.startswith("residual") else (PixelRecipe, ("stages",))
-        recipes[name] = kind(**{**common, "name": name, "stages": each, "unpublished": (*UNPUBLISHED, "held_out", *own)})
+        recipes[name] = as_kind(vit, kind, name=name, published={}, stages=each, unpublished=(*UNPUBLISHED, "held_out", *own), **change)
     return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #4052b462
@@ -391,13 +403,13 @@ UNPUBLISHED_SWIN = ("window", *(name for name in UNPUBLISHED if name not in ("ra
 
 def swin_recipes() -> dict[str, SwinRecipe]:
     "A recipe for each row of the paper's Table 14, and the two T models on Fashion-MNIST (ours)."
-    recipes, table = {}, published_tables()["table14_swin"]
-    for row in table["rows"]:
-        (family, size, _, _), name = parse_row(row[0]), row_name("cifar10", row[0])
+    recipes = {}
+    for row, *_ in published_tables()["table14_swin"]["rows"]:
+        (family, size, _, _), name = parse_row(row), row_name("cifar10", row)
         depths, unpublished = SWIN_SIZES[size]["depths"], () if size == "T" else UNPUBLISHED_SWIN
         recipes[name] = SwinRecipe(
             name=name, score="krause" if family == "kswin" else "softmax", depths=depths, depth=sum(depths),
-            published={"table": "table14_swin", **dict(zip(table["columns"], row, strict=True))}, unpublished=(*unpublished, "held_out"),
+            published=published_row("table14_swin", row), unpublished=(*unpublished, "held_out"),
         )
     for family in ("kswin", "swin"):
         name, unpublished = f"{family}_t/fashion_mnist", (*UNPUBLISHED_SWIN, "held_out", "patch_size")
@@ -421,6 +433,5 @@ def photograph_recipes() -> dict[str, PhotographRecipe]:
     for family in ("kvit", "vit"):
         imagenet, name = image_classification_recipes()[f"{family}_s16/imagenet"], f"{family}_s16/photographs"
         changed = {"dataset": "photographs", "classes": 2, "batch_size": 16, "epochs": 30, "warmup_epochs": 3, "held_out": 8}
-        common = {f.name: getattr(imagenet, f.name) for f in fields(imagenet)}
-        recipes[name] = PhotographRecipe(**{**common, **changed, "name": name, "published": {}, "unpublished": tuple(changed)})
+        recipes[name] = as_kind(imagenet, PhotographRecipe, name=name, published={}, unpublished=tuple(changed), **changed)
     return recipes

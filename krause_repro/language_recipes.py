@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .checks import UserError
-from .generation_recipes import published_row
-from .image_recipes import TRAINING, check_heads
+from .image_recipes import TRAINING, check_batch_size, check_heads
 from .language_model import MIXERS, UNPACKED, LanguageModelConfig
 from .llm_branch import BranchSettings
-from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, is_number, one_of, or_none, tuples
+from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integers, is_number, one_of, or_none, published_row, tuples
 
 # %% ../nbs/25_language_recipes.ipynb #7d4861b2
 FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
@@ -63,8 +62,7 @@ class FineTuningRecipe(Recipe):
     def check_together(self):
         if self.top_k > self.window:
             raise UserError(f"top_k must be at most window = {self.window}, got {self.top_k}")
-        if self.batch_size % self.per_device_batch_size:
-            raise UserError(f"batch_size = {self.batch_size} must be a multiple of per_device_batch_size, {self.per_device_batch_size}")
+        check_batch_size(self)
 
     def changes(self, profile):
         return FINE_TUNING_PROFILES[profile] | (FINE_TUNING_DATA[self.dataset].get(profile, {}))
@@ -195,8 +193,7 @@ class LanguageModelRecipe(PackedRecipe):
 
     def check_together(self):
         check_heads(self)
-        if self.batch_size % self.per_device_batch_size:
-            raise UserError(f"batch_size = {self.batch_size} must be a multiple of per_device_batch_size, {self.per_device_batch_size}")
+        check_batch_size(self)
         if self.gradient_checkpointing and self.mixer == "routing":
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
         if self.document_mask and self.mixer in UNPACKED:

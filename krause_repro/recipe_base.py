@@ -27,6 +27,16 @@ def published_tables() -> dict[str, dict]:
     "The paper's published tables by name: title, source, columns, rows and notes."
     return json.loads(files("krause_repro").joinpath("published.json").read_text(encoding="utf-8"))
 
+# %% ../nbs/22_recipe_base.ipynb #57bd3087
+def published_row(
+    table: str | None,  # key of `published_tables()`
+    row: str | None,  # its first column
+) -> dict[str, object]:
+    "The table's name and the row's values by column; empty if there is none."
+    published = published_tables().get(table, {"rows": []})
+    found = next((r for r in published["rows"] if r[0] == row), None)
+    return {"table": table, **dict(zip(published["columns"], found, strict=True))} if found else {}
+
 # %% ../nbs/22_recipe_base.ipynb #8034da69
 @dataclass(frozen=True)
 class Allowed:
