@@ -26,12 +26,12 @@ from torchvision.transforms import InterpolationMode, v2
 from .checks import UserError, check_choice, check_integer
 from .generation_recipes import ImageGenerationRecipe
 from krause_repro.image_files import (
-    DAMAGE, DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, download_folder, find_source,
-    has_published_layout, photograph_folder, read_cifar, read_idx_images, read_parquet, unpack_package,
+    DAMAGE, DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, find_source, has_published_layout,
+    photograph_folder, read_cifar, read_idx_images, read_parquet, unpack_package,
 )
 from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from .image_transformer import image_tokens
-from .records import file_digest, read_json, write_json
+from .records import cache_folder, file_digest, read_json, write_json
 
 # %% ../nbs/28_image_data.ipynb #dd366f53
 class ImageSet(Dataset):
@@ -137,7 +137,7 @@ def scan(
     for path in paths:
         state = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a broken link
         facts.update(f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}\n".encode())
-    kept = download_folder() / "scans" / f"{facts.hexdigest()[:32]}.json"
+    kept = cache_folder() / "scans" / f"{facts.hexdigest()[:32]}.json"
     if kept.is_file():
         return read_json(kept)
     found = damaged_images(paths)
@@ -285,8 +285,8 @@ def fetch(
             raise
         tried = [str(lacking)]
     if name == "photographs":
-        return photograph_folder(download_folder() / name)
-    ways = [lambda: unpack_package(spec.package, spec.package_folder, download_folder() / IDX_FOLDERS[name])] if spec.package else []
+        return photograph_folder(cache_folder() / name)
+    ways = [lambda: unpack_package(spec.package, spec.package_folder, cache_folder() / IDX_FOLDERS[name])] if spec.package else []
     for way in (*ways, lambda: download_dataset(name)):
         try:
             way()
@@ -294,7 +294,7 @@ def fetch(
         except (OSError, RuntimeError, ValueError) as error:
             tried.append(str(error))
     package = f"install the package {spec.package} (sudo apt-get install {spec.package}) or " if spec.package else ""
-    raise FileNotFoundError(f"{'; '.join(tried)}. By hand: {package}put the files of {name} into {download_folder()}")
+    raise FileNotFoundError(f"{'; '.join(tried)}. By hand: {package}put the files of {name} into {cache_folder()}")
 
 # %% ../nbs/28_image_data.ipynb #acfdbaab
 SPLIT_SEED = 3407

@@ -86,9 +86,6 @@ def check_unreadable(
     check_choice("unreadable", unreadable, UNREADABLE)
     return unreadable
 
-# %% ../nbs/27_image_files.ipynb #f7e79158
-download_folder = cache_folder
-
 # %% ../nbs/27_image_files.ipynb #9566ae50
 FASHION_MNIST_FILES = {  # SHA-256 of the uncompressed files
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -173,7 +170,7 @@ def find_source(
         if source is not None:
             raise UserError(f"source must not be given for {name}, which is made from data of scikit-learn; got {source}")
         return Path(importlib.util.find_spec("sklearn.datasets").origin).parent
-    base = download_folder()
+    base = cache_folder()
     places = [base, base / name]
     if name == "fashion_mnist":
         places = [base / IDX_FOLDERS[name], base]
@@ -224,7 +221,7 @@ def unpack_package(
     "Download a Debian package and unpack its files, without root privileges. Raises `OSError` if that fails."
     if missing := [each for each in ("apt-get", "dpkg-deb") if shutil.which(each) is None]:
         raise FileNotFoundError(f"no {missing[0]} on this machine")
-    with scratch_folder(download_folder()) as work:
+    with scratch_folder(cache_folder()) as work:
         for each in ("lists/partial", "cache/archives/partial"):
             (work / each).mkdir(parents=True)
         own = [f"Dir::State::lists={work}/lists", f"Dir::Cache={work}/cache", "APT::Sandbox::User="]
@@ -242,9 +239,9 @@ def download_dataset(
     "Download a data set with torchvision into the download folder."
     classes = {"fashion_mnist": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST, **CIFAR}
     place = IDX_FOLDERS.get(name) or classes[name].base_folder
-    with scratch_folder(download_folder()) as work:
+    with scratch_folder(cache_folder()) as work:
         classes[name](work, download=True)
-        _put(work / place, download_folder() / place)
+        _put(work / place, cache_folder() / place)
 
 # %% ../nbs/27_image_files.ipynb #a53ab16d
 def read_idx(

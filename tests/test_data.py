@@ -34,14 +34,13 @@ from krause_repro.image_files import (
     PHOTOGRAPH_PLACES,
     arrangement,
     data_origin,
-    download_folder,
     find_source,
     photograph_folder,
     read_idx,
 )
 from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS
 from krause_repro.recipes import RECIPES, get_recipe
-from krause_repro.records import file_digest
+from krause_repro.records import cache_folder, file_digest
 from krause_repro.runs import check_data, check_same_data
 
 STEMS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
@@ -123,14 +122,11 @@ def test_cifar_and_imagenet_say_where_they_were_looked_for(no_downloads):
         fetch("imagenet")
 
 
-def test_download_folder(monkeypatch, tmp_path, no_downloads):
-    assert download_folder() == no_downloads
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("KRAUSE_REPRO_DATA")
-    assert download_folder() == tmp_path / ".cache" / "krause_repro"
+def test_images_are_kept_in_the_download_folder(monkeypatch, tmp_path, no_downloads):
+    assert fetch("photographs") == no_downloads / "photographs" == cache_folder() / "photographs"
     (tmp_path / "file").touch()
     monkeypatch.setenv("KRAUSE_REPRO_DATA", str(tmp_path / "file"))
-    for ask in (download_folder, lambda: fetch("cifar10"), lambda: load("mnist", "test")):
+    for ask in (cache_folder, lambda: fetch("cifar10"), lambda: load("mnist", "test")):
         with pytest.raises(ValueError, match=f"^KRAUSE_REPRO_DATA must name a folder, got the file {tmp_path}/file$"):
             ask()
 

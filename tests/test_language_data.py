@@ -23,7 +23,7 @@ from hypothesis import given
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from krause_repro import image_files, language_data, packaged_data
+from krause_repro import language_data, packaged_data
 from krause_repro.language_benchmarks import answer_token
 from krause_repro.language_data import (
     IGNORED,
@@ -54,6 +54,7 @@ from krause_repro.packaged_data import (
     smollm2_folder,
     smollm2_path,
 )
+from krause_repro.records import cache_folder
 
 GGUF = PACKAGED["smollm2"].pattern
 
@@ -148,10 +149,10 @@ def no_pip(monkeypatch):
 
 
 def test_downloads_are_kept_with_all_others(no_downloads, monkeypatch, tmp_path):
-    assert language_folder() == image_files.download_folder() / "language" == no_downloads / "language"
+    assert language_folder() == cache_folder() / "language" == no_downloads / "language"
     monkeypatch.delenv("KRAUSE_REPRO_DATA")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert language_folder() == image_files.download_folder() / "language" == tmp_path / ".cache" / "krause_repro" / "language"
+    assert language_folder() == cache_folder() / "language" == tmp_path / ".cache" / "krause_repro" / "language"
 
 
 def test_what_pip_is_asked_for_is_pinned():
