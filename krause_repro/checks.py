@@ -7,12 +7,10 @@ __all__ = ['UserError', 'UnavailableError', 'MissingPackageError', 'check_intege
 
 # %% ../nbs/01_checks.ipynb #964d38d4
 import difflib
-import importlib
 import json
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -223,17 +221,3 @@ def check_weights(
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is not a whole safetensors file ({error}); save the model again") from error
-
-# %% ../nbs/01_checks.ipynb #a06f5a92
-def moved_names(
-    module: str,  # `__name__` of the module that the names have left
-    places: dict[str, str],  # by name: the module that defines it now
-) -> Callable[[str], object]:
-    "A module's `__getattr__` that finds names which have moved, with a `DeprecationWarning` that names their new place."
-    def __getattr__(name):
-        if name not in places:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(f"{name} has moved from {module} to {places[name]}; import it from there", DeprecationWarning, stacklevel=2)
-        return getattr(importlib.import_module(places[name]), name)
-
-    return __getattr__

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .checks import UserError, check_integer, check_path, moved_names
+from .checks import UserError, check_integer, check_path
 from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
 from .packaged_data import find_or_download, language_folder
 from .records import read_text, write_text
@@ -465,6 +465,3 @@ class TokenBlocks(Dataset):
         first, last = bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)
         parts = [self._shards[i][max(start - self.starts[i], 0):stop - self.starts[i]] for i in range(first, last)]
         return {"input_ids": torch.from_numpy(np.concatenate(parts).astype(np.int64))}
-
-# %% ../nbs/30_language_data.ipynb #4d031ca9
-__getattr__ = moved_names(__name__, {"smollm2_folder": "krause_repro.packaged_data"})

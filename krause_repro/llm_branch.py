@@ -24,7 +24,7 @@ from transformers.generation import GenerationMode
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .attention import banded_attention, krause_attention_weights
-from .checks import UserError, check_bandwidth, check_flag, check_integer, moved_names, values_known
+from .checks import UserError, check_bandwidth, check_flag, check_integer, values_known
 from .native_decode import gate_applies, native_gate
 from .reference import CausalWindow
 from .ring_cache import CACHE_NAMES, RingLayer, refuse_paging, ring_positions, take_cache
@@ -464,9 +464,3 @@ def branch_config(
     config = copy.copy(config)
     config._attn_implementation = "krause_branch"
     return config
-
-# %% ../nbs/15_llm_branch.ipynb #fecff9b9
-__getattr__ = moved_names(__name__, {
-    "add_krause_branch": "krause_repro.branched_models", "remove_krause_branch": "krause_repro.branched_models",
-    "load_language_model": "krause_repro.language_models",
-})

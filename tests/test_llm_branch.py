@@ -1,7 +1,6 @@
 "The Krause branch of language models: against a formula written down apart from it, cached against uncached, saved against loaded."
 
 import copy
-import importlib
 import json
 import os
 import pickle
@@ -35,7 +34,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from krause_repro import branched_models, language_data, llm_branch
+from krause_repro import branched_models
 from krause_repro.branched_models import add_krause_branch, branch_sigmas, mean_gates, recorded_branches, remove_krause_branch
 from krause_repro.image_transformer import ImageTransformer, ImageTransformerConfig
 from krause_repro.language_model import LanguageModel, LanguageModelConfig
@@ -1381,14 +1380,3 @@ def test_fsdp_wraps_each_layer_of_a_language_model_with_its_branch():
     plugin.set_auto_wrap_policy(model)
     wrapped = [part for part in model.modules() if plugin.auto_wrap_policy(module=part, recurse=False, nonwrapped_numel=0)]
     assert [type(part) for part in wrapped] == [LlamaDecoderLayer] * 2 and all(len(branches(part)) == 1 for part in wrapped)
-
-
-@pytest.mark.parametrize(("module", "name", "place"), [
-    (llm_branch, "add_krause_branch", "branched_models"), (llm_branch, "remove_krause_branch", "branched_models"),
-    (llm_branch, "load_language_model", "language_models"), (language_data, "smollm2_folder", "packaged_data")])
-def test_old_imports_still_work_and_name_the_new_place(module, name, place):
-    with pytest.warns(DeprecationWarning, match=f"{name} has moved from {module.__name__} to krause_repro.{place}") as warned:
-        moved = getattr(module, name)
-    assert moved is getattr(importlib.import_module(f"krause_repro.{place}"), name) and warned[0].filename == __file__
-    with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'no_such_name'"):
-        module.no_such_name  # noqa: B018
