@@ -27,11 +27,11 @@ from .checks import UserError, check_choice, check_integer
 from .generation_recipes import ImageGenerationRecipe
 from krause_repro.image_files import (
     DAMAGE, DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, find_source, has_published_layout,
-    photograph_folder, read_cifar, read_idx_images, read_parquet, unpack_package,
+    read_cifar, read_idx_images, read_parquet, unpack_package,
 )
 from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
 from .image_transformer import image_tokens
-from .records import cache_folder, file_digest, read_json, write_json
+from .records import cache_folder, disk_error, file_digest, read_json, scratch_folder, write_json
 
 # %% ../nbs/28_image_data.ipynb #dd366f53
 class ImageSet(Dataset):
@@ -200,6 +200,48 @@ def imagenet_transform(
     colour = [v2.ColorJitter(0.4, 0.4, 0.4)] if jitter else []
     crop = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=how), v2.RandomHorizontalFlip()]
     return v2.Compose([*crop, *colour, v2.RandAugment(2, 9), v2.PILToTensor()])
+
+# %% ../nbs/28_image_data.ipynb #32db7d64
+PHOTOGRAPH_CROP = 240  # pixels a side
+PHOTOGRAPH_PLACES = {  # top left corners of the crops, in images of 427×640 pixels
+    "train": [(top, left) for top in range(0, 188, 62) for left in range(0, 161, 32)],
+    "val": [(top, 400) for top in range(0, 188, 26)],
+}
+PHOTOGRAPH_NOTE = """Two photographs, cropped: an exercise of the ImageNet path, no measure of anything.
+
+china.jpg and flower.jpg are distributed with scikit-learn (sklearn.datasets.load_sample_images) under the licence
+CC BY 2.0; some rights reserved by their photographers, flickr.com/photos/danielbuechele and flickr.com/photos/vultilion.
+"""
+
+# %% ../nbs/28_image_data.ipynb #e810f790
+def photograph_folder(
+    path: str | Path,  # folder to create; an existing one is returned unchanged
+) -> Path:
+    "Write crops of scikit-learn's two photographs, 240 pixels a side, to train/<name>/ and val/<name>/: a test of the pipeline only."
+    from sklearn.datasets import load_sample_image  # imported here because it takes a second
+
+    def complete():
+        return (path / "train").is_dir() and (path / "val").is_dir()
+
+    path = Path(path)
+    if complete():
+        return path
+    with scratch_folder(path.parent) as work:
+        folder = work / path.name
+        for name in ("china", "flower"):
+            picture = Image.fromarray(load_sample_image(f"{name}.jpg"))
+            for split, places in PHOTOGRAPH_PLACES.items():
+                (folder / split / name).mkdir(parents=True)
+                for top, left in places:
+                    crop = picture.crop((left, top, left + PHOTOGRAPH_CROP, top + PHOTOGRAPH_CROP))
+                    crop.save(folder / split / name / f"{top:03}_{left:03}.jpg", quality=95)
+        (folder / "README.txt").write_text(PHOTOGRAPH_NOTE, encoding="utf-8")
+        try:
+            folder.rename(path)
+        except OSError as error:
+            if not complete():  # otherwise another process has created it
+                raise disk_error(error, path) from error
+    return path
 
 # %% ../nbs/28_image_data.ipynb #3cf6a3c6
 TILE = 32  # pixels a side

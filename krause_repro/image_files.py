@@ -31,7 +31,7 @@ from torchvision.datasets.utils import check_integrity
 
 from .checks import UserError, check_choice, check_path
 from .image_recipes import PIXELS
-from .records import cache_folder, disk_error, file_digest, read_json, scratch_folder
+from .records import cache_folder, file_digest, read_json, scratch_folder
 
 # %% ../nbs/27_image_files.ipynb #e8760a65
 @dataclass(frozen=True)
@@ -553,45 +553,3 @@ def data_origin(
         origin[split] = {"files": {path.name: file_digest(path) for path, *_ in files}, "images": images,
                          "altered": _jpeg_images(files) if altered is None else altered}
     return origin
-
-# %% ../nbs/27_image_files.ipynb #32db7d64
-PHOTOGRAPH_CROP = 240  # pixels a side
-PHOTOGRAPH_PLACES = {  # top left corners of the crops, in images of 427×640 pixels
-    "train": [(top, left) for top in range(0, 188, 62) for left in range(0, 161, 32)],
-    "val": [(top, 400) for top in range(0, 188, 26)],
-}
-PHOTOGRAPH_NOTE = """Two photographs, cropped: an exercise of the ImageNet path, no measure of anything.
-
-china.jpg and flower.jpg are distributed with scikit-learn (sklearn.datasets.load_sample_images) under the licence
-CC BY 2.0; some rights reserved by their photographers, flickr.com/photos/danielbuechele and flickr.com/photos/vultilion.
-"""
-
-# %% ../nbs/27_image_files.ipynb #e810f790
-def photograph_folder(
-    path: str | Path,  # folder to create; an existing one is returned unchanged
-) -> Path:
-    "Write crops of scikit-learn's two photographs, 240 pixels a side, to train/<name>/ and val/<name>/: a test of the pipeline only."
-    from sklearn.datasets import load_sample_image  # imported here because it takes a second
-
-    def complete():
-        return (path / "train").is_dir() and (path / "val").is_dir()
-
-    path = Path(path)
-    if complete():
-        return path
-    with scratch_folder(path.parent) as work:
-        folder = work / path.name
-        for name in ("china", "flower"):
-            picture = Image.fromarray(load_sample_image(f"{name}.jpg"))
-            for split, places in PHOTOGRAPH_PLACES.items():
-                (folder / split / name).mkdir(parents=True)
-                for top, left in places:
-                    crop = picture.crop((left, top, left + PHOTOGRAPH_CROP, top + PHOTOGRAPH_CROP))
-                    crop.save(folder / split / name / f"{top:03}_{left:03}.jpg", quality=95)
-        (folder / "README.txt").write_text(PHOTOGRAPH_NOTE, encoding="utf-8")
-        try:
-            folder.rename(path)
-        except OSError as error:
-            if not complete():  # otherwise another process has created it
-                raise disk_error(error, path) from error
-    return path

@@ -16,6 +16,8 @@ from PIL import Image
 
 from krause_repro import image_data, image_files
 from krause_repro.image_data import (
+    PHOTOGRAPH_CROP,
+    PHOTOGRAPH_PLACES,
     Collator,
     ImageFolderSet,
     ImageSet,
@@ -23,6 +25,7 @@ from krause_repro.image_data import (
     imagenet_transform,
     load,
     load_splits,
+    photograph_folder,
     random_crop_flip,
     read_image,
     split_held_out,
@@ -30,12 +33,9 @@ from krause_repro.image_data import (
 from krause_repro.image_files import (
     DATA,
     FASHION_MNIST_FILES,
-    PHOTOGRAPH_CROP,
-    PHOTOGRAPH_PLACES,
     arrangement,
     data_origin,
     find_source,
-    photograph_folder,
     read_idx,
 )
 from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS

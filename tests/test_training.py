@@ -30,8 +30,8 @@ from transformers import (
 from krause_repro import tasks, training
 from krause_repro.checks import UserError
 from krause_repro.corpus import load_corpus
-from krause_repro.image_data import Collator, ImageSet, Splits, load_splits
-from krause_repro.image_files import DATA, photograph_folder
+from krause_repro.image_data import Collator, ImageSet, Splits, load_splits, photograph_folder
+from krause_repro.image_files import DATA
 from krause_repro.image_recipes import ImageClassificationRecipe
 from krause_repro.language_data import EOS
 from krause_repro.recipes import RECIPES, get_recipe
