@@ -310,17 +310,10 @@ def check_cache(
     check_layers(cache, "image_cache(model.config)", CACHE_LAYERS[config.attention], config.num_hidden_layers, shape, **sizes)
 
 # %% ../nbs/13_image_transformer.ipynb #4aae2477
-@torch.no_grad()
 def _init_image_weights(model, module):
     "Initialise one module of an image transformer."
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=model.config.initializer_range)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, PixelAttention) and model.config.attention == "krause":
+    CheckedModel._init_weights(model, module)
+    if isinstance(module, PixelAttention) and module.kind == "krause":
         nn.init.constant_(module.log_sigma, math.log(model.config.sigma))
 
 # %% ../nbs/13_image_transformer.ipynb #c2b35ea8

@@ -325,26 +325,6 @@ def packed_sequences(
         raise UserError("position_ids must start at 0 and grow by one per token, and start at 0 again for the next packed sequence")
     return starts.cumsum(1)
 
-# %% ../nbs/19_language_model.ipynb #1d20699e
-@torch.no_grad()
-def _init_language_weights(model, module):
-    "Initialise one module of a language model that has parameters of its own."
-    config = model.config
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        gate = not config.reset_gate and any(module is branch.token_gate.proj for branch in branches(model))
-        nn.init.normal_(module.weight, std=0.01 if gate else config.initializer_range)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-        if gate:
-            module.bias[0] = math.log(config.gate_init / (1 - config.gate_init))
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, Bandwidth):
-        nn.init.constant_(module.log_sigma, math.log(config.sigma))
-    elif isinstance(module, Centroids):
-        nn.init.normal_(module.centroids)
-
 # %% ../nbs/19_language_model.ipynb #9a08cb20
 def _generation_options(config, length, options, default):
     "The arguments of `generate`, with a cache. Raises `ValueError` for more tokens than the model has positions."
@@ -380,11 +360,18 @@ class LanguageModelParts(CheckedModel):
         self.head = DecodeLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    _init_weights = _init_language_weights
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        "The embeddings of the tokens."
-        return self.token_embedding
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, Bandwidth):
+            nn.init.constant_(module.log_sigma, math.log(self.config.sigma))
+        elif isinstance(module, Centroids):
+            nn.init.normal_(module.centroids)
+        elif not self.config.reset_gate and any(module is branch.token_gate.proj for branch in branches(self)):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+            module.bias[0] = math.log(self.config.gate_init / (1 - self.config.gate_init))
+        else:
+            super()._init_weights(module)
 
     def get_output_embeddings(self) -> nn.Linear:
         "The head, which shares its weights with the embeddings."
