@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
-from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
-from .model_base import CheckedConfig, CheckedModel, check_input_ids, check_targets, named_arguments, token_loss
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
+from .model_base import CheckedConfig, CheckedModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from krause_repro.ring_cache import (
@@ -124,16 +124,11 @@ def check_image_config(
         raise UserError(f"image_shape must be (rows, columns, channels), got {config.image_shape!r}")
     for size in config.image_shape:
         check_integer("image_shape", size, 1)
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        check_integer(name, getattr(config, name), 1)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
+    check_transformer_sizes(config, "vocab_size")
     for name in ("attention_window", "attention_top_k"):
         if getattr(config, name) is not None:
             check_integer(name, getattr(config, name), 1)
     check_bandwidth("sigma", config.sigma)
-    for name in ("layer_norm_eps", "initializer_range"):
-        check_positive(name, getattr(config, name))
     check_fraction("dropout", config.dropout)
     window, top_k = config.attention_window, config.attention_top_k
     if config.attention == "krause" and None not in (window, top_k) and top_k > window and top_k != type(config).attention_top_k:

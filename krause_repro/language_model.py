@@ -18,10 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
-from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive, values_known
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
 from .image_transformer import fused_attention
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward, ring_of
-from .model_base import INDICES, CheckedConfig, CheckedModel, check_input_ids, check_targets, named_arguments, token_loss
+from krause_repro.model_base import (
+    INDICES, CheckedConfig, CheckedModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, token_loss,
+)
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, score_temperature, upcast_to_float32, weights_and_support, within_segments
 from krause_repro.ring_cache import (
@@ -85,14 +87,8 @@ def check_language_config(
 ) -> None:
     "Raise a `ValueError` that names the first invalid setting and what is allowed."
     check_choice("mixer", config.mixer, MIXERS)
-    for name in ("vocab_size", "positions", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                 "attention_window", "attention_top_k", "clusters"):
-        check_integer(name, getattr(config, name), 1)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
+    check_transformer_sizes(config, "vocab_size", "positions", "attention_window", "attention_top_k", "clusters")
     check_bandwidth("sigma", config.sigma)
-    for name in ("layer_norm_eps", "initializer_range"):
-        check_positive(name, getattr(config, name))
     for name in ("dropout", "centroid_decay"):
         check_fraction(name, getattr(config, name))
     for name in ("reset_gate", "use_cache", "tie_word_embeddings"):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .checks import UserError, check_flag, check_integer, check_names, check_weights, values_known
+from .checks import UserError, check_flag, check_integer, check_names, check_positive, check_weights, values_known
 from .transformers_attention import ensure
 
 # %% ../nbs/10_model_base.ipynb #146a0db5
@@ -106,6 +106,19 @@ class CheckedConfig(PreTrainedConfig):
         "As in 🤗 Transformers, after the same checks as at construction."
         type(self).from_dict({**self.to_dict(), **config_dict})
         super().update(config_dict)
+
+# %% ../nbs/10_model_base.ipynb #6f24e5ab
+def check_transformer_sizes(
+    config: CheckedConfig,
+    *others: str,  # further settings that must be integers ≥ 1
+) -> None:
+    "Raise a `ValueError` that names the first invalid setting among those that every transformer has, and what is allowed."
+    for name in (*others, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        check_integer(name, getattr(config, name), 1)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
+    for name in ("layer_norm_eps", "initializer_range"):
+        check_positive(name, getattr(config, name))
 
 # %% ../nbs/10_model_base.ipynb #e469507d
 def check_label_range(

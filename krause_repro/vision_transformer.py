@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 from .attention import KrauseAttention
 from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive
-from .model_base import CheckedConfig, CheckedModel, check_label_range, named_arguments
+from .model_base import CheckedConfig, CheckedModel, check_label_range, check_transformer_sizes, named_arguments
 from .reference import METRICS, SCORES, Full, GridWindow, Neighborhood, constant_cache, upcast_to_float32
 from .transformers_attention import hub_options
 
@@ -111,16 +111,6 @@ class VisionTransformerConfig(ImageConfig):
     def check(self):
         check_vision_config(self)
 
-# %% ../nbs/11_vision_transformer.ipynb #8675c700
-def _check_sizes(config) -> None:
-    for name in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_labels"):
-        check_integer(name, getattr(config, name), 1)
-    check_image_settings(config, config.patch_size)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"num_attention_heads must divide hidden_size = {config.hidden_size}, got {config.num_attention_heads}")
-    if config.positions == "rotary" and config.hidden_size // config.num_attention_heads % 4:
-        raise UserError(f"rotary positions need a head dimension divisible by 4, got {config.hidden_size}/{config.num_attention_heads}")
-
 # %% ../nbs/11_vision_transformer.ipynb #7a9fe833
 def patch_grid(
     config: ImageConfig,  # with `patch_size`
@@ -162,7 +152,10 @@ def check_vision_config(
     choices = {"attention_score": SCORES, "attention_metric": METRICS, "norm": NORMS, "positions": POSITIONS}
     for name, allowed in choices.items():
         check_choice(name, getattr(config, name), allowed)
-    _check_sizes(config)
+    check_transformer_sizes(config, "patch_size", "num_labels")
+    check_image_settings(config, config.patch_size)
+    if config.positions == "rotary" and config.hidden_size // config.num_attention_heads % 4:
+        raise UserError(f"rotary positions need a head dimension divisible by 4, got {config.hidden_size}/{config.num_attention_heads}")
     _check_window(config)
     if config.attention_top_k is not None:
         if not isinstance(config.attention_top_k, (list, tuple)) or len(config.attention_top_k) != 2:
@@ -170,8 +163,6 @@ def check_vision_config(
         for k in config.attention_top_k:
             check_integer("attention_top_k", k, 1)
     check_bandwidth("sigma", config.sigma)
-    for name in ("layer_norm_eps", "initializer_range"):
-        check_positive(name, getattr(config, name))
     check_flag("learn_sigma", config.learn_sigma)
     for name in ("drop_path", "dropout"):
         check_fraction(name, getattr(config, name))

@@ -27,6 +27,7 @@ from transformers import (
 from krause_repro.baselines import PixelClassifier
 from krause_repro.checks import check_names, check_weights, nearest_name
 from krause_repro.image_transformer import ImageTransformer
+from krause_repro.language_model import LanguageModel
 from krause_repro.model_base import COMMON_SETTINGS, CheckedConfig, token_loss
 from krause_repro.swin import SwinClassifier
 from krause_repro.vision_transformer import VisionTransformer
@@ -207,6 +208,18 @@ def test_common_values_that_cannot_be_are_named(kind, settings, change, message,
     with pytest.raises(ValueError, match=message):
         config.update(change)
     assert config.to_dict() == kind.config_class(**settings).to_dict()
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, ImageTransformer, LanguageModel])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_size": 0}, "hidden_size must be an integer ≥ 1"), ({"num_hidden_layers": 1.5}, "num_hidden_layers must be an integer"),
+    ({"num_attention_heads": True}, "num_attention_heads must be an integer"), ({"intermediate_size": -4}, "intermediate_size must be"),
+    ({"hidden_size": 10, "num_attention_heads": 4}, "num_attention_heads must divide hidden_size = 10, got 4"),
+    ({"layer_norm_eps": 0}, "layer_norm_eps must be a number > 0"), ({"initializer_range": "0.02"}, "initializer_range must be"),
+])
+def test_sizes_that_no_transformer_can_have_are_named(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        kind.config_class(**change)
 
 
 @each_class
