@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention import merge_heads
 from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, check_positive
 from .model_base import named_arguments
 from .reference import SCORES, pairwise_energy, score_temperature, weighted_sum
-from .vision_transformer import GreyImageProcessor, ImageConfig, ImageModel, check_image_settings, check_pixels
+from .vision_transformer import GreyImageProcessor, ImageClassifier, ImageConfig, ImageModel, check_image_settings, check_pixels
 
 # %% ../nbs/12_swin.ipynb #233e7ed8
 def window_weights(
@@ -293,7 +293,7 @@ class SwinModel(ImageModel):
     def get_input_embeddings(self):
         return self.features[0][0]
 
-    def map(self, pixel_values, any_size, output_attentions, output_hidden_states):
+    def tokens(self, pixel_values, any_size, output_attentions, output_hidden_states):
         "The normed map (B, h, w, d) after the last block; the states and attention weights asked for, or None."
         check_pixels(pixel_values, self.config, any_size)
         x = self.features[0](pixel_values.to(self.features[0][0].weight.dtype))  # patches
@@ -307,36 +307,20 @@ class SwinModel(ImageModel):
             attentions.append(weights)
         return self.norm(x), states if output_hidden_states else None, attentions if output_attentions else None
 
+    def pooled(self, x):
+        "The mean (B, d) of a map."
+        return x.mean((1, 2))
+
     @named_arguments
     def forward(self, pixel_values, output_attentions=None, output_hidden_states=None, return_dict=None, interpolate_pos_encoding=None):
-        "The tokens (B, h·w, d) after the norm, and their mean; the arguments are those of `SwinClassifier.forward`."
+        "The tokens (B, h·w, d) after the norm, and their mean; the arguments are those of `ImageClassifier.forward`."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
-        x, *extras = self.map(pixel_values, bool(interpolate_pos_encoding), output_attentions, output_hidden_states)
-        return self.pack(BaseModelOutputWithPooling, *extras, return_dict, last_hidden_state=x.flatten(1, 2), pooler_output=x.mean((1, 2)))
+        x, *extras = self.tokens(pixel_values, bool(interpolate_pos_encoding), output_attentions, output_hidden_states)
+        return self.pack(BaseModelOutputWithPooling, *extras, return_dict, last_hidden_state=x.flatten(1, 2), pooler_output=self.pooled(x))
 
 # %% ../nbs/12_swin.ipynb #584e9877
-class SwinClassifier(SwinModel):
+class SwinClassifier(ImageClassifier, SwinModel):
     "A Swin transformer with a linear head on the mean of its last map."
-
-    has_head = True
-
-    @named_arguments
-    def forward(
-        self,
-        pixel_values: Tensor,  # (B, C, height, width)
-        labels: Tensor | None = None,  # see `vision_transformer.classification_loss`
-        output_attentions: bool | None = None,  # return the weights (B·windows, H, N, N) of each block? None: as the configuration says
-        output_hidden_states: bool | None = None,  # return the tokens (B, h·w, d) before the first and after each block?
-        return_dict: bool | None = None,  # False: a tuple
-        interpolate_pos_encoding: bool | None = None,  # take images of any size that the patches divide?
-        num_items_in_batch: Tensor | int | None = None,  # labels in all batches of the step; None: those of this one
-    ) -> ImageClassifierOutput:
-        "Class logits, the loss if labels are given, and the requested attention weights and hidden states."
-        output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
-        x, *extras = self.map(pixel_values, bool(interpolate_pos_encoding), output_attentions, output_hidden_states)
-        logits = self.head(x.mean((1, 2)))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
-        return self.pack(ImageClassifierOutput, *extras, return_dict, loss=loss, logits=logits)
 
 # %% ../nbs/12_swin.ipynb #6dbd576f
 AutoConfig.register(SwinClassifierConfig.model_type, SwinClassifierConfig, exist_ok=True)

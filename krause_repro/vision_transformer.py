@@ -376,6 +376,30 @@ class ImageModel(CheckedModel):
         if is_main_process and processor and folder.is_dir() and not (folder / "preprocessor_config.json").exists():
             processor.save_pretrained(folder)
 
+# %% ../nbs/11_vision_transformer.ipynb #60491d46
+class ImageClassifier(ImageModel):
+    "The first base of a classifier, before the model that makes the `tokens`: a linear head on what is `pooled` of them."
+
+    has_head = True
+
+    @named_arguments
+    def forward(
+        self,
+        pixel_values: Tensor,  # (B, C, height, width)
+        labels: Tensor | None = None,  # see `classification_loss`
+        output_attentions: bool | None = None,  # return each layer's weights, (B, H, T, T) or (B·windows, H, N, N)? None: as configured
+        output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
+        return_dict: bool | None = None,  # False: a tuple
+        interpolate_pos_encoding: bool | None = None,  # take images of any size that the patches divide?
+        num_items_in_batch: Tensor | int | None = None,  # labels in all batches of the step; None: those of this one
+    ) -> ImageClassifierOutput:
+        "Class logits, the loss if labels are given, and the requested attention weights and hidden states."
+        output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
+        x, *extras = self.tokens(pixel_values, bool(interpolate_pos_encoding), output_attentions, output_hidden_states)
+        logits = self.head(self.pooled(x))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
+        return self.pack(ImageClassifierOutput, *extras, return_dict, loss=loss, logits=logits)
+
 # %% ../nbs/11_vision_transformer.ipynb #821455b1
 @torch.no_grad()
 def _init_vision_weights(model, module):
@@ -502,11 +526,15 @@ class VisionTransformerModel(ResizableModel):
             attentions.append(weights)
         return x, states if output_hidden_states else None, attentions if output_attentions else None
 
+    def pooled(self, x):
+        "The CLS token (B, d), after the norm."
+        return self.norm(x[:, 0])
+
     @named_arguments
     def forward(
         self,
         pixel_values: Tensor,  # (B, C, height, width)
-        output_attentions: bool | None = None,  # as in `VisionTransformer.forward`, as all others
+        output_attentions: bool | None = None,  # as in `ImageClassifier.forward`, as all others
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
@@ -518,28 +546,8 @@ class VisionTransformerModel(ResizableModel):
         return self.pack(BaseModelOutputWithPooling, *extras, return_dict, last_hidden_state=x, pooler_output=x[:, 0])
 
 # %% ../nbs/11_vision_transformer.ipynb #9ff3036e
-class VisionTransformer(VisionTransformerModel):
+class VisionTransformer(ImageClassifier, VisionTransformerModel):
     "A vision transformer with a linear head on the CLS token."
-
-    has_head = True
-
-    @named_arguments
-    def forward(
-        self,
-        pixel_values: Tensor,  # (B, C, height, width)
-        labels: Tensor | None = None,  # see `classification_loss`
-        output_attentions: bool | None = None,  # return the weights (B, H, T, T) of each layer? None: as the configuration says
-        output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
-        return_dict: bool | None = None,  # False: a tuple
-        interpolate_pos_encoding: bool | None = None,  # take images of any size that the patches divide?
-        num_items_in_batch: Tensor | int | None = None,  # labels in all batches of the step; None: those of this one
-    ) -> ImageClassifierOutput:
-        "Class logits, the loss if labels are given, and the requested attention weights and hidden states."
-        output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
-        x, *extras = self.tokens(pixel_values, bool(interpolate_pos_encoding), output_attentions, output_hidden_states)
-        logits = self.head(self.norm(x[:, 0]))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, num_items_in_batch=num_items_in_batch)
-        return self.pack(ImageClassifierOutput, *extras, return_dict, loss=loss, logits=logits)
 
 # %% ../nbs/11_vision_transformer.ipynb #efd48d86
 AutoConfig.register(VisionTransformerConfig.model_type, VisionTransformerConfig, exist_ok=True)
