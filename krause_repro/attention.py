@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
 from .fast_attention import banded_tiles, flex_attention, gathered_rows, sdpa_attention
 from .native_kernels import kernels_apply, native_band, native_lists
 from krause_repro.reference import (
@@ -288,6 +288,34 @@ def mechanism_example(
     stages = attention_stages(features, features, sigma, GridWindow(5, 5, 1, cls_token=False), top_k)
     rounded = {name: (stage[12] if stage.dtype == torch.bool else stage[12].round(decimals=4)).tolist() for name, stage in stages.items()}
     return {"height": 5, "width": 5, "query": 12, "sigma": sigma, "top_k": top_k, **rounded}
+
+# %% ../nbs/06_attention.ipynb #61b7d2f3
+def contain(
+    key: Tensor,  # (B, H, T, D)
+    value: Tensor,  # (B, H, T, Dv)
+) -> tuple[Tensor, Tensor, Tensor]:  # keys and values, non-finite entries set to 0; (B, H, T, 1), NaN from the first of them on, else 0
+    "Keep non-finite tokens from affecting earlier rows of causal attention."
+    spoiled = sum(x.detach().mul(0).sum(-1, keepdim=True) for x in (key, value)).cumsum(2)
+    return key.nan_to_num(0, 0, 0), value.nan_to_num(0, 0, 0), spoiled.to(value.dtype)
+
+
+def fused_attention(
+    query: Tensor,  # (B, H, T, D), the last T tokens
+    key: Tensor,  # (B, H, n, D)
+    value: Tensor,  # (B, H, n, D)
+    mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, n); None: all earlier tokens
+    dropout: float = 0.0,  # probability of dropping a weight
+) -> Tensor:  # (B, H, T, D)
+    "Softmax attention by PyTorch's fused operator; a NaN in a later token does not reach an earlier row."
+    new, length = query.shape[2], key.shape[2]
+    if mask is None and 1 < new < length:
+        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+    spoiled = None
+    cheap = key.device.type == "cpu" and values_known(key)  # on a GPU, reading a value forces a synchronisation
+    if new > 1 and not (cheap and sum(x.detach().sum() for x in (query, key, value)).isfinite()):
+        key, value, spoiled = contain(key, value)
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    return output if spoiled is None else output + spoiled[:, :, length - new:] + query.detach().mul(0).sum(-1, keepdim=True)
 
 # %% ../nbs/06_attention.ipynb #73bbcb53
 def merge_heads(

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import banded_attention, merge_heads
-from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
+from .attention import banded_attention, contain, fused_attention, merge_heads
+from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer
 from .model_base import CheckedConfig, CheckedModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, token_loss
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
@@ -27,15 +27,6 @@ from krause_repro.ring_cache import (
 
 # %% ../nbs/13_image_transformer.ipynb #fa95dba1
 LINEAR_EPS = 1e-6
-
-
-def contain(
-    key: Tensor,  # (B, H, T, D)
-    value: Tensor,  # (B, H, T, Dv)
-) -> tuple[Tensor, Tensor, Tensor]:  # keys and values, non-finite entries set to 0; (B, H, T, 1), NaN from the first of them on, else 0
-    "Keep non-finite tokens from affecting earlier rows of causal attention."
-    spoiled = sum(x.detach().mul(0).sum(-1, keepdim=True) for x in (key, value)).cumsum(2)
-    return key.nan_to_num(0, 0, 0), value.nan_to_num(0, 0, 0), spoiled.to(value.dtype)
 
 # %% ../nbs/13_image_transformer.ipynb #b850e771
 def linear_attention(
@@ -181,25 +172,6 @@ def image_cache(
         return RingCache(config)
     size = () if config.attention == "linear" else (config.positions,)
     return Cache(layers=[CACHE_LAYERS[config.attention](*size) for _ in range(config.num_hidden_layers)])
-
-# %% ../nbs/13_image_transformer.ipynb #e52b3996
-def fused_attention(
-    query: Tensor,  # (B, H, T, D), the last T tokens
-    key: Tensor,  # (B, H, n, D)
-    value: Tensor,  # (B, H, n, D)
-    mask: Tensor | None = None,  # bool, broadcastable to (B, H, T, n); None: all earlier tokens
-    dropout: float = 0.0,  # probability of dropping a weight
-) -> Tensor:  # (B, H, T, D)
-    "Softmax attention by PyTorch's fused operator; a NaN in a later token does not reach an earlier row."
-    new, length = query.shape[2], key.shape[2]
-    if mask is None and 1 < new < length:
-        mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
-    spoiled = None
-    cheap = key.device.type == "cpu" and values_known(key)  # on a GPU, reading a value forces a synchronisation
-    if new > 1 and not (cheap and sum(x.detach().sum() for x in (query, key, value)).isfinite()):
-        key, value, spoiled = contain(key, value)
-    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
-    return output if spoiled is None else output + spoiled[:, :, length - new:] + query.detach().mul(0).sum(-1, keepdim=True)
 
 # %% ../nbs/13_image_transformer.ipynb #fcfdf5fb
 class PixelAttention(nn.Module):

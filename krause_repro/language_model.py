@@ -16,10 +16,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import banded_attention, merge_heads
+from .attention import banded_attention, fused_attention, merge_heads
 from .attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
-from .image_transformer import fused_attention
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward, ring_of
 from krause_repro.model_base import (
     INDICES, CheckedConfig, CheckedModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, token_loss,

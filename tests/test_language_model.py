@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from krause_repro import cli, training
 from krause_repro import corpus as corpora
 from krause_repro import tasks as training_tasks
+from krause_repro.attention import fused_attention
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from krause_repro.corpus import load_corpus, load_tokenizer, train_tokenizer
 from krause_repro.language_benchmarks import run_model
@@ -30,7 +31,6 @@ from krause_repro.language_model import (
     WINDOWED,
     LanguageModel,
     LanguageModelConfig,
-    fused_attention,
     language_cache,
     mixer_weights,
 )
