@@ -239,5 +239,5 @@ def query_rows(
 ) -> Tensor:  # (layers, H, 1 + side²)
     "Attention of one query in every layer and head."
     token = query_token(query, recipe.image_size // recipe.patch_size)
-    pixels = test_pixels(recipe, [{"pixel_values": image, "labels": torch.tensor(0)}], 1)
+    pixels = Collator(recipe, training=False).normalise(image[None])
     return torch.stack([layer[0, :, token] for layer in collect_attention(model, pixel_values=pixels)])

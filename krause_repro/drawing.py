@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
-from .checks import UserError
+from .checks import UserError, check_profile
 from .records import atomic_write, project_root
 from .results import Fields
 from .statistics import plural
@@ -104,7 +104,6 @@ def new_figure(
     return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 # %% ../nbs/55_drawing.ipynb #5ba10589
-FIGURE_PROFILES = ("smoke", "desk", "paper")
 SMOKE_STAMP = "SMOKE RUN · numbers mean nothing"
 
 # %% ../nbs/55_drawing.ipynb #02f3674b
@@ -113,8 +112,7 @@ def figure_folder(
     root: str | Path | None = None,  # the project's folder
 ) -> Path:
     "Folder of the figures of a profile. Raises ValueError for an unknown profile."
-    if profile not in FIGURE_PROFILES:
-        raise UserError(f"profile is {profile!r}; allowed are {', '.join(FIGURE_PROFILES)}")
+    check_profile(profile)
     root = project_root() if root is None else Path(root)
     return root / "figures" if profile == "desk" else root / "runs" / profile / "figures"
 

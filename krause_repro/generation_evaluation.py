@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 from .checks import UserError, check_integer
 from .evaluation import FLAT_LOSS, cached_test, curve, finished_model, provenance, summarise_sigma, undertrained_mark
 from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
-from .image_data import Collator, ImageSet, load_splits
+from .image_data import Collator, load_splits
 from .image_transformer import image_tokens
 from .likelihood import bits_per_dimension, fit_context_model
 from .recipe_base import NOT_NEGATIVE, integers, plain
@@ -203,9 +203,7 @@ def image_features(
     images: Tensor,  # (N, C, H, W) uint8
 ) -> Tensor:  # (N, D)
     "Features of images, normalised as in the classifier's training."
-    data = ImageSet(images, torch.zeros(len(images), dtype=torch.long))
-    pixels = Collator(classifier.recipe, training=False)([data[i] for i in range(len(data))])["pixel_values"]
-    return class_features(finished_model(classifier), pixels)
+    return class_features(finished_model(classifier), Collator(classifier.recipe, training=False).normalise(images))
 
 # %% ../nbs/43_generation_evaluation.ipynb #34f4a5ee
 def classifier_run(

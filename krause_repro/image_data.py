@@ -401,12 +401,19 @@ class Collator:
         images, labels = (torch.stack([e[key] for e in examples]) for key in ("pixel_values", "labels"))
         if self.training and self.padding is not None:
             images = random_crop_flip(images, self.padding)
-        pixels = (images.float() / 255 - self.mean) / self.std
+        pixels = self.normalise(images)
         if self.training:
             pixels, labels = self._augment(pixels, labels)
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return {"pixel_values": pixels, "labels": labels}
+
+    def normalise(
+        self,
+        images: Tensor,  # (B, C, H, W) uint8
+    ) -> Tensor:  # (B, C, H, W) float32
+        "Images with the mean and standard deviation of the data set taken out."
+        return (images.float() / 255 - self.mean) / self.std
 
     def _augment(self, pixels, labels):
         if self.erase:

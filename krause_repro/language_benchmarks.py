@@ -23,7 +23,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from .checks import UserError, check_integer
+from .checks import UserError, check_choice, check_integer
 from .evaluation import cached_test, finished_model, on_device, provenance
 from .fine_tuning_evaluation import check_not_empty, finite_logits
 from .language_model_evaluation import run_tokenizer
@@ -219,8 +219,7 @@ def check_language_options(
     item_seed: int = 0,  # of the draw of items, ≥ 0
 ) -> None:
     "Raise `ValueError` for the first invalid option of `evaluate_language`."
-    if anli_labels not in ANLI_LABELS:
-        raise UserError(f"anli_labels={anli_labels!r} must be one of: {', '.join(ANLI_LABELS)}")
+    check_choice("anli_labels", anli_labels, ANLI_LABELS)
     check_integer("item_seed", item_seed, 0)
     for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks), *([] if limit is None else [("limit", limit)])):
         if check_integer(name, value, 1) > _LIMIT:

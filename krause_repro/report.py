@@ -294,16 +294,16 @@ def classification_section(
     ])
 
 # %% ../nbs/70_report.ipynb #d30ed06c
-def _attention_lines(rows):
-    "A table row for each case: ratios of the C++ operator and of the PyTorch tiles, forward and forward + backward."
+def _attention_table(rows):
+    "Ratios of the C++ operator and of the PyTorch tiles by case, forward and forward + backward."
     ratios = {(row["case"], row["name"], row["pass"]): f"{row['ratio']:.2f}" for row in rows}
     shapes = {row["case"]: row for row in rows}
-    yield "| batch × heads × dimension | tokens | W | top-k | C++: forward | forward + backward | PyTorch: forward | forward + backward |"
-    yield "|" + " --- |" * 8
-    for case, row in shapes.items():
-        found = [ratios.get((case, name, step), "—") for name in ("banded, C++", "banded, PyTorch") for step in PASSES]
-        shape = f"{row['batch']} × {row['heads']} × {row['dim']} | {row['length']:,} | {row['window']} | {row['top_k'] or '—'}"
-        yield f"| {shape} | {' | '.join(found)} |"
+    timed = [(name, step) for name in ("banded, C++", "banded, PyTorch") for step in PASSES]
+    lines = [(f"{row['batch']} × {row['heads']} × {row['dim']}", f"{row['length']:,}", row["window"], row["top_k"],
+              *(ratios.get((case, *each)) for each in timed)) for case, row in shapes.items()]
+    head = ("batch × heads × dimension", "tokens", "W", "top-k",
+            "C++: forward", "forward + backward", "PyTorch: forward", "forward + backward")
+    return markdown_table(head, lines)
 
 
 def _model_lines(rows):
@@ -340,7 +340,7 @@ def performance_section(
     made = f"{result['threads']} threads, {result['device']}, torch {result['versions']['torch']}, float32"
     return "\n\n".join([
         f"Time relative to fused full attention of the same tensors, less than 1 is faster; medians over alternating rounds ({made}):",
-        "\n".join(_attention_lines(result["attention"]["rows"])),
+        _attention_table(result["attention"]["rows"]),
         "\n".join([*_growth_lines(result), *_model_lines(result["images"]["rows"])]),
     ])
 

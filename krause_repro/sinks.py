@@ -295,7 +295,7 @@ def sink_table(
     names = {"softmax": "softmax", "krause": "Krause branch", "mixed": "mixture"}
     columns = {  # title: quantity, scale, decimals
         "attention on token 0: all queries": ("first_all", 1, 3), "queries 1 to W − 1": ("first_near", 1, 3),
-        "that cannot": ("first_far", 1, 3), "token 0 receives most, %": ("first_is_most", 100, 0),
+        "queries from W on": ("first_far", 1, 3), "token 0 receives most, %": ("first_is_most", 100, 0),
         "largest weight on a later token, × uniform": ("most_later", 1, 1),
         "entropy, nats": ("entropy", 1, 2), "value norm, token 0 : others": ("value_ratio", 1, 2),
     }

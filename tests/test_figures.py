@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from krause_repro import drawing, figures, result_figures
+from krause_repro.checks import PROFILES
 from krause_repro.results import check_fields
 
 CURVE = {"mean": [0.2, 0.5, 0.6], "sd": [0.1, 0.0, 0.05]}
@@ -518,7 +519,7 @@ def test_only_smoke_is_stamped(tmp_path, monkeypatch):
     savefig = fig.savefig
     monkeypatch.setattr(fig, "savefig", lambda *a, **k: (words.append([t.get_text() for t in fig.texts]), savefig(*a, **k)))
     saved = {profile: drawing.save_figure(fig, "a_name", profile=profile, root=tmp_path, **SAVE)[0]
-             for profile in drawing.FIGURE_PROFILES}
+             for profile in PROFILES}
     assert words == 2 * [["smoke profile · 3 seeds", drawing.SMOKE_STAMP]] + 2 * [["desk profile · 3 seeds"]] + 2 * [
         ["paper profile · 3 seeds"]]
     assert saved["smoke"] == tmp_path / "runs" / "smoke" / "figures" / "a_name.png"
@@ -564,7 +565,7 @@ def test_a_failed_save_leaves_whole_files_or_none(tmp_path, monkeypatch, earlier
     [
         ({"name": "Two Words"}, "name is 'Two Words'"),
         ({"name": "../escape"}, "name is"),
-        ({"profile": "test"}, "profile is 'test'; allowed are smoke, desk, paper"),
+        ({"profile": "test"}, "profile must be one of smoke, desk, paper, got 'test'"),
         ({"caption": "  "}, "caption is"),
         ({"caption": None}, "caption is None"),
         ({"notebook": "figures.ipynb"}, "notebook is 'figures.ipynb'"),

@@ -408,7 +408,7 @@ def test_answers_of_all_tasks_are_looked_at_before_the_first_is_asked(tiny, toke
     ({"tasks": ["cb", None]}, "None is not a language benchmark; allowed"),
     ({"tasks": []}, "tasks must name at least one"),
     ({"tasks": ""}, "tasks: '' is not a language benchmark"),
-    ({"anli_labels": "mnli"}, "anli_labels='mnli' must be one of: correct, swapped"),
+    ({"anli_labels": "mnli"}, "anli_labels must be one of correct, swapped, got 'mnli'"),
     ({"limit": 0}, "limit must be an integer ≥ 1"),
     ({"limit": 1.5}, "limit must be an integer ≥ 1"),
     ({"batch_size": 0}, "batch_size must be an integer ≥ 1"),
