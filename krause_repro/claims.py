@@ -501,12 +501,17 @@ def _published_benchmarks() -> str:
     return f"ahead of LoRA on {sum(branch > lora for branch, lora in pairs)} of {len(pairs)} benchmarks"
 
 
+def _compared(plan, found, measure, subject):
+    "A sentence for each finished comparison of a plan; `subject` names a pair."
+    return [f"{subject(*pair)} {effect(each, measure.scale, measure.digits)} {measure.unit}, corrected: "
+            f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}." for pair, each in found.items() if each]
+
+
 def _tuning_evidence(data, root):
     "Of a plan of fine-tuning: sentences, differences, and if any is unfinished the means so far."
     plan, results, found = planned_differences(data, root)
     names = {name: model["label"] for name, model in fine_tuned_models(results).items()}
-    evidence = [f"SmolLM2-135M-Instruct, {data}: {names[first]} − {names[second]} {effect(each, 1, 3)} nats per token, corrected: "
-                f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}." for (first, second), each in found.items() if each]
+    evidence = _compared(plan, found, TOKEN_LOSS, lambda *pair: f"SmolLM2-135M-Instruct, {data}: {' − '.join(map(names.get, pair))}")
     lora, branch = list(results)[:2] if results else (None, None)
     if moved := (results.get(branch) or {}).get("over_training"):
         evidence.append("The branch on {}: in the mean the gate gives the softmax attention a weight of {:.2f} before training, {:.2f} "
@@ -562,8 +567,7 @@ def _judge_from_scratch(root):
     plan, results, planned = planned_differences("language_models", root)
     found = {pair: each for pair, each in planned.items()
              if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]}  # the published model and the paper's rivals
-    evidence = [f"{first} − {second}: {effect(each, 1, 3)} bits per token, corrected: "
-                f"{outcome(each, 'higher', 'lower', plan['smallest_difference'])}." for (first, second), each in found.items() if each]
+    evidence = _compared(plan, found, TEXT_BITS, "{} − {}:".format)
     if not found or not all(found.values()):
         evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
         labels = {"lm_standard_100m/openstax": "softmax", "lm_krause_100m/openstax": "branch"}

@@ -24,6 +24,7 @@ from .evaluation import cached_test, finished_model, last_gain, provenance, step
 from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
+from .plans import TEXT_BITS
 from .recipe_base import NOT_NEGATIVE, SHARE, integers, or_none, plain, tuples
 from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
@@ -215,7 +216,7 @@ MIXER_LABELS = {  # by mixer: label and kind of colour
 def language_model_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_language_models` if trained
     ngram: dict | None,  # from `ngram_baselines`
-    flat_gain: float,  # fall of held-out bits per token at the end from which on a model is undertrained
+    plan: dict,  # from `read_plan`; says from which fall on a model is undertrained
 ) -> str:  # Markdown
     "Bits of the test text, perplexity, and training of each model, beside a 5-gram model; models that are not trained are named below."
     def row(m):
@@ -224,7 +225,7 @@ def language_model_table(
         bits, gain = m["bits_per_token"], last_gain(m["curves"])
         below = f"{100 * (1 - bits['mean'] / ngram['all']['bits_per_token']):.1f}" if ngram else None
         seeds, gain = seeds_in_words(m["seeds"]), None if gain is None else f"{gain:+.3f}"
-        marked = decimals(m["bits_per_byte"]) + undertrained_mark(m["curves"], flat_gain)
+        marked = decimals(m["bits_per_byte"]) + undertrained_mark(m["curves"], TEXT_BITS.flat_gain(plan))
         sizes = f"{m['parameters']:,}", marked, decimals(bits), f"{2 ** bits['mean']:.1f}"
         return m["label"], *sizes, below, seeds, f"{m['steps']:,}", gain
 

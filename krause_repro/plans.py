@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checks import UserError
-from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, evaluate_runs, is_undertrained, last_gain, train_seeds, undertrained_mark
+from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, evaluate_runs, is_undertrained, last_gain, train_seeds, undertrained_mark
 from .generation_recipes import GENERATION_DATASET_BY_PROFILE
-from .language_recipes import LM_DATASET_BY_PROFILE
+from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE
 from .recipe_base import NOT_NEGATIVE, SEEDS, STRING, STRINGS, Allowed, different, or_none, plain, tuples
 from .recipes import RECIPES, get_recipe
 from .records import file_digest, project_root, read_json
@@ -34,7 +34,7 @@ def load_or_run_grid(
     summary: Callable[[list[Run]], dict] = evaluate_runs,  # from the runs of one recipe, one per seed, to its result
     retrain: bool = True,  # under `always`; False: only summarise again
 ) -> dict[str, dict | None]:  # by recipe: result of `summary`, or None if there is none
-    "The results of all models of an ablation, each loaded or computed as `train` says."
+    "The results of all models of an experiment, each loaded or computed as `train` says."
     cells = {}
     for name in names:
         recipe, file = get_recipe(name).at(profile), f"{experiment}/{name.partition('/')[0]}"
@@ -66,7 +66,9 @@ class Measure:
 
     def flat_gain(self, plan: dict | None) -> float:
         "Gain at the end of training from which on a model of a plan is undertrained, in the unit of the curves."
-        return FLAT_GAIN if plan is None else self.flat_unit * plan["flat_gain"]
+        if plan is None:
+            return FLAT_GAIN if self.better > 0 else FLAT_LOSS
+        return self.flat_unit * plan["flat_gain"]
 
 
 ACCURACY = Measure("test_accuracy", "test accuracy, %", "points", 1, "held_out_accuracy", 100, 2, trend="gained",
@@ -138,7 +140,7 @@ def planned_experiment(
     if recipe in CLASSIFIER_LABELS["desk"]:
         return "image_classification" if recipe in CLASSIFIER_LABELS[profile] else None
     data = {"image_generation": GENERATION_DATASET_BY_PROFILE[profile], "language_models": LM_DATASET_BY_PROFILE[profile],
-            "questions": None if profile == "paper" else "questions", "textbooks": "openstax" if profile == "desk" else None}
+            **{folder: names[0].partition("/")[2] for folder, names in FINE_TUNING_BY_PROFILE[profile].items()}}
     for name, (folder, *_) in PLANS.items():
         plan = read_plan(name)
         if recipe in (*plan["models"], *plan["baselines"]):
@@ -215,14 +217,14 @@ def unplanned_table(
 def trained_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
     measure: Measure = ACCURACY,  # what is shown
-    flat_gain: float = FLAT_GAIN,  # gain at the end from which on a model is undertrained
+    plan: dict | None = None,  # from `read_plan`; says from which gain on a model is undertrained
 ) -> str:  # Markdown
     "A measure over seeds, with its gain at the end of training; models that are not trained are named below."
     def shown(m, field):
         return decimals(m[field], measure.digits, measure.scale)
 
     def marked(m):
-        return shown(m, measure.field) + undertrained_mark(m["curves"], flat_gain)
+        return shown(m, measure.field) + undertrained_mark(m["curves"], measure.flat_gain(plan))
 
     def gained(m):
         gain = last_gain(m["curves"])

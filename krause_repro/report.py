@@ -381,7 +381,7 @@ def generation_section(
     note = (f"{finished_runs(models, plans[0]['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
             f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
     speed = load_result("generation_speed", "desk", root, missing_ok=True)
-    tables = trained_table(models, IMAGE_BITS, IMAGE_BITS.flat_gain(plans[0])), bits_table(results, counts)
+    tables = trained_table(models, IMAGE_BITS, plans[0]), bits_table(results, counts)
     tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
     return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
 
@@ -407,7 +407,7 @@ def language_section(
     models = {name: {"label": label, **(results.get(name) or {})} for name, label in names.items()}
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
-        f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, TEXT_BITS.flat_gain(plan)),
+        f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan),
         planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %, on random items:",
         zero_shot_table(zero_shot_results("desk", root), {}),
     ])
@@ -421,7 +421,7 @@ def fine_tuning_section(
     for data in FINE_TUNING_BY_PROFILE["desk"]:
         plan, models = read_plan(data, root), fine_tuned_models(stored_results("desk", data, root=root))
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
-                  trained_table(models, TOKEN_LOSS, TOKEN_LOSS.flat_gain(plan)), planned_table(models, plan, TOKEN_LOSS),
+                  trained_table(models, TOKEN_LOSS, plan), planned_table(models, plan, TOKEN_LOSS),
                   fine_tuning_table(models)]
     return "\n\n".join([*parts, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
 

@@ -458,7 +458,7 @@ def test_a_measure_of_which_less_is_better_is_compared_and_judged_alike():
     assert planned_difference(plan, models, "a", "b", bits)["finished"] and planned_difference(plan, models, "a", "b", ACCURACY) is None
     assert not planned_difference({**plan, "seeds": [0, 1, 2]}, models, "a", "b", bits)["finished"]
     assert planned_difference(plan, {**models, "b": {**models["b"], "seeds": [2, 3]}}, "a", "b", bits) is None
-    lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, 0.2).splitlines()
+    lines = trained_table({"a": models["a"], "c": {"label": "C"}}, bits, {"flat_gain": 0.2}).splitlines()
     assert lines[0] == ("| model | trained parameters | test bits | seeds | held-out bits | fell at the end of training, bits "
                         "| minutes per run |")
     assert lines[2] == "| A | 7 | 1.050 ± 0.071 *(undertrained)* | 2 (seeds 0, 1) | 2.000 | +0.250 | 2 |" and lines[4] == "Not finished: C."
