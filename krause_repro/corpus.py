@@ -213,7 +213,7 @@ def tokenizer_digest(
     return hashlib.sha256(json.dumps([listed, tokenizer.eos_token_id]).encode()).hexdigest()
 
 
-def load_tokenizer(
+def read_tokenizer(
     name: str | Path,  # a folder, or a name on the hub
 ) -> tuple[PreTrainedTokenizerFast, dict | None]:  # and what it was trained on, if that is known
     "Load a fast tokenizer. Raises `UserError` if it has no end token, gaps between its token ids, or more of them than uint16 can hold."
@@ -243,7 +243,7 @@ def _read_trained_on(path):
 def _choose_tokenizer(source, weights, vocab_size, name):
     "A tokenizer and the record of its training documents: loaded by name, or trained on the training part of a text."
     if vocab_size is None:
-        return load_tokenizer(name)
+        return read_tokenizer(name)
     if not isinstance(source, TextSource):
         raise UserError(f"vocab_size must be left out for a streamed corpus, which takes a finished tokenizer, got {vocab_size}")
     chosen = [text for text in source.documents if document_split(document_digest(text), weights) == "train"]
@@ -380,7 +380,7 @@ def _sealed(record: dict) -> dict:
 def _check_tokenizer(path, facts, vocab_size, tokenizer):
     "Raise `UserError` if a corpus, begun or finished, has another tokenizer than the one asked for."
     known = tokenizer is not None and Path(tokenizer).is_dir()  # a name on the hub may be out of reach
-    if vocab_size not in (None, facts["vocab_size"]) or known and tokenizer_digest(load_tokenizer(tokenizer)[0]) != facts["sha256"]:
+    if vocab_size not in (None, facts["vocab_size"]) or known and tokenizer_digest(read_tokenizer(tokenizer)[0]) != facts["sha256"]:
         raise UserError(f"{path} has another tokenizer, of {facts['vocab_size']} tokens, than {tokenizer or f'one of {vocab_size}'}")
 
 
@@ -392,7 +392,7 @@ def _resume(path: Path, source: TextSource | StreamSource, record: dict) -> tupl
     "Continue after the last complete part: the source is moved there. Raises `UserError` if the build has other settings or is damaged."
     if not _same_source(record["source"], source.origin):
         raise UserError(f"{path} was begun with the source {record['source']}, got {source.origin}; delete it or name another folder")
-    tokenizer, trained_on = load_tokenizer(path / "tokenizer")
+    tokenizer, trained_on = read_tokenizer(path / "tokenizer")
     _check_shards(path, record, tokenizer, verify=True)
     source.seek(record["state"])
     return tokenizer, trained_on
@@ -484,7 +484,7 @@ def open_corpus(
             raise UserError(f"{path / MANIFEST} was altered: its SHA-256 is another; delete the corpus and build it again")
         if verify is None:
             verify = 2 * sum(record["splits"][split]["tokens"] for split in SPLITS) <= VERIFIED_BYTES
-        tokenizer, _ = load_tokenizer(path / "tokenizer")
+        tokenizer, _ = read_tokenizer(path / "tokenizer")
         _check_shards(path, record, tokenizer, verify)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} is not the manifest of a corpus ({error!r}); delete the corpus and build it again") from error
@@ -500,7 +500,7 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return load_tokenizer(self.path / "tokenizer")[0]
+        return read_tokenizer(self.path / "tokenizer")[0]
 
     vocab_size = property(lambda self: self.manifest["tokenizer"]["vocab_size"], doc="Tokens of the tokenizer.")
     digest = property(lambda self: _digest([json.dumps([self.manifest["tokenizer"]["sha256"], self.manifest["splits"]], sort_keys=True)]),

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
@@ -341,6 +342,15 @@ def _is_long(lm, prompt, text):
     return len(lm.tok_encode(prompt + text)) + (not prompt) > lm.max_length + 1
 
 
+def _constant_answers(samples):
+    "Accuracy of each answer given to every item, by answer; empty if the items offer different ones."
+    offered = {tuple(argument[1].strip() for argument in sample["arguments"]) for sample in samples}
+    if len(offered) > 1 or len(samples) == 1:
+        return {}
+    right = Counter(int(sample["target"]) for sample in samples)
+    return {answer: {"accuracy": right[index] / len(samples)} for index, answer in enumerate(*offered)}
+
+
 def _continuation_result(task, scores, samples, lm, standard=None):
     "The result of a task of texts; `standard` holds lm-eval's own scores where they are of another run."
     sums = [[response[0] for response in sample["filtered_resps"]] for sample in samples]
@@ -353,7 +363,7 @@ def _continuation_result(task, scores, samples, lm, standard=None):
     result = {
         "accuracy": scores["acc,none"], "accuracy_stderr": _number(scores["acc_stderr,none"]), "macro_f1": None,
         "standard_accuracy": standard[name], "standard_stderr": _number(standard[name.replace(",", "_stderr,")]),
-        "items": len(samples), "truncated": sum(long), "constant": {},
+        "items": len(samples), "truncated": sum(long), "constant": _constant_answers(samples),
         "chance": {"accuracy": 0.0 if task == "lambada" else sum(1 / n for n in options) / len(options)},
     }
     if task == "lambada":
@@ -475,6 +485,8 @@ def _over_seeds(scores):
         "chance": first["chance"] and first["chance"]["accuracy"],
         **{name: first[name] for name in ("items", "truncated", "source", "limit")},
     }
+    if first["constant"]:
+        found["constant"] = first["constant"]
     if "phenomena" in first:
         found["phenomena"] = {name: summarise([each["phenomena"][name]["accuracy"] for each in scores]) for name in first["phenomena"]}
     return found
@@ -525,14 +537,17 @@ def zero_shot_table(
     published: dict[str, dict],  # by label: accuracies in percent by task
     scoring: str = "accuracies",  # the paper's, or "standard_accuracies"
 ) -> str:  # Markdown
-    "Accuracy ± standard deviation over seeds by task, in percent; the standard error of one seed's items, chance, the paper's numbers."
+    "Accuracy ± standard deviation over seeds by task, in percent, beside the standard error, constant answers and the paper's scores."
     known = [m["tasks"] for m in models.values() if "tasks" in m]
     tasks = list(dict.fromkeys(task for each in known for task in each))
     first = {task: next(each[task] for each in known if task in each) for task in tasks}
     rows = [(m["label"], *(percent(m["tasks"][task][scoring]) if task in m.get("tasks", {}) else None for task in tasks))
             for m in models.values()]
     rows.append(("standard error of one seed", *(f"{100 * f['stderr']:.2f}" if f["stderr"] is not None else None for f in first.values())))
-    rows.append(("chance", *(None if f["chance"] is None else f"{100 * f['chance']:.2f}" for f in first.values())))
+    constant = [max((each["accuracy"] for each in f.get("constant", {}).values()), default=None) for f in first.values()]
+    for label, scores in (("chance", [f["chance"] for f in first.values()]), ("most frequent answer", constant)):
+        if any(score is not None for score in scores):
+            rows.append((label, *(None if score is None else f"{100 * score:.2f}" for score in scores)))
     rows += [(f"{label}, paper", *(numbers.get(task) for task in tasks)) for label, numbers in published.items()]
     heads = (f"{TASK_LABELS.get(task, task)}, {f['items']:,} items" for task, f in first.items())
     return finished_table(("model", *heads), rows)

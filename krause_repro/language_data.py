@@ -288,7 +288,7 @@ def _response(tokenizer: PreTrainedTokenizerBase, targets: str, lead: str) -> li
     return whole[len(before):]
 
 
-def start_tokens(
+def bos_tokens(
     tokenizer: PreTrainedTokenizerBase,  # any
 ) -> list[int]:
     "The start token that this tokenizer prepends to every text; empty if none."
@@ -315,7 +315,7 @@ def encode_prompt(
     inputs: str,  # the question
 ) -> list[int]:
     "The tokens of a prompt including the marker, for training and generation."
-    return start_tokens(tokenizer) + _ids(tokenizer, inputs + MARKER)
+    return bos_tokens(tokenizer) + _ids(tokenizer, inputs + MARKER)
 
 # %% ../nbs/30_language_data.ipynb #20419358
 IGNORED = -100  # label ignored by the loss
@@ -328,7 +328,7 @@ class _ItemEncoder:
         check_tokenizer(tokenizer)
         check_integer("max_length", max_length, 2)
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.start, self.lead = start_tokens(tokenizer), _lead(tokenizer)
+        self.start, self.lead = bos_tokens(tokenizer), _lead(tokenizer)
 
     def __call__(self, item: dict) -> tuple[dict[str, list[int]] | None, bool]:
         "`input_ids` and `labels`, or None if there is no room for marker and response; and whether the prompt was cut."

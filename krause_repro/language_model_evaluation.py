@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .branched_models import mean_gates
 from .checks import UserError, check_integer, is_unicode
-from .corpus import Corpus, load_tokenizer
+from .corpus import Corpus, read_tokenizer
 from .evaluation import cached_test, finished_model, last_gain, provenance, step_curves, summarise_sigma, undertrained_mark
 from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
@@ -173,7 +173,7 @@ def run_tokenizer(
     "The tokenizer in a run's folder; runs of earlier versions have only their corpus. A source is compared, but never built for it."
     kept = (run.path / "tokenizer.json").is_file()
     if kept and source is None:
-        return load_tokenizer(run.path)[0]
+        return read_tokenizer(run.path)[0]
     try:
         return run_corpus(run, source, build=not kept).tokenizer
     except FileNotFoundError as error:

@@ -416,14 +416,25 @@ def language_section(
 def fine_tuning_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
-    "The fine-tuned models of notebook 63 as RESULTS.md shows them, attention sinks, and speed; a dash for a model without a result."
+    "Fine-tuned models as RESULTS.md shows them, zero-shot scores, attention sinks, and speed; a dash for a model without a result."
     parts, speed = [], load_result("language_speed", "desk", root, missing_ok=True)
     for data in FINE_TUNING_BY_PROFILE["desk"]:
         plan, models = read_plan(data, root), fine_tuned_models(stored_results("desk", data, root=root))
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
                   trained_table(models, TOKEN_LOSS, plan), planned_table(models, plan, TOKEN_LOSS),
                   fine_tuning_table(models)]
+    scores = _textbook_scores(models, root)
+    if any("tasks" in each for each in scores.values()):
+        parts += ["Zero-shot accuracy after fine-tuning on textbooks, first seed, by the paper's scoring, %, on random items:",
+                  zero_shot_table(scores, {})]
     return "\n\n".join([*parts, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
+
+
+def _textbook_scores(models, root):
+    "Zero-shot scores of the base model and of the models fine-tuned on textbooks, by name."
+    labels = {"base": "base model"} | {name.partition("/")[0]: model["label"] for name, model in models.items()}
+    found = {name: load_result(f"textbook_tasks/{name}", "desk", root, missing_ok=True) for name in labels}
+    return {name: {"label": labels[name], **(each or {})} for name, each in found.items()}
 
 
 def _language_speed_lines(speed):

@@ -312,7 +312,7 @@ def page_status(
     return record["status"] + (f" because of {record['because']}" if record.get("because") else "")
 
 
-def outcome(
+def status_line(
     record: dict[str, object],  # of a page
 ) -> str:
     "The status of a page and its duration, for the log."
@@ -379,7 +379,7 @@ def run_pages(
                 if record["status"] != "ok":
                     failed.append(page.stem)
                 if not quiet:
-                    line = f"[{done:>2}/{len(pages)}] {page.stem} ... {outcome(record)}"
+                    line = f"[{done:>2}/{len(pages)}] {page.stem} ... {status_line(record)}"
                     tqdm.write(line) if bars else print(line, flush=True)
                 yield record
 
@@ -504,5 +504,5 @@ def book(
                     copy_file(copy, page.path)
             seconds = round(time.perf_counter() - start, 1)
             records.append({"notebook": page.stem, "status": "failed" if error else "ok", "error": error, "seconds": seconds})
-            print(outcome(records[-1]), flush=True)
+            print(status_line(records[-1]), flush=True)
     return records

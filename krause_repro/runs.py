@@ -91,7 +91,7 @@ class Run:
 
     def model(self) -> PreTrainedModel:
         "The selected model in eval mode. Raises `UserError` or `FileNotFoundError` that names a damaged or missing file."
-        check_weights(self)
+        check_model_files(self)
         return task_of(self.recipe).read(self).eval()
 
 # %% ../nbs/35_runs.ipynb #0d2b79a9
@@ -155,7 +155,7 @@ def weights_file(
     return next(run.path / name for name in task_of(run.recipe).files if name.endswith(".safetensors"))
 
 
-def check_weights(
+def check_model_files(
     run: Run,  # finished
 ) -> None:
     "Raise an error that names a missing or damaged file of the model, or `TrainingDiverged` if its weights are not finite."
@@ -180,7 +180,7 @@ def check_finished(
     "Raise an error that names a missing or damaged file of a finished run."
     if (run.path / DIGESTS).is_file() and (wrong := damage(run.path, task_of(run.recipe).files)):  # runs of earlier versions have none
         raise UserError(f"{wrong}; {run.remedy}")
-    check_weights(run)
+    check_model_files(run)
     fields = ("seconds", "steps", "chosen_epoch", "threads", "parameters", f"held_out_{task_of(run.recipe).metric}")
     _record(run.path / "finished.json", fields, run.remedy)
     run.environment()

@@ -22,7 +22,7 @@ from .branched_models import add_krause_branch, recorded_branches
 from .checks import UserError, check_integer
 from .evaluation import finished_model, on_device, provenance
 from .fine_tuning_evaluation import FINE_TUNED_LABELS
-from .language_data import shakespeare_text, split_works, start_tokens, text_blocks
+from .language_data import bos_tokens, shakespeare_text, split_works, text_blocks
 from .language_model import LanguageModel, support_of
 from .language_model_evaluation import text_blocks_of
 from .language_recipes import FINE_TUNING_BY_PROFILE, FineTuningRecipe
@@ -192,7 +192,7 @@ def sink_passages(
     tokenizer: PreTrainedTokenizerBase,  # of the model
 ) -> Tensor:  # (passages, length)
     "Passages of the test works, each with the tokenizer's start token if it has one."
-    start = torch.tensor(start_tokens(tokenizer), dtype=torch.long)
+    start = torch.tensor(bos_tokens(tokenizer), dtype=torch.long)
     blocks, _ = text_blocks(tokenizer, list(split_works(shakespeare_text())["test"].values()), recipe.length - len(start))
     blocks = torch.cat([start.expand(len(blocks), -1), blocks], 1)
     if not 0 < recipe.passages <= len(blocks):

@@ -22,7 +22,7 @@ from krause_repro import corpus as corpora
 from krause_repro import tasks as training_tasks
 from krause_repro.attention import fused_attention
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
-from krause_repro.corpus import load_corpus, load_tokenizer, train_tokenizer
+from krause_repro.corpus import load_corpus, read_tokenizer, train_tokenizer
 from krause_repro.language_benchmarks import run_model
 from krause_repro.language_data import EOS
 from krause_repro.language_model import (
@@ -712,7 +712,7 @@ def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_a
     assert run.summary()["steps"] == 3 and run.summary()["bf16"] == (cpu_has_bf16() or torch.cuda.is_available())
     assert len(rates) == 3 and rates[0] == published.lr and result["curves"]["held_out"]["steps"] == [0, 1, 2, 3]
     assert 0 < result["bits_per_token"]["mean"] < result["held_out_bits"]["mean"] + 1 and result["test_blocks"] > 1
-    assert load_tokenizer(run.path)[1] == load_tokenizer(text.path / "tokenizer")[1] is not None
+    assert read_tokenizer(run.path)[1] == read_tokenizer(text.path / "tokenizer")[1] is not None
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path)
     assert tokenizer.model_max_length == 1024 and torch.equal(model.head.weight, run.model().head.weight)
     assert model(**tokenizer("the 5", return_tensors="pt")).logits.shape[-1] == 300

@@ -1030,4 +1030,18 @@ def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, to
     assert {task: found["accuracies"]["values"] for task, found in base["tasks"].items()} == {
         task: [found["accuracy"]] for task, found in direct.items()}
     table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}}, {})
-    assert "| chance | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table
+    assert "| chance | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table and "most frequent" not in table
+
+
+@pytest.mark.parametrize("limit", [3, 10])
+def test_boolq_is_shown_beside_its_most_frequent_answer(monkeypatch, checkers, tiny, tokenizer, limit):
+    for name, value in (("FINE_TUNED", {"tasks": ("boolq_continuation",), "max_gen_toks": 4}), ("base_model", lambda recipe: tiny),
+                        ("base_source", lambda recipe: None), ("load_tokenizer", lambda source: tokenizer)):
+        monkeypatch.setattr(language_benchmarks, name, value)
+    base = language_benchmarks.evaluate_base_zero_shot(None, "local", limit)
+    items = language_tasks.language_items("boolq_continuation", "local", limit)["boolq_continuation"]
+    share = sum(item["label"] for item in items) / limit
+    assert base["tasks"]["boolq_continuation"]["constant"] == {
+        "no": {"accuracy": pytest.approx(1 - share)}, "yes": {"accuracy": share}}
+    assert f"| most frequent answer | {100 * max(share, 1 - share):.2f} |" in language_benchmarks.zero_shot_table(
+        {"base": {"label": "base model", **base}}, {})
