@@ -12,7 +12,7 @@ In reading order:
 - the measures: `statistics`, `evaluation`, `plans`, `generation_evaluation`, `fine_tuning_evaluation`,
   `language_model_evaluation`, `language_tasks`, `language_benchmarks`, `attention_analysis`, `sinks`
 - the benchmarks: `bench_attention`, `bench_models`, `bench_generation`, `bench_language`, `benchmarks`
-- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `ablations`, `claims`, `report`, `cli`
+- figures and the book: `drawing`, `figures`, `result_figures`, `runner`, `website`, `claims`, `report`, `cli`
 """
 import sys
 from importlib import import_module

@@ -220,25 +220,14 @@ def image_classification_recipes() -> dict[str, ImageClassificationRecipe]:
     return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #30a072ee
+WINDOW_SOFTMAX = replace(
+    image_classification_recipes()["kvit_t/fashion_mnist"], name="softmax_t_local_top_k/fashion_mnist", score="softmax", published={},
+    unpublished=(*UNPUBLISHED, "held_out", "score"),
+)
 POST_NORM_VIT = replace(
     image_classification_recipes()["vit_t/fashion_mnist"], name="vit_t_post/fashion_mnist", norm="post", layer_norm_eps=1e-5,
     published={}, unpublished=(*UNPUBLISHED, "held_out", "norm"),
 )
-
-# %% ../nbs/23_image_recipes.ipynb #99107220
-@dataclass(frozen=True)
-class RandomSupportRecipe(ImageClassificationRecipe):
-    "A control: as many candidates as in the window, at random positions."
-
-    random_support: int = 0  # seed of the positions, equal in all layers and runs
-    allowed: ClassVar[dict[str, Allowed]] = {
-        **ImageClassificationRecipe.allowed, "random_support": integers(0), "radius": integers(0),  # sets the number of candidates
-    }
-
-    @property
-    def config(self) -> VisionTransformerConfig:
-        "The configuration of the model."
-        return VisionTransformerConfig(**{**super().config.to_dict(), "attention_random_seed": self.random_support})
 
 # %% ../nbs/23_image_recipes.ipynb #99107221
 def as_kind(
@@ -252,34 +241,6 @@ def as_kind(
 # %% ../nbs/23_image_recipes.ipynb #03018091
 SUPPORTS = {"full": {"radius": None, "top_k": None}, "local": {"top_k": None}, "local_top_k": {}}  # changes to KViT
 
-
-def ablation_name(
-    score: str,  # "krause", "softmax" or "softmax_key_norm"
-    support: str,  # key of `SUPPORTS`
-    norm: str,  # "post" or "pre"
-) -> str:
-    "The name of the recipe of a cell of the ablation."
-    same = {("krause", "local_top_k", "post"): "kvit_t/fashion_mnist", ("softmax", "full", "post"): "vit_t_post/fashion_mnist"}
-    return same.get((score, support, norm), f"ablation_{score}_{support}_{norm}/fashion_mnist")
-
-
-def ablation_recipes() -> dict[str, ImageClassificationRecipe]:
-    "The ablations of KViT-T on Fashion-MNIST, all ours."
-    kvit = image_classification_recipes()["kvit_t/fashion_mnist"]
-    cells = {
-        ablation_name(score, support, norm): {"score": score, "norm": norm, **change}
-        for score in SCORES for support, change in SUPPORTS.items() for norm in ("post", "pre")
-    }
-    cells["ablation_fixed_sigma/fashion_mnist"] = {"learn_sigma": False}
-
-    def changed(name, change, kind=ImageClassificationRecipe):
-        return as_kind(kvit, kind, name=name, published={}, unpublished=tuple(dict.fromkeys((*kvit.unpublished, *change))), **change)
-
-    recipes = {name: changed(name, change) for name, change in cells.items() if name not in (kvit.name, POST_NORM_VIT.name)}
-    for support in ("local", "local_top_k"):
-        name = f"ablation_random_{support}/fashion_mnist"
-        recipes[name] = changed(name, {"random_support": 0, **SUPPORTS[support]}, RandomSupportRecipe)
-    return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #102d5bcd
 TABLE_13 = {

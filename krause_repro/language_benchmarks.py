@@ -538,12 +538,13 @@ def zero_shot_table(
     scoring: str = "accuracies",  # the paper's, or "standard_accuracies"
 ) -> str:  # Markdown
     "Accuracy ± standard deviation over seeds by task, in percent, beside the standard error, constant answers and the paper's scores."
-    known = [m["tasks"] for m in models.values() if "tasks" in m]
-    tasks = list(dict.fromkeys(task for each in known for task in each))
-    first = {task: next(each[task] for each in known if task in each) for task in tasks}
+    known = {m["label"]: m["tasks"] for m in models.values() if "tasks" in m}
+    tasks = list(dict.fromkeys(task for each in known.values() for task in each))
+    first = {task: next(each[task] for each in known.values() if task in each) for task in tasks}
     rows = [(m["label"], *(percent(m["tasks"][task][scoring]) if task in m.get("tasks", {}) else None for task in tasks))
             for m in models.values()]
-    rows.append(("standard error of one seed", *(f"{100 * f['stderr']:.2f}" if f["stderr"] is not None else None for f in first.values())))
+    errors = (f["stderr"] for f in first.values())
+    rows.append((f"standard error, {next(iter(known), '')}", *(None if error is None else f"{100 * error:.2f}" for error in errors)))
     constant = [max((each["accuracy"] for each in f.get("constant", {}).values()), default=None) for f in first.values()]
     for label, scores in (("chance", [f["chance"] for f in first.values()]), ("most frequent answer", constant)):
         if any(score is not None for score in scores):

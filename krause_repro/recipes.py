@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from .checks import UserError, check_flag, check_integer, check_positive, did_you_mean, similar_names
 from .generation_recipes import ImageGenerationRecipe, feature_classifiers, generation_recipes
 from krause_repro.image_recipes import (
-    POST_NORM_VIT, ImageClassificationRecipe, ablation_recipes, baseline_recipes, cifar_control_recipes, image_classification_recipes,
+    POST_NORM_VIT, WINDOW_SOFTMAX, ImageClassificationRecipe, baseline_recipes, cifar_control_recipes, image_classification_recipes,
     photograph_recipes, published_ablation_recipes, swin_recipes,
 )
 from .language_recipes import LanguageModelRecipe, fine_tuning_recipes, language_model_recipes
@@ -60,11 +60,10 @@ RECIPES: dict[str, Recipe] = {
     "particles/circle": ParticleRecipe("particles/circle", seeds=(0,), unpublished=PARTICLE_FIELDS),
     "particles/sphere": ParticleRecipe("particles/sphere", seeds=(0,), unpublished=PARTICLE_FIELDS, dimension=3),
     **image_classification_recipes(),
-    POST_NORM_VIT.name: POST_NORM_VIT,
+    POST_NORM_VIT.name: POST_NORM_VIT, WINDOW_SOFTMAX.name: WINDOW_SOFTMAX,
     **published_ablation_recipes(),
     **cifar_control_recipes(),
     **baseline_recipes(),
-    **ablation_recipes(),
     **swin_recipes(),
     **photograph_recipes(),
     **feature_classifiers(),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from .ablations import ablation_names, averaged_effects, cell_table, difference_table, plain_answers, single_changes
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
@@ -34,11 +33,11 @@ from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, result_command, result_page, result_path
 from .sinks import branch_files, sink_answer, sink_models, stored_sinks
-from .statistics import MIN_EFFECT, decimals, markdown_table, plural
+from .statistics import decimals, markdown_table, plural
 from .vision_transformer import VisionTransformer
 
 # %% ../nbs/70_report.ipynb #470f7823
-README_RESULTS = ("ablations", "image_generation_colour", "generation_speed", "sinks", "language_speed", "cost", "counting", "particles",
+README_RESULTS = ("image_generation_colour", "generation_speed", "sinks", "language_speed", "cost", "counting", "particles",
                   "attention_maps")  # files and folders
 
 
@@ -48,7 +47,7 @@ def compared_recipes(
     "The recipes that a profile compares."
     colour = COLOUR_DATASET_BY_PROFILE.get(check_profile(profile))
     return {
-        "image_classification": list(CLASSIFIER_LABELS[profile]), "ablations": ablation_names(profile),
+        "image_classification": list(CLASSIFIER_LABELS[profile]),
         "image_generation": [f"{name}/{GENERATION_DATASET_BY_PROFILE[profile]}" for name in GENERATOR_LABELS],
         "image_generation_colour": [f"{name}/{colour}" for name in GENERATORS] if colour else [],
         **FINE_TUNING_BY_PROFILE[profile],
@@ -253,6 +252,9 @@ def report_table(
             if any(cells):
                 columns.append((ours, cells))
     note = f"\n\n*{table['note']}*" if table["note"] else ""
+    compared = {RECIPE_ROWS.get((name, row[0])) for row in table["rows"]}
+    altered = altered_note({recipe: result for recipe, result in results.items() if recipe in compared})
+    note += f"\n\nOurs: {altered}" if altered else ""
     return (markdown_table([head for head, _ in columns], zip(*(cells for _, cells in columns), strict=True))
             + f"\n\nSource of the paper's numbers: {table['source']}.{note}")
 
@@ -342,28 +344,6 @@ def performance_section(
         f"Time relative to fused full attention of the same tensors, less than 1 is faster; medians over alternating rounds ({made}):",
         _attention_table(result["attention"]["rows"]),
         "\n".join([*_growth_lines(result), *_model_lines(result["images"]["rows"])]),
-    ])
-
-# %% ../nbs/70_report.ipynb #6ea712e3
-def ablation_section(
-    root: Path | None = None,  # the project's folder
-) -> str:  # Markdown
-    "The cells and effects of notebook 65 as RESULTS.md shows them; cells that are not finished show a dash."
-    results = stored_results("desk", "ablations", root=root)
-    finished = [result for result in results.values() if result]
-    if not finished:
-        return "No cell is finished."
-    one, versions = finished[0], sorted({result["versions"]["torch"] for result in finished})
-    made = f"{one['test_accuracy']['n']} seeds, mean ± standard deviation; {one['device']}, torch {' and '.join(versions)}"
-    bar = f"at least {100 * MIN_EFFECT:g} point, and a 95% interval that excludes zero"
-    return "\n\n".join([
-        f"{len(finished)} of {len(results)} cells are finished. Test accuracy, Fashion-MNIST, desk profile, "
-        f"{one['test_images']:,} test images ({made}):",
-        plain_answers(results), cell_table(results),
-        "† undertrained: held-out accuracy still rose by half a point or more at the end of training.",
-        f"Differences paired by seed, corrected for those of one table. What counts was fixed in commit 3600eaf, when three accuracies "
-        f"were known (notebook 65), the correction afterwards: {bar}.",
-        difference_table(averaged_effects(results)), difference_table(single_changes(results)),
     ])
 
 # %% ../nbs/70_report.ipynb #7f88dad9
@@ -473,7 +453,7 @@ def claims_by_verdict(
 
 README_BLOCKS = {"verdicts": claims_by_verdict, "findings": findings, "claims": lambda root=None: claims_table(root, "nbs/")}
 RESULT_SECTIONS = {
-    "Image classification": classification_section, "Ablation": ablation_section, "Image generation": generation_section,
+    "Image classification": classification_section, "Image generation": generation_section,
     "Fine-tuning of a language model": fine_tuning_section, "Language models from scratch": language_section,
     "Speed of attention": performance_section,
 }

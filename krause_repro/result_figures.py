@@ -164,7 +164,6 @@ def plot_differences(
     colours = []
     for ax, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
         entries = require_each(rows, f"data['groups'][{title!r}]", "label", "values", "mean", "interval")
-        entries.sort(key=lambda entry: -entry[2])
         ax.axvspan(-100 * counts, 100 * counts, color=COLOURS["neutral"], alpha=0.15, linewidth=0)
         ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
         for place, (_, values, mean, interval) in enumerate(entries):

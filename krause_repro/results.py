@@ -51,7 +51,7 @@ def result_path(
     "The result file of an experiment under a profile. Raises `UserError` for an unknown profile and for a name that is no path below it."
     check_profile(profile)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
-        raise UserError(f"name must be a path such as ablations/kvit_t, got {name!r}")
+        raise UserError(f"name must be a path such as image_classification/kvit_s, got {name!r}")
     return (root or project_root()) / "results" / profile / f"{name}.json"
 
 # %% ../nbs/21_results.ipynb #dd94e7eb
@@ -123,19 +123,19 @@ RESULT_PAGES = {  # page by file name or folder
     "particles": "60", "image_classification": "61", "training_speed": "61", "image_generation": "62", "image_generation_colour": "62",
     "generation_speed": "62", **dict.fromkeys(("questions", "textbooks", "flan", "textbook_tasks", "sinks", "language_tasks"), "63"),
     "language_speed": "63", "language_models": "64", "language_model_sinks": "64", "language_model_tasks": "64",
-    "language_model_speed": "64", "ablations": "65", "cost": "66", "counting": "66", "training_profile": "66", "attention_maps": "67",
+    "language_model_speed": "64", "cost": "66", "counting": "66", "training_profile": "66", "attention_maps": "67",
 }
 
 
 def result_page(
-    name: str,  # the experiment, e.g. "ablations/kvit_t"
+    name: str,  # the experiment, e.g. "image_classification/kvit_s"
 ) -> str | None:
     "Number of the page that makes a result; None for an unknown name."
     return RESULT_PAGES.get(name.partition("/")[0])
 
 # %% ../nbs/21_results.ipynb #bff9ebae
 def result_command(
-    name: str,  # the experiment, e.g. "ablations/kvit_t"
+    name: str,  # the experiment, e.g. "image_classification/kvit_s"
     profile: str,  # "smoke", "desk" or "paper"
 ) -> str:
     "The command that makes a missing result."
@@ -144,7 +144,7 @@ def result_command(
 
 
 def result_remedy(
-    name: str,  # the experiment, e.g. "ablations/kvit_t"
+    name: str,  # the experiment, e.g. "image_classification/kvit_s"
     profile: str,  # "smoke", "desk" or "paper"
 ) -> str:
     "The remedy for a damaged result, for messages."

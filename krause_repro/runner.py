@@ -115,10 +115,11 @@ def select(
 
 # %% ../nbs/58_runner.ipynb #8795bc95
 NEEDS = {  # pages that read results of other pages
+    "65_ablations": ("61_image_classification",),
     "70_report": ("61_image_classification", "62_image_generation", "63_llm_finetuning", "64_language_modelling"),
 }
 AFTER = {  # pages that train models of other pages again, which two processes must not do at the same time
-    "65_ablations": ("61_image_classification",), "67_attention_maps": ("61_image_classification", "65_ablations"),
+    "67_attention_maps": ("61_image_classification",),
 }
 
 

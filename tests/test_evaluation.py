@@ -10,17 +10,6 @@ import torch
 from cases import over
 
 from krause_repro import cli, evaluation
-from krause_repro.ablations import (
-    ABLATION_CELLS,
-    ABLATION_CONTROLS,
-    averaged_effects,
-    cell_table,
-    difference_table,
-    factor_effect,
-    paper_steps,
-    plain_answers,
-    single_changes,
-)
 from krause_repro.checks import UserError
 from krause_repro.evaluation import (
     CLASSIFIER_LABELS,
@@ -65,6 +54,7 @@ from krause_repro.statistics import (
     effect,
     exceeds_noise,
     is_shown,
+    outcome,
     paired_difference,
     percent,
     seed_values,
@@ -223,11 +213,8 @@ def test_results_are_paired_by_seed_whatever_the_order():
 
     first, second = result([0, 1, 2], [0.8, 0.9, 0.7]), result([0, 2, 1], [0.79, 0.69, 0.89])
     assert seed_values([first, second]) == [[0.8, 0.9, 0.7], [0.79, 0.89, 0.69]]
-    kvit, pre = (ABLATION_CELLS["krause", "local_top_k", norm] for norm in ("post", "pre"))
-    (change,) = single_changes({kvit: first, pre: second})
-    assert change["values"] == pytest.approx([0.01] * 3)
     with pytest.raises(ValueError, match=r"same seeds, got \[0, 1, 2\] and \[0, 1\]"):
-        single_changes({kvit: first, pre: result([1, 0], [0.5, 0.6])})
+        seed_values([first, result([1, 0], [0.5, 0.6])])
     for wrong in (result([1, 1, 2], [0.8, 0.9, 0.7]), result([0, 1, 2], [0.8, 0.9])):
         for compare in (lambda wrong=wrong: seed_values([wrong, wrong]), lambda wrong=wrong: corrected_difference(first, wrong, 1)):
             with pytest.raises(UserError, match="seeds must differ and have one value of test_accuracy each, got seeds"):
@@ -265,24 +252,16 @@ def test_train_seeds_trains_each_seed_of_the_profile(monkeypatch, tmp_path, rest
     assert calls == [(recipe, seed, tmp_path, restart, False) for seed in (0, 1, 2)]
 
 
-def test_factor_effect_averages_over_the_other_factors_and_skips_what_is_missing():
-    cells = {("A", "x"): [0.80, 0.82], ("B", "x"): [0.81, 0.84], ("A", "y"): [0.70, 0.72], ("B", "y"): [0.73, 0.74], ("B", "z"): [0.1, 0.1]}
-    averaged = factor_effect(cells, 0, "B", "A")
-    assert averaged["values"] == pytest.approx([0.02, 0.02]) and averaged["settings"] == 2
-    assert factor_effect(cells, 1, "x", "y")["values"] == pytest.approx([0.09, 0.10])
-    assert factor_effect(cells, 0, "B", "C") is None and factor_effect(cells, 1, "z", "x")["settings"] == 1
-
-
 def test_cells_without_a_file_are_missing_and_stale_ones_an_error(tmp_path):
-    first, second = "ablation_fixed_sigma/fashion_mnist", "ablation_krause_full_post/fashion_mnist"
-    assert load_or_run_grid("ablations", [first, second], "desk", "never", root=tmp_path) == {first: None, second: None}
+    first, second = "softmax_s_local/cifar10", "kvit_s_full/cifar10"
+    assert load_or_run_grid("image_classification", [first, second], "desk", "never", root=tmp_path) == {first: None, second: None}
     recipe = get_recipe(first).at("desk")
-    save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict()}, "answer": 42}, "desk", tmp_path)
-    cells = load_or_run_grid("ablations", [first, second], "desk", "never", root=tmp_path)
+    save_result("image_classification/softmax_s_local", {"recipes": {first: recipe.to_dict()}, "answer": 42}, "desk", tmp_path)
+    cells = load_or_run_grid("image_classification", [first, second], "desk", "never", root=tmp_path)
     assert cells[first]["answer"] == 42 and cells[second] is None
-    save_result("ablations/ablation_fixed_sigma", {"recipes": {first: recipe.to_dict() | {"lr": 1}}}, "desk", tmp_path)
+    save_result("image_classification/softmax_s_local", {"recipes": {first: recipe.to_dict() | {"lr": 1}}}, "desk", tmp_path)
     with pytest.raises(ValueError, match="stale"):
-        load_or_run_grid("ablations", [first], "desk", "never", root=tmp_path)
+        load_or_run_grid("image_classification", [first], "desk", "never", root=tmp_path)
 
 
 def test_provenance_names_every_commit_and_version_once():
@@ -295,86 +274,14 @@ def test_provenance_names_every_commit_and_version_once():
     assert lines[-1] == "Python 3.11, torch 2.14, transformers 5; cpu · Python 3.11, torch 2.15, transformers 5; cpu"
 
 
-# The ablation
-
-
-def cells_with(**effects):
-    "Made-up results: 80% and so much more for each level or recipe named, the same in every seed but for a common noise."
-    def result(*levels):
-        base = 0.80 + sum(effects.get(level, 0) for level in levels)
-        curves = {"epochs": [1, 4], "validation_accuracy": {"mean": [base, base]}}
-        return {"seeds": [0, 1, 2], "test_accuracy": summarise([base - 0.003, base, base + 0.003]), "curves": curves}
-
-    cells = {name: result(*cell) for cell, name in ABLATION_CELLS.items()}
-    return cells | {name: result(name.partition("/")[0]) for name in ABLATION_CONTROLS.values()}
-
-
-def test_cells_are_recipes_that_differ_in_score_support_and_norm_alone():
-    assert len(ABLATION_CELLS) == 18 and len(set(ABLATION_CELLS.values())) == 18 and len(ABLATION_CONTROLS) == 3
-    allowed = {"name", "score", "radius", "top_k", "norm", "unpublished", "published"}
-    kvit = get_recipe("kvit_t/fashion_mnist").at("desk").to_dict()
-    for cell, name in ABLATION_CELLS.items():
-        recipe = get_recipe(name).at("desk")
-        assert {field for field, value in recipe.to_dict().items() if value != kvit[field]} <= allowed
-        assert (recipe.score, recipe.radius is None, recipe.top_k is None, recipe.norm) == (
-            cell[0], cell[1] == "full", cell[1] != "local_top_k", cell[2])
-    fixed = get_recipe(ABLATION_CONTROLS["window + top-k, σ fixed"]).at("desk").to_dict()
-    assert {field for field, value in fixed.items() if value != kvit[field]} - {"name", "unpublished", "published"} == {"learn_sigma"}
-
-
-def test_effects_of_made_up_cells_are_found():
-    results = cells_with(krause=0.02, softmax_key_norm=0.005, local=0.01, local_top_k=0.015, post=0.03)
-    found = {row["label"]: row for row in averaged_effects(results)}
-    assert {label: round(100 * row["mean"], 6) for label, row in found.items()} == {
-        "RBF − dot product": 2, "RBF − dot product + key norm": 1.5, "dot product + key norm − dot product": 0.5, "window − full": 1,
-        "window + top-k − window": 0.5, "window + top-k − full": 1.5, "post-norm − pre-norm": 3,
-    }
-    assert [found[label]["settings"] for label in ("RBF − dot product", "window − full", "post-norm − pre-norm")] == [6, 6, 9]
-    steps = {row["label"]: round(100 * row["mean"], 6) for row in paper_steps(results)}
-    assert steps == {"+ post-norm": 3, "+ RBF score": 2, "+ window": 1, "+ top-k": 0.5, "all four": 6.5}
-
-
-def test_single_changes_take_the_right_cells():
-    controls = {"ablation_random_local": 0.04, "ablation_random_local_top_k": 0.05, "ablation_fixed_sigma": 0.06}
-    results = cells_with(krause=0.02, softmax_key_norm=0.005, local=0.01, local_top_k=0.015, post=0.03, **controls)
-    found = {row["label"].removeprefix("KViT − KViT with "): round(100 * row["mean"], 6) for row in single_changes(results)}
-    assert found == {
-        "dot product": 2, "dot product + key norm": 1.5, "full support": 1.5, "the window alone": 0.5, "pre-norm": 3,
-        "random places + top-k": 1.5, "σ fixed": 0.5, "window − random places, no top-k": 2,
-    }
-
-
-def test_plain_answers_say_what_helps_harms_or_is_not_shown():
-    results = cells_with(krause=0.005, local=0.02, post=-0.03, ablation_fixed_sigma=0.01)
-    lines = dict(line.removeprefix("- **").split("**: ") for line in plain_answers(results).splitlines())
-    assert list(lines) == ["Distance", "Locality", "Top-k", "Norm", "Learning σ"]
-    assert lines["Distance"].startswith("RBF − dot product +0.50 (+0.50 to +0.50): *too small to count*")
-    assert lines["Locality"].startswith("window − full +2.00 (+2.00 to +2.00): *helps*; window − random places, no top-k")
-    assert lines["Top-k"].startswith("window + top-k − window -2.00 (-2.00 to -2.00): *harms*")
-    assert lines["Norm"].count("*harms*") == 2 and lines["Learning σ"].count("*harms*") == 1
-    nothing = dict.fromkeys(results)
-    assert plain_answers(nothing).count("not trained yet") == 5
-
-
-def test_missing_cells_leave_their_lines_out():
-    results = cells_with(post=0.03)
-    for name in list(results):
-        if name not in ("kvit_t/fashion_mnist", "vit_t_post/fashion_mnist"):
-            results[name] = None
-    assert averaged_effects(results) == [] and single_changes(results) == [] and paper_steps(results) == []
-    table = cell_table(results).splitlines()
-    assert len(table) == 2 + 9 + 3 + 1 and sum("83.00 ± 0.30 | —" in line for line in table) == 2
-
-
 @pytest.mark.parametrize(("mean", "interval", "shown"), [
     (0.012, [0.001, 0.023], True), (0.012, [-0.001, 0.025], False), (0.009, [0.008, 0.010], False), (-0.02, [-0.03, -0.01], True),
     (0.5, None, False),
 ])
 def test_a_difference_counts_if_it_is_large_and_apart_from_zero(mean, interval, shown):
     assert is_shown({"mean": mean, "interval": interval}) is shown
-    line = difference_table([{"label": "a − b", "mean": mean, "interval": interval}]).splitlines()[-1]
     word = ("higher" if mean > 0 else "lower") if shown else "too small to count" if mean == 0.009 else "not shown"
-    assert line.endswith(f"| {word} |") and line.startswith(f"| a − b | 1 | {100 * mean:+.2f} |")
+    assert outcome({"mean": mean, "interval": interval}, "higher", "lower") == word
 
 
 # Trained, and planned

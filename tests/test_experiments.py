@@ -11,25 +11,13 @@ from krause_repro.evaluation import CLASSIFIER_LABELS
 from krause_repro.flops import COUNTED
 from krause_repro.generation_evaluation import GENERATOR_LABELS
 from krause_repro.generation_recipes import GENERATORS
-from krause_repro.image_recipes import SUPPORTS, ablation_name
 from krause_repro.language_recipes import LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
 from krause_repro.plans import read_plan
 from krause_repro.recipes import COST, GENERATION_SPEED, LANGUAGE_SPEED, SINKS, TEXT_SPEED, get_recipe
 from krause_repro.records import project_root
-from krause_repro.reference import SCORES
 from krause_repro.report import expected_results
 from krause_repro.results import load_result, result_page, result_path, stale_recipes
 from krause_repro.sinks import sink_models
-
-CELLS = [
-    *(ablation_name(score, support, norm) for score in SCORES for support in SUPPORTS for norm in ("post", "pre")),
-    *(f"ablation_{control}/fashion_mnist" for control in ("random_local", "random_local_top_k", "fixed_sigma")),
-    "softmax_regression/fashion_mnist",
-]
-
-
-def cell_files(names):
-    return {f"ablations/{name.partition('/')[0]}": [get_recipe(name)] for name in names}
 
 
 def generator_files(data):
@@ -64,7 +52,7 @@ def language_model_files(profile):
 
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
-ON_WINDOW = get_recipe("ablation_softmax_local_top_k_post/fashion_mnist")
+ON_WINDOW = get_recipe("softmax_t_local_top_k/fashion_mnist")
 TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "questions", "textbook", "language_model")  # beginnings of files
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
@@ -74,7 +62,7 @@ EXPERIMENTS = {  # page: its files of results under desk, and the recipes each i
     },
     "63_llm_finetuning": fine_tuning_files("desk"),
     "64_language_modelling": language_model_files("desk"),
-    "65_ablations": cell_files(CELLS),
+    "65_ablations": {},  # reads the results of page 61
     "66_cost": {"cost": [COST], "counting": [get_recipe(name) for name in COUNTED], "training_profile": TRIO[:1]},
     "67_attention_maps": {"attention_maps": TRIO, "attention_maps/untrained": [*TRIO, ON_WINDOW]},
     "68_claims": {},  # reads the results of the others

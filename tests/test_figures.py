@@ -334,10 +334,10 @@ def test_a_gate_shows_its_range_and_its_value_for_zero():
         ["0", "1", "at the start: 0.8"], "mean, and band of one standard deviation, over 2 seeds")
 
 
-def test_differences_are_ordered_and_only_those_that_count_are_black():
+def test_only_differences_that_count_are_black():
     first, second = draw("plot_differences").axes
-    assert [tick.get_text() for tick in first.get_yticklabels()] == ["A − C", "A − B"] and second.get_ylabel() == "one"
-    assert [line.get_color() for line in first.lines[1::3]] == ["#000000", "#8A8A8A"]  # the interval of A − B touches zero
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["A − B", "A − C"] and second.get_ylabel() == "one"
+    assert [line.get_color() for line in first.lines[1::3]] == ["#8A8A8A", "#000000"]  # the interval of A − B touches zero
     assert [line.get_ydata()[0] for line in first.lines[1:4]] == [0, -0.26, 0]  # no seed behind the mean
     few = {"counts": 0.01, "groups": {"one": EXAMPLES["plot_differences"]["groups"]["one"]}}
     notes = [fig.get_supxlabel() for fig in (draw("plot_differences"), result_figures.plot_differences(few))]

@@ -20,14 +20,11 @@ from krause_repro.image_files import DATA
 from krause_repro.image_recipes import (
     CIFAR_CONTROLS,
     IMAGE_DATA,
-    SUPPORTS,
     UNPUBLISHED,
     UNPUBLISHED_SWIN,
     ImageClassificationRecipe,
     PixelRecipe,
     SwinRecipe,
-    ablation_name,
-    ablation_recipes,
     baseline_recipes,
     parse_row,
     photograph_recipes,
@@ -44,7 +41,6 @@ from krause_repro.language_recipes import (
 )
 from krause_repro.recipe_base import PROFILES, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
-from krause_repro.reference import SCORES
 from krause_repro.tasks import check_batch
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
@@ -155,31 +151,13 @@ def test_photographs_are_a_model_of_table_3_on_other_data():
 def test_rows_are_all_and_have_names_of_their_own():
     assert len(ROWS) == 8 + 8 + 10 + 2 == len({row_name(dataset, row[0]) for dataset, row in ROWS})
     assert all(name == recipe.name for name, recipe in RECIPES.items())
-    assert set(RECIPES) - {row_name(dataset, row[0]) for dataset, row in ROWS} - set(ablation_recipes()) == {
-        "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "kvit_s_local/cifar10", "kvit_s_full/cifar10",
+    assert set(RECIPES) - {row_name(dataset, row[0]) for dataset, row in ROWS} == {
+        "particles/circle", "particles/sphere", "vit_t_post/fashion_mnist", "softmax_t_local_top_k/fashion_mnist",
+        "kvit_s_local/cifar10", "kvit_s_full/cifar10",
         "kswin_t/cifar10", "swin_t/cifar10", "kswin_s/cifar10", "swin_s/cifar10", "kswin_t/fashion_mnist", "swin_t/fashion_mnist",
         "kvit_s16/photographs", "vit_s16/photographs", "vit_t/mnist", "vit_t/digits",
         *CIFAR_CONTROLS, *baseline_recipes(),
     } | set(generation_recipes()) | set(fine_tuning_recipes()) | set(language_model_recipes())
-
-
-def test_ablation_varies_one_thing_at_a_time():
-    grid = {(score, support, norm): RECIPES[ablation_name(score, support, norm)]
-            for score in SCORES for support in SUPPORTS for norm in ("post", "pre")}
-    assert len({recipe.name for recipe in grid.values()}) == 18 and len(ablation_recipes()) == 16 + 3
-    common = {"score", "radius", "top_k", "norm", "name", "unpublished", "published"}
-    for (score, support, norm), recipe in grid.items():
-        assert (recipe.score, recipe.norm) == (score, norm)
-        assert (recipe.radius is None, recipe.top_k is None) == (support == "full", support != "local_top_k")
-        desk, kvit = recipe.at("desk"), RECIPES["kvit_t/fashion_mnist"].at("desk")
-        changed = {f.name for f in fields(desk) if getattr(desk, f.name) != getattr(kvit, f.name)}
-        assert changed <= common
-    for name, field in {"random_local_top_k": "random_support", "fixed_sigma": "learn_sigma"}.items():
-        recipe = RECIPES[f"ablation_{name}/fashion_mnist"]
-        assert {f.name for f in fields(recipe) if getattr(recipe, f.name) != getattr(RECIPES["kvit_t/fashion_mnist"], f.name, None)} == {
-            field, "name", "unpublished", "published"}
-    random, kvit = (RECIPES[name].config.to_dict() for name in ("ablation_random_local_top_k/fashion_mnist", "kvit_t/fashion_mnist"))
-    assert {key for key in random if random[key] != kvit[key]} == {"attention_random_seed"}
 
 
 def test_published_ablation_has_its_rows():
@@ -400,7 +378,7 @@ def test_unknown_names_suggest_the_nearest(name, near):
 
 # What a field may hold
 
-ONE_OF_EACH = ["particles/circle", "kvit_t/fashion_mnist", "ablation_random_local/fashion_mnist", "kswin_t/fashion_mnist",
+ONE_OF_EACH = ["particles/circle", "kvit_t/fashion_mnist", "kswin_t/fashion_mnist",
                "kvit_s16/photographs", "karm/mnist", "karm/digits", "krause_smollm2/questions", "lm_krause_100m/fineweb_edu"]
 NAN, INF = float("nan"), float("inf")
 WRONG = {  # by field, in every kind of recipe that has it
@@ -414,7 +392,7 @@ WRONG = {  # by field, in every kind of recipe that has it
     "image_size": [0, -28, 28.0], "patch_size": [0], "width": [0, 1.5], "depth": [0], "heads": [0, 5, 7], "mlp_width": [0],
     "score": ["cosine", None], "radius": [-1, "1"], "metric": ["euclid"], "top_k": [0, -1, 1.5, (2,), (1, 2, 3), (0, 4)],
     "sigma": [0, -1, NAN, None], "learn_sigma": ["no", 1, None], "norm": ["none"], "positions": ["sine"], "layer_norm_eps": [0, -1e-5],
-    "drop_path": [1, -0.1], "dropout": [1, "0"], "bf16": ["yes", 0], "dataset": ["svhn", None, "imagenets"], "random_support": [-1],
+    "drop_path": [1, -0.1], "dropout": [1, "0"], "bf16": ["yes", 0], "dataset": ["svhn", None, "imagenets"],
     "depths": [(), (2, 0), 4], "window": [0, -1, 2.5], "image_shape": [(28, 28), (28, 28, 0), 28], "levels": [1, 0], "attention": ["flash"],
     "start_token": ["yes", 1], "final_lr_share": [-0.1, 2], "samples": [0], "base": ["", 3, None], "base_layers": [0], "branch": ["no"],
     "gate_init": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
@@ -444,7 +422,6 @@ def test_every_field_of_every_recipe_has_its_rule():
     ("krause_smollm2/questions", {"top_k": 33}, "top_k must be at most window = 32, got 33"),
     ("kswin_t/fashion_mnist", {"top_k": (2, 4)}, "top_k must be None: a Swin's support is its window"),
     ("kswin_t/fashion_mnist", {"norm": "post"}, "norm must be one of pre, got 'post'"),
-    ("ablation_random_local/fashion_mnist", {"radius": None}, "radius must be an integer ≥ 0"),
     ("karm/mnist", {"dataset": "imagenet"}, "dataset must be one of .*none that comes as folders"),
     ("karm/digits", {"dataset": "mnist"}, "dataset must be one of digits, photograph_tiles"),
     ("lm_krause_100m/openstax", {"batch_size": 975}, "batch_size = 975 must be a multiple of per_device_batch_size, 61"),

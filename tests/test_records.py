@@ -422,7 +422,8 @@ def test_missing_results_name_the_command(tmp_path):
 
 @pytest.mark.parametrize(("name", "profile", "message"), [
     ("n", "smoek", "profile must be one of smoke, desk, paper, got 'smoek'; did you mean smoke"), ("n", None, "profile must be one of"),
-    *((name, "smoke", f"name must be a path such as ablations/kvit_t, got {name!r}") for name in ("", "../n", "/n", "a//n", "a/", 5)),
+    *((name, "smoke", f"name must be a path such as image_classification/kvit_s, got {name!r}")
+      for name in ("", "../n", "/n", "a//n", "a/", 5)),
 ])
 def test_results_are_below_the_folder_of_a_known_profile(tmp_path, name, profile, message):
     for use in (lambda: save_result(name, {"a": 1}, profile, tmp_path / "x"), lambda: load_result(name, profile, tmp_path / "x")):

@@ -25,7 +25,6 @@ from krause_repro.report import (
     README_BLOCKS,
     README_RESULTS,
     RESULT_SECTIONS,
-    ablation_section,
     block_marks,
     coverage,
     expected_results,
@@ -236,7 +235,7 @@ def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
     monkeypatch.setattr(results, "read_json", lambda path, remedy: opened.add(path) or read(path, remedy))
     for make in (*README_BLOCKS.values(), results_page):
         make()
-    planned = {*(folder for folder, _ in PLANS.values()), "language_model_tasks"}  # made one by one
+    planned = {*(folder for folder, _ in PLANS.values()), "language_model_tasks", "textbook_tasks"}  # made one by one
     folders = {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened}
     assert folders - planned == set(README_RESULTS)
 
@@ -286,7 +285,7 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
         shutil.rmtree(committed / "results" / "desk" / folder, ignore_errors=True)
     verdicts = {name: claim.judge(committed).verdict for name, claim in CLAIMS.items()}
     untested = [name for name, verdict in verdicts.items() if verdict == UNDECIDED]
-    assert untested == ["accuracy", "parts", "bits", "fine_tuning", "from_scratch"]
+    assert untested == ["accuracy", "parts", "heads", "bits", "fine_tuning", "from_scratch"]
     assert len(CLAIMS) == 12
     page = json.loads((project_root() / "nbs" / "68_claims.ipynb").read_text(encoding="utf-8"))
     named = re.findall(r"commit `([0-9a-f]{7})`", "\n".join("".join(cell["source"]) for cell in page["cells"]))
@@ -328,7 +327,7 @@ DAMAGE = {  # file, place, what is put there (None: it is taken out), what the m
     "infinity": ("cost", "attention|rows|0|ratio", float("inf"), "attention.rows[0].ratio is inf"),
     "missing field": ("language_speed", "rows|2|speed_ratio", None, "has no field rows[2].speed_ratio"),
     "missing part": ("generation_speed", "rows", None, "has no field rows"),
-    "number for a summary": ("ablations/kvit_t", "test_accuracy", 0.8, "test_accuracy must be a summary in 0…1, got 0"),
+    "number for a summary": ("image_classification/kvit_s", "test_accuracy", 0.8, "test_accuracy must be a summary in 0…1, got 0"),
     "text for a number": ("textbooks/lora_smollm2", "token_loss|mean", "1.5", "token_loss must be a summary"),
     "empty list": ("cost", "scaling|rows", [], "scaling.rows must be a list of objects, got []"),
     "a value too few": ("image_generation_colour/karm", "bits_per_dim|values|0", None, "bits_per_dim must be a number or a summary"),
@@ -366,20 +365,6 @@ def test_a_damaged_file_is_named(committed, name, text):
         with pytest.raises(ValueError, match=f"^{path} "):
             read(name, "desk", committed)
     assert (committed / "README.md").read_text(encoding="utf-8") == empty_readme()
-
-
-def test_the_results_count_finished_cells(tmp_path):
-    assert ablation_section(tmp_path) == "No cell is finished."
-    made = {"test_images": 10_000, "device": "cpu", "versions": {"torch": "2.15.0"}}
-    made["curves"] = {"epochs": [1, 4], "validation_accuracy": {"mean": [0.8, 0.81], "sd": [0, 0]}}
-    for name, values in (("kvit_t", [0.84, 0.85, 0.86]), ("ablation_krause_local_post", [0.82, 0.83, 0.84])):
-        recipe = get_recipe(f"{name}/fashion_mnist").at("desk")
-        result = {"recipes": {recipe.name: recipe.to_dict()}, "test_accuracy": summarise(values), "seeds": [0, 1, 2], **made}
-        save_result(f"ablations/{name}", result, "desk", tmp_path)
-    text = ablation_section(tmp_path)
-    assert text.startswith("2 of 22 cells are finished.") and "| RBF | window + top-k | 85.00 ± 1.00 † | — |" in text
-    assert "| KViT − KViT with the window alone | 1 | +2.00 | +2.00 to +2.00 | higher |" in text
-    assert "| window + top-k − window | 1 | +2.00" in text and "dot product |" not in text.split("What counts")[1]
 
 
 @pytest.mark.parametrize("text", ["nothing here\n", "end first\n" + "\n".join(reversed(empty_readme().splitlines())), empty_readme() * 2])
