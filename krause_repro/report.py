@@ -16,7 +16,7 @@ from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
 from .checks import UserError
 from .claims import CLAIMS, VERDICTS, claims_table, judged
-from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, is_undertrained
+from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, is_undertrained, provenance_table
 from .fine_tuning_evaluation import fine_tuned_models, fine_tuning_table
 from .flops import component_macs
 from .generation_evaluation import GENERATOR_LABELS, bits_table
@@ -278,6 +278,12 @@ def report(
     return "\n\n".join([said, *parts] if said else parts)
 
 # %% ../nbs/70_report.ipynb #33838164
+def _made(models):
+    "Seeds, minutes, threads, commits and versions of the finished models."
+    finished = {name: model for name, model in models.items() if "commits" in model}
+    return provenance_table(finished) if finished else "No run is finished."
+
+
 def classification_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
@@ -290,7 +296,7 @@ def classification_section(
     beside = [f"{nearest['k']} nearest neighbours on pixels: {100 * nearest['accuracy']:.2f}%."] if nearest else []
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{made}):",
-        trained_table(models), *beside, planned_table(models, plan), altered_note(models),
+        trained_table(models), *beside, planned_table(models, plan), altered_note(models), _made(models),
         f"Of the {count['published']} published numbers collected here, {count['measured']} have a measured one of ours beside them, for a "
         f"smaller model; {count['counted']} parameter counts and FLOPs were counted at the paper's size.",
     ])
@@ -363,7 +369,7 @@ def generation_section(
     speed = load_result("generation_speed", "desk", root, missing_ok=True)
     tables = trained_table(models, IMAGE_BITS, plans[0]), bits_table(results, counts)
     tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
-    return "\n\n".join([note, *tables, *(_speed_lines(speed) if speed else [])])
+    return "\n\n".join([note, *tables, _made(models), *(_speed_lines(speed) if speed else [])])
 
 
 def _speed_lines(speed):
@@ -388,7 +394,7 @@ def language_section(
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan),
-        planned_table(models, plan, TEXT_BITS), "Zero-shot accuracy by the paper's scoring, %, on random items:",
+        planned_table(models, plan, TEXT_BITS), _made(models), "Zero-shot accuracy by the paper's scoring, %, on random items:",
         zero_shot_table(zero_shot_results("desk", root), {}),
     ])
 
@@ -402,7 +408,7 @@ def fine_tuning_section(
         plan, models = read_plan(data, root), fine_tuned_models(stored_results("desk", data, root=root))
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
                   trained_table(models, TOKEN_LOSS, plan), planned_table(models, plan, TOKEN_LOSS),
-                  fine_tuning_table(models)]
+                  fine_tuning_table(models), _made(models)]
     scores = _textbook_scores(models, root)
     if any("tasks" in each for each in scores.values()):
         parts += ["Zero-shot accuracy after fine-tuning on textbooks, first seed, by the paper's scoring, %, on random items:",
