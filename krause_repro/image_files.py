@@ -114,27 +114,20 @@ PARQUET_FOLDERS = ("plain_text", "data", "default")  # of the hub, in a data set
 def parquet_files(
     name: str,  # key of `LABEL_COLUMNS`
     folder: Path,  # the files' folder, or its parent
-    split: str = "t*",  # "train" or "test"
+    split: str,  # "train" or "test"
 ) -> list[Path]:
-    "The hub's Parquet files of a data set, such as `train-00000-of-00001.parquet`, or `train/0000.parquet` of its conversions."
+    "The hub's Parquet files, such as `train-00000-of-00001.parquet`, or `train/0000.parquet` of its conversions; the best of several."
     roots = (folder, *sorted(folder.glob("snapshots/*")))  # the latter in the hub's cache
     places = (sorted((root / part).glob(form)) for root in roots for part in (name, "", *PARQUET_FOLDERS)
-              for form in (f"{split}-*-of-*.parquet", f"{split}/[0-9]*.parquet"))
-    return next(filter(None, places), [])
+              for form in (f"{split}-*-of-*.parquet", f"{split}/[0-9]*.parquet") if name in LABEL_COLUMNS)
+    return max(filter(None, places), key=lambda paths: _fit(name, folder, split, paths), default=[])
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
 
-def _holds(name: str, folder: Path) -> bool:
-    return has_published_layout(name, folder) or name in LABEL_COLUMNS and bool(parquet_files(name, folder))
-
-
-def has_published_layout(
-    name: str,  # key of `DATA`
-    folder: Path,  # its folder
-) -> bool:
-    "Whether a folder holds the data set in its original layout: IDX files, CIFAR's batches or folders of images."
+def _is_begun(name: str, folder: Path) -> bool:
+    "Whether the original layout, IDX files, CIFAR's batches or folders of images, is there, if only in part."
     if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
@@ -159,6 +152,54 @@ def _lies_in(place: Path) -> str:
         return f"files in the layout of {' or '.join(found)}"
     return ", ".join(sorted(each.name for each in place.glob("*"))[:5]) or "nothing"
 
+# %% ../nbs/27_image_files.ipynb #4b8e17d2
+def _published_files(name: str, split: str) -> dict[str, str]:
+    "Published checksums of the files of a split, which reading verifies: SHA-256 of IDX files, MD5 of CIFAR's."
+    if name in IDX_FILES:
+        return {stem: sha256 for stem, sha256 in IDX_FILES[name].items() if stem.startswith("train") == (split == "train")}
+    return {stem: f"md5:{md5}" for stem, md5 in (CIFAR[name].train_list if split == "train" else CIFAR[name].test_list)}
+
+
+def _fit(name: str, folder: Path, split: str, paths: list[Path] | None = None) -> int:
+    "How whole a split is in its original layout, or in Parquet files: 2 all, 1 in part, 0 not at all, -2 damaged or another data set."
+    try:
+        if paths is not None:
+            return 2 * bool(_open_parquet(name, folder, split, paths))
+        if DATA[name].folders:
+            return 2 * _is_begun(name, folder)
+        place, meta = (folder / CIFAR[name].base_folder, [CIFAR[name].meta["filename"]]) if name in CIFAR else (folder, [])
+        found = [_idx_file(place, stem) for stem in (*_published_files(name, split), *meta)]
+        if name in IDX_FILES and found[1]:  # labels: few bytes, which tell MNIST from Fashion-MNIST
+            read_idx(found[1], list(_published_files(name, split).values())[1])
+        return any(found) + all(found)
+    except FileNotFoundError:
+        return bool(paths)
+    except (OSError, UserError):
+        return -2
+
+
+def _fits(name: str, folder: Path) -> list[int]:
+    "How whole both splits are in the original layout, and in Parquet files: each from 0 to 4."
+    fits = [(_fit(name, folder, split), _fit(name, folder, split, parquet_files(name, folder, split))) for split in ("train", "test")]
+    return [max(0, sum(each)) for each in zip(*fits, strict=True)]
+
+
+def has_published_layout(
+    name: str,  # key of `DATA`
+    folder: Path,  # its folder
+) -> bool:
+    "Whether a folder holds the data set in its original layout, and no Parquet files that are more complete."
+    published, hub = _fits(name, folder)
+    return _is_begun(name, folder) and published >= hub
+
+
+def _holds(name: str, folder: Path) -> bool:
+    "Whether a data set is there, if only in part or damaged; files that are those of another set are not."
+    begun = _is_begun(name, folder)
+    lies = begun or any(parquet_files(name, folder, split) for split in ("train", "test"))
+    return lies and (begun and name not in IDX_FILES or any(_fits(name, folder))
+                     or not any(any(_fits(other, folder)) for other in (*IDX_FILES, *CIFAR)))
+
 # %% ../nbs/27_image_files.ipynb #72e1c6e5
 def find_source(
     name: str,  # key of `DATA`
@@ -170,23 +211,16 @@ def find_source(
         if source is not None:
             raise UserError(f"source must not be given for {name}, which is made from data of scikit-learn; got {source}")
         return Path(importlib.util.find_spec("sklearn.datasets").origin).parent
-    base = cache_folder()
-    places = [base, base / name]
-    if name == "fashion_mnist":
-        places = [base / IDX_FOLDERS[name], base]
-    elif name == "mnist":
-        places = [base / IDX_FOLDERS[name], base / name]  # not `base`: Fashion-MNIST's files have the same names
-    elif name == "photographs":
-        places = [base / name]  # not `base`: its train/ and val/ are ImageNet's
-    if spec.package_folder:
+    base = cache_folder() if source is None else check_path("source", source)
+    idx = [base / IDX_FOLDERS[name], base / "raw"] if name in IDX_FOLDERS else []
+    places = [base, *idx, *([base / name] if name in LABEL_COLUMNS or source is None else [])]
+    if source is None and name == "photographs":
+        places = [base / name]  # where they are made; not `base`: its train/ and val/ are ImageNet's
+    elif source is None and spec.package_folder:
         places.insert(0, Path(spec.package_folder))
-    if source is not None:
-        base = check_path("source", source)
-        idx = [base / IDX_FOLDERS[name], base / "raw"] if name in IDX_FOLDERS else []
-        places = [base, *idx, *([base / name] if name in LABEL_COLUMNS else [])]
-    for place in sorted(places, key=lambda place: place != base / name):  # `base` may hold another data set
-        if _holds(name, place):
-            return place
+    held = [place for place in sorted(places, key=lambda place: place == base) if _holds(name, place)]  # `base` may hold another data set
+    if held:
+        return max(held, key=lambda place: max(_fits(name, place)))
     how = f"download it with: krause-repro data {name}"
     if source is not None:
         how = f"expected {_layouts(name)}; found {_lies_in(base)}"
@@ -416,6 +450,8 @@ def check_arrangement(
 
 # %% ../nbs/27_image_files.ipynb #e3a5c861
 DAMAGE = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # Pillow's errors for damaged files
+# CIFAR-100's superclasses, digits to the base 20, of its classes in alphabetical order
+COARSE = tuple(int(c, 20) for c in "41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehiag4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed")
 
 
 def _image_pixels(row: dict | None, name: str) -> np.ndarray:
@@ -450,13 +486,19 @@ def _read_parquet_file(path: Path, file: pq.ParquetFile, image: str, name: str) 
             if value is None or not 0 <= value < DATA[name].classes:
                 raise UserError(f"{path}: column {label}, row {len(labels)}: must be from 0 to {DATA[name].classes - 1}, got {value}")
             labels.append(value)
+        coarse = _read_column(path, file, group, "coarse_label") if name == "cifar100" and "coarse_label" in file.schema_arrow.names else []
+        for row, value in enumerate(coarse, len(labels) - len(coarse)):
+            if value != COARSE[labels[row]]:
+                where = f"{path}: column coarse_label, row {row}"
+                raise UserError(f"{where}: must be {COARSE[labels[row]]}, the superclass of fine_label {labels[row]}, got {value}")
     return torch.from_numpy(np.stack(pixels)).view(len(pixels), side, side, -1).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 # %% ../nbs/27_image_files.ipynb #7c64f01d
-def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
-    paths = parquet_files(name, folder, split)
+def _open_parquet(name: str, folder: Path, split: str, paths: list[Path]) -> list[tuple[Path, pq.ParquetFile, str]]:
+    "Files of a split, opened, and their image columns. Raises an error for missing files, another schema or number of images."
     if not paths:
         raise FileNotFoundError(f"{folder} lacks {split}-00000-of-00001.parquet; the data set {name} is incomplete")
+    files, expected = [(path, *check_schema(path, name)) for path in paths], DATA[name].train if split == "train" else DATA[name].test
     named = [re.fullmatch(r"(?:.+?-)?(\d{4,5})(?:-of-(\d{5})(-\w+)?)?", path.stem) for path in paths]  # older ones end with a digest
     if None in named or len({match[2] for match in named}) > 1:
         raise UserError(f"{paths[0].parent} must hold {split}-00000-of-00001.parquet, or several files of equal number of parts, got "
@@ -468,13 +510,6 @@ def _whole_parquet(name: str, folder: Path, split: str) -> list[Path]:
         raise FileNotFoundError(f"{paths[0].parent} lacks {lacks}.parquet; the data set {name} is incomplete")
     if found != list(range(parts)):
         raise UserError(f"{paths[0].parent} must hold each part of {split} once, got {', '.join(path.name for path in paths)}")
-    return paths
-
-
-def _open_parquet(name: str, folder: Path, split: str) -> list[tuple[Path, pq.ParquetFile, str]]:
-    "Files of a split, opened, and their image columns. Raises an error for missing files, another schema or number of images."
-    paths, expected = _whole_parquet(name, folder, split), DATA[name].train if split == "train" else DATA[name].test
-    files = [(path, *check_schema(path, name)) for path in paths]
     rows = sum(file.metadata.num_rows for _, file, _ in files)
     if rows != expected:
         raise UserError(f"{', '.join(map(str, paths))}: column {files[0][2]} must hold the {expected:,} images of the {split} part "
@@ -488,7 +523,7 @@ def read_parquet(
     split: str,  # "train" or "test"
 ) -> tuple[Tensor, Tensor]:  # images (N, C, H, W) uint8 and classes (N,)
     "Read a split from the hub's Parquet files. Raises `UserError` or `FileNotFoundError` that names the file and column."
-    files = _open_parquet(name, folder, split)
+    files = _open_parquet(name, folder, split, parquet_files(name, folder, split))
     where = f"{', '.join(str(path) for path, *_ in files)}: column"
     found = [_read_parquet_file(path, file, image, name) for path, file, image in files if file.metadata.num_rows]
     images, labels = (torch.cat(each) for each in zip(*found, strict=True))
@@ -525,13 +560,6 @@ def _jpeg_images(files: list[tuple[Path, pq.ParquetFile, str]]) -> int | None:
     return sum(bool(row and row["bytes"]) and row["bytes"].startswith(b"\xff\xd8") for column in columns for row in column) or None
 
 
-def _published_files(name: str, split: str) -> dict[str, str]:
-    "Published checksums of the files of a split, which reading verifies: SHA-256 of IDX files, MD5 of CIFAR's."
-    if name in IDX_FILES:
-        return {stem: sha256 for stem, sha256 in IDX_FILES[name].items() if stem.startswith("train") == (split == "train")}
-    return {stem: f"md5:{md5}" for stem, md5 in (CIFAR[name].train_list if split == "train" else CIFAR[name].test_list)}
-
-
 def data_origin(
     name: str,  # key of `DATA`
     source: str | Path | None = None,  # the user's folder
@@ -539,6 +567,7 @@ def data_origin(
     """Provenance of images, stored with every run; empty for folders of images, and for those of scikit-learn.
 
     Raises an error for missing files or another schema. Published checksums are taken as they are, since reading verifies them.
+    CIFAR-100 in Parquet files also has "pixels", which says that they were not compared with the published ones.
     """
     spec, origin = DATA[name], {}
     if spec.folders or spec.bundled:
@@ -548,8 +577,9 @@ def data_origin(
         if has_published_layout(name, folder):
             origin[split] = {"files": _published_files(name, split), "images": images, "altered": 0}
             continue
-        files = _open_parquet(name, folder, split)
+        files = _open_parquet(name, folder, split, parquet_files(name, folder, split))
         altered = altered_images(files[0][0].parent, split, images)
         origin[split] = {"files": {path.name: file_digest(path) for path, *_ in files}, "images": images,
-                         "altered": _jpeg_images(files) if altered is None else altered}
+                         "altered": _jpeg_images(files) if altered is None else altered,
+                         **({} if (name, split) in CLASS_MEANS else {"pixels": "not compared with the published ones"})}
     return origin

@@ -14,7 +14,18 @@ from PIL import Image
 from krause_repro import evaluation, image_files
 from krause_repro.evaluation import evaluate_runs, learned_sigma, nearest_neighbours, test_accuracy
 from krause_repro.image_data import load, load_splits
-from krause_repro.image_files import CLASS_MEANS, DATA, LABEL_COLUMNS, SIDES, data_origin, find_source, read_parquet
+from krause_repro.image_files import (
+    CIFAR,
+    CLASS_MEANS,
+    COARSE,
+    DATA,
+    IDX_FILES,
+    LABEL_COLUMNS,
+    SIDES,
+    data_origin,
+    find_source,
+    read_parquet,
+)
 from krause_repro.recipes import get_recipe
 from krause_repro.training import train
 
@@ -91,6 +102,95 @@ def test_another_data_set_beside_it_does_not_hide_it(cifar, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"of something else")
     assert len(load("cifar10", "test", source=tmp_path)) == COUNTS["test"]
+
+
+@pytest.mark.parametrize("name", sorted(LABEL_COLUMNS))
+def test_the_environments_folder_is_searched_as_the_users_is(tmp_path, small, monkeypatch, name):
+    for split in COUNTS:
+        write(tmp_path, split, columns(name, split))
+    monkeypatch.setenv("KRAUSE_REPRO_DATA", str(tmp_path / "plain_text"))
+    assert find_source(name) == find_source(name, tmp_path / "plain_text") == tmp_path / "plain_text"
+    assert len(load(name, "test")) == COUNTS["test"]
+
+
+@pytest.mark.parametrize("name", sorted(IDX_FILES))
+def test_so_is_it_for_original_files(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(DATA, name, replace(DATA[name], package_folder=None))
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "train-images-idx3-ubyte").touch()
+    for folder in (raw, tmp_path):
+        monkeypatch.setenv("KRAUSE_REPRO_DATA", str(folder))
+        assert find_source(name) == find_source(name, folder) == raw
+
+
+def test_another_data_set_where_downloads_go_is_not_taken_for_one(cifar, source, monkeypatch):
+    monkeypatch.setitem(DATA, "mnist", replace(DATA["mnist"], train=50))
+    for folder in (cifar, source):
+        monkeypatch.setenv("KRAUSE_REPRO_DATA", str(folder))
+        with pytest.raises(FileNotFoundError, match=f"no mnist in {folder}, .*; download it with: krause-repro data mnist"):
+            load("mnist", "test")
+        with pytest.raises(FileNotFoundError, match=f"found files in the layout of {'cifar10' if folder == cifar else 'fashion_mnist'}$"):
+            load("mnist", "test", folder)
+
+
+def test_of_several_copies_the_most_complete_is_read(cifar):
+    (cifar / "cifar-10-batches-py").mkdir()
+    assert len(load("cifar10", "test", cifar)) == COUNTS["test"] and "pixels" not in data_origin("cifar10", cifar)["test"]
+    path = write(cifar / "cifar10", "test", columns("cifar10", "test"))
+    assert find_source("cifar10", cifar) == cifar
+    (cifar / "plain_text" / path.name).rename(cifar / path.name)  # one split here, the other there
+    assert len(load("cifar10", "test", cifar)) == COUNTS["test"]
+    for each in (path, cifar / path.name):
+        each.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks test-00000-of-00001.parquet; the data set cifar10 is incomplete"):
+        load("cifar10", "test", cifar)
+    kind = CIFAR["cifar10"]
+    for stem in [stem for stem, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]:
+        (cifar / "cifar-10-batches-py" / stem).touch()
+    with pytest.raises(ValueError, match="data_batch_1 does not have the expected MD5"):
+        load("cifar10", "test", cifar)
+
+
+def test_of_two_data_sets_in_a_folder_each_is_found_by_its_columns(cifar):
+    (cifar / "plain_text").rename(cifar / "cifar10s")
+    for split in COUNTS:
+        write(cifar, split, columns("cifar100", split))
+    (cifar / "plain_text").rename(cifar / "data")
+    (cifar / "cifar10s").rename(cifar / "plain_text")
+    for name, place in (("cifar10", "plain_text"), ("cifar100", "data")):
+        assert find_source(name, cifar) == cifar and len(load(name, "train", cifar)) == COUNTS["train"]
+        assert [path.parent.name for path in image_files.parquet_files(name, cifar, "test")] == [place]
+
+
+SUPERCLASSES = """beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose sunflower tulip,
+bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard lamp telephone television,
+bed chair couch table wardrobe, bee beetle butterfly caterpillar cockroach, bear leopard lion tiger wolf,
+bridge castle house road skyscraper, cloud forest mountain plain sea, camel cattle chimpanzee elephant kangaroo,
+fox porcupine possum raccoon skunk, crab lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle,
+hamster mouse rabbit shrew squirrel, maple_tree oak_tree palm_tree pine_tree willow_tree,
+bicycle bus motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor"""
+
+
+def test_the_superclasses_are_the_published_ones():
+    found = {name: number for number, names in enumerate(SUPERCLASSES.split(",")) for name in names.split()}
+    assert COARSE == tuple(found[name] for name in sorted(found)) and [COARSE.count(each) for each in range(20)] == [5] * 20
+
+
+def test_classes_of_cifar100_belong_to_their_superclasses(tmp_path, small):
+    for split in COUNTS:
+        table = columns("cifar100", split)
+        path = write(tmp_path, split, table | {"coarse_label": [COARSE[each] for each in table["fine_label"]]})
+    assert len(load("cifar100", "test", tmp_path)) == COUNTS["test"]
+    fine = table["fine_label"]
+    write(tmp_path, "test", table | {"coarse_label": [COARSE[each] for each in [*fine[:13], fine[14], fine[13], *fine[15:]]]})
+    with pytest.raises(ValueError, match=f"^{path}: column coarse_label, row 13: must be 8, the superclass of fine_label 3, got 0$"):
+        load("cifar100", "test", tmp_path)
+    write(tmp_path, "test", table | {"coarse_label": [None, *(COARSE[each] for each in fine[1:])]})
+    with pytest.raises(ValueError, match="row 0: must be 4, the superclass of fine_label 0, got None"):
+        load("cifar100", "test", tmp_path)
+    write(tmp_path, "test", table)  # without the column
+    assert [part["pixels"] for part in data_origin("cifar100", tmp_path).values()] == ["not compared with the published ones"] * 2
 
 
 def schema(table, **changes):
