@@ -136,7 +136,7 @@ def plot_factors(
                ylabel=f"{metric} (%)", xlim=(-0.4, len(shown[p]) - 0.7))
         ax.grid(axis="x", visible=False)
         ax.label_outer()
-    label_lines(axes[0, -1], 0.7)
+    axes[0, -1].legend(loc="best", frameon=False)
     if baseline := data.get("baseline"):  # "label" and "value"
         for ax in axes[0]:
             ax.axhline(100 * baseline["value"], color=COLOURS["neutral"], linestyle=(0, (1, 1.5)), linewidth=1)
