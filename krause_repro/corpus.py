@@ -9,6 +9,7 @@ __all__ = ['Corpus', 'load_corpus']
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checks import UserError, check_choice, check_integer, check_path
-from .language_data import EOS, TokenBlocks, check_parquet, hub_errors, packed_tokens, read_documents, shakespeare_text
+from .language_data import EOS, StreamSource, TokenBlocks, hub_errors, packed_tokens, read_documents, shakespeare_text, stream_texts
+from .language_recipes import LM_VOCABULARIES
 from .likelihood import NGRAM, ngram_hashes, seen_shares
 from .packaged_data import language_folder
 from .records import atomic_write, file_digest, locked, read_json, remove_leftovers, scratch_folder, write_json
@@ -50,6 +52,7 @@ CORPORA = {
     "shakespeare": CorpusSpec(),  # 42 works, from a package (page 29)
     "text": CorpusSpec(),  # the user's file or folder
 }
+FINISHED_SIZES = {CORPORA[name].tokenizer: each["vocab_size"] for name, each in LM_VOCABULARIES.items()}  # tokens by name on the hub
 
 # %% ../nbs/33_corpus.ipynb #79faa9b2
 def document_digest(
@@ -90,46 +93,6 @@ class TextSource:
             self.position += 1
             yield self.documents[self.position - 1]
 
-
-class StreamSource:
-    "The column `text` of a streamed data set."
-
-    def __init__(self, rows: Iterable[dict], origin: dict[str, object]):
-        self.rows, self.origin = rows, origin
-
-    def seek(self, state: dict) -> None:
-        self.rows.load_state_dict(state)
-
-    def state(self) -> dict:
-        return self.rows.state_dict()
-
-    def __iter__(self) -> Iterator[str]:
-        for row in self.rows:
-            if not isinstance(row.get("text"), str):
-                raise UserError(f"{self.origin} must have a column text of strings, got {row!r:.80}")
-            yield row["text"]
-
-# %% ../nbs/33_corpus.ipynb #88dee557
-def _stream(spec: CorpusSpec, source: Path | None, revision: str | None) -> StreamSource:
-    "FineWeb-Edu from a folder with its parquet files, or from the hub at a revision (None: the newest)."
-    from datasets import load_dataset  # slow to import, and used only here
-    from huggingface_hub import HfApi
-    if source is not None:
-        if not (files := sorted(map(str, source.rglob("*.parquet")))):
-            raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
-        for file in files:
-            check_parquet(file)
-        rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-        return StreamSource(rows, {"files": {Path(file).name: Path(file).stat().st_size for file in files}})
-    repository, configuration = spec.hub
-    try:
-        revision = HfApi().dataset_info(repository, revision=revision, timeout=10).sha  # fails at once without a hub
-        rows = load_dataset(repository, configuration, split="train", streaming=True, revision=revision)
-    except hub_errors() as error:
-        raise FileNotFoundError(f"{repository} could not be loaded from the hub ({error}). Give the folder with its parquet files as "
-                                "source, or use another text: openstax, novels, shakespeare, or your own as text") from error
-    return StreamSource(rows, {"hub": repository, "configuration": configuration, "revision": revision})
-
 # %% ../nbs/33_corpus.ipynb #4315d077
 def _find_text(name: str, source: str | Path | None) -> Path:
     "The text of a corpus: the user's file or folder, or a file in the language folder."
@@ -166,20 +129,22 @@ def open_source(
     "The documents of a corpus. Raises `UserError` if a text has too few of them for one in each split."
     spec = CORPORA[name]
     if spec.hub:
-        return _stream(spec, None if source is None else Path(source), revision)
+        return stream_texts(spec.hub, None if source is None else Path(source), revision)
     if name == "shakespeare":
         found = TextSource(list(shakespeare_text(source).values()), name)
     else:
         path = _find_text(name, source)
         found = TextSource(read_documents(path), path.name)
-    _check_splits(Counter(document_split(document_digest(text), spec.weights) for text in found.documents), found.origin["name"])
+    _check_splits(Counter(document_split(document_digest(text), spec.weights) for text in found.documents), found)
     return found
 
 
-def _check_splits(parts: dict[str, int], name: str) -> None:
+def _check_splits(parts: dict[str, int], source: TextSource | StreamSource) -> None:
     if empty := [split for split in SPLITS if not parts.get(split)]:
-        raise UserError(f"{name} has too few documents ({sum(parts.values())}): none is left for {empty[0]}. In a text file "
-                        f"a line {EOS} ends a document; in a folder each .txt file is one")
+        known = isinstance(source, TextSource)
+        advice = f"In a text file a line {EOS} ends a document; in a folder each .txt file is one" if known else "Give more parquet files"
+        raise UserError(f"{source.origin['name'] if known else 'source'} has too few documents ({sum(parts.values())}): none is left for "
+                        f"{empty[0]}. {advice}")
 
 # %% ../nbs/33_corpus.ipynb #6499822f
 MIN_VOCAB, MAX_VOCAB = 257, 2**16  # the bytes and the end token; what uint16 can hold
@@ -265,14 +230,6 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     if batch:
         yield batch
 
-
-@dataclass
-class _Part:
-    "Consecutive documents of one split: token arrays, each with its end token, and the bytes of the texts."
-
-    tokens: list[np.ndarray]
-    bytes: int = 0
-
 # %% ../nbs/33_corpus.ipynb #b7d2f0a6
 class Packer:
     "Tokenizes documents and sorts them into the splits."
@@ -298,24 +255,27 @@ class Packer:
                             "leave it out to train one")
         return found
 
+    def split(self, text: str) -> str:
+        "The split of a document. Raises `UserError` if the tokenizer was trained on it, and it is held out."
+        digest = document_digest(text)
+        split = document_split(digest, self.weights)
+        if split != "train" and f"{digest:016x}" in self.forbidden:
+            raise UserError(f"tokenizer was trained on a {split} document of this corpus ({text[:40]!r}…); "
+                            "train it on the training part: leave tokenizer out")
+        return split
+
     def pack(
         self,
         documents: Iterable[str],  # the next ones are taken
         limit: int,  # stop after the batch that reaches so many tokens
-    ) -> tuple[dict[str, _Part], int]:  # by split; and the number of empty documents, which are skipped
-        "Tokenize documents. Raises `UserError` if the tokenizer was trained on one of a held-out split."
-        parts, total, empty = {split: _Part([]) for split in SPLITS}, 0, 0
+    ) -> tuple[dict[str, list[tuple[np.ndarray, int]]], int]:  # by split tokens and bytes of each; and the number of empty ones, left out
+        "Tokenize documents and end each. Raises `UserError` if the tokenizer was trained on one of a held-out split."
+        parts, total, empty = {split: [] for split in SPLITS}, 0, 0
         for batch in _batches(documents):
             texts = [text for text in batch if text.strip()]
             empty += len(batch) - len(texts)
             for text, ids in zip(texts, self.encode(texts), strict=True):
-                digest = document_digest(text)
-                split = document_split(digest, self.weights)
-                if split != "train" and f"{digest:016x}" in self.forbidden:
-                    raise UserError(f"tokenizer was trained on a {split} document of this corpus ({text[:40]!r}…); "
-                                    "train it on the training part: leave tokenizer out")
-                parts[split].tokens.append(np.array([*ids, self.eos], dtype=np.uint16))
-                parts[split].bytes += len(text.encode())
+                parts[self.split(text)].append((np.array([*ids, self.eos], dtype=np.uint16), len(text.encode())))
                 total += len(ids) + 1
             if total >= limit:
                 break
@@ -327,25 +287,25 @@ PROGRESS, MANIFEST, TOKENIZER_FILE = "progress.json", "manifest.json", "tokenize
 VERIFIED_BYTES = 2**28  # corpora up to this size are verified whenever they are opened
 
 
-def _write_part(path: Path, number: int, parts: dict[str, _Part], record: dict) -> None:
+def _write_part(path: Path, number: int, parts: dict[str, list[tuple[np.ndarray, int]]], record: dict) -> None:
     "Write the shards of a part and add them to the record."
     for split, part in parts.items():
-        if not part.tokens:
+        if not part:
             continue
-        name, packed = f"{split}-{number:05}.bin", np.concatenate(part.tokens)
+        name, packed = f"{split}-{number:05}.bin", np.concatenate([tokens for tokens, _ in part])
         with atomic_write(path / name) as temporary:
             packed.astype("<u2").tofile(temporary)
         facts = record["splits"][split]
-        facts["documents"] += len(part.tokens)
+        facts["documents"] += len(part)
         facts["tokens"] += len(packed)
-        facts["bytes"] += part.bytes
+        facts["bytes"] += sum(size for _, size in part)
         facts["shards"].append({"file": name, "tokens": len(packed), "sha256": file_digest(path / name)})
 
 
-def _start(name, source, tokenizer, trained_on, shard_tokens):
+def _start(name, source, tokenizer, asked, trained_on, shard_tokens):
     "The record of a build without parts."
     facts = {"sha256": tokenizer_digest(tokenizer), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
-             "trained_on": (trained_on or {}).get("sha256")}
+             "trained_on": (trained_on or {}).get("sha256"), "name": None if asked is None or Path(asked).is_dir() else str(asked)}
     return {"format": 1, "name": name, "source": source.origin, "weights": list(CORPORA[name].weights), "tokenizer": facts,
             "shard_tokens": shard_tokens, "empty_documents": 0, "parts": 0,
             "splits": {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}}
@@ -379,23 +339,59 @@ def _sealed(record: dict) -> dict:
 # %% ../nbs/33_corpus.ipynb #240d659d
 def _check_tokenizer(path, facts, vocab_size, tokenizer):
     "Raise `UserError` if a corpus, begun or finished, has another tokenizer than the one asked for."
-    known = tokenizer is not None and Path(tokenizer).is_dir()  # a name on the hub may be out of reach
-    if vocab_size not in (None, facts["vocab_size"]) or known and tokenizer_digest(read_tokenizer(tokenizer)[0]) != facts["sha256"]:
-        raise UserError(f"{path} has another tokenizer, of {facts['vocab_size']} tokens, than {tokenizer or f'one of {vocab_size}'}")
+    if tokenizer is not None and Path(tokenizer).is_dir():
+        same = tokenizer_digest(read_tokenizer(tokenizer)[0]) == facts["sha256"]
+    else:  # a name on the hub may be out of reach; tokenizers of a folder and those of earlier versions have no name
+        same = (vocab_size or FINISHED_SIZES.get(str(tokenizer))) in (None, facts["vocab_size"])
+        same &= tokenizer is None or facts.get("name") in (None, str(tokenizer))
+    if not same:
+        raise UserError(f"{path} has another tokenizer, {facts.get('name') or 'one'} of {facts['vocab_size']} tokens, "
+                        f"than {tokenizer or f'one of {vocab_size}'}")
 
 
 def _same_source(origin, other):
-    return {**origin, "name": None} == {**other, "name": None}  # whatever the text's file is called
+    "Whether a corpus is of a source, whatever the text's file is called; earlier versions have only names and sizes of files."
+    files = origin.get("files", {})
+    if files and all(isinstance(size, int) for size in files.values()):
+        return sorted(files.items()) == sorted((Path(file).name, facts["bytes"]) for file, facts in other.get("files", {}).items())
+    return {**origin, "name": None} == {**other, "name": None}
 
 
 def _resume(path: Path, source: TextSource | StreamSource, record: dict) -> tuple[PreTrainedTokenizerFast, dict | None]:
     "Continue after the last complete part: the source is moved there. Raises `UserError` if the build has other settings or is damaged."
     if not _same_source(record["source"], source.origin):
-        raise UserError(f"{path} was begun with the source {record['source']}, got {source.origin}; delete it or name another folder")
+        raise UserError(f"{path} was begun with the source {record['source']!s:.300}, got {source.origin!s:.300}; delete it or name "
+                        "another folder")
     tokenizer, trained_on = read_tokenizer(path / "tokenizer")
-    _check_shards(path, record, tokenizer, verify=True)
+    _check_shards(path, record, tokenizer, SPLITS)
     source.seek(record["state"])
     return tokenizer, trained_on
+
+# %% ../nbs/33_corpus.ipynb #8e27d4b1
+def _write_parts(path, record, source, tokenizer, trained_on):
+    "Write what is left of a source, and the record after each part."
+    packer, documents = Packer(tokenizer, record["weights"], trained_on), iter(source)
+    for text in source.documents if isinstance(source, TextSource) else ():
+        packer.split(text)  # raises before anything is written
+    while True:
+        parts, empty = packer.pack(documents, record["shard_tokens"])
+        record["empty_documents"] += empty
+        if not any(parts.values()):
+            break
+        if record["parts"] == 0:
+            _save_tokenizer(path, tokenizer, trained_on)
+            record["tokenizer"]["file_sha256"] = file_digest(path / TOKENIZER_FILE)
+        _write_part(path, record["parts"], parts, record)
+        record |= {"parts": record["parts"] + 1, "state": source.state()}
+        write_json(path / PROGRESS, _sealed(record))
+
+
+def _remove_begun(path, record):
+    "Remove what a build has written: first its record, so that no record is of files that are gone."
+    (path / PROGRESS).unlink(missing_ok=True)
+    for shard in (shard for facts in record["splits"].values() for shard in facts["shards"]):
+        (path / shard["file"]).unlink(missing_ok=True)
+    shutil.rmtree(path / "tokenizer", ignore_errors=True)
 
 
 def build_corpus(
@@ -406,26 +402,20 @@ def build_corpus(
     tokenizer: str | Path | None,  # a folder, or a name on the hub
     shard_tokens: int = SHARD_TOKENS,  # tokens of a part
 ) -> None:
-    "Build a corpus, or continue an interrupted build. Nothing is written before the first part is complete."
+    "Build a corpus, or continue an interrupted build. Nothing is written before the first part, and nothing left if documents are refused."
     if (record := _begun(path)) is not None:
         _check_tokenizer(path, record["tokenizer"], vocab_size, tokenizer)
         found, trained_on = _resume(path, source, record)
     else:
         found, trained_on = _choose_tokenizer(source, CORPORA[name].weights, vocab_size, tokenizer)
-        record = _start(name, source, found, trained_on, shard_tokens)
-    packer, documents = Packer(found, record["weights"], trained_on), iter(source)
-    while True:
-        parts, empty = packer.pack(documents, record["shard_tokens"])
-        record["empty_documents"] += empty
-        if not any(part.tokens for part in parts.values()):
-            break
-        if record["parts"] == 0:
-            _save_tokenizer(path, found, trained_on)
-            record["tokenizer"]["file_sha256"] = file_digest(path / TOKENIZER_FILE)
-        _write_part(path, record["parts"], parts, record)
-        record |= {"parts": record["parts"] + 1, "state": source.state()}
-        write_json(path / PROGRESS, _sealed(record))
-    _check_splits({split: facts["documents"] for split, facts in record["splits"].items()}, name)
+        record = _start(name, source, found, tokenizer, trained_on, shard_tokens)
+    try:
+        _write_parts(path, record, source, found, trained_on)
+        _check_splits({split: facts["documents"] for split, facts in record["splits"].items()}, source)
+    except UserError:  # the same documents would be refused again
+        if record["parts"]:
+            _remove_begun(path, record)
+        raise
     record["overlap"] = measure_overlap(path, record)
     record.pop("state", None)
     write_json(path / MANIFEST, _sealed(record))
@@ -450,8 +440,8 @@ def measure_overlap(
     return {"ngram": NGRAM} | {split: {"ngrams": len(held_out[split]), "in_train": share} for split, share in shares.items()}
 
 # %% ../nbs/33_corpus.ipynb #c995367b
-def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verify: bool) -> None:
-    "Raise `UserError` for a tokenizer that the corpus was not made with, and for missing, truncated and altered shards."
+def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, verified: Iterable[str]) -> None:
+    "Raise `UserError` for a tokenizer that the corpus was not made with, missing and truncated shards, and altered ones of some splits."
     advice = "delete the corpus and build it again"
     made, of_file = record["tokenizer"]["sha256"], record["tokenizer"].get("file_sha256")  # earlier versions have only the first
     if tokenizer_digest(tokenizer) != made or of_file not in (None, file_digest(path / TOKENIZER_FILE)):
@@ -465,9 +455,9 @@ def _check_shards(path: Path, record: dict, tokenizer: PreTrainedTokenizerBase, 
                 raise FileNotFoundError(f"{file} is missing; {advice}")
             if file.stat().st_size != 2 * shard["tokens"]:
                 raise UserError(f"{file} must have {shard['tokens']} tokens of 2 bytes, got {file.stat().st_size} bytes; {advice}")
-            if verify and file_digest(file) != shard["sha256"]:
+            if split in verified and file_digest(file) != shard["sha256"]:
                 raise UserError(f"{file} was altered: its SHA-256 is another; {advice}")
-            if verify and (top := int(packed_tokens(file).max())) >= record["tokenizer"]["vocab_size"]:
+            if split in verified and (top := int(packed_tokens(file).max())) >= record["tokenizer"]["vocab_size"]:
                 raise UserError(f"{file} has the token {top}, but the vocabulary only {record['tokenizer']['vocab_size']}; {advice}")
 
 
@@ -485,7 +475,7 @@ def open_corpus(
         if verify is None:
             verify = 2 * sum(record["splits"][split]["tokens"] for split in SPLITS) <= VERIFIED_BYTES
         tokenizer, _ = read_tokenizer(path / "tokenizer")
-        _check_shards(path, record, tokenizer, verify)
+        _check_shards(path, record, tokenizer, SPLITS if verify else ())
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} is not the manifest of a corpus ({error!r}); delete the corpus and build it again") from error
     return Corpus(path, record)
@@ -505,6 +495,11 @@ class Corpus:
     vocab_size = property(lambda self: self.manifest["tokenizer"]["vocab_size"], doc="Tokens of the tokenizer.")
     digest = property(lambda self: _digest([json.dumps([self.manifest["tokenizer"]["sha256"], self.manifest["splits"]], sort_keys=True)]),
                       doc="SHA-256 of the digests of the tokenizer and the shards.")
+
+    def verified(self, *splits: str) -> "Corpus":
+        "This corpus. Raises `UserError` if a shard of these splits was altered, however large they are."
+        _check_shards(self.path, self.manifest, self.tokenizer, [split for split in splits if self._split(split)])
+        return self
 
     def bytes_per_token(self, split: str) -> float:
         "UTF-8 bytes of the documents by the number of tokens, end tokens included."
@@ -592,5 +587,6 @@ def _check_request(corpus, name, vocab_size, tokenizer, text):
         raise UserError(f"{corpus.path} is the corpus {found['name']} with {corpus.vocab_size} tokens, not {name}")
     _check_tokenizer(corpus.path, found["tokenizer"], vocab_size, tokenizer)
     if text is not None and not _same_source(found["source"], text.origin):
-        raise UserError(f"{corpus.path} was built from {found['source']}, but source is {text.origin}; delete it or name another folder")
+        raise UserError(f"{corpus.path} was built from {found['source']!s:.300}, but source is {text.origin!s:.300}; delete it or name "
+                        "another folder")
     return corpus

@@ -328,6 +328,17 @@ def continuation_model(
 
     return TextModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
 
+# %% ../nbs/47_language_benchmarks.ipynb #6d2f81ab
+def _with_halved_ties(scores, samples):
+    "Scores of pairs of sentences, and the samples, with a tie as half right; lm-eval takes the first of equals, which is always right."
+    from lm_eval.api.metrics import mean_stderr
+
+    for sample in samples:
+        good, bad = (response[0] for response in sample["filtered_resps"])
+        sample["acc"] = (good > bad) + (good == bad) / 2
+    right = [sample["acc"] for sample in samples]
+    return {**scores, "acc,none": sum(right) / len(right), "acc_stderr,none": mean_stderr(right) if right[1:] else None}, samples
+
 # %% ../nbs/47_language_benchmarks.ipynb #70427436
 def _group_scores(samples, field):
     "Accuracy and number of the items by the value of a field."
@@ -380,7 +391,8 @@ def _continuation_results(model, tokenizer, batch_size, specs):
     found = {task: (*pair, lm) for task, pair in _run_lm_eval(lm, specs).items()}
     if "blimp" in specs:
         second = _run_lm_eval(continuation_model(model, tokenizer, batch_size, from_second=True), {"blimp": specs["blimp"]})
-        found["blimp"] = (*second["blimp"], lm, found["blimp"][0])
+        (standard, _), pair = (_with_halved_ties(*runs["blimp"][:2]) for runs in (found, second))
+        found["blimp"] = (*pair, lm, standard)
     return {task: _continuation_result(task, *parts) for task, parts in found.items()}
 
 # %% ../nbs/47_language_benchmarks.ipynb #b91a40b6

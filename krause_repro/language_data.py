@@ -13,6 +13,7 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -192,6 +193,58 @@ def _stream_flan(n: int) -> list[dict[str, str]]:
     if len(found) < n:
         raise FileNotFoundError(f"it gave {len(found)} of {n} items")
     return found
+
+# %% ../nbs/30_language_data.ipynb #c3b95f10
+class StreamSource:
+    "The column `text` of a streamed data set."
+
+    def __init__(self, rows: Iterable[dict], origin: dict[str, object]):
+        self.rows, self.origin = rows, origin
+
+    def seek(self, state: dict) -> None:
+        self.rows.load_state_dict(state)
+
+    def state(self) -> dict:
+        return self.rows.state_dict()
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self.rows:
+            if not isinstance(row.get("text"), str):
+                raise UserError(f"{self.origin!s:.300} must have a column text of strings, got {row!r:.80}")
+            yield row["text"]
+
+
+def _parquet_facts(file: Path) -> dict[str, int | str]:
+    "Size of a parquet file, and SHA-256 of its footer, which places its pages, and of 32 KiB at about 32 places."
+    data = np.memmap(file, np.uint8, "r")
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4].tobytes(), "little")
+    read = [data[start:start + 2**15] for start in range(0, footer, max(footer // 32, 2**15))]
+    return {"bytes": len(data), "sha256": hashlib.sha256(np.concatenate([*read, data[footer:]])).hexdigest()}
+
+
+def stream_texts(
+    hub: tuple[str, str],  # repository and configuration on the hub
+    source: Path | None,  # a folder with its parquet files; None: the hub
+    revision: str | None,  # on the hub; None: the newest
+) -> StreamSource:
+    "A streamed data set of texts."
+    from datasets import load_dataset  # slow to import, and used only here
+    from huggingface_hub import HfApi
+    if source is not None:
+        if not (files := sorted(map(str, source.rglob("*.parquet")))):
+            raise FileNotFoundError(f"no .parquet files in {source}; give the folder of sample/10BT, or none to stream it from the hub")
+        for file in files:
+            check_parquet(file)
+        rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+        return StreamSource(rows, {"files": {Path(file).relative_to(source).as_posix(): _parquet_facts(file) for file in files}})
+    repository, configuration = hub
+    try:
+        revision = HfApi().dataset_info(repository, revision=revision, timeout=10).sha  # fails at once without a hub
+        rows = load_dataset(repository, configuration, split="train", streaming=True, revision=revision)
+    except hub_errors() as error:
+        raise FileNotFoundError(f"{repository} could not be loaded from the hub ({error}). Give the folder with its parquet files as "
+                                "source, or use another text: openstax, novels, shakespeare, or your own as text") from error
+    return StreamSource(rows, {"hub": repository, "configuration": configuration, "revision": revision})
 
 # %% ../nbs/30_language_data.ipynb #9f928ee9
 def flan_items(

@@ -6,7 +6,7 @@
 __all__ = ['FineTuningRecipe', 'LanguageModelRecipe']
 
 # %% ../nbs/25_language_recipes.ipynb #aa306023
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from .checks import UserError
@@ -233,6 +233,10 @@ LM_SIZES = {  # the published table, and what differs from the size of about 100
 }
 LM_ROWS = {"krause": "Krause", "window": "Window", "standard": "Standard", "top_k": "Top-k", "longformer": "Longformer",
            "routing": "Routing"}
+LM_UNPUBLISHED = {  # by size; of the larger one there are only accuracies, by mixer
+    "100m": ("per_device_batch_size", "max_grad_norm", "epochs", "held_out", "global_tokens", "clusters"),
+    "200m": tuple(each.name for each in fields(LanguageModelRecipe)[len(fields(Recipe)):] if each.name not in ("dataset", "mixer")),
+}
 LM_MIXERS_BY_PROFILE = {"smoke": ("standard", "krause"), "desk": MIXERS, "paper": MIXERS}  # of the experiment
 LM_DATASET_BY_PROFILE = {"smoke": "shakespeare", "desk": "openstax", "paper": "fineweb_edu"}
 
@@ -240,14 +244,13 @@ LM_DATASET_BY_PROFILE = {"smoke": "shakespeare", "desk": "openstax", "paper": "f
 def language_model_recipes() -> dict[str, LanguageModelRecipe]:
     "All mixers on FineWeb-Edu in two sizes, and on the texts of the desk: `lm_krause_100m/fineweb_edu`, `lm_window_100m/openstax`, …"
     recipes = {}
-    ours = ("per_device_batch_size", "max_grad_norm", "epochs", "held_out", "weight_decay", "global_tokens", "clusters")
     for size, (table, change) in LM_SIZES.items():
         for dataset in ("fineweb_edu",) if size == "200m" else LM_DATASETS:
             settings = change if dataset == "fineweb_edu" else {"dataset": dataset, "vocab_size": 4096}
             for mixer in MIXERS:
                 name, row = f"lm_{mixer}_{size}/{dataset}", LM_ROWS.get(mixer) if dataset == "fineweb_edu" else None
                 supports = LM_SUPPORTS["paper"].get(mixer, {})
-                unpublished = tuple(dict.fromkeys((*ours, *settings, *supports, *(() if mixer in LM_ROWS else ("mixer",)))))
+                unpublished = tuple(dict.fromkeys((*LM_UNPUBLISHED[size], *settings, *supports, *(() if mixer in LM_ROWS else ("mixer",)))))
                 recipes[name] = LanguageModelRecipe(
                     name=name, mixer=mixer, published=published_row(table, row), unpublished=unpublished, **settings, **supports)
     return recipes

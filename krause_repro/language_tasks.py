@@ -12,6 +12,7 @@ import random
 import re
 import urllib.error
 import urllib.request
+from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.resources import files
 from io import StringIO
@@ -174,6 +175,20 @@ def check_items(
         raise UserError(f"{place}: fields 'sentence_good' and 'sentence_bad' must differ, but do not in {same} of {len(items)} items")
     return [{field: item[field] for field in ITEM_FIELDS[task]} for item in items]
 
+# %% ../nbs/46_language_tasks.ipynb #5be0c3d7
+PARADIGM_PAIRS = 1000  # of BLiMP as published
+
+
+def _check_paradigms(items, folder):
+    "Raise `UserError` unless the pairs are all of BLiMP's; lm-eval has a task for each paradigm."
+    known = sorted(file.stem for file in Path(import_lm_eval().__file__).parent.glob("tasks/blimp/[a-z]*.yaml"))
+    counts = Counter(item["UID"] for item in items)
+    missing = [name for name in known if name not in counts]
+    partial = [f"{name} with {count:,}" for name, count in sorted(counts.items()) if count != PARADIGM_PAIRS]
+    if missing or partial:
+        raise UserError(f"{folder} must hold {PARADIGM_PAIRS:,} pairs of each of BLiMP's {len(known)} paradigms; missing: "
+                        f"{', '.join(missing) or 'none'}; of another number: {', '.join(partial) or 'none'}; {REMEDY}")
+
 # %% ../nbs/46_language_tasks.ipynb #694f6a9b
 PUBLISHED_FILES = {  # by data set: its file as published, or as copies of it are laid out
     "blimp": "blimp/*.jsonl", "lambada": "lambada_test.jsonl", "hellaswag": "hellaswag_val.jsonl", "arc_easy": "arc_easy.jsonl",
@@ -227,7 +242,10 @@ def read_task_items(
         raise FileNotFoundError(
             f"source: there is no file {file}; allowed: hub, local, a JSON file of items, or a folder with {data}.json{also}")
     items = read_json(file, REMEDY) if file.is_file() else _read_lines(published, data)
-    return check_items(task, items, file if file.is_file() else published[0])
+    items = check_items(task, items, file if file.is_file() else published[0])
+    if task == "blimp" and not file.is_file():
+        _check_paradigms(items, published[0].parent)
+    return items
 
 # %% ../nbs/46_language_tasks.ipynb #9383b64d
 _NEED_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}

@@ -179,6 +179,132 @@ def test_damaged_parquet_files_are_named_before_the_build(tmp_path):
     assert sum(facts["documents"] for facts in load_corpus("fineweb_edu", **options).manifest["splits"].values()) == 6000
 
 
+@pytest.fixture
+def streamed(tmp_path):
+    "Options of a small FineWeb-Edu: two files of one name, and a tokenizer in a folder."
+    from datasets import Dataset
+
+    for number, name in enumerate(("x", "y")):
+        Dataset.from_dict({"text": texts(3000, number)}).to_parquet(tmp_path / "files" / name / "000.parquet")
+    train_tokenizer(texts(), VOCAB).save_pretrained(tmp_path / "tokenizer")
+    return {"source": tmp_path / "files", "folder": tmp_path / "corpora", "tokenizer": tmp_path / "tokenizer"}
+
+
+def test_a_stream_of_too_few_documents_leaves_nothing_and_a_larger_one_is_built(streamed, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": texts(20)}).to_parquet(tmp_path / "few" / "000.parquet")
+    with pytest.raises(ValueError, match=r"source has too few documents \(20\): none is left for \w+. Give more parquet files$"):
+        load_corpus("fineweb_edu", **streamed | {"source": tmp_path / "few"})
+    assert [path for path in (tmp_path / "corpora").rglob("*") if path.is_file()] == []
+    assert sum(facts["documents"] for facts in load_corpus("fineweb_edu", **streamed).manifest["splits"].values()) == 6000
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_a_late_document_that_the_tokenizer_knows_leaves_nothing(is_text, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    held_out = by_split(texts(), CORPORA["text"].weights)["test"][-1]
+    train_tokenizer(texts(), VOCAB).save_pretrained(tmp_path / "tokenizer")
+    write_json(tmp_path / "tokenizer" / corpora.TRAINED_ON, {"sha256": "0", "documents": [f"{document_digest(held_out):016x}"]})
+    rows = Dataset.from_list([{"text": text} for text in texts()]).to_iterable_dataset()
+    source = TextSource(texts(), "t") if is_text else StreamSource(rows, {})
+    written, write = [], corpora._write_part
+    monkeypatch.setattr(corpora, "_write_part", lambda *arguments: written.append(0) or write(*arguments))
+    monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 300)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "notes.txt").touch()  # not of the build
+    with pytest.raises(ValueError, match="tokenizer was trained on a test document"):
+        build_corpus(tmp_path / "corpus", "text", source, None, tmp_path / "tokenizer", shard_tokens=400)
+    assert bool(written) != is_text and list((tmp_path / "corpus").rglob("*")) == [tmp_path / "corpus" / "notes.txt"]
+
+
+def of_earlier_version(path, name="manifest.json"):
+    "Change the record of a corpus to that of a version that knew files by name and size, and tokenizers without a name."
+    record = read_json(path / name)
+    record["source"] = {"files": {file.rpartition("/")[2]: facts["bytes"] for file, facts in record["source"]["files"].items()}}
+    del record["tokenizer"]["name"]
+    write_json(path / name, corpora._sealed(record))
+
+
+def test_parquet_files_are_known_by_place_and_content(streamed):
+    corpus, files = load_corpus("fineweb_edu", **streamed), streamed["source"]
+    assert list(corpus.manifest["source"]["files"]) == ["x/000.parquet", "y/000.parquet"]
+    content = (files / "x" / "000.parquet").read_bytes()
+    for where in (len(content) // 2, content.rindex(b"parquet-cpp")):  # in the texts, and in the footer
+        other = bytearray(content)
+        other[where] ^= 1
+        (files / "x" / "000.parquet").write_bytes(other)
+        with pytest.raises(ValueError, match="was built from .* but source is"):
+            load_corpus("fineweb_edu", **streamed)
+    (files / "x" / "000.parquet").write_bytes(content)
+    assert load_corpus("fineweb_edu", **streamed).digest == corpus.digest
+    (files / "x" / "000.parquet").rename(files / "000.parquet")
+    with pytest.raises(ValueError, match="was built from .* but source is"):
+        load_corpus("fineweb_edu", **streamed)
+    (files / "000.parquet").unlink()
+    with pytest.raises(ValueError, match="was built from .* but source is"):
+        load_corpus("fineweb_edu", **streamed)
+
+
+def test_a_streamed_corpus_of_an_earlier_version_is_read_and_continued(streamed, monkeypatch):
+    (streamed["source"] / "y" / "000.parquet").rename(streamed["source"] / "y" / "001.parquet")
+    whole = load_corpus("fineweb_edu", **streamed)
+    of_earlier_version(whole.path)
+    assert load_corpus("fineweb_edu", **streamed).digest == whole.digest
+    (streamed["source"] / "y" / "000.parquet").write_bytes((streamed["source"] / "x" / "000.parquet").read_bytes())
+    with pytest.raises(ValueError, match="was built from .* but source is"):  # of one name: they cannot be compared
+        load_corpus("fineweb_edu", **streamed)
+    (streamed["source"] / "y" / "000.parquet").unlink()
+    write, left = corpora._write_part, [2]
+
+    def interrupted(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        write(*arguments)
+
+    monkeypatch.setattr(corpora, "BATCH_CHARACTERS", 20_000)
+    path, source = streamed["folder"] / "begun", lambda: open_source("fineweb_edu", streamed["source"])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(corpora, "_write_part", interrupted)
+        build_corpus(path, "fineweb_edu", source(), None, streamed["tokenizer"], shard_tokens=10_000)
+    of_earlier_version(path, "progress.json")
+    build_corpus(path, "fineweb_edu", source(), None, streamed["tokenizer"], shard_tokens=10_000)
+    assert np.array_equal(open_corpus(path).tokens("train"), whole.tokens("train"))
+
+
+def test_a_corpus_of_another_tokenizer_is_not_taken_for_one_of_gpt2(streamed, monkeypatch):
+    known, load = {"openai-community/gpt2": streamed["tokenizer"]}, corpora.read_tokenizer
+    monkeypatch.setattr(corpora, "read_tokenizer", lambda name: load(known.get(str(name), name)))  # a hub
+    other = load_corpus("fineweb_edu", **streamed).path
+    message = "has another tokenizer, {} of 300 tokens, than openai-community/gpt2"
+    for change in (lambda: None, lambda: of_earlier_version(other)):
+        change()
+        with pytest.raises(ValueError, match=message.format("one")):
+            load_corpus("fineweb_edu", source=other)
+    monkeypatch.setattr(corpora, "FINISHED_SIZES", {"openai-community/gpt2": VOCAB})
+    assert load_corpus("fineweb_edu", source=other).vocab_size == VOCAB
+    corpus = load_corpus("fineweb_edu", source=streamed["source"], folder=streamed["folder"])
+    assert corpus.manifest["tokenizer"]["name"] == "openai-community/gpt2"
+    assert load_corpus("fineweb_edu", source=corpus.path, tokenizer="openai-community/gpt2").digest == corpus.digest
+    with pytest.raises(ValueError, match="has another tokenizer, openai-community/gpt2 of 300 tokens, than someone/else"):
+        load_corpus("fineweb_edu", source=corpus.path, tokenizer="someone/else")
+
+
+def test_shards_of_the_splits_in_use_are_verified_however_large(damaged, monkeypatch):
+    monkeypatch.setattr(corpora, "VERIFIED_BYTES", 0)
+    tokens = np.fromfile(damaged / "test-00000.bin", "<u2")
+    tokens[100] += 1
+    tokens.tofile(damaged / "test-00000.bin")
+    corpus = open_corpus(damaged)
+    assert corpus.verified("train", "validation") is corpus
+    with pytest.raises(ValueError, match="test-00000.bin was altered"):
+        corpus.verified("test")
+    with pytest.raises(ValueError, match="split must be one of train, validation, test"):
+        corpus.verified("held_out")
+
+
 def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     whole = train_tokenizer(texts(), VOCAB)
     whole.save_pretrained(tmp_path / "tokenizer")
@@ -414,7 +540,7 @@ def test_a_finished_corpus_is_only_what_it_was_built_as(built, folder, tmp_path)
     built.tokenizer.save_pretrained(tmp_path / "same")
     train_tokenizer(texts(), VOCAB - 9).save_pretrained(tmp_path / "another")
     assert load_corpus("text", source=built.path, tokenizer=tmp_path / "same").digest == built.digest
-    with pytest.raises(ValueError, match="has another tokenizer, of 300 tokens, than .*another"):
+    with pytest.raises(ValueError, match="has another tokenizer, one of 300 tokens, than .*another"):
         load_corpus("text", source=built.path, tokenizer=tmp_path / "another")
     other = built.path.parent / f"text-{TextSource(texts(seed=3), '').origin['sha256'][:8]}-bpe300"
     built.path.rename(other)

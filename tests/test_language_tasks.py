@@ -838,6 +838,26 @@ def test_texts_are_scored_by_their_summed_log_probability(speller):
     assert "| blimp, lm-eval's scoring | letters | 4 |" in table and "| lambada | chance | 3 | 0.00 | — |" in table
 
 
+def test_of_two_equally_probable_sentences_half_counts_as_right(tmp_path):
+    tokenizer, kinds = Letters(), {"tie": ("a fox", "a dog"), "right": ("fox", "a dog"), "wrong": ("a dog", "fox")}
+    model = LanguageModel(LanguageModelConfig(vocab_size=len(tokenizer), positions=64, hidden_size=16, num_hidden_layers=1,
+                                              num_attention_heads=2, intermediate_size=16, mixer="standard")).eval()
+    with torch.no_grad():
+        model.norm.weight.zero_()  # all tokens are equally probable, a text the less the longer it is
+    for counts, stderr in (({"tie": 3, "right": 2, "wrong": 1}, math.sqrt((2 + 3 / 4 - 6 * (3.5 / 6) ** 2) / 5 / 6)),
+                           ({"right": 2, "wrong": 1}, 1 / 3), ({"tie": 1}, None)):
+        items = [{"sentence_good": kinds[kind][0], "sentence_bad": kinds[kind][1], "UID": kind, "linguistics_term": "t"}
+                 for kind, count in counts.items() for _ in range(count)]
+        (tmp_path / "blimp.json").write_text(json.dumps(items), encoding="utf-8")
+        found, total = evaluate_language(model, tokenizer, "blimp", tmp_path)["blimp"], sum(counts.values())
+        share = (counts.get("right", 0) + counts.get("tie", 0) / 2) / total
+        assert found["accuracy"] == found["standard_accuracy"] == pytest.approx(share)
+        assert found["accuracy_stderr"] == found["standard_stderr"] == (stderr and pytest.approx(stderr))
+        assert found["phenomena"]["t"]["accuracy"] == pytest.approx(share)
+        assert {name: score["accuracy"] for name, score in found["paradigms"].items()} == {
+            kind: {"tie": 0.5, "right": 1, "wrong": 0}[kind] for kind in counts}
+
+
 def test_standard_scores_are_by_character_not_by_byte(speller, tmp_path):
     (model, tokenizer), choices = speller, ["日本", "dry"]
     prompt, *texts = (tokenizer.encode(text, add_special_tokens=False) for text in ("A fox", *(f" {choice}" for choice in choices)))
@@ -927,11 +947,36 @@ def test_choices_may_hold_any_character(speller, tmp_path):
     assert evaluate_language(*speller, "cbt", tmp_path)["cbt"]["items"] == 1
 
 
-def test_files_as_published_are_read(tmp_path):
+def write_paradigms(folder):
+    "Two pairs of each paradigm, in files as published."
+    (folder / "blimp").mkdir()
+    names = sorted(path.stem for path in (Path(lm_eval.__file__).parent / "tasks" / "blimp").glob("*.yaml") if path.stem[0] != "_")
+    pairs = [{**item, "UID": name} for name in names for item in TEXTS["blimp"][:2]]
+    for name in names:
+        lines = [json.dumps({**pair, "pairID": "0"}) for pair in pairs if pair["UID"] == name]
+        (folder / "blimp" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return pairs
+
+
+def test_a_folder_must_have_the_whole_of_blimp(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_tasks, "PARADIGM_PAIRS", 2)
+    pairs, folder = write_paradigms(tmp_path), tmp_path / "blimp"
+    assert len(pairs) == 2 * 67 and read_task_items(tmp_path, "blimp") == pairs
+    for name in ("wh_island", "passive_1"):
+        (folder / f"{name}.jsonl").unlink()
+    message = f"{folder} must hold 2 pairs of each of BLiMP's 67 paradigms; missing: passive_1, wh_island; of another number: "
+    with pytest.raises(ValueError, match=message + "none;"):
+        read_task_items(tmp_path, "blimp")
+    half = folder / "causative.jsonl"
+    half.write_text(half.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
+    with pytest.raises(ValueError, match=message + "causative with 1;"):
+        language_items("blimp", tmp_path, limit=1)
+
+
+def test_files_as_published_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_tasks, "PARADIGM_PAIRS", 2)
     (tmp_path / "piqa").mkdir()
-    (tmp_path / "blimp").mkdir()
-    for number, item in enumerate(TEXTS["blimp"][:2]):
-        (tmp_path / "blimp" / f"{number}.jsonl").write_text(json.dumps({**item, "pairID": "0"}) + "\n", encoding="utf-8")
+    pairs = write_paradigms(tmp_path)
     plain = [{name: value for name, value in item.items() if name != "label"} for item in OWN["piqa"]]
     (tmp_path / "piqa" / "valid.jsonl").write_text("\n".join(map(json.dumps, plain)), encoding="utf-8")
     (tmp_path / "piqa" / "valid-labels.lst").write_text("\n".join(str(item["label"]) for item in OWN["piqa"]), encoding="utf-8")
@@ -939,7 +984,7 @@ def test_files_as_published_are_read(tmp_path):
         "query": f"Passage: {item['passage']}\nQuestion: {item['question']}?", "choices": ["no", "yes"], "gold": item["label"]})
         for item in OWN["boolq"]), encoding="utf-8")
     assert language_items(["blimp", "piqa", "piqa_continuation", "boolq"], tmp_path) == {
-        "blimp": TEXTS["blimp"][:2], "piqa": OWN["piqa"], "piqa_continuation": OWN["piqa"], "boolq": OWN["boolq"]}
+        "blimp": pairs, "piqa": OWN["piqa"], "piqa_continuation": OWN["piqa"], "boolq": OWN["boolq"]}
     (tmp_path / "piqa" / "valid-labels.lst").write_text("0\n", encoding="utf-8")
     with pytest.raises(ValueError, match="valid-labels.lst must hold a label for each of"):
         language_items(["piqa"], tmp_path)
