@@ -337,6 +337,27 @@ def test_centroids_follow_their_tokens_by_the_closed_form():
     assert_close(clusters.centroids, whole, rtol=0, atol=1e-12)
 
 
+def test_centroids_are_kept_and_moved_in_float32():
+    x, found = Centroids(2, 3, 4, 0.999).normalise(torch.randn(5, 2, 7, 4, generator=torch.Generator().manual_seed(0))), []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        clusters = Centroids(2, 3, 4, 0.999)
+        labels, before = clusters.labels(x), clusters.centroids.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            clusters.update(x, labels)
+        found.append(clusters.centroids)
+    assert torch.equal(*found)
+    torch.manual_seed(0)
+    clusters = Centroids(2, 3, 4, 0.999)
+    clusters.centroids.data = before.bfloat16()  # as FSDP casts buffers before the first pass
+    clusters.update(x.bfloat16(), labels)
+    assert clusters.centroids.dtype == torch.float32
+    assert_close(clusters.centroids - before.bfloat16(), found[0] - before, rtol=0.02, atol=1e-4)
+    config = LanguageModelConfig(**{**SIZES, "mixer": "routing"})
+    for model in (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LanguageModel(config).to(torch.bfloat16)):
+        assert model.dtype == torch.bfloat16 and model.blocks[0].attention.clusters.centroids.dtype == torch.float32
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_centroids_move_in_training_alone_and_after_they_were_used():
     model, ids = small("routing", dropout=0.0), tokens()
@@ -364,14 +385,19 @@ def test_routing_and_global_masks():
 # The model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_mixer
-def test_saved_and_loaded_by_the_auto_class(mixer, tmp_path):
+def test_saved_and_loaded_by_the_auto_class(mixer, dtype, tmp_path):
     model, ids = small(mixer), tokens()
+    model(ids, labels=ids).loss.backward()
+    model = model.to(dtype)
+    assert all(p.grad.dtype == p.dtype for p in model.parameters())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is LanguageModel and loaded.config.mixer == mixer and not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert all(t.dtype == model.state_dict()[name].dtype for name, t in loaded.state_dict().items())
     assert loaded.head.weight is loaded.token_embedding.weight and "head.weight" not in load_file(tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
