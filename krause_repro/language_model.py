@@ -432,7 +432,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         for block in self.blocks:
             if output_attentions:
                 maps.append(mixer_weights(block.attention, block.norm1(x), segment_ids))
-            x = block(x, cache, segment_ids)
+            x = block(x, cache=cache, segment_ids=segment_ids)  # by name: under gradient checkpointing Transformers takes the cache away
             states.append(x)
         logits = self.head(self.norm(x))
         loss = None if targets is None else token_loss(logits[:, :-1], targets)
@@ -461,6 +461,8 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, ou
             raise UserError("output_attentions must be False with a cache; use use_cache=False")
         if model.training and config.mixer == "routing":
             raise UserError("past_key_values must be None while routing is trained; call model.eval()")
+        if past and model.training and torch.is_grad_enabled() and model.blocks[0].gradient_checkpointing:
+            raise UserError("past_key_values must hold no tokens in training with gradient checkpointing, which takes it away")
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/19_language_model.ipynb #ad6cb2d3

@@ -444,6 +444,26 @@ def test_a_step_trains_every_parameter_and_checkpointing_changes_nothing(mixer):
     assert all(torch.equal(gradient, gradients[-1][name]) for name, gradient in gradients[0].items())
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "routing"])
+def test_gradient_checkpointing_leaves_no_cache(mixer, use_reentrant):
+    ids, gradients = tokens(), []
+    for checkpointing in (False, True):
+        model = small(mixer, dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model(ids, labels=ids, use_cache=checkpointing).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, rtol=0, atol=1e-7)
+    cache = language_cache(model.config)
+    with torch.no_grad():
+        assert_close(model(ids[:, :9], past_key_values=cache).logits, model(ids).logits[:, :9])
+    with pytest.raises(ValueError, match="past_key_values must hold no tokens in training with gradient checkpointing"):
+        model(ids[:, 9:], past_key_values=cache)
+
+
 def test_the_loss_is_of_the_next_token_and_ignores_what_is_marked():
     model, ids = small("standard"), tokens()
     labels = ids.masked_fill(ids == 3, -100)
