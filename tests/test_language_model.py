@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from krause_repro.language_model_evaluation import (
     sample_text,
     with_further_positions,
 )
+from krause_repro.language_model_evaluation import test_text as measure_text
 from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
@@ -603,7 +605,7 @@ def test_bits_by_position_are_means_of_the_models_own_loss():
 
 
 def test_packed_documents_are_measured_as_if_each_were_alone():
-    model, documents = small("krause"), F.pad(tokens(2, 11) % 18, (0, 1), value=18)
+    model, documents = small("krause"), F.pad(tokens(2, 11) % 18, (1, 0), value=18)
     nats = position_nats(model, [{"input_ids": documents.flatten()}], positions=partial(document_positions, eos=18))
     first, second = (position_nats(model, [{"input_ids": document}]) for document in documents)
     assert_close(nats[:11].float(), first.float())
@@ -692,6 +694,42 @@ def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, s
     assert whole.summary()["parameters"] == one.num_parameters() and whole.summary()["data"]["train"] == {"items": 64, "tokens": 4096}
     if mixer == "krause":
         check_evaluation(whole, one, monkeypatch)
+
+
+def test_with_a_document_mask_training_does_not_depend_on_micro_batches(tmp_path):
+    recipe, found = replace(get_recipe("lm_krause_100m/shakespeare").at("smoke"), document_mask=True, dropout=0.0), []
+    blocks = [{"input_ids": block["input_ids"].clone()} for block in RandomCorpus().blocks("train", 64)[:4]]
+    for block in blocks[1::2]:
+        block["input_ids"][3::4] = 0  # many short documents
+    splits = training_tasks.TextSplits(blocks, blocks, blocks)  # without a tokenizer 0 ends a document
+    for size in (4, 2, 1):
+        sized = replace(recipe, batch_size=4, per_device_batch_size=size)
+        torch.manual_seed(0)
+        trainer = training.build_trainer(sized, training_tasks.task_of(sized).build(sized), splits, tmp_path, progress=False, steps=1)
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("grad_norm", "loss")] + [trainer.evaluate()["eval_loss"]])
+    for others in found[1:]:
+        assert others == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_model_with_a_document_mask_is_tested_and_sampled_as_it_was_trained(smoke, tmp_path, monkeypatch):
+    run = train(replace(smoke("lm_krause_100m/shakespeare"), document_mask=True), 0, runs=tmp_path, progress=False)
+    blocks, eos = RandomCorpus().blocks("test", 64, 1), RandomCorpus().tokenizer.eos_token_id
+    for block in blocks:
+        block["input_ids"][5::9] = eos
+    plain = RandomCorpus.blocks
+    monkeypatch.setattr(RandomCorpus, "blocks", lambda self, split, length, overlap=0:
+                        blocks if length == 64 else plain(self, split, length, overlap))
+    judged = [blocks[i * 72 // 64] for i in range(64)]
+    collate = training_tasks.task_of(run.recipe).collators(run.recipe, SimpleNamespace(tokenizer=RandomCorpus().tokenizer), False)[1]
+    with torch.no_grad():
+        loss = run.model()(**collate(judged)).loss.item()
+    assert measure_text(run)["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)
+    asked, generate = [], LanguageModel.generate
+    monkeypatch.setattr(LanguageModel, "generate", lambda self, ids, **options: asked.append(ids[0]) or generate(self, ids, **options))
+    for prompt in ("the", ""):
+        assert sample_text(run, prompt, 5).startswith(prompt)
+    assert [ids[0].item() for ids in asked] == [eos, eos] and len(asked[0]) > 1 == len(asked[1])
 
 
 def check_evaluation(run, model, monkeypatch):
