@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import UserError, check_integer
-from .reference import band_mask
+from .reference import band_mask, no_autocast, upcast_to_float32
 
 # %% ../nbs/18_attention_patterns.ipynb #fc84a017
 def check_global_tokens(
@@ -66,7 +66,7 @@ def routing_mask(
 
 # %% ../nbs/18_attention_patterns.ipynb #bc27070b
 class Centroids(nn.Module):
-    "The centroids of the clusters of each head: buffers that follow the tokens by an exponential average."
+    "The centroids of the clusters of each head: buffers that follow the tokens by an exponential average, in float32 or wider."
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Centroids(nn.Module):
         decay: float,  # λ of the exponential average
     ):
         super().__init__()
-        self.decay, self.centroids = decay, nn.Buffer(torch.randn(heads, clusters, dim))
+        self.decay, self.centroids = decay, nn.Buffer(torch.randn(heads, clusters, dim, dtype=torch.float32))
         self.share, self.collected = None, 0  # of the next batch in a step of several, which a trainer sets; and their sums so far
 
     def normalise(self, x):
@@ -92,8 +92,9 @@ class Centroids(nn.Module):
     @torch.no_grad()
     def update(self, x, labels):
         "Move the centroids towards the means of their vectors, or collect these until `move` if the batch has a `share` of a step."
-        member = F.one_hot(labels, self.centroids.shape[1]).to(self.centroids.dtype)  # (B, H, T, M)
-        sums = torch.einsum("bhtm,bhtd->hmd", member, x.to(member.dtype))
+        member = F.one_hot(labels, self.centroids.shape[1]).to(upcast_to_float32(self.centroids).dtype)  # (B, H, T, M)
+        with no_autocast(x.device):
+            sums = torch.einsum("bhtm,bhtd->hmd", member, x.to(member.dtype))
         total = torch.cat([sums, member.sum((0, 2)).unsqueeze(-1)], -1)  # (H, M, D + 1)
         self.collected = self.collected + total * (1 if self.share is None else self.share)
         if self.share is None:
@@ -105,5 +106,6 @@ class Centroids(nn.Module):
         total, self.collected = self.collected, 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
-        sums, count = total[..., :-1], total[..., -1:]
-        self.centroids.copy_(torch.where(count > 0, torch.lerp(sums / count.clamp_min(1), self.centroids, self.decay), self.centroids))
+        sums, count, before = total[..., :-1], total[..., -1:], upcast_to_float32(self.centroids)
+        # not copy_: FSDP may have cast the buffer to bfloat16, which would round small steps away; from here on it is float32
+        self.centroids.data = torch.where(count > 0, torch.lerp(sums / count.clamp_min(1), before, self.decay), before)

@@ -332,6 +332,18 @@ def _generation_options(config, length, options, default):
         options["max_length"] = length + options.pop("max_new_tokens")  # the one limit: a trained model's default is its positions
     return with_generation_cache(options, length, lambda: language_cache(config), default)
 
+# %% ../nbs/19_language_model.ipynb #e582c9e9
+def _keeping_float32(model, fn):
+    "A function of tensors, of `Module._apply`, that leaves σ, gates and centroids in float32 where it would make them half precision."
+    named, names = (*model.named_parameters(), *model.named_buffers()), set(model._keep_in_fp32_modules_strict)
+    kept = {id(each) for name, tensor in named if names & {*name.split(".")} for each in (tensor, tensor.grad)}
+
+    def applied(tensor):
+        found = fn(tensor)
+        return tensor.to(found.device) if id(tensor) in kept and found.dtype in (torch.float16, torch.bfloat16) else found
+
+    return applied
+
 # %% ../nbs/19_language_model.ipynb #e582c9ea
 class LanguageModelParts(CheckedModel):
     "Embeddings, blocks, final norm and tied head of a language model."
@@ -367,6 +379,10 @@ class LanguageModelParts(CheckedModel):
             module.bias[0] = math.log(self.config.gate_init / (1 - self.config.gate_init))
         else:
             super()._init_weights(module)
+
+    def _apply(self, fn, recurse=True):
+        "As in PyTorch, but `to(torch.bfloat16)` leaves in float32 what loading in bfloat16 leaves."
+        return super()._apply(_keeping_float32(self, fn), recurse)
 
     def get_output_embeddings(self) -> nn.Linear:
         "The head, which shares its weights with the embeddings."
@@ -416,7 +432,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         for block in self.blocks:
             if output_attentions:
                 maps.append(mixer_weights(block.attention, block.norm1(x), segment_ids))
-            x = block(x, cache, segment_ids)
+            x = block(x, cache=cache, segment_ids=segment_ids)  # by name: under gradient checkpointing Transformers takes the cache away
             states.append(x)
         logits = self.head(self.norm(x))
         loss = None if targets is None else token_loss(logits[:, :-1], targets)
@@ -445,6 +461,8 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, ou
             raise UserError("output_attentions must be False with a cache; use use_cache=False")
         if model.training and config.mixer == "routing":
             raise UserError("past_key_values must be None while routing is trained; call model.eval()")
+        if past and model.training and torch.is_grad_enabled() and model.blocks[0].gradient_checkpointing:
+            raise UserError("past_key_values must hold no tokens in training with gradient checkpointing, which takes it away")
     return cache, past, None if labels is None else check_targets(labels, input_ids, config)
 
 # %% ../nbs/19_language_model.ipynb #ad6cb2d3

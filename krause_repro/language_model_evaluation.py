@@ -94,7 +94,7 @@ def test_text(
 ) -> dict:  # "bits_per_token", "bits_per_byte", "tokens", "blocks", "by_position" in bits, and "gate"
     """Bits of the test split under a run's model, and by position, cached in the run directory.
 
-    A model trained with a document mask is measured with it, on the same tokens as the others.
+    A model trained with a document mask is measured with it, on the same tokens as the others; each document opens with an end token.
     """
     def measure():
         recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source)
@@ -189,14 +189,19 @@ def sample_text(
     top_p: float = 1.0,  # in (0, 1]
     source: str | Path | None = None,  # the user's text or corpus
 ) -> str:
-    "A prompt and its continuation. Raises `UserError` for invalid arguments and for more tokens than the model has positions."
+    """A prompt and its continuation; with a document mask the prompt is the beginning of a document and follows an end token.
+
+    Raises `UserError` for invalid arguments and for more tokens than the model has positions.
+    """
     seed, temperature, top_p = map(plain, (seed, temperature, top_p))
     check_sampling(seed, temperature, top_p, 1)
     check_integer("tokens", tokens, 1)
     if not isinstance(prompt, str) or not is_unicode(prompt):  # bytes of a command line that are no UTF-8
         raise UserError(f"prompt must be a text in UTF-8, got {prompt!r:.60}")
     model, tokenizer = finished_model(run), run_tokenizer(run, source)
-    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"] or [tokenizer.eos_token_id]
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if run.recipe.document_mask or not ids:
+        ids = [tokenizer.eos_token_id, *ids]
     if len(ids) + tokens > run.recipe.context:
         raise UserError(f"prompt and tokens must fit into {run.recipe.context} positions, got {len(ids)} and {tokens}")
     uniforms = torch.rand(1, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(model.device)

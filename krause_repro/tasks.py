@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator,
@@ -273,27 +272,18 @@ def corpus_splits(
     return TextSplits(**parts, tokenizer=corpus.tokenizer, counts=counts, corpus=corpus.digest)
 
 # %% ../nbs/34_tasks.ipynb #eb916c2c
-def _document_starts(tokens: Tensor, eos: int) -> Tensor:
-    "Which tokens (B, T) of packed documents follow an end token."
-    return F.pad(tokens[:, :-1] == eos, (1, 0))
-
-
 def document_positions(
     tokens: Tensor,  # (B, T), packed documents
-    eos: int,  # the token that ends a document
+    eos: int,  # the token between documents, which opens the next
 ) -> Tensor:  # (B, T)
-    "The position of each token in its document; a document that began in an earlier block starts at 0 again."
-    documents = _document_starts(tokens, eos).cumsum(1)
-    return torch.arange(tokens.shape[1], device=tokens.device) - segment_starts(documents)
+    "The position of each token in its document, from its end token on; a document that began in an earlier block starts at 0 again."
+    return torch.arange(tokens.shape[1], device=tokens.device) - segment_starts((tokens == eos).cumsum(1))
 
 
 def _collate_blocks(examples: list[dict[str, Tensor]], eos: int | None = None) -> dict[str, Tensor]:
-    "A batch of blocks. With an end token, positions start again after it, and no document's first token is predicted."
+    "A batch of blocks. With an end token, positions start again at it."
     tokens = torch.stack([example["input_ids"] for example in examples])
-    if eos is None:
-        return {"input_ids": tokens, "labels": tokens}
-    labels = tokens.masked_fill(_document_starts(tokens, eos), IGNORED)
-    return {"input_ids": tokens, "labels": labels, "position_ids": document_positions(tokens, eos)}
+    return {"input_ids": tokens, "labels": tokens, **({} if eos is None else {"position_ids": document_positions(tokens, eos)})}
 
 
 def _block_collators(recipe: LanguageModelRecipe, splits: TextSplits, channels_last: bool) -> tuple[Callable, Callable]:

@@ -576,9 +576,9 @@ def test_with_a_document_mask_packed_documents_are_each_alone(built):
     recipe = replace(get_recipe("lm_krause_100m/text").at("smoke"), vocab_size=VOCAB, document_mask=True)
     task, eos = tasks.task_of(recipe), built.tokenizer.eos_token_id
     collate, _ = task.collators(recipe, tasks.TextSplits([], [], [], tokenizer=built.tokenizer), False)
-    one, two = ([*draw, eos] for draw in np.random.default_rng(0).integers(10, VOCAB, (2, 20)).tolist())
+    one, two = ([eos, *draw] for draw in np.random.default_rng(0).integers(10, VOCAB, (2, 20)).tolist())  # an end token opens the next one
     batch = collate([{"input_ids": torch.tensor(one + two)}])
-    assert batch["position_ids"].tolist() == [[*range(21)] * 2] and batch["labels"].tolist() == [[*one, -100, *two[1:]]]
+    assert batch["position_ids"].tolist() == [[*range(21)] * 2] and batch["labels"].tolist() == [one + two]
     torch.manual_seed(0)
     model = task.build(recipe).eval()
     with torch.no_grad():

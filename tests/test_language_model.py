@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from krause_repro.language_model_evaluation import (
     sample_text,
     with_further_positions,
 )
+from krause_repro.language_model_evaluation import test_text as measure_text
 from krause_repro.likelihood import position_nats
 from krause_repro.llm_branch import branches
 from krause_repro.recipes import get_recipe
@@ -337,6 +339,27 @@ def test_centroids_follow_their_tokens_by_the_closed_form():
     assert_close(clusters.centroids, whole, rtol=0, atol=1e-12)
 
 
+def test_centroids_are_kept_and_moved_in_float32():
+    x, found = Centroids(2, 3, 4, 0.999).normalise(torch.randn(5, 2, 7, 4, generator=torch.Generator().manual_seed(0))), []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        clusters = Centroids(2, 3, 4, 0.999)
+        labels, before = clusters.labels(x), clusters.centroids.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            clusters.update(x, labels)
+        found.append(clusters.centroids)
+    assert torch.equal(*found)
+    torch.manual_seed(0)
+    clusters = Centroids(2, 3, 4, 0.999)
+    clusters.centroids.data = before.bfloat16()  # as FSDP casts buffers before the first pass
+    clusters.update(x.bfloat16(), labels)
+    assert clusters.centroids.dtype == torch.float32
+    assert_close(clusters.centroids - before.bfloat16(), found[0] - before, rtol=0.02, atol=1e-4)
+    config = LanguageModelConfig(**{**SIZES, "mixer": "routing"})
+    for model in (AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LanguageModel(config).to(torch.bfloat16)):
+        assert model.dtype == torch.bfloat16 and model.blocks[0].attention.clusters.centroids.dtype == torch.float32
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_centroids_move_in_training_alone_and_after_they_were_used():
     model, ids = small("routing", dropout=0.0), tokens()
@@ -364,14 +387,19 @@ def test_routing_and_global_masks():
 # The model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_mixer
-def test_saved_and_loaded_by_the_auto_class(mixer, tmp_path):
+def test_saved_and_loaded_by_the_auto_class(mixer, dtype, tmp_path):
     model, ids = small(mixer), tokens()
+    model(ids, labels=ids).loss.backward()
+    model = model.to(dtype)
+    assert all(p.grad.dtype == p.dtype for p in model.parameters())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is LanguageModel and loaded.config.mixer == mixer and not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert all(t.dtype == model.state_dict()[name].dtype for name, t in loaded.state_dict().items())
     assert loaded.head.weight is loaded.token_embedding.weight and "head.weight" not in load_file(tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -416,6 +444,26 @@ def test_a_step_trains_every_parameter_and_checkpointing_changes_nothing(mixer):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         assert all(gradient is not None and gradient.any() for name, gradient in gradients[0].items() if "position" not in name)
     assert all(torch.equal(gradient, gradients[-1][name]) for name, gradient in gradients[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "routing"])
+def test_gradient_checkpointing_leaves_no_cache(mixer, use_reentrant):
+    ids, gradients = tokens(), []
+    for checkpointing in (False, True):
+        model = small(mixer, dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model(ids, labels=ids, use_cache=checkpointing).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, rtol=0, atol=1e-7)
+    cache = language_cache(model.config)
+    with torch.no_grad():
+        assert_close(model(ids[:, :9], past_key_values=cache).logits, model(ids).logits[:, :9])
+    with pytest.raises(ValueError, match="past_key_values must hold no tokens in training with gradient checkpointing"):
+        model(ids[:, 9:], past_key_values=cache)
 
 
 def test_the_loss_is_of_the_next_token_and_ignores_what_is_marked():
@@ -557,7 +605,7 @@ def test_bits_by_position_are_means_of_the_models_own_loss():
 
 
 def test_packed_documents_are_measured_as_if_each_were_alone():
-    model, documents = small("krause"), F.pad(tokens(2, 11) % 18, (0, 1), value=18)
+    model, documents = small("krause"), F.pad(tokens(2, 11) % 18, (1, 0), value=18)
     nats = position_nats(model, [{"input_ids": documents.flatten()}], positions=partial(document_positions, eos=18))
     first, second = (position_nats(model, [{"input_ids": document}]) for document in documents)
     assert_close(nats[:11].float(), first.float())
@@ -646,6 +694,42 @@ def test_training_stopped_and_resumed_gives_the_bits_of_an_unbroken_run(mixer, s
     assert whole.summary()["parameters"] == one.num_parameters() and whole.summary()["data"]["train"] == {"items": 64, "tokens": 4096}
     if mixer == "krause":
         check_evaluation(whole, one, monkeypatch)
+
+
+def test_with_a_document_mask_training_does_not_depend_on_micro_batches(tmp_path):
+    recipe, found = replace(get_recipe("lm_krause_100m/shakespeare").at("smoke"), document_mask=True, dropout=0.0), []
+    blocks = [{"input_ids": block["input_ids"].clone()} for block in RandomCorpus().blocks("train", 64)[:4]]
+    for block in blocks[1::2]:
+        block["input_ids"][3::4] = 0  # many short documents
+    splits = training_tasks.TextSplits(blocks, blocks, blocks)  # without a tokenizer 0 ends a document
+    for size in (4, 2, 1):
+        sized = replace(recipe, batch_size=4, per_device_batch_size=size)
+        torch.manual_seed(0)
+        trainer = training.build_trainer(sized, training_tasks.task_of(sized).build(sized), splits, tmp_path, progress=False, steps=1)
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("grad_norm", "loss")] + [trainer.evaluate()["eval_loss"]])
+    for others in found[1:]:
+        assert others == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_model_with_a_document_mask_is_tested_and_sampled_as_it_was_trained(smoke, tmp_path, monkeypatch):
+    run = train(replace(smoke("lm_krause_100m/shakespeare"), document_mask=True), 0, runs=tmp_path, progress=False)
+    blocks, eos = RandomCorpus().blocks("test", 64, 1), RandomCorpus().tokenizer.eos_token_id
+    for block in blocks:
+        block["input_ids"][5::9] = eos
+    plain = RandomCorpus.blocks
+    monkeypatch.setattr(RandomCorpus, "blocks", lambda self, split, length, overlap=0:
+                        blocks if length == 64 else plain(self, split, length, overlap))
+    judged = [blocks[i * 72 // 64] for i in range(64)]
+    collate = training_tasks.task_of(run.recipe).collators(run.recipe, SimpleNamespace(tokenizer=RandomCorpus().tokenizer), False)[1]
+    with torch.no_grad():
+        loss = run.model()(**collate(judged)).loss.item()
+    assert measure_text(run)["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)
+    asked, generate = [], LanguageModel.generate
+    monkeypatch.setattr(LanguageModel, "generate", lambda self, ids, **options: asked.append(ids[0]) or generate(self, ids, **options))
+    for prompt in ("the", ""):
+        assert sample_text(run, prompt, 5).startswith(prompt)
+    assert [ids[0].item() for ids in asked] == [eos, eos] and len(asked[0]) > 1 == len(asked[1])
 
 
 def check_evaluation(run, model, monkeypatch):
