@@ -97,7 +97,7 @@ def test_text(
     A model trained with a document mask is measured with it, on the same tokens as the others; each document opens with an end token.
     """
     def measure():
-        recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source)
+        recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source).verified("test")
         blocks, long_blocks = text_blocks_of(recipe, corpus), text_blocks_of(recipe, corpus, LENGTHS_MEASURED, POSITION_BLOCKS)
         positions = partial(document_positions, eos=corpus.tokenizer.eos_token_id) if recipe.document_mask else None
         bits = position_nats(model, blocks, positions=positions).mean().item() / math.log(2)
@@ -151,7 +151,7 @@ def ngram_baselines(
     source: str | Path | None = None,  # the user's text or corpus
 ) -> dict:  # "all" and "seen": "bits_per_token", "bits_per_byte", "train_tokens"; "ngram_order", "test_tokens", "overlap"
     "Bits of the test text under Kneser–Ney models of the first `NGRAM_TOKENS` training tokens, and of the first that the models see."
-    corpus, splits, length = recipe_corpus(recipe, source), corpus_splits(recipe, source), recipe.context
+    corpus, splits, length = recipe_corpus(recipe, source).verified("train", "test"), corpus_splits(recipe, source), recipe.context
     total, judged = corpus.manifest["splits"]["train"]["tokens"], text_blocks_of(recipe, corpus).indices
     seen = Subset(splits.train.dataset, sorted(splits.train.indices)[:max(NGRAM_TOKENS // length, 1)])
     texts = {"all": corpus.blocks("train", min(total, NGRAM_TOKENS))[0]["input_ids"].numpy(),

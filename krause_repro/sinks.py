@@ -415,7 +415,7 @@ def evaluate_text_sinks(
 ) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support" of the first seed; and provenance
     "First-token attention of language models from scratch on passages of the test text."
     recipe = runs[0].recipe
-    blocks = text_blocks_of(recipe, run_corpus(runs[0], source), 1, TEXT_PASSAGES)
+    blocks = text_blocks_of(recipe, run_corpus(runs[0], source).verified("test"), 1, TEXT_PASSAGES)
     tokens = torch.stack([blocks[i]["input_ids"] for i in range(min(len(blocks), TEXT_PASSAGES))])
     found = [text_sink_profile(finished_model(run), tokens, recipe.window) for run in runs]
     joined = {kind: {name: torch.cat([profile[kind][name] for profile, _ in found], 1) for name in quantities}

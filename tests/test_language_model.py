@@ -651,6 +651,9 @@ class RandomCorpus:
     def bytes_per_token(self, split):
         return 4.0
 
+    def verified(self, *splits):
+        return self
+
     def tokens(self, split):
         return np.concatenate([block["input_ids"].numpy() for block in self.blocks(split, 64, int(split != "train"))])
 
@@ -813,15 +816,30 @@ def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_a
         assert pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)[0]["generated_text"] == prompt
 
 
-def test_a_shard_that_was_altered_is_found_before_a_run_starts_first(text, published, tmp_path, monkeypatch):
+def test_an_altered_shard_is_found_before_a_run_starts_or_resumes_and_when_it_is_evaluated(text, published, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "VERIFIED_BYTES", 0)  # the corpus is large
     source = shutil.copytree(text.path, tmp_path / "corpus")
-    tokens = np.fromfile(source / "train-00000.bin", "<u2")
-    tokens[100] = 60_000  # of no vocabulary: on a GPU an assertion in the middle of training
-    tokens.tofile(source / "train-00000.bin")
-    with pytest.raises(ValueError, match="train-00000.bin was altered"):
-        train(published, 0, runs=tmp_path / "runs", progress=False, source=source)
-    assert not (tmp_path / "runs").exists()
+
+    def altered(split, token):
+        tokens = np.fromfile(source / f"{split}-00000.bin", "<u2")
+        tokens[100] = token
+        tokens.tofile(source / f"{split}-00000.bin")
+
+    def trained(runs, **options):
+        return train(published, 0, runs=tmp_path / runs, progress=False, source=source, **options)
+
+    run = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("broken", callbacks=(Stop(),))
+    altered("test", 5)
+    with pytest.raises(ValueError, match="test-00000.bin was altered"):
+        measure_text(run, source)
+    shutil.copy(text.path / "test-00000.bin", source)
+    altered("train", 60_000)  # of no vocabulary: on a GPU an assertion in the middle of training
+    for runs in ("broken", "new"):
+        with pytest.raises(ValueError, match="train-00000.bin was altered"):
+            trained(runs)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command_evaluates_a_model_from_scratch_on_continuations(tmp_path):
