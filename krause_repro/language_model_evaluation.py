@@ -138,7 +138,8 @@ def evaluate_language_models(
         "held_out_bits": summarise([end["held_out_loss"] / math.log(2) for end in ends]), "curves": text_curves(runs),
         "by_position": {"positions": edges, "length": recipe.context, **summarise_curves([test["by_position"] for test in tests])},
         "sigma": summarise_sigma(runs), "gate": summarise_curves([test["gate"] for test in tests]) if tests[0]["gate"] else None,
-        "training_speed": summarise(speeds), "data": ends[0]["data"], **provenance(runs),
+        "training_speed": summarise(speeds),  # tokens per second, evaluations and checkpoints included
+        "data": ends[0]["data"], **provenance(runs),
     }
 
 # %% ../nbs/45_language_model_evaluation.ipynb #aa41fee8
