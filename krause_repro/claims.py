@@ -38,7 +38,7 @@ class Finding:
     "What the evidence says of a claim."
 
     verdict: str  # one of the five above
-    ours: str  # our numbers in at most 12 words
+    ours: str  # our numbers in at most 14 words
     evidence: tuple[str, ...]  # sentences with seeds and intervals
     headline: str = ""  # what the README says of a finding, in sentences
     caveat: str = ""  # what limits it
@@ -48,7 +48,7 @@ class Finding:
 class Claim:
     "A claim of the paper, its published numbers, and how it is judged."
 
-    title: str  # at most 12 words, as are the published numbers
+    title: str  # at most 14 words, as are the published numbers
     paper: Callable[[], str]  # the published numbers
     page: str  # stem of the notebook that has the experiment
     judge: Callable[[Path | None], Finding]  # from the project's folder
@@ -172,7 +172,9 @@ def _judge_accuracy(root):
     labels = {name: label for name, (label, _) in CLASSIFIER_LABELS["desk"].items()}
     told = outcome(post, "higher", "lower", plan["smallest_difference"]) if post else ""
     done = cifar and post
-    numbers = f"CIFAR-10 {effect(cifar)}; same norm {effect(post)}, {told}" if done else cifar10_so_far(plan, results)
+    rising = [labels[name] for name, model in results.items() if model and is_undertrained(model["curves"], plan["flat_gain"])]
+    numbers = (f"CIFAR-10 {effect(cifar)}; same norm {effect(post)}, {told}{', undertrained' if rising else ''}" if done
+               else cifar10_so_far(plan, results))
     evidence = [
         f"CIFAR-10, {size_in_words('kvit_s/cifar10')}: KViT − ViT {effect(cifar)} points; with the same LayerNorm "
         f"placement {effect(post)}, {told}; seeds "
@@ -183,7 +185,6 @@ def _judge_accuracy(root):
         if baseline := load_result(f"image_classification/{name}", "desk", root, missing_ok=True):
             evidence.append(f"{labels[f'{name}/cifar10'].capitalize()}: {percent(baseline['test_accuracy'])}%"
                             f"{undertrained_mark(baseline['curves'])}, {plural(len(baseline['seeds']), 'seed')}{later}.")
-    rising = [labels[name] for name, model in results.items() if model and is_undertrained(model["curves"], plan["flat_gain"])]
     evidence += [f"Undertrained by the plan's rule: {'; '.join(rising) or 'none'}.", altered_note(results)] if plan else []
     evidence.append(f"Of the published leads, each from one run, {sum(exceeds_noise(*pair) for pair in _published_pairs())} exceed twice "
                     "their standard error by the number of test images.")
@@ -200,7 +201,6 @@ def _judge_accuracy(root):
                    f"place in both: {effect(post)}, {told}.", "; ".join(filter(None, (small, beside, altered_note(results).rstrip(".")))))
 
 CLAIMS["accuracy"] = Claim("KViT is more accurate than ViT", _published_lead, "61_image_classification", _judge_accuracy)
-
 
 # %% ../nbs/68_claims.ipynb #63283f38
 PARTS = {  # planned comparisons of models that differ in one part; the plan has none for the window
@@ -228,13 +228,13 @@ def _judge_parts(root):
     evidence = [f"CIFAR-10, {part} ({' − '.join(CLASSIFIER_LABELS['desk'][name][0] for name in PARTS[part])}): {effect(each)} points, "
                 f"{plural(each['n'], 'seed')}, corrected: {told[part]}." for part, each in effects.items()]
     evidence.append(f"Not tested by a planned comparison: {', '.join(['window', *(part for part in PARTS if part not in effects)])}.")
-    altered = altered_note(results)
+    altered, known = altered_note(results), [results[name] for name in sum(PARTS.values(), ()) if results.get(name)]
     evidence += [*unplanned_effects(results), *([altered] if altered else [])]
     ours = ", ".join(f"{part} {100 * each['mean']:+.2f} {told[part]}" for part, each in effects.items())
-    words = told.values()
+    ours += ", undertrained" if any(is_undertrained(result["curves"]) for result in known) else ""
+    words, still = told.values(), "; in the last part of training KViT gained {:.2f} points, without top-k {:.2f}"
     verdict = IN_PART if "helps" in words else DOES_NOT_HOLD if "harms" in words else NOT_SHOWN if len(told) == len(PARTS) else UNDECIDED
     gains = [last_gain(results[name]["curves"]) for name in PARTS["top-k"]] if "top-k" in effects else []
-    still = "; in the last part of training KViT gained {:.2f} points, without top-k {:.2f}"
     still = still.format(*(100 * gain for gain in gains)) if gains and None not in gains else ""
     parts = "; ".join(f"{PART_TESTS[part]}: {effect(each)} points, {told[part]}" for part, each in effects.items()) or "nothing is finished"
     return Finding(verdict, f"CIFAR-10: {ours}" if ours else "not finished", tuple(evidence), f"On CIFAR-10, {parts}.",
@@ -337,8 +337,8 @@ def _judge_heads(root):
     score = unpaired_difference(kvit["untrained"]["clusters"], on_window["clusters"], seeds)
     last = {name: each["clusters"]["mean"][-1] for name, each in (("k", kvit["trained"]), ("u", kvit["untrained"]), ("v", vit["trained"]))}
     evidence = (
-        f"The models are of Fashion-MNIST after {epochs}, where no transformer is far above softmax regression on the "
-        "pixels: they decide nothing, and what follows need not hold for trained models.",
+        f"The models are of Fashion-MNIST after {epochs}, no better than softmax regression on the pixels: they decide nothing, and "
+        "what follows need not hold for trained models.",
         f"Distance between the heads of the last layer, KViT − ViT: {effect(heads, 1, 3)}, {seeds} seeds each, "
         f"{result['images']:g} test images.",
         f"Groups of tokens in the last layer, KViT − ViT: {effect(groups, 1, 1)}. KViT trained − untrained: {effect(learned, 1, 1)}.",
@@ -406,7 +406,7 @@ def window_control(root: Path | None = None) -> str:  # the project's folder
     labels = {pair: " − ".join(GENERATOR_LABELS[name.partition("/")[0]][0] for name in pair) for pair in found}
     told = [f"{labels[pair]} {effect(each, 1, 3)} bits: {outcome(each, 'more', 'fewer', plan['smallest_difference'])}"
             for pair, each in found.items() if each]
-    told += [f"these count from {plan['smallest_difference']:g} bits, fixed when KARM − ARM was known"] if told else []
+    told += [f"here, differences count from {plan['smallest_difference']:g} bits, fixed when KARM − ARM was known"] if told else []
     return "; ".join(told) or "the control, softmax attention on KARM's window, is not finished: the window may explain the bits saved"
 
 
@@ -433,7 +433,8 @@ def _judge_bits(root):
     leads = {rival: held_out_lead(trained["KARM"], trained[rival])[1] for rival in ("ARM", "LARM") if {"KARM", rival} <= trained.keys()}
     evidence += [f"KARM − {rival}, held-out bits at each quarter of training: {', '.join(f'{each:+.3f}' for each in lead)}."
                  for rival, lead in leads.items()]
-    still = ", undertrained" if any(is_undertrained(result["curves"], plan["flat_gain"]) for result in trained.values()) else ""
+    late = [name for name, result in trained.items() if is_undertrained(result["curves"], plan["flat_gain"])]
+    still = f"; {', '.join(late)} undertrained" if late else ""
     done = all(found.values())
     differences = [f"{rival.upper()} {effect(each, 1, 3)}" for rival, each in found.items() if each]
     ours, minus = ", ".join(differences), ", ".join(f"minus {each}" for each in differences)

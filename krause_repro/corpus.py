@@ -498,7 +498,9 @@ class Corpus:
 
     def verified(self, *splits: str) -> "Corpus":
         "This corpus. Raises `UserError` if a shard of these splits was altered, however large they are."
-        _check_shards(self.path, self.manifest, self.tokenizer, [split for split in splits if self._split(split)])
+        for split in splits:
+            self._split(split)  # raises for an unknown one
+        _check_shards(self.path, self.manifest, self.tokenizer, splits)
         return self
 
     def bytes_per_token(self, split: str) -> float:

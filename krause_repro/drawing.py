@@ -32,7 +32,6 @@ from .statistics import plural
 COLOURS = {
     "krause": "#0072B2",  # Krause attention: distance score, window, top-k
     "softmax": "#C84E00",  # dot-product attention over all tokens
-    "softmax_key_norm": "#E69F00",  # dot product with the key-norm penalty: the Krause score in another form
     "softmax_local": "#AA4499",  # dot product on the window and top-k of Krause attention
     "krause_full": "#56B4E9",  # distance score over all tokens
     "linear": "#117733",  # linear attention

@@ -120,7 +120,7 @@ def parquet_files(
     roots = (folder, *sorted(folder.glob("snapshots/*")))  # the latter in the hub's cache
     places = (sorted((root / part).glob(form)) for root in roots for part in (name, "", *PARQUET_FOLDERS)
               for form in (f"{split}-*-of-*.parquet", f"{split}/[0-9]*.parquet") if name in LABEL_COLUMNS)
-    return max(filter(None, places), key=lambda paths: _fit(name, folder, split, paths), default=[])
+    return max(filter(None, places), key=lambda paths: _parquet_fit(name, folder, split, paths), default=[])
 
 # %% ../nbs/27_image_files.ipynb #f547ef8f
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
@@ -160,27 +160,38 @@ def _published_files(name: str, split: str) -> dict[str, str]:
     return {stem: f"md5:{md5}" for stem, md5 in (CIFAR[name].train_list if split == "train" else CIFAR[name].test_list)}
 
 
-def _fit(name: str, folder: Path, split: str, paths: list[Path] | None = None) -> int:
-    "How whole a split is in its original layout, or in Parquet files: 2 all, 1 in part, 0 not at all, -2 damaged or another data set."
+ALL, PART, NONE, DAMAGED = 2, 1, 0, -2  # of a split; damaged or another data set's outweighs a whole split
+
+
+def _parquet_fit(name: str, folder: Path, split: str, paths: list[Path]) -> int:
+    "How whole a split is in Parquet files."
     try:
-        if paths is not None:
-            return 2 * bool(_open_parquet(name, folder, split, paths))
-        if DATA[name].folders:
-            return 2 * _is_begun(name, folder)
+        _open_parquet(name, folder, split, paths)
+    except FileNotFoundError:
+        return PART if paths else NONE
+    except (OSError, UserError):
+        return DAMAGED
+    return ALL
+
+
+def _original_fit(name: str, folder: Path, split: str) -> int:
+    "How whole a split is in its original layout."
+    if DATA[name].folders:
+        return ALL if _is_begun(name, folder) else NONE
+    try:
         place, meta = (folder / CIFAR[name].base_folder, [CIFAR[name].meta["filename"]]) if name in CIFAR else (folder, [])
         found = [_idx_file(place, stem) for stem in (*_published_files(name, split), *meta)]
         if name in IDX_FILES and found[1]:  # labels: few bytes, which tell MNIST from Fashion-MNIST
             read_idx(found[1], list(_published_files(name, split).values())[1])
-        return any(found) + all(found)
-    except FileNotFoundError:
-        return bool(paths)
     except (OSError, UserError):
-        return -2
+        return DAMAGED
+    return ALL if all(found) else PART if any(found) else NONE
 
 
 def _fits(name: str, folder: Path) -> list[int]:
     "How whole both splits are in the original layout, and in Parquet files: each from 0 to 4."
-    fits = [(_fit(name, folder, split), _fit(name, folder, split, parquet_files(name, folder, split))) for split in ("train", "test")]
+    fits = [(_original_fit(name, folder, split), _parquet_fit(name, folder, split, parquet_files(name, folder, split)))
+            for split in ("train", "test")]
     return [max(0, sum(each)) for each in zip(*fits, strict=True)]
 
 

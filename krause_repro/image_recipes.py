@@ -239,7 +239,7 @@ def as_kind(
     return kind(**{each.name: getattr(recipe, each.name) for each in fields(recipe)} | changes)
 
 # %% ../nbs/23_image_recipes.ipynb #03018091
-SUPPORTS = {"full": {"radius": None, "top_k": None}, "local": {"top_k": None}, "local_top_k": {}}  # changes to KViT
+SUPPORTS = {"full": {"radius": None, "top_k": None}, "local": {"top_k": None}}  # changes to KViT
 
 
 # %% ../nbs/23_image_recipes.ipynb #102d5bcd

@@ -353,10 +353,10 @@ def _is_long(lm, prompt, text):
     return len(lm.tok_encode(prompt + text)) + (not prompt) > lm.max_length + 1
 
 
-def _constant_answers(samples):
+def _constant_answers(task, samples):
     "Accuracy of each answer given to every item, by answer; empty if the items offer different ones."
     offered = {tuple(argument[1].strip() for argument in sample["arguments"]) for sample in samples}
-    if len(offered) > 1 or len(samples) == 1:
+    if task in ("lambada", "blimp") or len(offered) > 1 or len(samples) == 1:
         return {}
     right = Counter(int(sample["target"]) for sample in samples)
     return {answer: {"accuracy": right[index] / len(samples)} for index, answer in enumerate(*offered)}
@@ -374,7 +374,7 @@ def _continuation_result(task, scores, samples, lm, standard=None):
     result = {
         "accuracy": scores["acc,none"], "accuracy_stderr": _number(scores["acc_stderr,none"]), "macro_f1": None,
         "standard_accuracy": standard[name], "standard_stderr": _number(standard[name.replace(",", "_stderr,")]),
-        "items": len(samples), "truncated": sum(long), "constant": _constant_answers(samples),
+        "items": len(samples), "truncated": sum(long), "constant": _constant_answers(task, samples),
         "chance": {"accuracy": 0.0 if task == "lambada" else sum(1 / n for n in options) / len(options)},
     }
     if task == "lambada":
@@ -555,8 +555,9 @@ def zero_shot_table(
     first = {task: next(each[task] for each in known.values() if task in each) for task in tasks}
     rows = [(m["label"], *(percent(m["tasks"][task][scoring]) if task in m.get("tasks", {}) else None for task in tasks))
             for m in models.values()]
-    errors = (f["stderr"] for f in first.values())
-    rows.append((f"standard error, {next(iter(known), '')}", *(None if error is None else f"{100 * error:.2f}" for error in errors)))
+    name = next(iter(known), "")
+    errors = [known[name][task]["stderr"] if task in known[name] else None for task in tasks]
+    rows.append((f"standard error, {name}", *(None if error is None else f"{100 * error:.2f}" for error in errors)))
     constant = [max((each["accuracy"] for each in f.get("constant", {}).values()), default=None) for f in first.values()]
     for label, scores in (("chance", [f["chance"] for f in first.values()]), ("most frequent answer", constant)):
         if any(score is not None for score in scores):

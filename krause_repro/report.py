@@ -403,13 +403,14 @@ def fine_tuning_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "Fine-tuned models as RESULTS.md shows them, zero-shot scores, attention sinks, and speed; a dash for a model without a result."
-    parts, speed = [], load_result("language_speed", "desk", root, missing_ok=True)
+    parts, speed, tuned = [], load_result("language_speed", "desk", root, missing_ok=True), {}
     for data in FINE_TUNING_BY_PROFILE["desk"]:
         plan, models = read_plan(data, root), fine_tuned_models(stored_results("desk", data, root=root))
+        tuned[data] = models
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
                   trained_table(models, TOKEN_LOSS, plan), planned_table(models, plan, TOKEN_LOSS),
                   fine_tuning_table(models), _made(models)]
-    scores = _textbook_scores(models, root)
+    scores = _textbook_scores(tuned["textbooks"], root)
     if any("tasks" in each for each in scores.values()):
         parts += ["Zero-shot accuracy after fine-tuning on textbooks, first seed, by the paper's scoring, %, on random items:",
                   zero_shot_table(scores, {})]

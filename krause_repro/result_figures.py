@@ -8,8 +8,6 @@ __all__ = ['STEP', 'plot_training_curves', 'plot_accuracy', 'plot_factors', 'plo
            'plot_fine_tuning', 'plot_gate', 'plot_by_position', 'plot_groups']
 
 # %% ../nbs/57_result_figures.ipynb #6615f05b
-import re
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -102,7 +100,7 @@ def plot_accuracy(
 STEP = 0.14  # between the scores at one place
 
 
-def _factor_panel(ax: Axes, rows: list[dict], where: str, places: list[str], joined: list[str]) -> None:
+def _place_seeds(ax: Axes, rows: list[dict], where: str, places: list[str], joined: list[str]) -> None:
     "Seeds as dots, means as bars, and a line through the means of a label at the joined places."
     entries = require_each(rows, where, "label", "kind", "place", "values", "mean")
     labels = list(dict.fromkeys(label for label, *_ in entries))
@@ -122,26 +120,18 @@ def _factor_panel(ax: Axes, rows: list[dict], where: str, places: list[str], joi
 
 @house_style()
 def plot_factors(
-    data: dict,  # {"panels": [{"title", "rows": [{"label", "kind", "place", "values": [seeds], "mean"}]}], "places", "joined", "metric"}
+    data: dict,  # {"rows": [{"label", "kind", "place", "values": [seeds], "mean"}], "places", "joined", "metric"}, see above
 ) -> Figure:
-    "Values (in 0..1) of a grid of models in percent: one factor on the axis, one as colour, one as panels; dots are seeds."
-    panels, places, joined, metric = require_fields(data, "data", "panels", "places", "joined", "metric")
-    entries = require_each(panels, "data['panels']", "title", "rows")
-    shown = [[place for place in places if any(row.get("place") == place for row in rows)] or places for _, rows in entries]
-    fig, axes = new_figure(3.9, 1, len(panels), sharey=True, width_ratios=[len(each) for each in shown])
-    for p, (ax, (title, rows)) in enumerate(zip(axes[0], entries, strict=True)):
-        _factor_panel(ax, rows, f"data['panels'][{p}]['rows']", shown[p], joined)
-        names = [re.sub(r" (\+ |places|σ)", r"\n\1", place) for place in shown[p]]
-        ax.set(title=title, xticks=range(len(names)), xticklabels=names, xlabel="support",
-               ylabel=f"{metric} (%)", xlim=(-0.4, len(shown[p]) - 0.7))
-        ax.grid(axis="x", visible=False)
-        ax.label_outer()
-    axes[0, -1].legend(loc="best", frameon=False)
-    if baseline := data.get("baseline"):  # "label" and "value"
-        for ax in axes[0]:
-            ax.axhline(100 * baseline["value"], color=COLOURS["neutral"], linestyle=(0, (1, 1.5)), linewidth=1)
-    dotted = f"; dotted: {baseline['label']}" if baseline else ""
-    draw_note(fig, f"dot: one seed; bar: mean{dotted}; the axis does not begin at zero")
+    "Values (in 0..1) of models in percent: the support on the axis, the label as colour; dots are seeds."
+    rows, places, joined, metric = require_fields(data, "data", "rows", "places", "joined", "metric")
+    fig, axes = new_figure(3.9)
+    ax = axes[0, 0]
+    _place_seeds(ax, rows, "data['rows']", places, joined)
+    ax.set(xticks=range(len(places)), xticklabels=[place.replace(" + ", "\n+ ") for place in places],
+           xlabel="support (post-norm if not said)", ylabel=f"{metric} (%)", xlim=(-0.4, len(places) - 0.7))
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="best", frameon=False)
+    draw_note(fig, "dot: one seed; bar: mean; the axis does not begin at zero")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #8dd74f3f
@@ -155,24 +145,22 @@ def _difference_row(ax: Axes, place: int, values: list[float], mean: float, inte
 
 @house_style()
 def plot_differences(
-    data: dict,  # {"groups": {title: [{"label", "values": [seeds], "mean", "interval": [low, high] or None}]}, "counts"}; in 0..1
+    data: dict,  # {"rows": [{"label", "values": [seeds], "mean", "interval": [low, high] or None}], "counts": from which on}; in 0..1
 ) -> Figure:
-    "Differences in percentage points, a panel per group: every seed as a circle, the mean as a dot, the corrected interval as a bar."
-    groups, counts = require_fields(data, "data", "groups", "counts")
-    sizes = [len(rows) for rows in groups.values()]
-    fig, axes = new_figure(1.0 + 0.3 * len(sizes) + 0.34 * sum(sizes), len(sizes), sharex=True, height_ratios=sizes)
-    colours = []
-    for ax, (title, rows) in zip(axes[:, 0], groups.items(), strict=True):
-        entries = require_each(rows, f"data['groups'][{title!r}]", "label", "values", "mean", "interval")
-        ax.axvspan(-100 * counts, 100 * counts, color=COLOURS["neutral"], alpha=0.15, linewidth=0)
-        ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
-        for place, (_, values, mean, interval) in enumerate(entries):
-            shown = interval is not None and abs(mean) >= counts and interval[0] * interval[1] > 0
-            colours.append("#000000" if shown else "#8A8A8A")
-            percent = interval and [100 * bound for bound in interval]
-            _difference_row(ax, place, [100 * x for x in values], 100 * mean, percent, colours[-1])
-        ax.set(ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=[label for label, *_ in entries], ylabel=title)
-    ax.set_xlabel("difference of test accuracy (points)")
+    "Differences in percentage points: every seed as a circle, the mean as a dot, the corrected interval as a bar."
+    rows, counts = require_fields(data, "data", "rows", "counts")
+    entries, colours = require_each(rows, "data['rows']", "label", "values", "mean", "interval"), []
+    fig, axes = new_figure(1.3 + 0.34 * len(rows))
+    ax = axes[0, 0]
+    ax.axvspan(-100 * counts, 100 * counts, color=COLOURS["neutral"], alpha=0.15, linewidth=0)
+    ax.axvline(0, color=COLOURS["neutral"], linewidth=1)
+    for place, (_, values, mean, interval) in enumerate(entries):
+        shown = interval is not None and abs(mean) >= counts and interval[0] * interval[1] > 0
+        colours.append("#000000" if shown else "#8A8A8A")
+        percent = interval and [100 * bound for bound in interval]
+        _difference_row(ax, place, [100 * x for x in values], 100 * mean, percent, colours[-1])
+    ax.set(ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=[label for label, *_ in entries],
+           xlabel="difference of test accuracy (points)")
     counted = "; black: counts" if "#000000" in colours else "; none counts"
     draw_note(fig, f"circle: one seed; dot and bar: mean and corrected 95% interval; grey band: below the threshold{counted}")
     return fig

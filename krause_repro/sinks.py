@@ -413,8 +413,10 @@ def evaluate_text_sinks(
     runs: list[Run],  # of one recipe of a language model from scratch, one for each seed
     source: str | Path | None = None,  # the user's text or corpus
 ) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support" of the first seed; and provenance
-    "First-token attention of language models from scratch on passages of the test text."
+    "First-token attention of language models from scratch on passages of the test text. Raises `UserError` for a document mask."
     recipe = runs[0].recipe
+    if recipe.document_mask:
+        raise UserError("document_mask must be False: the passages hold several documents, and their first token is that of one")
     blocks = text_blocks_of(recipe, run_corpus(runs[0], source).verified("test"), 1, TEXT_PASSAGES)
     tokens = torch.stack([blocks[i]["input_ids"] for i in range(min(len(blocks), TEXT_PASSAGES))])
     found = [text_sink_profile(finished_model(run), tokens, recipe.window) for run in runs]

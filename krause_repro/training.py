@@ -445,7 +445,7 @@ def _is_finished(run, restart):
     return False
 
 
-def _check_shards(splits):
+def _verify_corpus(splits):
     "Raise `UserError` before a run starts or resumes if a shard of its corpus was altered, however large, or has unknown tokens."
     if splits.corpus is not None:
         open_corpus(Path(splits.tokenizer.name_or_path).parent, verify=True)
@@ -524,7 +524,7 @@ def train(
     if not restart:
         check_data(run, splits.origin, splits.corpus)
     if processes.is_main_process:
-        _check_shards(splits)
+        _verify_corpus(splits)
     set_seed(seed)
     model = task.build(recipe)  # raises for an invalid base model
     with locked(run.path) if processes.is_main_process else nullcontext():

@@ -41,13 +41,11 @@ EXAMPLES = {
          "train_loss": {"epochs": [0.5, 1, 2], **CURVE}}]},
     "plot_accuracy": {"metric": "test accuracy", "chance": 0.1, "rows": [
         {**NAMED, "values": [0.8, 0.82], "mean": 0.81, "sd": 0.014}, {**NAMED, "values": [0.7], "mean": 0.7, "sd": None}]},
-    "plot_factors": {"metric": "test accuracy", "places": ["full", "window", "random"], "joined": ["full", "window"], "panels": [
-        {"title": "post", "rows": [{**NAMED, "place": place, "values": [0.8, 0.9], "mean": 0.8} for place in ("full", "window", "random")]},
-        {"title": "pre", "rows": [{"label": "ViT", "kind": "softmax", "place": "full", "values": [0.7], "mean": 0.7}]}]},
-    "plot_differences": {"counts": 0.01, "groups": {
-        "all": [{"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
-                {"label": "A − C", "values": [0.03, 0.05], "mean": 0.04, "interval": [0.01, 0.07]}],
-        "one": [{"label": "C − D", "values": [0.01], "mean": 0.01, "interval": None}]}},
+    "plot_factors": {"metric": "test accuracy", "places": ["full", "window", "other"], "joined": ["full", "window"], "rows": [
+        {**NAMED, "place": place, "values": [0.8, 0.9], "mean": 0.8} for place in ("full", "window", "other")]},
+    "plot_differences": {"counts": 0.01, "rows": [
+        {"label": "A − B", "values": [0.01, 0.03], "mean": 0.02, "interval": [0.0, 0.04]},
+        {"label": "A − C", "values": [0.03, 0.05], "mean": 0.04, "interval": [0.01, 0.07]}]},
     "plot_sigma": {"layers": [1, 2, 3], "seeds": 2, "series": [{**NAMED, "initial": 2.5, **CURVE}]},
     "plot_attention_maps": {"grid": [2, 2], "columns": ["head 1", "head 2"], "rows": [
         {**NAMED, **SHOWN, "maps": [[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0]], "cls_weight": [0.0, 0.1]},
@@ -183,8 +181,8 @@ def test_plot_names_each_missing_key(name):
         ("plot_sinks", ["rows", "before", 1, "series", 0], {**NAMED}, r"\['before'\]\[1\]\['series'\]\[0\] has no layers"),
         ("plot_sinks", ["rows", "before", 0, "series", 0, "layers"], {"mean": [1]}, r"\['series'\]\[0\]\['layers'\] has no sd"),
         ("plot_sinks", ["rows", "before", 0, "series", 0, "kind"], "best", r"\['series'\]\[0\] has kind 'best'"),
-        ("plot_factors", ["panels", 0, "rows", 0, "place"], "nowhere", r"rows'\]\[0\] has place 'nowhere'; allowed are window, random"),
-        ("plot_factors", ["panels", 0, "rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
+        ("plot_factors", ["rows", 0, "place"], "nowhere", r"rows'\]\[0\] has place 'nowhere'; allowed are full, window, other"),
+        ("plot_factors", ["rows", 0, "kind"], "best", r"rows'\]\[0\] has kind 'best'"),
         ("plot_fine_tuning", ["panels", 0, "series", 0, "steps"], [1], r"panels'\]\[0\]\['series'\]\[0\] has lists of different lengths"),
         ("plot_fine_tuning", ["panels", 1, "baselines", 0], {"label": "base"}, r"panels'\]\[1\]\['baselines'\]\[0\] has no value"),
         ("plot_fine_tuning", ["panels", 1, "series"], [], r"panels'\]\[1\] has nothing in series"),
@@ -335,19 +333,18 @@ def test_a_gate_shows_its_range_and_its_value_for_zero():
 
 
 def test_only_differences_that_count_are_black():
-    first, second = draw("plot_differences").axes
-    assert [tick.get_text() for tick in first.get_yticklabels()] == ["A − B", "A − C"] and second.get_ylabel() == "one"
-    assert [line.get_color() for line in first.lines[1::3]] == ["#8A8A8A", "#000000"]  # the interval of A − B touches zero
-    assert [line.get_ydata()[0] for line in first.lines[1:4]] == [0, -0.26, 0]  # no seed behind the mean
-    few = {"counts": 0.01, "groups": {"one": EXAMPLES["plot_differences"]["groups"]["one"]}}
+    (ax,) = draw("plot_differences").axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["A − B", "A − C"]
+    assert [line.get_color() for line in ax.lines[1::3]] == ["#8A8A8A", "#000000"]  # the interval of A − B touches zero
+    assert [line.get_ydata()[0] for line in ax.lines[1:4]] == [0, -0.26, 0]  # no seed behind the mean
+    few = {"counts": 0.01, "rows": [{"label": "C − D", "values": [0.01], "mean": 0.01, "interval": None}]}
     notes = [fig.get_supxlabel() for fig in (draw("plot_differences"), result_figures.plot_differences(few))]
     assert [note.rpartition("; ")[2] for note in notes] == ["black: counts", "none counts"] and "corrected 95% interval" in notes[0]
 
 
-def test_supports_that_a_panel_lacks_are_not_on_its_axis():
-    post, pre = draw("plot_factors").axes
-    assert [len(ax.get_xticks()) for ax in (post, pre)] == [3, 1]
-    assert [line for line in post.lines if line.get_label() == "KViT"][0].get_xdata().shape == (2,)  # random places are not joined
+def test_only_the_places_named_are_joined():
+    (ax,) = draw("plot_factors").axes
+    assert [line for line in ax.lines if line.get_label() == "KViT"][0].get_xdata().tolist() == [0, 1] and len(ax.get_xticks()) == 3
 
 
 def test_groups_show_the_standard_error_of_their_items():
