@@ -160,7 +160,7 @@ def plot_differences(
         percent = interval and [100 * bound for bound in interval]
         _difference_row(ax, place, [100 * x for x in values], 100 * mean, percent, colours[-1])
     ax.set(ylim=(len(rows) - 0.5, -0.6), yticks=range(len(rows)), yticklabels=[label for label, *_ in entries],
-           xlabel="difference of test accuracy (points)")
+           xlabel="difference of test accuracy (points)", ylabel="change")
     counted = "; black: counts" if "#000000" in colours else "; none counts"
     draw_note(fig, f"circle: one seed; dot and bar: mean and corrected 95% interval; grey band: below the threshold{counted}")
     return fig
