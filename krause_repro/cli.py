@@ -171,7 +171,7 @@ def summarise_recipe(
     plans = project_root() / "results" / "plans"
     if items is not None and not plans.is_dir():
         raise FileNotFoundError(f"{plans} is missing; the plans are part of the project, so give items in a clone of it")
-    if items is not None and experiment not in ("language_models", "textbooks"):
+    if items is not None and experiment not in ("language_models", "questions", "textbooks"):
         raise UserError("items are for a language model of a plan, such as lm_krause_100m/openstax under desk; "
                         f"got recipe {recipe!r} under profile {profile!r}")
     if items not in (None, "hub", "local") and not Path(items).exists():
@@ -204,8 +204,9 @@ def result_summaries(
     if experiment in ("questions", "textbooks"):
         from krause_repro.fine_tuning_evaluation import evaluate_fine_tuning
         from krause_repro.language_benchmarks import evaluate_fine_tuned_zero_shot
+        from krause_repro.language_recipes import zero_shot_folder
 
-        suites = {} if items is None else {"textbook_tasks": partial(evaluate_fine_tuned_zero_shot, items=items, limit=limit)}
+        suites = {} if items is None else {zero_shot_folder(experiment): partial(evaluate_fine_tuned_zero_shot, items=items, limit=limit)}
         return {**suites, experiment: evaluate_fine_tuning}
     if experiment == "image_classification":
         from krause_repro.evaluation import evaluate_runs as evaluate

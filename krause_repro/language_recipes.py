@@ -131,6 +131,18 @@ FINE_TUNING_BY_PROFILE = {  # what a profile compares, by folder of the results
     "paper": {"flan": ["lora_llama3_8b/flan", "krause_llama3_8b/flan"]},
 }
 
+
+def zero_shot_folder(
+    data: str,  # key of `FINE_TUNING_BY_PROFILE[profile]`
+) -> str:
+    "The folder of the zero-shot scores of models fine-tuned on these data."
+    return f"{data.removesuffix('s')}_tasks"
+
+
+ZERO_SHOT_MODELS = {  # under desk, by that folder: LoRA, and LoRA with a branch as published
+    zero_shot_folder(data): names[:2] for data, names in FINE_TUNING_BY_PROFILE["desk"].items()
+}
+
 # %% ../nbs/25_language_recipes.ipynb #7dc81a36
 LM_DATASETS = ("fineweb_edu", "openstax", "novels", "shakespeare", "text")  # of page 33; "text": the user's own file or folder
 

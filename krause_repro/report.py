@@ -24,7 +24,7 @@ from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY
 from .image_recipes import IMAGE_DATA, row_name
 from .language_benchmarks import zero_shot_table
 from .language_model_evaluation import MIXER_LABELS, language_model_table
-from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE
+from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE, ZERO_SHOT_MODELS
 from krause_repro.plans import (
     IMAGE_BITS, TEXT_BITS, TOKEN_LOSS, finished_runs, load_or_run_grid, planned_table, read_plan, trained_table,
 )
@@ -71,13 +71,14 @@ def expected_results(
     profile: str,  # "smoke", "desk" or "paper"
 ) -> list[str]:
     "Names of all results of a profile, sorted by page."
-    names = {folder: [name.partition("/")[0] for name in recipes] for folder, recipes in compared_recipes(profile).items()}
-    scratch, fine_tuned = names["language_models"], names.get("textbooks", [])
+    made = compared_recipes(profile) | (ZERO_SHOT_MODELS if profile == "desk" else {})
+    names = {folder: [name.partition("/")[0] for name in recipes] for folder, recipes in made.items()}
+    scratch = names["language_models"]
     more = {"image_classification": ["nearest_neighbours"], "image_generation": ["baselines"], "language_models": ["kneser_ney"],
-            "language_model_sinks": scratch, "language_model_tasks": scratch, "textbook_tasks": ["base", *fine_tuned] if fine_tuned else [],
-            "sinks": sink_models(profile), "attention_maps": ["untrained"]}
+            "language_model_sinks": scratch, "language_model_tasks": scratch, "sinks": sink_models(profile),
+            "attention_maps": ["untrained"]}
     files = ["particles", "generation_speed", "language_speed", "language_model_speed", "cost", "counting", "training_profile",
-             "training_speed", "attention_maps", *([] if profile == "desk" else ["language_tasks"])]
+             "training_speed", "attention_maps", "textbook_tasks/base" if profile == "desk" else "language_tasks"]
     found = [f"{folder}/{name}" for part in (names, more) for folder, each in part.items() for name in each]
     return sorted([*files, *found], key=result_page)
 
@@ -410,17 +411,18 @@ def fine_tuning_section(
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
                   trained_table(models, TOKEN_LOSS, plan), planned_table(models, plan, TOKEN_LOSS),
                   fine_tuning_table(models), _made(models)]
-    scores = _textbook_scores(tuned["textbooks"], root)
+    scores = _tuned_scores(tuned, root)
     if any("tasks" in each for each in scores.values()):
-        parts += ["Zero-shot accuracy after fine-tuning on textbooks, first seed, by the paper's scoring, %, on random items:",
-                  zero_shot_table(scores, {})]
+        parts += ["Zero-shot accuracy after fine-tuning, by the paper's scoring, %, on random items:", zero_shot_table(scores, {})]
     return "\n\n".join([*parts, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
 
 
-def _textbook_scores(models, root):
-    "Zero-shot scores of the base model and of the models fine-tuned on textbooks, by name."
-    labels = {"base": "base model"} | {name.partition("/")[0]: model["label"] for name, model in models.items()}
-    found = {name: load_result(f"textbook_tasks/{name}", "desk", root, missing_ok=True) for name in labels}
+def _tuned_scores(tuned, root):
+    "Zero-shot scores of the base model and of fine-tuned ones, by recipe, with labels."
+    files = {name: f"{folder}/{name.partition('/')[0]}" for folder, names in ZERO_SHOT_MODELS.items() for name in names}
+    labels = {"base": "base model"} | {name: f"{models[name]['label']}, {data}" for data, models in tuned.items()
+                                       for name in models if name in files}
+    found = {name: load_result(files.get(name, "textbook_tasks/base"), "desk", root, missing_ok=True) for name in labels}
     return {name: {"label": labels[name], **(each or {})} for name, each in found.items()}
 
 

@@ -121,8 +121,8 @@ def save_result(
 # %% ../nbs/21_results.ipynb #e85c83e3
 RESULT_PAGES = {  # page by file name or folder
     "particles": "60", "image_classification": "61", "training_speed": "61", "image_generation": "62", "image_generation_colour": "62",
-    "generation_speed": "62", **dict.fromkeys(("questions", "textbooks", "flan", "textbook_tasks", "sinks", "language_tasks"), "63"),
-    "language_speed": "63", "language_models": "64", "language_model_sinks": "64", "language_model_tasks": "64",
+    "generation_speed": "62", **dict.fromkeys(("questions", "textbooks", "flan", "question_tasks", "textbook_tasks", "sinks"), "63"),
+    "language_tasks": "63", "language_speed": "63", "language_models": "64", "language_model_sinks": "64", "language_model_tasks": "64",
     "language_model_speed": "64", "cost": "66", "counting": "66", "training_profile": "66", "attention_maps": "67",
 }
 

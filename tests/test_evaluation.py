@@ -613,10 +613,12 @@ def test_the_command_adds_seeds_to_every_result_of_a_planned_recipe(monkeypatch,
     saved.clear()
     for recipe in ("residual/cifar10", "karm/mnist", "lora_wide_smollm2/openstax"):
         assert cli.main(["summarise", recipe]) == 0
-    assert cli.main(["summarise", "lora_wide_smollm2/openstax", "--items", "hub"]) == 0
+    for recipe in ("lora_wide_smollm2/openstax", "lora_smollm2/questions"):
+        assert cli.main(["summarise", recipe, "--items", "hub"]) == 0
     assert [(folder, summary) for folder, *_, summary in saved] == [
         ("image_classification", "evaluate_runs"), ("image_generation", "evaluate_generators"), ("textbooks", "evaluate_fine_tuning"),
-        ("textbook_tasks", "evaluate_zero_shot"), ("textbooks", "evaluate_fine_tuning")]
+        ("textbook_tasks", "evaluate_zero_shot"), ("textbooks", "evaluate_fine_tuning"),
+        ("question_tasks", "evaluate_zero_shot"), ("questions", "evaluate_fine_tuning")]
     for arguments, message in (
             (["karm/fashion_mnist", "--source", "nowhere"], "source must be a file or folder that is there"),
             (["karm/minst"], "such as karm/mnist"),

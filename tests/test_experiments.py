@@ -27,8 +27,10 @@ def generator_files(data):
 
 def fine_tuning_files(profile):
     sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
-    plans = planned_files("questions", "questions") | planned_files("textbooks", "textbooks") | planned_files("textbook_tasks", "textbooks")
-    return plans | sinks | {"language_speed": [LANGUAGE_SPEED], "textbook_tasks/base": [get_recipe("lora_smollm2/openstax")]}
+    plans = planned_files("questions", "questions") | planned_files("textbooks", "textbooks")
+    scores = {f"{folder}/{arm}_smollm2": [get_recipe(f"{arm}_smollm2/{data}")] for folder, data in
+              (("question_tasks", "questions"), ("textbook_tasks", "openstax")) for arm in ("lora", "krause")}
+    return plans | scores | sinks | {"language_speed": [LANGUAGE_SPEED], "textbook_tasks/base": [get_recipe("lora_smollm2/openstax")]}
 
 
 def cifar_files():
@@ -53,7 +55,7 @@ def language_model_files(profile):
 
 TRIO = [get_recipe(f"{name}/fashion_mnist") for name in ("kvit_t", "vit_t", "vit_t_post")]
 ON_WINDOW = get_recipe("softmax_t_local_top_k/fashion_mnist")
-TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "questions", "textbook", "language_model")  # beginnings of files
+TRAINED_ONE_BY_ONE = ("image_classification/", "image_generation/", "question", "textbook", "language_model")  # beginnings of files
 EXPERIMENTS = {  # page: its files of results under desk, and the recipes each is made from
     "60_particles": {"particles": [get_recipe(name) for name in ("particles/circle", "particles/sphere")]},
     "61_image_classification": cifar_files() | {"training_speed": [get_recipe(name) for name in CLASSIFIER_LABELS["desk"]]},

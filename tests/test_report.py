@@ -224,8 +224,8 @@ def test_every_committed_result_is_expected_and_what_the_readme_shows_is_there()
     missing = {name for names in missing_results("desk").values() for name in names}
     assert committed | missing == set(expected_results("desk")) and not committed & missing
     assert {name.partition("/")[0] for name in missing} <= {
-        "image_classification", "image_generation", "questions", "textbooks", "textbook_tasks", "language_models", "language_model_sinks",
-        "language_model_tasks", "language_model_speed"}  # trained or measured one by one
+        "image_classification", "image_generation", "questions", "textbooks", "question_tasks", "textbook_tasks", "language_models",
+        "language_model_sinks", "language_model_tasks", "language_model_speed"}  # trained or measured one by one
     text = missing_table("desk")
     assert text.startswith(f"{len(committed)} of {len(expected_results('desk'))} result files exist under the desk profile.")
 
@@ -235,7 +235,7 @@ def test_the_readme_needs_the_results_that_it_opens(monkeypatch):
     monkeypatch.setattr(results, "read_json", lambda path, remedy: opened.add(path) or read(path, remedy))
     for make in (*README_BLOCKS.values(), results_page):
         make()
-    planned = {*(folder for folder, _ in PLANS.values()), "language_model_tasks", "textbook_tasks"}  # made one by one
+    planned = {*(folder for folder, _ in PLANS.values()), "language_model_tasks", "question_tasks", "textbook_tasks"}  # made one by one
     folders = {path.relative_to(project_root() / "results" / "desk").with_suffix("").parts[0] for path in opened}
     assert folders - planned == set(README_RESULTS)
 
