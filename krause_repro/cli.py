@@ -205,7 +205,6 @@ def result_summaries(
         from krause_repro.fine_tuning_evaluation import evaluate_fine_tuning
         from krause_repro.language_benchmarks import evaluate_fine_tuned_zero_shot
         from krause_repro.language_recipes import zero_shot_folder
-
         suites = {} if items is None else {zero_shot_folder(experiment): partial(evaluate_fine_tuned_zero_shot, items=items, limit=limit)}
         return {**suites, experiment: evaluate_fine_tuning}
     if experiment == "image_classification":

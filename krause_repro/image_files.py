@@ -205,10 +205,10 @@ def has_published_layout(
 
 
 def _holds(name: str, folder: Path) -> bool:
-    "Whether a data set is there, if only in part or damaged; files that are those of another set are not."
-    begun = _is_begun(name, folder)
+    "Whether a data set is there, if only in part or damaged; files that are those of another set are not, but in a folder of its name."
+    begun, named = _is_begun(name, folder), folder.parts[-2:] == Path(IDX_FOLDERS.get(name, "")).parts
     lies = begun or any(parquet_files(name, folder, split) for split in ("train", "test"))
-    return lies and (begun and name not in IDX_FILES or any(_fits(name, folder))
+    return lies and (begun and (named or name not in IDX_FILES) or any(_fits(name, folder))
                      or not any(any(_fits(other, folder)) for other in (*IDX_FILES, *CIFAR)))
 
 # %% ../nbs/27_image_files.ipynb #72e1c6e5
