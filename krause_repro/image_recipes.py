@@ -229,15 +229,6 @@ POST_NORM_VIT = replace(
     published={}, unpublished=(*UNPUBLISHED, "held_out", "norm"),
 )
 
-# %% ../nbs/23_image_recipes.ipynb #99107221
-def as_kind(
-    recipe: Recipe,
-    kind: type[Recipe],  # with the recipe's fields, and its own
-    **changes: object,  # by field
-) -> Recipe:
-    "The recipe as another kind."
-    return kind(**{each.name: getattr(recipe, each.name) for each in fields(recipe)} | changes)
-
 # %% ../nbs/23_image_recipes.ipynb #03018091
 SUPPORTS = {"full": {"radius": None, "top_k": None}, "local": {"top_k": None}}  # changes to KViT
 
@@ -268,6 +259,15 @@ def cifar_control_recipes() -> dict[str, ImageClassificationRecipe]:
     kvit = image_classification_recipes()["kvit_s/cifar10"]
     unpublished = (*UNPUBLISHED, "held_out", "score")
     return {name: replace(kvit, name=name, published={}, unpublished=unpublished, **change) for name, change in CIFAR_CONTROLS.items()}
+
+# %% ../nbs/23_image_recipes.ipynb #99107221
+def as_kind(
+    recipe: Recipe,
+    kind: type[Recipe],  # with the recipe's fields, and its own
+    **changes: object,  # by field
+) -> Recipe:
+    "The recipe as another kind."
+    return kind(**{each.name: getattr(recipe, each.name) for each in fields(recipe)} | changes)
 
 # %% ../nbs/23_image_recipes.ipynb #d9037bf2
 @dataclass(frozen=True)
