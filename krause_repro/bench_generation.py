@@ -128,6 +128,5 @@ def generation_speed_table(
         return (f"{row['case']}, {row['pass']}", row["name"], speed, f"{1 / row['ratio']:.2f}",
                 f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{row['growth']:.2f}" if "growth" in row else None)
 
-    quartiles = "quartiles: over tenths of the positions for one token, over rounds for a training step"
-    head = ("what", "model", "per second", "times ARM's speed", f"time relative to ARM's ({quartiles})", "last tenth : second tenth")
+    head = ("what", "model", "per second", "times ARM's speed", "time relative to ARM's (quartiles)", "last tenth : second tenth")
     return markdown_table(head, map(cells, result["rows"]))

@@ -155,7 +155,7 @@ def save_figure(
     profile: str,  # "smoke", "desk" or "paper": where the numbers come from
     caption: str,  # what the figure shows, one or two sentences
     notebook: str,  # the page that draws it, such as "60_particles"
-    seeds: int | tuple[int, int] | None = None,  # how many seeds (or random starts) are behind the numbers, or the least and the most
+    seeds: int | tuple[int, int] | None = None,  # how many seeds are behind the numbers, or the least and the most
     root: str | Path | None = None,  # the project's folder
 ) -> tuple[Path, Path]:
     "Write `fig` as PNG and SVG, both whole or neither, and return the two paths. Raises ValueError or TypeError by argument."

@@ -544,6 +544,14 @@ PUBLISHED_TASKS = {"lambada": "LAMBADA", "cbt": "CBT", "piqa_continuation": "PIQ
 TASK_LABELS = {**PUBLISHED_TASKS, "boolq_continuation": "BoolQ", "ifeval": "IFEval"}
 
 
+def _standard_error(result, scoring):
+    "That of one model's score. Of lm-eval's own scoring, which gives an item 0 or 1, it is not stored."
+    if scoring == "accuracies" or result["items"] < 2:
+        return result["stderr"]
+    share = result[scoring]["values"][0]
+    return math.sqrt(share * (1 - share) / (result["items"] - 1))
+
+
 def zero_shot_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_zero_shot` if evaluated
     published: dict[str, dict],  # by label: accuracies in percent by task
@@ -556,7 +564,7 @@ def zero_shot_table(
     rows = [(m["label"], *(percent(m["tasks"][task][scoring]) if task in m.get("tasks", {}) else None for task in tasks))
             for m in models.values()]
     name = next(iter(known), "")
-    errors = [known[name][task]["stderr"] if task in known[name] else None for task in tasks]
+    errors = [_standard_error(known[name][task], scoring) if task in known[name] else None for task in tasks]
     rows.append((f"standard error, {name}", *(None if error is None else f"{100 * error:.2f}" for error in errors)))
     constant = [max((each["accuracy"] for each in f.get("constant", {}).values()), default=None) for f in first.values()]
     for label, scores in (("chance", [f["chance"] for f in first.values()]), ("most frequent answer", constant)):

@@ -241,8 +241,7 @@ def language_model_table(
         cells = (f"{ngram[name]['bits_per_byte']:.3f}", f"{bits:.3f}", f"{2 ** bits:.1f}")
         rows.append((f"{ngram['ngram_order']}-gram of {what}, {ngram[name]['train_tokens']:,}", None, *cells, *(None,) * 4))
     head = ("model", "parameters", "test bits per byte", "bits per token", "perplexity per token",
-            "bits saved against the 5-gram of all tokens, % (negative: worse)",
-            "seeds", "steps", "fall of held-out bits per token at the end of training")
+            "saved against the 5-gram, %", "seeds", "steps", "fell at the end of training, bits per token")
     return finished_table(head, rows)
 
 # %% ../nbs/45_language_model_evaluation.ipynb #aaf9022b
@@ -256,9 +255,9 @@ def position_table(
         spans = ((length // 4, length // 2), (length // 2, length - 1), (length, length + length // 2), (length + length // 2, 2 * length))
         bins = list(zip(curve["positions"], widths, curve["mean"], strict=True))
         found = [[(width, bits) for last, width, bits in bins if low < last <= high] for low, high in spans]
-        return m["label"], *(f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" for part in found)
+        return m["label"], len(m["seeds"]), *(f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" for part in found)
 
     length = next(iter(models.values()))["by_position"]["length"]
     ends = (length // 4, length // 2, length - 1, length + length // 2 - 1, 2 * length - 1)
     spans = [f"positions {low + 1:,} to {high:,}" for low, high in pairwise(ends)]
-    return markdown_table(("bits per token", *spans), map(row, models.values()))
+    return markdown_table(("bits per token", "seeds", *spans), map(row, models.values()))

@@ -21,7 +21,7 @@ from .records import file_digest, project_root, read_json
 from .results import check_train, load_or_compute, result_path
 from .runs import Run
 from krause_repro.statistics import (
-    corrected_difference, decimals, finished_table, markdown_table, outcome, plural, seeds_in_words, signed_interval,
+    decimals, finished_table, markdown_table, outcome, paired_difference, plural, seeds_in_words, signed_interval,
 )
 
 # %% ../nbs/42_plans.ipynb #89ac6672
@@ -155,12 +155,12 @@ def planned_difference(
     first: str,  # recipe
     second: str,  # recipe it is compared with
     measure: Measure,
-) -> dict | None:  # as `corrected_difference`, and "finished": do both have all planned seeds? None without a common seed
+) -> dict | None:  # as `paired_difference`, and "finished": do both have all planned seeds? None without a common seed
     "A planned comparison over the seeds that both models have."
     pair = [models.get(name) or {} for name in (first, second)]
     if not all(measure.field in each for each in pair):
         return None
-    found = corrected_difference(*pair, len(plan["comparisons"]), measure.field)
+    found = paired_difference(*pair, len(plan["comparisons"]), measure.field)
     return {**found, "finished": set(plan["seeds"]) <= set(found["seeds"])} if found["seeds"] else None
 
 # %% ../nbs/42_plans.ipynb #5cbf14ca
@@ -197,12 +197,12 @@ UNPLANNED = [(first, second) for second in ("vit_s_post/cifar10", "vit_s/cifar10
 
 def unplanned_differences(
     models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
-) -> dict[str, dict]:  # by "first − second": as from `corrected_difference`, without correction
+) -> dict[str, dict]:  # by "first − second": as from `paired_difference`, without correction
     "The window, with either score, against each ViT on CIFAR-10: pairs with a seed in common."
     trained = {name for name, model in models.items() if "test_accuracy" in model}
     pairs = [pair for pair in UNPLANNED if trained.issuperset(pair)]
     labels = {pair: " − ".join(models[name]["label"] for name in pair) for pair in pairs}
-    found = {label: corrected_difference(*(models[name] for name in pair), 1) for pair, label in labels.items()}
+    found = {label: paired_difference(*(models[name] for name in pair), 1) for pair, label in labels.items()}
     return {label: difference for label, difference in found.items() if difference["seeds"]}
 
 
@@ -237,7 +237,6 @@ def trained_table(
     if measure.held_out:
         columns[measure.title.replace("test", "held-out")] = lambda m: shown(m, measure.held_out)
     columns[f"{measure.trend} at the end of training, {measure.unit}"] = gained
-    columns["minutes per run"] = lambda m: ", ".join(f"{seconds / 60:.0f}" for seconds in m["seconds"]["values"])
     if any(m.get("paper") for m in models.values()):
         columns[measure.paper] = lambda m: m.get("paper")
     rows = [(m["label"], *(cell(m) if measure.field in m else None for cell in columns.values())) for m in models.values()]

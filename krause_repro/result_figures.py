@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'plot_training_curves', 'plot_accuracy', 'plot_factors', 'plot_differences', 'plot_scaling', 'plot_ratios',
            'plot_bits', 'plot_bits_curves', 'plot_token_time', 'plot_samples', 'plot_completions', 'plot_sinks',
-           'plot_fine_tuning', 'plot_gate', 'plot_by_position', 'plot_groups']
+           'after_start', 'plot_fine_tuning', 'plot_gate', 'plot_by_position', 'plot_groups']
 
 # %% ../nbs/57_result_figures.ipynb #6615f05b
 import numpy as np
@@ -36,8 +36,8 @@ def plot_training_curves(
         epochs, accuracy, loss = require_fields(series[i], where, "epochs", "validation_accuracy", "train_loss")
         draw_curve(axes[0, 0], epochs, accuracy, f"{where}['validation_accuracy']", style, 100, marker="o", markersize=3.5)
         draw_curve(axes[0, 1], require_fields(loss, f"{where}['train_loss']", "epochs")[0], loss, f"{where}['train_loss']", style)
-    axes[0, 0].set(xlabel="epoch", ylabel="validation accuracy (%)")
-    axes[0, 1].set(xlabel="epoch", ylabel="training loss")
+    axes[0, 0].set(xlabel="epoch", ylabel="held-out accuracy (%)")
+    axes[0, 1].set(xlabel="epoch", ylabel="training loss (nats)")
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     label_lines(axes[0, 0])
     draw_note(fig, band_note(seeds))
@@ -108,7 +108,8 @@ def _place_seeds(ax: Axes, rows: list[dict], where: str, places: list[str], join
         if place not in places:
             raise UserError(f"{where}[{i}] has place {place!r}; allowed are {', '.join(places)}")
         at, colour = places.index(place) + STEP * (labels.index(label) - (len(labels) - 1) / 2), kind_colour(kind, f"{where}[{i}]")
-        ax.plot([at] * len(values), 100 * np.asarray(values), "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
+        beside = at + 0.03 * (np.arange(len(values)) - (len(values) - 1) / 2)  # seeds may coincide
+        ax.plot(beside, 100 * np.asarray(values), "o", color=colour, markersize=3.5, alpha=0.6, markeredgewidth=0)
         ax.plot([at - 0.06, at + 0.06], [100 * mean] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
     for label in labels:
         kind = next(entry[1] for entry in entries if entry[0] == label)
@@ -422,21 +423,29 @@ def plot_sinks(
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #57ca90e3
+def after_start(
+    curve: dict[str, list[float]],  # a list for each quantity, one number for each evaluation
+    start: int = 1,  # the first evaluation that is kept
+) -> dict[str, list[float]]:
+    "A curve without its first evaluations, which are far from the others and would flatten them."
+    return {name: values[start:] for name, values in curve.items()}
+
+
 @house_style()
 def plot_fine_tuning(
-    data: dict,  # {"panels": [{"title", "ylabel", "series", "baselines"}], "seeds"}, and perhaps "differences", "contrast"
+    data: dict,  # {"panels": [{"title", "ylabel", "series"}], "seeds"}; perhaps "differences", "contrast"; "baselines" of a panel
 ) -> Figure:
     "Curves over steps, a panel for each data set or quantity, and final differences by seed."
     (panels, seeds), compared = require_fields(data, "data", "panels", "seeds"), bool({"differences", "contrast"} & data.keys())
     fig, axes = new_figure(3.4, 1, len(panels) + compared)
-    entries = require_each(panels, "data['panels']", "title", "ylabel", "series", "baselines")
-    for p, (title, ylabel, series, baselines) in enumerate(entries):
+    entries = require_each(panels, "data['panels']", "title", "ylabel", "series")
+    for p, (title, ylabel, series) in enumerate(entries):
         ax, where = axes[0, p], f"data['panels'][{p}]"
         styles = line_styles(series, f"{where}['series']")
         for i, (steps,) in enumerate(require_each(series, f"{where}['series']", "steps")):
             styles[i]["label"] = styles[i]["label"].replace(" + ", "\n+ ", 1)
             draw_curve(ax, steps, series[i], f"{where}['series'][{i}]", styles[i], marker="o", markersize=4)
-        for label, value in require_each(baselines, f"{where}['baselines']", "label", "value"):
+        for label, value in require_each(panels[p].get("baselines", ()), f"{where}['baselines']", "label", "value"):
             ax.axhline(value, color=COLOURS["neutral"], linestyle=(0, (1, 1.5)), label=label)
         ax.set(title=title, xlabel="step", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -466,7 +475,7 @@ def plot_gate(
 ) -> Figure:
     "Weight of the softmax branch by layer: mean and standard deviation; dotted, what an untrained gate gives for an input of zero."
     over = f"{require_fields(data, 'data', 'over')[0]}, cut at 0 and 1"
-    return plot_by_layer(data, "weight of the softmax branch", "untrained, input zero: {:g}", (0, (1, 1.5)), over, (0, 1))
+    return plot_by_layer(data, "weight of the softmax attention", "untrained, input zero: {:g}", (0, (1, 1.5)), over, (0, 1))
 
 # %% ../nbs/57_result_figures.ipynb #53ff9828
 @house_style()

@@ -258,7 +258,8 @@ def sink_comparison(
     near, mixed = _over_layers(krause, "krause", "first_near"), _over_layers(krause, "mixed", "first_all")
     return {
         "base": whole, "cut": masked_beyond_window(base_near, recipe.window, recipe.length), "base_near": base_near,
-        "branch": _over_layers(krause, "krause", "first_all"), "near": near, "uniform_near": window["first_near"],
+        "branch": _over_layers(krause, "krause", "first_all"), "near": near,
+        "uniform": past["first_all"], "uniform_near": window["first_near"],
         "kept": _over_layers(krause, "softmax", "first_all"), "mixed": mixed,
         "in_branch": sink_verdict(near, window["first_near"], base_near, past["first_near"]),
         "in_model": sink_verdict(mixed, past["first_all"], whole, past["first_all"]),
@@ -282,7 +283,7 @@ def sink_answer(
             "retained softmax, all queries", "mixture, all queries", "sink of the whole model")
     rows = [("base model", *numbers(one["base"], one["base_near"]), *(None,) * 4),
             (f"base model, masked beyond W = {recipe.window}", *numbers(one["cut"], one["base_near"]), *(None,) * 4),
-            ("uniform attention", *numbers(None, one["uniform_near"]), *(None,) * 4)]
+            ("uniform attention", *numbers(one["uniform"], one["uniform_near"]), *(None,) * 4)]
     rows += [(f"branch {when}", *numbers(n["branch"], n["near"]), n["in_branch"], *numbers(n["kept"], n["mixed"]), n["in_model"])
              for when, n in found.items()]
     return markdown_table(head, rows)
@@ -294,10 +295,9 @@ def sink_table(
     "Sink quantities of each attention of each model: means over layers, ± standard deviation over passages."
     names = {"softmax": "softmax", "krause": "Krause branch", "mixed": "mixture"}
     columns = {  # title: quantity, scale, decimals
-        "attention on token 0: all queries": ("first_all", 1, 3), "queries 1 to W − 1": ("first_near", 1, 3),
-        "queries from W on": ("first_far", 1, 3), "token 0 receives most, %": ("first_is_most", 100, 0),
-        "largest weight on a later token, × uniform": ("most_later", 1, 1),
-        "entropy, nats": ("entropy", 1, 2), "value norm, token 0 : others": ("value_ratio", 1, 2),
+        "all queries": ("first_all", 1, 3), "queries 1 to W − 1": ("first_near", 1, 3), "from W on": ("first_far", 1, 3),
+        "receives most, %": ("first_is_most", 100, 0), "most on a later token": ("most_later", 1, 1),
+        "entropy, nats": ("entropy", 1, 2), "value norm": ("value_ratio", 1, 2),
     }
 
     def cell(quantities, name, scale, digits):
@@ -433,15 +433,16 @@ def text_sink_table(
 
     def rows(m):
         if "sinks" not in m:
-            yield m["label"], *(None,) * 6
+            yield m["label"], *(None,) * 7
             return
         for kind, quantities in m["sinks"].items():
-            whole = {name: quantities[name]["all_layers"]["mean"] for name in ("first_all", "first_near", "first_is_most", "most_later")}
+            whole = {name: quantities[name]["all_layers"] for name in ("first_all", "first_near", "first_is_most", "most_later")}
             flat = {name: f"{m['uniform']['support'][name]:.3f}" if len(m["sinks"]) == 1 else None for name in ("first_all", "first_near")}
             label = m["label"] + (names[kind] if len(m["sinks"]) > 1 else "")
-            yield (label, f"{whole['first_all']:.3f}", flat["first_all"], f"{whole['first_near']:.3f}", flat["first_near"],
-                   f"{100 * whole['first_is_most']:.0f}", f"{whole['most_later']:.1f}")
+            near = decimals(whole["first_near"]), flat["first_near"]
+            yield (label, len(m["seeds"]), decimals(whole["first_all"]), flat["first_all"], *near,
+                   decimals(whole["first_is_most"], 0, 100), decimals(whole["most_later"], 1))
 
-    head = ("attention", "on the first token, all queries", "if uniform", "first W − 1 queries", "if uniform",
-            "passages in which it receives most, %", "largest weight on a later token, × uniform")
+    head = ("attention", "seeds", "all queries", "if uniform", "first W − 1 queries", "if uniform", "receives most, %",
+            "most on a later token")
     return finished_table(head, [row for m in models.values() for row in rows(m)])

@@ -514,10 +514,11 @@ def test_the_answer_follows_the_numbers(near, mixed, branch, model):
     recipe, whole = replace(SINKS, window=32, length=128), (0.8 * 31 + 0.6 * 96) / 127
     found = sink_comparison(base, with_branch(near, mixed), recipe)
     assert found == pytest.approx({
-        "base": whole, "cut": 0.8 * 31 / 127, "base_near": 0.8, "branch": near * 31 / 127, "near": near, "uniform_near": 0.1,
-        "kept": whole, "mixed": mixed, "in_branch": branch, "in_model": model})
+        "base": whole, "cut": 0.8 * 31 / 127, "base_near": 0.8, "branch": near * 31 / 127, "near": near, "uniform": 0.04,
+        "uniform_near": 0.1, "kept": whole, "mixed": mixed, "in_branch": branch, "in_model": model})
     table = sink_answer({"base": base, "krause_questions": with_branch(near, mixed)}, recipe).splitlines()
     assert table[3].startswith(f"| base model, masked beyond W = 32 | {0.8 * 31 / 127:.3f} | 0.800 | — |")
+    assert table[4] == "| uniform attention | 0.040 | 0.100 | — | — | — | — |"
     assert table[5] == (f"| branch after training on questions | {near * 31 / 127:.3f} | {near:.3f} | {branch} | {whole:.3f} | {mixed:.3f} "
                         f"| {model} |")
 

@@ -57,6 +57,7 @@ from krause_repro.language_tasks import (
 from krause_repro.recipes import get_recipe
 from krause_repro.records import write_json
 from krause_repro.runs import Run, run_path
+from krause_repro.statistics import summarise
 from krause_repro.tasks import recipe_corpus, save_model, task_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1076,6 +1077,13 @@ def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, to
         task: [found["accuracy"]] for task, found in direct.items()}
     table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}}, {})
     assert "| chance | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table and "most frequent" not in table
+
+
+def test_each_scoring_has_its_own_standard_error():
+    both = {"stderr": 0.03, "accuracies": summarise([0.8]), "standard_accuracies": summarise([0.5]), "items": 101, "chance": 0.5}
+    models = {"a": {"label": "A", "tasks": {"blimp": both}}}
+    for scoring, error in (("accuracies", "3.00"), ("standard_accuracies", "5.00")):  # √(0.5 · 0.5 / 100)
+        assert f"| standard error, A | {error} |" in language_benchmarks.zero_shot_table(models, {}, scoring)
 
 
 @pytest.mark.parametrize("limit", [3, 10])
