@@ -27,6 +27,7 @@ import torch
 from .checks import UserError, check_choice, check_integer
 from .evaluation import cached_test, finished_model, on_device, provenance
 from .fine_tuning_evaluation import check_not_empty, finite_logits
+from .language_model import LanguageModel
 from .language_model_evaluation import run_tokenizer
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
@@ -83,7 +84,7 @@ def prompt_model(
     tokenizer: object,  # of transformers
     batch_size: int,  # prompts at a time
 ):  # an `lm_eval.api.model.LM`
-    "An lm-eval model that tokenizes prompts unchanged."
+    "An lm-eval model that tokenizes prompts unchanged; a model from scratch, which takes no padding, answers one at a time."
     import_lm_eval()
     from lm_eval.models.huggingface import HFLM
 
@@ -93,6 +94,11 @@ def prompt_model(
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             prompt, token = answer_token(self.tok_encode, context, continuation)
             return prompt, [token]
+
+        def generate_until(self, requests, **options):
+            at_once = 1 if isinstance(model, LanguageModel) else self.batch_size_per_gpu  # prompts of a batch are padded
+            with patch.object(self, "batch_size_per_gpu", at_once):
+                return super().generate_until(requests, **options)
 
     return PromptModel(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
 
@@ -279,7 +285,7 @@ def evaluate_language(
 # %% ../nbs/47_language_benchmarks.ipynb #9a7895da
 def _run_lm_eval(lm, specs):
     "Scores and samples by task."
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import env
 
@@ -287,8 +293,9 @@ def _run_lm_eval(lm, specs):
     manager = TaskManager(include_path=sorted(folders), include_defaults=False)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # nothing is sampled, so lm-eval must not reseed
     group = {"group": "krause", "task": list(specs.values())}  # only in a group can a known task be given with changes
-    with patch.object(env, "from_string", cache(env.from_string)):  # lm-eval compiles a task's templates anew for each item
-        done = simple_evaluate(lm, tasks=[group], task_manager=manager, **seeds)
+    with (patch.object(env, "from_string", cache(env.from_string)),  # lm-eval compiles a task's templates anew for each item
+          patch.object(evaluator, "add_env_info"), patch.object(evaluator, "get_git_commit_hash")):  # slow, and calls git
+        done = evaluator.simple_evaluate(lm, tasks=[group], task_manager=manager, **seeds)
     return {task: (done["results"][spec["task"]], done["samples"][spec["task"]]) for task, spec in specs.items()}
 
 
@@ -480,7 +487,7 @@ def _zero_shot_scores(run, source, options):
         def measure():
             return {"scores": evaluate_language(*load(), task, **options)[task]}
 
-        asked = [options["items"][task], options["limit"], options["max_gen_toks"]]
+        asked = [options["items"][task], options["limit"], options["max_gen_toks"], task_file(task).read_text(encoding="utf-8")]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         fields = {"scores": Allowed("an object", lambda scores: isinstance(scores, dict) and "accuracy" in scores)}
         return cached_test(run, measure, f"{task}_{digest[:16]}.json", reads_data=False, fields=fields)["scores"]
@@ -545,7 +552,7 @@ TASK_LABELS = {**PUBLISHED_TASKS, "boolq_continuation": "BoolQ", "ifeval": "IFEv
 
 
 def _standard_error(result, scoring):
-    "That of one model's score. Of lm-eval's own scoring, which gives an item 0 or 1, it is not stored."
+    "That of one model's score. Of lm-eval's own scoring it is not stored, and computed as if every item counted 0 or 1."
     if scoring == "accuracies" or result["items"] < 2:
         return result["stderr"]
     share = result[scoring]["values"][0]

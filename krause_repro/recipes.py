@@ -348,6 +348,13 @@ class TextSpeedRecipe(Recipe):
     tokens: int = 48  # timed tokens at each position
     targets: tuple[int, int, int] = (4096, 512, 8192)  # of `TEXT_GOALS`: length of a step, first and later position
 
+    def check_together(self):
+        if self.mixers[0] != "standard" or "krause_only" not in self.mixers:
+            raise UserError(f"mixers must begin with standard, the baseline, and contain krause_only, got {', '.join(self.mixers)}")
+        length, *places = self.targets
+        if length not in self.lengths or not {*places} <= {*self.positions}:
+            raise UserError(f"targets must be one of lengths = {self.lengths} and two of positions = {self.positions}, got {self.targets}")
+
     def changes(self, profile):
         smoke = {"mixers": ("standard", "krause_only"), "size": "smoke", "lengths": (16, 64), "rounds": 2, "positions": (8, 32),
                  "tokens": 3, "targets": (64, 8, 32)}

@@ -56,6 +56,7 @@ from krause_repro.bench_models import (
     training_step,
 )
 from krause_repro.benchmarks import BENCHMARKS, bench_cost, bench_dynamics, format_rows, report_benchmark
+from krause_repro.checks import UserError
 from krause_repro.drawing import COLOURS
 from krause_repro.flops import language_mac_table
 from krause_repro.llm_branch import branches
@@ -527,6 +528,17 @@ def test_one_size_has_no_exponent():
 def test_benchmarks_are_callables_by_name():
     assert set(BENCHMARKS) >= {"attention", "selection", "scaling", "training-step", "generation", "language", "dynamics"}
     assert all(callable(make) for make in BENCHMARKS.values())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"mixers": ("standard", "window")}, "mixers must begin with standard, the baseline, and contain krause_only, got standard, window"),
+    ({"mixers": ("krause_only", "standard")}, "mixers must begin with standard"),
+    ({"lengths": (16,)}, r"targets must be one of lengths = \(16,\) and two of positions"),
+    ({"targets": (64, 8, 33)}, "targets must be one of lengths"),
+])
+def test_the_targets_of_text_speed_are_measured(change, message):
+    with pytest.raises(UserError, match=message):
+        replace(TEXT_SPEED.at("smoke"), **change)
 
 
 def test_language_models_from_scratch_are_timed_in_turns_after_their_context():

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import random
+import re
 import sys
 import types
 import urllib.error
@@ -134,12 +135,6 @@ def told(tokenizer):
         answers = {task_prompt(task, item): rule(task, i, item) for task in tasks for i, item in enumerate(OWN[task])}
         return build(Told, tokenizer).tell(tokenizer, answers)
     return make
-
-
-@pytest.fixture(autouse=True)
-def no_questions_to_the_machine(monkeypatch):
-    "lm-eval describes the machine after each evaluation, with a second of subprocesses."
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
 
 @over(("task", "item", "prompt"), [
@@ -839,6 +834,14 @@ def test_texts_are_scored_by_their_summed_log_probability(speller):
     assert "| blimp, lm-eval's scoring | letters | 4 |" in table and "| lambada | chance | 3 | 0.00 | — |" in table
 
 
+@over("task", ["boolq_continuation", "piqa_continuation", "hellaswag", "arc_easy"])
+def test_continuations_have_the_metrics_of_lm_eval(task):
+    folders = {"boolq_continuation": "super_glue/boolq/default", "piqa_continuation": "piqa/piqa", "arc_easy": "arc/arc_easy"}
+    theirs = Path(lm_eval.__file__).parent / "tasks" / f"{folders.get(task, 'hellaswag/hellaswag')}.yaml"
+    metrics = [re.findall(r"metric: (\w+)", path.read_text(encoding="utf-8")) for path in (task_file(task), theirs)]
+    assert metrics[0] == metrics[1]
+
+
 def test_of_two_equally_probable_sentences_half_counts_as_right(tmp_path):
     tokenizer, kinds = Letters(), {"tie": ("a fox", "a dog"), "right": ("fox", "a dog"), "wrong": ("a dog", "fox")}
     model = LanguageModel(LanguageModelConfig(vocab_size=len(tokenizer), positions=64, hidden_size=16, num_hidden_layers=1,
@@ -915,6 +918,11 @@ def test_the_last_word_must_be_the_most_likely_one_token_by_token(speller):
         assert evaluate_language(model, tokenizer, "lambada", "local")["lambada"]["truncated"] == 3
     finally:
         model.config.positions = 512
+
+
+def test_a_model_from_scratch_answers_prompts_of_unequal_length(speller, checkers):
+    answers = [evaluate_language(*speller, "ifeval", "local", batch_size, max_gen_toks=4)["ifeval"] for batch_size in (1, 8)]
+    assert answers[0] == answers[1]
 
 
 def test_prompts_are_cut_to_the_positions_of_a_model_from_scratch(speller, checkers):
