@@ -109,20 +109,20 @@ def claim_text(
 # %% ../nbs/68_claims.ipynb #018d02a6
 def _judge_clusters(root):
     result = load_result("particles", "desk", root)
-    ends, untruncated = {}, {}
-    for surface in result["surfaces"].values():
-        for series in surface["series"]:
-            ends.setdefault(series["kind"], []).extend(series["final"]["clusters"]["values"])
-    for rows in result["patience"].values():
-        for row in rows:
-            untruncated.setdefault(row["beta"], []).extend(row["values"])
+    ends, moving, untruncated = {}, 0, {}
+    for series in sum((surface["series"] for surface in result["surfaces"].values()), []):
+        clusters, closed = (series["final"][name]["values"] for name in ("clusters", "closed"))
+        ends.setdefault(series["kind"], []).extend(clusters)
+        moving += sum(map(float.__ne__, clusters, closed))
+    for row in sum(result["patience"].values(), []):
+        untruncated.setdefault(row["beta"], []).extend(row["values"])
     figure = set(ends["softmax"]) == {1} and min(ends["krause"]) > 1
     several = {beta: counts for beta, counts in untruncated.items() if min(counts) > 1}
     starts = next(iter(result["surfaces"].values()))["starts"]
     evidence = [
         f"At β = 1, {starts:g} starts on the circle and {starts:g} on the sphere: softmax ends in {span(ends['softmax'])} cluster, the "
         f"Gaussian score without truncation in {span(ends['krause_full'])}, Krause dynamics with a radius or top-k in "
-        f"{span(ends['krause'])}.",
+        f"{span(ends['krause'])}; runs still moving at the end: {moving} of {sum(map(len, ends.values()))}.",
         "Softmax without truncation at larger β, when the simulation ends (clusters over "
         f"{len(next(iter(untruncated.values())))} starts): "
         + "; ".join(f"β = {beta:g}: {span(counts)}" for beta, counts in untruncated.items())
