@@ -68,6 +68,8 @@ def _step(branch, standard, hidden_states, positions, padding, ring):
     if not ring.is_initialized or branch_records.get() is not None or (attention.training and attention.attention_dropout):
         return None
     projections = [attention._modules[name] for name in PROJECTIONS]
+    if token_gate.branch_factor is not None:
+        return None
     if not (is_unmodified(bandwidth, Bandwidth) and is_unmodified(token_gate, TokenGate) and is_unmodified(token_gate.proj, nn.Linear)
             and all(is_unmodified(proj, DecodeLinear) for proj in projections)):
         return None
@@ -236,7 +238,7 @@ def add_krause_branch(
     window: int = 32,  # W, in tokens, including the token itself
     top_k: int = 16,  # keys kept inside the window
     sigma: float = 5.5,  # initial σ of every head
-    gate_init: float = 0.8,  # initial weight of the pretrained attention
+    gate_init: float = 0.8,  # initial weight of the pretrained attention; 1 begins at the base model exactly, as in `BranchSettings`
     *,
     freeze_sigma: bool = False,  # as in the released code: σ is neither trained nor saved
     random_biases: bool = False,  # as in the released code for Llama: q, k and v get random biases, neither trained nor saved

@@ -107,6 +107,8 @@ def branch_settings(
     config: LanguageModelConfig,
 ) -> BranchSettings:
     "The settings of the Krause branch. Raises a `ValueError` for invalid ones."
+    if config.gate_init == 1:
+        raise UserError("gate_init must be below 1: a model from scratch has no base model to begin at")
     return BranchSettings(config.attention_window, config.attention_top_k, config.sigma, config.gate_init)
 
 # %% ../nbs/19_language_model.ipynb #81442ffd

@@ -297,6 +297,7 @@ def _missing_tensors(
     if settings is not None:
         wanted |= {f"krause_branch.token_gate.proj.{part}": layers for part in ("weight", "bias")}
         wanted |= {} if settings["freeze_sigma"] else {"krause_branch.bandwidth.log_sigma": layers}
+        wanted |= {"krause_branch.token_gate.branch_factor": layers} if settings["gate_init"] == 1 else {}
     return [end for end, count in wanted.items() if sum(name.endswith(end) for name in names) < count]
 
 

@@ -17,7 +17,8 @@ from .recipe_base import FLAG, FRACTION, POSITIVE, SHARE, Allowed, Recipe, integ
 
 # %% ../nbs/25_language_recipes.ipynb #7d4861b2
 FLAN_TRAIN, FLAN_HELD_OUT = 50_000, 5_000  # items of the paper (appendix, LoRA)
-GATE_INIT = Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1)
+GATE_INIT = Allowed("above 0 and at most 1", lambda value: is_number(value) and 0 < value <= 1)
+BELOW_ONE = Allowed("between 0 and 1, both excluded", lambda value: is_number(value) and 0 < value < 1)
 
 # %% ../nbs/25_language_recipes.ipynb #bec6dcfe
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FineTuningRecipe(Recipe):
     window: int = 32  # W of the branch, in tokens
     top_k: int = 16  # keys kept inside the window
     sigma: float = 5.5  # initial bandwidth, one per head
-    gate_init: float = 0.8  # initial weight of the pretrained attention
+    gate_init: float = 0.8  # initial weight of the pretrained attention; 1 begins at the base model exactly
     rank: int = 16  # r of LoRA
     alpha: int = 32  # scale α of LoRA
     lora_dropout: float = 0.1
@@ -200,7 +201,7 @@ class LanguageModelRecipe(PackedRecipe):
                          "per_device_batch_size"), integers(1)),
         **dict.fromkeys(("sigma", "max_grad_norm"), POSITIVE), **dict.fromkeys(("dropout", "warmup_share"), FRACTION),
         **dict.fromkeys(("reset_gate", "gradient_checkpointing"), FLAG), "final_lr_share": SHARE, "betas": tuples(FRACTION, 2),
-        "global_tokens": tuples(integers(0)), "gate_init": GATE_INIT,
+        "global_tokens": tuples(integers(0)), "gate_init": BELOW_ONE,
     }
 
     def check_together(self):

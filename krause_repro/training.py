@@ -179,15 +179,18 @@ class _WeighingTrainer(_SlicingTrainer):
         return loss
 
 # %% ../nbs/36_training.ipynb #b5a80cb3
+SCALARS = ("log_sigma", "branch_factor")  # parameters without weight decay
+
+
 class RecipeTrainer(_WeighingTrainer):
     "Trainer without weight decay on σ that logs σ and gate of branches, and stops when a loss, a gradient norm or a weight is not finite."
 
-    sigma_lr: float | None = None  # learning rate of log σ; None: that of the other weights
+    sigma_lr: float | None = None  # learning rate of log σ and of a gate's factor; None: that of the other weights
 
     def create_optimizer(self, *arguments, **keywords):
         made, optimizer = self.optimizer is None, super().create_optimizer(*arguments, **keywords)
         if made and self.sigma_lr is not None:
-            sigmas = [p for name, p in self.model.named_parameters() if name.endswith("log_sigma") and p.requires_grad]
+            sigmas = [p for name, p in self.model.named_parameters() if name.endswith(SCALARS) and p.requires_grad]
             apart = {id(p) for p in sigmas}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in apart]
@@ -196,7 +199,7 @@ class RecipeTrainer(_WeighingTrainer):
         return optimizer
 
     def get_decay_parameter_names(self, model):
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_sigma")]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(SCALARS)]
 
     def evaluation_loop(self, *arguments, metric_key_prefix="eval", **keywords):
         with mean_gates(self.model) as gates:

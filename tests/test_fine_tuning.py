@@ -355,7 +355,7 @@ def test_long_responses_count_by_their_tokens():
     ({"batch_size": 5}, "batch_size = 5 must be a multiple of per_device_batch_size, 2"),
     ({"train_items": 0}, "train_items must be an integer ≥ 1"),
     ({"top_k": 9}, "top_k must be at most window = 8"), ({"window": 0}, "window must"),
-    ({"gate_init": 1.0}, "gate_init must be between 0 and 1"),
+    ({"gate_init": 1.1}, "gate_init must be above 0 and at most 1"),
     ({"per_device_batch_size": 0}, "per_device_batch_size"), ({"rank": 0}, "rank"),
     ({"epochs": 0}, "epochs"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"lr": 0.0}, "lr"),
     ({"held_out": 16, "train_items": None}, "held_out|n must be"), ({"train_items": 13}, "n must be at most 16"),

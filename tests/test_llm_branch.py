@@ -172,6 +172,31 @@ def test_gate_starts_where_it_is_told():
         assert ((record["weights"] > 0).sum(-1) == (torch.arange(29) + 1).clamp(max=16)).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gate_of_one_begins_at_the_base_model_and_leaves_it(family, tmp_path):
+    base = FAMILIES[family]().eval()
+    branched = add_krause_branch(copy.deepcopy(base), **{**BRANCH, "gate_init": 1})
+    with torch.no_grad(), recorded_branches() as records:
+        assert torch.equal(branched(tokens()).logits, base(tokens()).logits)
+    assert all((record["gate"] == 1).all() for record in records)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(branched.generate(tokens(), **greedy), base.generate(tokens(), **greedy))
+    model = get_peft_model(branched, lora_config(branched, rank=4, dropout=0.0)).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(tokens(), labels=tokens()).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    factors = [branch.token_gate.branch_factor for branch in branches(model)]
+    assert all(factor != 0 for factor in factors)
+    save_adapter(model.eval(), tmp_path / "adapter")
+    loaded = add_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected, cache = model(tokens()).logits, loaded(tokens()[:, :-1], use_cache=True).cache
+        assert torch.equal(loaded(tokens()).logits, expected)
+        assert_close(loaded(tokens()[:, -1:], cache=cache).logits, expected[:, -1:], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_gates_are_averaged_over_all_forward_passes(grad):
     model, (first, second) = small(), tokens().split(1)
@@ -444,8 +469,8 @@ def test_a_damaged_configuration_of_a_saved_model_is_named(tmp_path, change):
 @over(("arguments", "message"), [
     ({"window": 0}, "window must be an integer ≥ 1, got 0"), ({"window": 2.5}, "window must be an integer"),
     ({"top_k": 0}, "top_k must be an integer ≥ 1, got 0"), ({"window": 8, "top_k": 9}, "top_k must be at most window = 8, got 9"),
-    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_init": 1.0}, "gate_init must be between 0 and 1"),
-    ({"gate_init": "0.8"}, "gate_init must be between 0 and 1"), ({"gate_init": float("nan")}, "gate_init must be between 0 and 1"),
+    ({"sigma": 0.0}, "sigma"), ({"sigma": float("nan")}, "sigma"), ({"gate_init": 1.1}, "gate_init must be above 0 and at most 1"),
+    ({"gate_init": "0.8"}, "gate_init must be above 0 and at most 1"), ({"gate_init": float("nan")}, "gate_init must be above 0"),
     ({"freeze_sigma": "no"}, "freeze_sigma must be True or False"), ({"random_biases": 1}, "random_biases must be True or False"),
     ({"ignore_cache": None}, "ignore_cache must be True or False"),
 ])

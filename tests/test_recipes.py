@@ -397,7 +397,7 @@ WRONG = {  # by field, in every kind of recipe that has it
     "drop_path": [1, -0.1], "dropout": [1, "0"], "bf16": ["yes", 0], "dataset": ["svhn", None, "imagenets"],
     "depths": [(), (2, 0), 4], "window": [0, -1, 2.5], "image_shape": [(28, 28), (28, 28, 0), 28], "levels": [1, 0], "attention": ["flash"],
     "start_token": ["yes", 1], "final_lr_share": [-0.1, 2], "samples": [0], "base": ["", 3, None], "base_layers": [0], "branch": ["no"],
-    "gate_init": [0, 1, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
+    "gate_init": [0, 1.5, NAN], "rank": [0], "alpha": [0, 1.5], "lora_dropout": [1.0], "per_device_batch_size": [0, 2.0], "max_length": [1],
     "gradient_checkpointing": [None], "train_items": [0, -1], "dimension": [1], "particles": [1], "step": [0, 2], "duration": [0],
     "integrator": ["rk5"], "starts": [0], "vocab_size": [0], "context": [1, 2.0], "mixer": ["flash", None], "reset_gate": ["no"],
     "global_tokens": [3, (-1,)], "clusters": [0], "betas": [(0.9,), (0.9, 1.0)], "train_blocks": [0], "document_mask": [0, None],
