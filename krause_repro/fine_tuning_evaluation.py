@@ -192,7 +192,8 @@ def evaluate_fine_tuning(
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #24f48aa0
 FINE_TUNED_LABELS = {  # by arm of `language_recipes.TUNING_ARMS`: label, and kind of colour
     "lora": ("LoRA", "softmax"), "krause": ("LoRA + Krause branch", "mixed"),
-    "krause_near_base": ("LoRA + Krause branch, gate 0.99", "mixed"), "lora_wide": ("LoRA, rank 22", "neutral"),
+    "krause_near_base": ("LoRA + Krause branch, gate 0.99", "mixed"), "krause_at_base": ("LoRA + Krause branch, gate 1", "mixed"),
+    "lora_wide": ("LoRA, rank 22", "neutral"),
 }
 
 

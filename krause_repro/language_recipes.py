@@ -108,13 +108,13 @@ def published_tuning_recipes() -> dict[str, FineTuningRecipe]:
 
 # %% ../nbs/25_language_recipes.ipynb #c19be4f2
 TUNING_ARMS = {  # changes to LoRA of rank 16 with a branch
-    "lora": {"branch": False}, "krause": {}, "krause_near_base": {"gate_init": 0.99},
+    "lora": {"branch": False}, "krause": {}, "krause_near_base": {"gate_init": 0.99}, "krause_at_base": {"gate_init": 1.0},
     "lora_wide": {"branch": False, "rank": 22, "alpha": 44},
 }
 
 
 def fine_tuning_recipes() -> dict[str, FineTuningRecipe]:
-    "The paper's recipes, and four ways of fine-tuning SmolLM2 on questions and on textbooks: `lora_smollm2/questions`, …"
+    "The paper's recipes, and five ways of fine-tuning SmolLM2 on questions and on textbooks: `lora_smollm2/questions`, …"
     recipes, ours = published_tuning_recipes(), ("base", "dataset", "sigma_lr", "max_grad_norm", "per_device_batch_size")
     for data in ("questions", "openstax"):
         own = FINE_TUNING_DATA[data]["recipe"]

@@ -81,6 +81,7 @@ PLANS = {  # by plan: folder of its results, and what is compared
     "cifar10": ("image_classification", ACCURACY),
     "mnist": ("image_generation", IMAGE_BITS), "mnist_window": ("image_generation", IMAGE_BITS),
     "questions": ("questions", TOKEN_LOSS), "textbooks": ("textbooks", TOKEN_LOSS),
+    "questions_at_base": ("questions", TOKEN_LOSS), "textbooks_at_base": ("textbooks", TOKEN_LOSS),
     "language_models": ("language_models", TEXT_BITS),
 }
 

@@ -410,6 +410,7 @@ def fine_tuning_section(
         tuned[data] = models
         parts += [f"SmolLM2-135M-Instruct on {data}: {finished_runs(models, plan['seeds'])}.",
                   trained_table(models, TOKEN_LOSS, plan), planned_table(models, plan, TOKEN_LOSS),
+                  planned_table(models, read_plan(f"{data}_at_base", root), TOKEN_LOSS),
                   fine_tuning_table(models), _made(models)]
     scores = _tuned_scores(tuned, root)
     if any("tasks" in each for each in scores.values()):

@@ -120,7 +120,7 @@ def test_recipes_are_the_papers():
 
 
 @over("profile", PROFILES)
-@over("name", [name for name in fine_tuning_recipes() if name.startswith("krause_") and "near_base" not in name])
+@over("name", [name for name in fine_tuning_recipes() if name.startswith("krause_") and "_base_" not in name])
 def test_the_two_models_differ_by_their_branch(name, profile):
     one, two = (asdict(RECIPES[each].at(profile)) for each in (name, name.replace("krause_", "lora_", 1)))
     assert {key for key in one if one[key] != two[key]} - {"published", "unpublished"} == {"name", "branch"}
@@ -150,7 +150,7 @@ def textbook(tmp_path_factory):
 
 
 def test_textbooks_are_split_by_book_and_sigma_has_a_learning_rate_of_its_own(base, textbook, tmp_path):
-    smoke = get_recipe("krause_near_base_smollm2/openstax").at("smoke")
+    smoke = get_recipe("krause_at_base_smollm2/openstax").at("smoke")
     recipe = replace(smoke, base=str(base), base_layers=None, train_items=16, held_out=4, max_length=48, window=8, top_k=4)
     splits = language_splits(recipe, textbook)
     texts = ["".join(splits.tokenizer.decode(item["input_ids"]) for item in part) for part in (splits.train, splits.held_out)]
@@ -160,9 +160,9 @@ def test_textbooks_are_split_by_book_and_sigma_has_a_learning_rate_of_its_own(ba
     assert sum("eval_loss" in line for line in lines) >= 4  # of four steps: at the start and after each of them
     trainer = build_trainer(recipe, fine_tuning_model(recipe), splits, tmp_path / "trainer", progress=False)
     optimizer = trainer.create_optimizer()
-    sigmas = {id(p) for name, p in trainer.model.named_parameters() if name.endswith("log_sigma") and p.requires_grad}
+    sigmas = {id(p) for name, p in trainer.model.named_parameters() if name.endswith(("log_sigma", "branch_factor")) and p.requires_grad}
     rates = {group["lr"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
-    assert len(sigmas) == 2 and rates[recipe.sigma_lr] == sigmas and recipe.sigma_lr != recipe.lr
+    assert len(sigmas) == 4 and rates[recipe.sigma_lr] == sigmas and recipe.sigma_lr != recipe.lr
     wanted = {id(p) for p in trainer.model.parameters() if p.requires_grad}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(wanted) == len(set().union(*(
         {id(p) for p in group["params"]} for group in optimizer.param_groups)))
