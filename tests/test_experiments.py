@@ -27,7 +27,7 @@ def generator_files(data):
 
 def fine_tuning_files(profile):
     sinks = {f"sinks/{file}": [SINKS, get_recipe(recipe.name)] for file, (_, recipe) in sink_models(profile).items()}
-    plans = planned_files("questions", "questions") | planned_files("textbooks", "textbooks")
+    plans = planned_files("questions", "questions_at_base") | planned_files("textbooks", "textbooks_at_base")
     scores = {f"{folder}/{arm}_smollm2": [get_recipe(f"{arm}_smollm2/{data}")] for folder, data in
               (("question_tasks", "questions"), ("textbook_tasks", "openstax")) for arm in ("lora", "krause")}
     return plans | scores | sinks | {"language_speed": [LANGUAGE_SPEED], "textbook_tasks/base": [get_recipe("lora_smollm2/openstax")]}

@@ -118,11 +118,11 @@ def sinks_of(kinds):
 def test_the_results_show_what_is_tuned_and_the_answer_on_sinks(tmp_path):
     shutil.copytree(project_root() / "results" / "plans", tmp_path / "results" / "plans")
     text = fine_tuning_section(tmp_path)
-    assert text.startswith("SmolLM2-135M-Instruct on questions: 0 of 12 runs are finished") and "Attention sinks" not in text
+    assert text.startswith("SmolLM2-135M-Instruct on questions: 0 of 15 runs are finished") and "Attention sinks" not in text
     for kind, values in (("lora", [1.6, 1.7, 1.8]), ("krause", [1.5, 1.6, 1.7])):
         save_result(f"questions/{kind}_smollm2", tuned(f"{kind}_smollm2/questions", values), "desk", tmp_path)
     text = fine_tuning_section(tmp_path)
-    assert text.startswith("SmolLM2-135M-Instruct on questions: 6 of 12 runs are finished")
+    assert text.startswith("SmolLM2-135M-Instruct on questions: 6 of 15 runs are finished")
     assert "| LoRA | 5 | 1.700 ± 0.100 *(undertrained)* | 3 (seeds 0, 1, 2) |" in text
     assert "| LoRA + Krause branch − LoRA | 3 (seeds 0, 1, 2) | -0.100 | -0.100 to -0.100 | lower |" in text
     models = {"base": ("lora_smollm2/openstax", {"softmax": (0.6, 0.5)}),
@@ -297,7 +297,7 @@ def test_claims_say_what_is_not_tested_and_when_thresholds_were_fixed(committed)
     if git("cat-file", "-t", "955f128") == ["commit"]:  # else a shallow clone, or none
         plans = (f"results/plans/{plan}.json" for plan in PLANS)
         first = {git("log", "--format=%h", "--abbrev=7", "--", plan)[-1] for plan in plans}
-        assert len(named) == 8 and first | {"955f128"} == set(named)
+        assert len(named) == 9 and first | {"955f128"} == set(named)
 
 
 def test_a_missing_result_is_an_error_of_the_readme_and_a_line_of_the_report(committed):
