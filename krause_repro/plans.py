@@ -166,7 +166,7 @@ def planned_difference(
 
 # %% ../nbs/42_plans.ipynb #5cbf14ca
 def planned_table(
-    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
+    models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_runs` if trained
     plan: dict,  # from `read_plan`
     measure: Measure = ACCURACY,  # what is compared
 ) -> str:  # Markdown
@@ -197,7 +197,7 @@ UNPLANNED = [(first, second) for second in ("vit_s_post/cifar10", "vit_s/cifar10
 
 
 def unplanned_differences(
-    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
+    models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_runs` if trained
 ) -> dict[str, dict]:  # by "first − second": as from `paired_difference`, without correction
     "The window, with either score, against each ViT on CIFAR-10: pairs with a seed in common."
     trained = {name for name, model in models.items() if "test_accuracy" in model}
@@ -217,7 +217,7 @@ def unplanned_table(
 
 # %% ../nbs/42_plans.ipynb #26d8a7f3
 def trained_table(
-    models: dict[str, dict],  # by recipe: "label", and a result of `summarise_runs` if trained
+    models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_runs` if trained
     measure: Measure = ACCURACY,  # what is shown
     plan: dict | None = None,  # from `read_plan`; says from which gain on a model is undertrained
 ) -> str:  # Markdown
@@ -283,7 +283,7 @@ def means_so_far(
 
 
 def seed_range(
-    models: dict[str, dict],  # by recipe: a result of `summarise_runs`, with "seeds"
+    models: dict[str, dict],  # by recipe: a result of `evaluate_runs`, with "seeds"
 ) -> tuple[int, int] | None:  # None without a model
     "The least and the most seeds of trained models, as `save_figure` takes them."
     counts = [len(m["seeds"]) for m in models.values()]

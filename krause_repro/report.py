@@ -163,7 +163,7 @@ def model_parameters(
 def format_ours(
     name: str,  # the recipe
     column: str,  # key of `MEASURED`
-    result: dict,  # of `summarise_runs` or `summarise_generators`
+    result: dict,  # of `evaluate_runs` or `evaluate_generators`
     profile: str,  # "smoke", "desk" or "paper"
 ) -> str:
     "Mean ± standard deviation, number of seeds, size and length of training, and whether that was too short."
