@@ -105,34 +105,33 @@ def train_seeds(
     return [train(recipe, seed, runs, restart, progress) for seed in recipe.seeds]
 
 # %% ../nbs/41_evaluation.ipynb #dd2c3354
-def curve(
-    run: Run,
-    key: str,  # a logged quantity: "eval_accuracy", "loss", …
-) -> tuple[list[float], list[float]]:
-    "Epochs and values of a logged quantity."
-    lines = [line for line in run.metrics() if key in line]
-    return [line["epoch"] for line in lines], [line[key] for line in lines]
-
-
-def step_curves(
+def logged_curve(
     runs: list[Run],  # of one recipe, one for each seed
-    key: str,  # a logged quantity
+    key: str,  # a logged quantity: "eval_accuracy", "loss", …
     unit: float = 1.0,  # divides it
-) -> dict:  # "steps", "mean" and "sd"
-    "A logged quantity over steps, over seeds."
-    logs = [{line["step"]: line[key] / unit for line in run.metrics() if key in line} for run in runs]  # a resumed run logs a step twice
-    return {"steps": list(logs[0]), **summarise_curves([list(log.values()) for log in logs])}
+    axis: str = "step",  # or "epoch"
+) -> dict[str, list[float]]:  # "steps" or "epochs", "mean" and "sd"
+    "A logged quantity during training, with mean and standard deviation over seeds."
+    logs = [{line[axis]: line[key] / unit for line in run.metrics() if key in line} for run in runs]  # a resumed run logs a step twice
+    return {f"{axis}s": list(logs[0]), **summarise_curves([list(log.values()) for log in logs])}
+
+
+def loss_curves(
+    runs: list[Run],  # of one recipe, one for each seed
+    unit: float = 1.0,  # in nats; divides the losses
+    axis: str = "step",  # or "epoch"
+    held_out: str = "eval_loss",  # the logged quantity
+) -> dict[str, dict]:  # "held_out" and "training": `logged_curve` of each
+    "Held-out and training loss; over steps, held-out loss begins before the first."
+    return {"held_out": logged_curve(runs, held_out, unit, axis), "training": logged_curve(runs, "loss", unit, axis)}
 
 # %% ../nbs/41_evaluation.ipynb #f8db9549
 def training_curves(
     runs: list[Run],  # of one recipe, one for each seed
 ) -> dict:  # an entry of `result_figures.plot_training_curves`
     "Held-out accuracy and training loss over epochs, with mean and standard deviation over seeds."
-    accuracies, losses = ([curve(run, key) for run in runs] for key in ("eval_accuracy", "loss"))
-    return {
-        "epochs": accuracies[0][0], "validation_accuracy": summarise_curves([values for _, values in accuracies]),
-        "train_loss": {"epochs": losses[0][0], **summarise_curves([values for _, values in losses])},
-    }
+    accuracy = logged_curve(runs, "eval_accuracy", axis="epoch")
+    return {"epochs": accuracy.pop("epochs"), "validation_accuracy": accuracy, "train_loss": logged_curve(runs, "loss", axis="epoch")}
 
 # %% ../nbs/41_evaluation.ipynb #c36a3578
 def learned_sigma(

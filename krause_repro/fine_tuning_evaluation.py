@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .branched_models import branch_sigmas
 from .checks import UserError
-from .evaluation import FLAT_LOSS, cached_test, finished_model, on_device, provenance, step_curves
+from .evaluation import FLAT_LOSS, cached_test, finished_model, loss_curves, on_device, provenance
 from .language_data import encode_prompt, question_answers, split_items
 from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
@@ -143,13 +143,6 @@ def measure_choices(
     return {"accuracies": accuracies, "baselines": {"base": base, **choice_baselines(train, held_out), "items": len(held_out)}}
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #417cf1f9
-def fine_tuning_curves(
-    runs: list[Run],  # of one recipe, one for each seed
-) -> dict[str, dict]:  # "held_out" and "training": steps, mean and sd, nats per token
-    "Held-out loss, from before the first step, and training loss over steps."
-    return {"held_out": step_curves(runs, "eval_token_loss"), "training": step_curves(runs, "loss")}
-
-
 def branch_curves(
     runs: list[Run],  # of one recipe, one for each seed
 ) -> dict | None:  # "steps", "sigma" and "gate"; None without a branch, and for runs that did not log them
@@ -177,7 +170,8 @@ def evaluate_fine_tuning(
         "before": {name: summarise([start[f"eval_{name}"] for start in starts]) for name in ("token_loss", "token_accuracy")},
         "letter_accuracy": summarise(choices["accuracies"]) if choices else None,  # multiple choice; the field keeps its first name
         "letters": choices["baselines"] if choices else None,
-        "curves": fine_tuning_curves(runs), "sigma": summarise_curves(sigmas) if sigmas[0] else None, "over_training": branch_curves(runs),
+        "curves": loss_curves(runs, held_out="eval_token_loss"),
+        "sigma": summarise_curves(sigmas) if sigmas[0] else None, "over_training": branch_curves(runs),
         "steps": ends[0]["steps"], "bf16": ends[0]["bf16"], **{name: ends[0][name] for name in ("trainable", "frozen", "data")},
         **provenance(runs),
     }

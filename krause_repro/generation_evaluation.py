@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from .checks import UserError, check_integer
-from .evaluation import FLAT_LOSS, cached_test, curve, finished_model, provenance, summarise_sigma, undertrained_mark
+from .evaluation import FLAT_LOSS, cached_test, finished_model, loss_curves, provenance, summarise_sigma, undertrained_mark
 from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, load_splits
 from .image_transformer import image_tokens
@@ -30,7 +30,7 @@ from .records import atomic_write, check_writable, file_digest, locked, read_jso
 from .results import pack_images
 from .runs import Run
 from .sampling import check_sampling, complete_images, evaluating, first_prompts, generate_batches
-from .statistics import decimals, finished_table, summarise, summarise_curves
+from .statistics import decimals, finished_table, summarise
 from .training import check_source, train
 
 # %% ../nbs/43_generation_evaluation.ipynb #f066036d
@@ -47,18 +47,6 @@ def test_bits(
 
 
 test_bits.__test__ = False  # pytest must not collect it
-
-# %% ../nbs/43_generation_evaluation.ipynb #834b2ff9
-def generation_curves(
-    runs: list[Run],  # of one recipe, one for each seed
-) -> dict:  # an entry of `result_figures.plot_bits_curves`
-    "Bits per token of held-out and training images over epochs, with mean and standard deviation over seeds."
-    held_out, training = ([curve(run, key) for run in runs] for key in ("eval_loss", "loss"))
-
-    def bits(curves):
-        return {"epochs": curves[0][0], **summarise_curves([[value / math.log(2) for value in values] for _, values in curves])}
-
-    return {"held_out": bits(held_out), "training": bits(training)}
 
 # %% ../nbs/43_generation_evaluation.ipynb #572297c3
 def _batch(path: Path, recipe: ImageGenerationRecipe) -> Tensor | None:
@@ -261,7 +249,8 @@ def evaluate_generators(
     bits = measured["bits"]
     return {
         **{name: summarise([b[name] for b in bits]) for name in ("bits_per_dim", "bits_per_dim_all")}, "test_images": bits[0]["images"],
-        "held_out_bits": summarise([r.summary()["held_out_loss"] / math.log(2) for r in runs]), "curves": generation_curves(runs),
+        "held_out_bits": summarise([r.summary()["held_out_loss"] / math.log(2) for r in runs]),
+        "curves": loss_curves(runs, math.log(2), "epoch"),
         "sigma": summarise_sigma(runs), "paper": recipe.published.get("bits_per_dim"),
         **{name: measured[name] for name in ("samples", "completions", "frechet")}, **provenance(runs),
     }

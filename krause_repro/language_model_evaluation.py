@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .branched_models import mean_gates
 from .checks import UserError, check_integer, is_unicode
 from .corpus import Corpus, read_tokenizer
-from .evaluation import cached_test, finished_model, last_gain, provenance, step_curves, summarise_sigma, undertrained_mark
+from .evaluation import cached_test, finished_model, last_gain, loss_curves, provenance, summarise_sigma, undertrained_mark
 from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
@@ -121,7 +121,7 @@ def text_curves(
     runs: list[Run],  # of language models from scratch, one for each seed
 ) -> dict[str, dict]:  # "held_out" and "training": steps, mean and sd, bits per token
     "Held-out loss, from before the first step, and training loss over steps."
-    return {"held_out": step_curves(runs, "eval_loss", math.log(2)), "training": step_curves(runs, "loss", math.log(2))}
+    return loss_curves(runs, math.log(2))
 
 # %% ../nbs/45_language_model_evaluation.ipynb #f5b3054a
 def evaluate_language_models(

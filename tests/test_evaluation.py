@@ -17,12 +17,13 @@ from krause_repro.evaluation import (
     FLAT_SHARE,
     add_seeds,
     altered_note,
-    curve,
     evaluate_runs,
     held_out_lead,
     is_undertrained,
     last_gain,
     learned_sigma,
+    logged_curve,
+    loss_curves,
     provenance_table,
     save_finished,
     test_accuracy,
@@ -131,11 +132,13 @@ def test_missing_data_are_named(finished, tmp_path):
 
 
 def test_curves_are_the_log(finished):
-    epochs, values = curve(finished, "eval_accuracy")
-    assert epochs == [1.0, 2.0] and values == [line["eval_accuracy"] for line in finished.metrics() if "eval_accuracy" in line]
-    epochs, values = curve(finished, "loss")
-    assert epochs == [i / 4 for i in range(1, 9)] and len(values) == 8
-    assert curve(finished, "nothing") == ([], [])
+    found = logged_curve([finished], "eval_accuracy", axis="epoch")
+    assert found["epochs"] == [1.0, 2.0]
+    assert found["mean"] == [line["eval_accuracy"] for line in finished.metrics() if "eval_accuracy" in line]
+    found = loss_curves([finished], math.log(2), "epoch")
+    assert found["held_out"]["epochs"] == [1.0, 2.0] and found["training"]["epochs"] == [i / 4 for i in range(1, 9)]
+    assert found["training"]["mean"] == [line["loss"] / math.log(2) for line in finished.metrics() if "loss" in line]
+    assert logged_curve([finished], "nothing") == {"steps": [], "mean": [], "sd": []}
 
 
 def logged(path, accuracies, losses):

@@ -20,13 +20,13 @@ from transformers.trainer_utils import EvalPrediction
 from krause_repro import cli, fine_tuning_evaluation, packaged_data, sinks, tasks, training
 from krause_repro.branched_models import add_krause_branch
 from krause_repro.corpus import textbooks
+from krause_repro.evaluation import loss_curves
 from krause_repro.fine_tuning_evaluation import (
     FINE_TUNED_LABELS,
     choice_accuracy,
     choice_baselines,
     evaluate_fine_tuning,
     fine_tuned_models,
-    fine_tuning_curves,
     fine_tuning_table,
     offered_choices,
     predicted_choices,
@@ -259,7 +259,7 @@ def assert_same(one, two):
     weights = [load_file(each.path / "adapter_model.safetensors") for each in (one, two)]
     assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert one.summary()["held_out_token_loss"] == two.summary()["held_out_token_loss"]
-    assert fine_tuning_curves([one]) == fine_tuning_curves([two])
+    assert loss_curves([one], held_out="eval_token_loss") == loss_curves([two], held_out="eval_token_loss")
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(run, recipe, items, tmp_path):
@@ -467,7 +467,7 @@ def test_a_summary_and_its_tables(run, alone):
     assert over["gate"]["mean"][0] == pytest.approx(run.recipe.gate_init, abs=0.02)
     assert over["sigma"]["mean"][-1] == pytest.approx(statistics.fmean(with_branch["sigma"]["mean"]), abs=1e-6)
     assert over["sigma"]["mean"][-1] != over["sigma"]["mean"][0] and over["sigma"]["sd"] == over["gate"]["sd"] == [0] * 7  # one seed
-    curves = fine_tuning_curves([run])
+    curves = with_branch["curves"]
     assert curves["held_out"]["steps"] == list(range(7)) and curves["training"]["steps"] == list(range(1, 7))
     models = fine_tuned_models(results | {"lora_wide_smollm2/questions": None, "krause_near_base_smollm2/questions": None})
     models["krause_smollm2/questions"]["curves"]["held_out"] = {"steps": [0, 3, 6], "mean": [3, 2, 2.02], "sd": [0, 0, 0]}
