@@ -20,7 +20,7 @@ from .image_files import DATA
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import PixelAttention
 from .llm_branch import Bandwidth
-from .recipe_base import NOT_NEGATIVE, SHARE, Allowed, integers, plain
+from .recipe_base import NOT_NEGATIVE, SHARE, Allowed, integers, python_values
 from .recipes import get_recipe
 from .records import file_digest, read_json, write_json
 from .results import SEED_LISTS, load_result, result_path, save_result, stale_recipes
@@ -65,7 +65,7 @@ def cached_test(
         raise UserError(f"{path} must hold the results of a model, got {record!r:.60}; {remedy}")
     stale = record["model"] != model
     for field, allowed in {} if stale else (fields or {}).items():
-        if field not in record or not allowed.holds(plain(record[field])):
+        if field not in record or not allowed.holds(python_values(record[field])):
             raise UserError(f"{path}: {field} must be {allowed.what}, got {record.get(field)!r:.60}; {remedy}")
     if reads_data and (stale or source is not None):
         check_same_data(run, source)

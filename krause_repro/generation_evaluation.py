@@ -24,7 +24,7 @@ from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, load_splits
 from .image_transformer import image_tokens
 from .likelihood import bits_per_dimension, fit_context_model
-from .recipe_base import NOT_NEGATIVE, integers, plain
+from .recipe_base import NOT_NEGATIVE, integers, python_values
 from .recipes import get_recipe
 from .records import atomic_write, check_writable, file_digest, locked, read_json, remove_leftovers, write_json
 from .results import pack_images
@@ -114,7 +114,7 @@ def sample_run(
     Raises `ValueError`, before any sampling, for invalid arguments and for images of another checkpoint, and `InUse` if another
     process is sampling into the folder. Images without a record of their settings are sampled again.
     """
-    count, seed, temperature, top_p, batch = map(plain, (count, seed, temperature, top_p, batch))
+    count, seed, temperature, top_p, batch = map(python_values, (count, seed, temperature, top_p, batch))
     check_sampling(seed, temperature, top_p, batch, 0, count)
     check_source(run.recipe, source)
     model, folder = finished_model(run), samples_folder(run, seed, temperature, top_p)

@@ -484,7 +484,7 @@ def load_splits(
         tested = split_held_out(len(test), recipe.test_images)[1]
     else:
         raise UserError(f"test_images must be between 1 and {len(test) - 1}, or None for all, got {recipe.test_images}")
-    return Splits(*(_subset(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out, origin)
+    return Splits(*(_select_images(*part) for part in ((train, kept), (plain, held_out), (test, tested))), left_out, origin)
 
 # %% ../nbs/28_image_data.ipynb #c41d7a90
 COPIES = 0.01  # largest share of copies: the published images are distinct but for very few
@@ -561,5 +561,5 @@ def check_data(
             raise UserError(f"{name} must be {value}, as {recipe.dataset} has it, got {getattr(recipe, name)}")
 
 # %% ../nbs/28_image_data.ipynb #fa6dbd7c
-def _subset(data: Dataset, indices: Tensor) -> Dataset:
+def _select_images(data: Dataset, indices: Tensor) -> Dataset:
     return data.subset(indices) if isinstance(data, ImageSet) else torch.utils.data.Subset(data, indices.tolist())

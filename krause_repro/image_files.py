@@ -62,9 +62,6 @@ DATA = {
     "digits": DataSpec(10, 1, 1437, 360, *PIXELS["digits"], bundled=True),
     "photograph_tiles": DataSpec(2, 3, 416, 104, *PIXELS["photograph_tiles"], bundled=True),
 }
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)
 
 # %% ../nbs/27_image_files.ipynb #b47ba12f
 def check_dataset(

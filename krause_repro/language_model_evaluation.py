@@ -25,7 +25,7 @@ from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
 from .plans import TEXT_BITS
-from .recipe_base import NOT_NEGATIVE, SHARE, integers, or_none, plain, tuples
+from .recipe_base import NOT_NEGATIVE, SHARE, integers, or_none, python_values, tuples
 from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
 from .statistics import decimals, finished_table, markdown_table, seeds_in_words, summarise, summarise_curves
@@ -194,7 +194,7 @@ def sample_text(
 
     Raises `UserError` for invalid arguments and for more tokens than the model has positions.
     """
-    seed, temperature, top_p = map(plain, (seed, temperature, top_p))
+    seed, temperature, top_p = map(python_values, (seed, temperature, top_p))
     check_sampling(seed, temperature, top_p, 1)
     check_integer("tokens", tokens, 1)
     if not isinstance(prompt, str) or not is_unicode(prompt):  # bytes of a command line that are no UTF-8

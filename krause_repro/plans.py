@@ -15,7 +15,7 @@ from .checks import UserError
 from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, evaluate_runs, is_undertrained, last_gain, train_seeds, undertrained_mark
 from .generation_recipes import GENERATION_DATASET_BY_PROFILE
 from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE
-from .recipe_base import NOT_NEGATIVE, SEEDS, STRING, STRINGS, Allowed, different, or_none, plain, tuples
+from .recipe_base import NOT_NEGATIVE, SEEDS, STRING, STRINGS, Allowed, different, or_none, python_values, tuples
 from .recipes import RECIPES, get_recipe
 from .records import file_digest, project_root, read_json
 from .results import check_train, load_or_compute, result_path
@@ -95,7 +95,7 @@ PLAN_FIELDS = {  # of a plan that decide what is compared
 
 def _check_plan(plan, path, remedy):
     for field, allowed in PLAN_FIELDS.items():
-        value = plain(plan.get(field)) if isinstance(plan, dict) else plan
+        value = python_values(plan.get(field)) if isinstance(plan, dict) else plan
         if not isinstance(plan, dict) or not allowed.holds(value):
             raise UserError(f"{path} must be an object whose {field} is {allowed.what}, got {value!r:.60}; {remedy}")
     pairs = [frozenset(pair) for pair in plan["comparisons"]]

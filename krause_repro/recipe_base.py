@@ -123,14 +123,14 @@ STRING = Allowed("a string", lambda value: isinstance(value, str))
 STRINGS = Allowed("a tuple of strings", lambda value: isinstance(value, tuple) and all(map(STRING.holds, value)))
 
 # %% ../nbs/22_recipe_base.ipynb #a18bf04a
-def plain(
+def python_values(
     value: object,  # any value of a field
 ) -> object:
     "Convert NumPy numbers to Python's, lists and arrays to tuples, and paths to strings; leave anything else."
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        return tuple(plain(each) for each in value)
+        return tuple(python_values(each) for each in value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 # %% ../nbs/22_recipe_base.ipynb #bfe74bd1
@@ -161,7 +161,7 @@ class Recipe:
 
     def __post_init__(self):
         for name, allowed in self.allowed.items():
-            value = plain(getattr(self, name))
+            value = python_values(getattr(self, name))
             allowed.check(name, value)
             object.__setattr__(self, name, value)
         self.check_together()

@@ -97,7 +97,7 @@ def _language_options(recipe: FineTuningRecipe | LanguageModelRecipe, steps: int
         "warmup_steps": round(recipe.warmup_share * steps), "max_grad_norm": recipe.max_grad_norm, "eval_on_start": True,
         "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": part, "save_steps": part,
         "per_device_train_batch_size": recipe.per_device_batch_size, "per_device_eval_batch_size": recipe.per_device_batch_size,
-        "gradient_accumulation_steps": recipe.batch_size // (check_batch(recipe) * recipe.per_device_batch_size),
+        "gradient_accumulation_steps": recipe.batch_size // (check_process_batch(recipe) * recipe.per_device_batch_size),
         **(less_memory if recipe.gradient_checkpointing else {}),
     }
 
@@ -116,10 +116,6 @@ def _language_model_options(recipe: LanguageModelRecipe, epoch: int) -> dict:
     }
 
 # %% ../nbs/34_tasks.ipynb #ec3982fd
-def _image_splits(recipe: Recipe, source: str | Path | None, unreadable: str) -> Splits:
-    return load_splits(recipe, source, unreadable)
-
-
 def _generation_splits(recipe: ImageGenerationRecipe, source: str | Path | None, unreadable: str) -> Splits:
     splits = load_splits(recipe, source, unreadable)
     for part in (splits.train, splits.held_out, splits.test):
@@ -184,7 +180,7 @@ def _adapter_saver(model: PeftModel) -> Callable:
     return lambda model, path, weights: save_adapter(model, path, weights, base)
 
 # %% ../nbs/34_tasks.ipynb #4a4a8aba
-def _subset(total: int, limit: int | None, name: str = "train_items") -> list[int]:
+def _subset_indices(total: int, limit: int | None, name: str = "train_items") -> list[int]:
     "Indices of all training items, or of a fixed random subset."
     if limit is not None and not 0 < limit <= total:
         raise UserError(f"{name} must be between 1 and {total}, or None for all, got {limit}")
@@ -199,7 +195,7 @@ def _text_blocks(recipe: FineTuningRecipe, tokenizer: PreTrainedTokenizerBase, s
     if not 0 < recipe.held_out <= len(test):
         raise UserError(f"held_out must be between 1 and {len(test)} blocks of {recipe.max_length} tokens, got {recipe.held_out}")
     spread = torch.arange(recipe.held_out) * len(test) // recipe.held_out
-    blocks = train[_subset(len(train), recipe.train_items)], test[spread]
+    blocks = train[_subset_indices(len(train), recipe.train_items)], test[spread]
     counts = {part: {"items": len(each), "tokens": each.numel()} for part, each in zip(("train", "held_out"), blocks, strict=True)}
     return *([{"input_ids": ids, "labels": ids} for ids in each.tolist()] for each in blocks), counts
 
@@ -209,7 +205,7 @@ def _response_items(recipe: FineTuningRecipe, tokenizer: PreTrainedTokenizerBase
     wanted = None if recipe.train_items is None else recipe.train_items + recipe.held_out
     items = question_answers(source) if recipe.dataset == "questions" else flan_items(wanted, source)
     train, held_out = split_items(items, recipe.held_out)
-    train = [train[i] for i in _subset(len(train), recipe.train_items)]
+    train = [train[i] for i in _subset_indices(len(train), recipe.train_items)]
     (train, trained), (held_out, judged) = (encode_items(part, tokenizer, recipe.max_length) for part in (train, held_out))
     return train, sorted(held_out, key=lambda item: len(item["input_ids"])), {"train": trained, "held_out": judged}
 
@@ -265,7 +261,7 @@ def corpus_splits(
         limit, count = limit and min(limit, len(train)), min(count, len(held_out))
     if not 0 < count <= len(held_out):
         raise UserError(f"held_out must be between 1 and {len(held_out)} blocks of {recipe.context} tokens, got {count}")
-    train = Subset(train, _subset(len(train), limit, "train_blocks"))
+    train = Subset(train, _subset_indices(len(train), limit, "train_blocks"))
     held_out = Subset(held_out, [i * len(held_out) // count for i in range(count)])
     parts = {"train": train, "held_out": held_out, "test": test}
     counts = {part: {"items": len(each), "tokens": len(each) * recipe.context} for part, each in parts.items()}
@@ -373,7 +369,7 @@ def _model_task(auto: type, load: Callable, *others: object, **options: object) 
 
 TASKS: dict[type, Task] = {
     ImageClassificationRecipe: _model_task(
-        AutoModelForImageClassification, _image_splits, "accuracy", True, _classification_options, _classification_collators, accuracy),
+        AutoModelForImageClassification, load_splits, "accuracy", True, _classification_options, _classification_collators, accuracy),
     ImageGenerationRecipe: _model_task(
         AutoModelForCausalLM, _generation_splits, "loss", False, _generation_options, _generation_collators),
     FineTuningRecipe: Task(
@@ -415,7 +411,7 @@ def check_launch() -> None:
         raise UserError(f"WORLD_SIZE is {process_count()}, but {', '.join(missing)} is not set; start with torchrun or accelerate launch")
 
 
-def check_batch(
+def check_process_batch(
     recipe: TrainedRecipe,  # under its profile
 ) -> int:  # number of processes
     "Raise `UserError` unless the batch size is a multiple of the processes, times `per_device_batch_size` if set."

@@ -39,7 +39,7 @@ from .image_recipes import FOLDER_DATASETS
 from .language_data import IGNORED
 from .language_models import parameter_counts
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
-from .recipe_base import SEED, plain
+from .recipe_base import SEED, python_values
 from krause_repro.records import (
     InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
 )
@@ -47,7 +47,7 @@ from krause_repro.runs import (
     ADVICE, Run, RunWriter, TrainingDiverged, check_data, check_diverged, check_finished, check_run, check_same_data, drop_damaged,
     last_checkpoint, not_finite, relocate, run_path,
 )
-from .tasks import Task, TextSplits, TrainedRecipe, check_batch, check_launch, random_splits, task_of
+from .tasks import Task, TextSplits, TrainedRecipe, check_launch, check_process_batch, random_splits, task_of
 
 # %% ../nbs/36_training.ipynb #2011d274
 def part_of(
@@ -253,7 +253,7 @@ def training_arguments(
     steps: int | None = None,  # stop after these, without evaluation; None: train the whole schedule
 ) -> TrainingArguments:
     "Trainer's arguments for a recipe; the batch size is divided by the number of processes."
-    processes = check_batch(recipe)
+    processes = check_process_batch(recipe)
     cuda, task = torch.cuda.is_available(), task_of(recipe)
     device = {name: option for name, option in device_options(recipe, cuda).items() if name != "channels_last"}
     kept = {"load_best_model_at_end": True, "metric_for_best_model": task.metric, "greater_is_better": task.more_is_better}
@@ -504,7 +504,7 @@ def train(
     `FileNotFoundError` without data, and `InUse` if another process trains there; `TrainingDiverged` if a loss, a gradient norm or a
     weight is not finite.
     """
-    seed, task = plain(seed), task_of(recipe)
+    seed, task = python_values(seed), task_of(recipe)
     SEED.check("seed", seed)
     check_unreadable(unreadable)
     if unreadable == "skip" and recipe.dataset not in FOLDER_DATASETS:
@@ -521,7 +521,7 @@ def train(
             check_same_data(run, source)
         return run
     _, processes = recipe.config, PartialState(cpu=not torch.cuda.is_available())  # raises for invalid settings
-    check_batch(recipe)
+    check_process_batch(recipe)
     with processes.main_process_first():  # the main process fills the cache
         splits = task.load(recipe, source, unreadable)  # raises for invalid data
     if not restart:
@@ -549,7 +549,7 @@ def dry_run(
         language = isinstance(recipe, (FineTuningRecipe, LanguageModelRecipe))
         recipe = replace(recipe, batch_size=batch_size, **({"per_device_batch_size": 1} if language else {}))
     check_launch()
-    check_batch(recipe)
+    check_process_batch(recipe)
     cuda, ends = torch.cuda.is_available(), []
     set_seed(0)
     model = task.build(recipe)

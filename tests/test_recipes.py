@@ -41,7 +41,7 @@ from krause_repro.language_recipes import (
 )
 from krause_repro.recipe_base import PROFILES, Recipe, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
-from krause_repro.tasks import check_batch
+from krause_repro.tasks import check_process_batch
 
 IMAGE_RECIPES = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, ImageClassificationRecipe)}
 ROWS = [(dataset, row) for dataset, data in IMAGE_DATA.items() for row in published_tables()[data["table"]]["rows"]]
@@ -269,7 +269,7 @@ def test_language_models_start_in_several_processes(monkeypatch):
     for profile, counts in (("paper", (1, 2, 4, 8, 16)), ("smoke", (1, 2))):
         for recipe, processes in product(language_model_recipes().values(), counts):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
-            assert check_batch(recipe.at(profile)) == processes, recipe.name
+            assert check_process_batch(recipe.at(profile)) == processes, recipe.name
 
 
 @pytest.mark.parametrize("profile", PROFILES)

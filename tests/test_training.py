@@ -99,6 +99,11 @@ def contents(folder):
     return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
+def load_with(load, monkeypatch):
+    "Let image classification read its data with `load`."
+    monkeypatch.setitem(tasks.TASKS, ImageClassificationRecipe, replace(tasks.TASKS[ImageClassificationRecipe], load=load))
+
+
 read_once = cache(load_splits)  # the shared finished run is trained on what was read anew
 
 
@@ -108,7 +113,7 @@ def start(recipe, source, tmp_path, monkeypatch):
     def begin(seed=0, of=recipe, runs=tmp_path, **options):
         return train(of, seed, runs=runs, progress=False, source=source, **options)
 
-    monkeypatch.setattr(tasks, "load_splits", read_once)
+    load_with(read_once, monkeypatch)
     return begin
 
 
@@ -196,7 +201,7 @@ def test_training_never_looks_at_a_test_image(start, finished, monkeypatch):
         splits = load_splits(*arguments)
         return Splits(*(Counting(part, getattr(splits, part)) for part in reads))
 
-    monkeypatch.setattr(tasks, "load_splits", counted)
+    load_with(counted, monkeypatch)
     assert same(start(), finished)
     assert reads == {"train": 2 * 32, "held_out": 2 * 64, "test": 0}
 
