@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTEGRATORS', 'distances', 'hk_step', 'hk_run', 'hk_bifurcation', 'uniform_sphere', 'interaction_graph',
-           'interaction_weights', 'tangent', 'velocity', 'Trajectory', 'flow', 'observed_order', 'order_parameter',
-           'diameter', 'clusters', 'cluster_count', 'closed_groups', 'unit_multiplicity', 'exponential_fit']
+           'interaction_weights', 'tangent', 'Trajectory', 'flow', 'order_parameter', 'diameter', 'cluster_count',
+           'closed_groups']
 
 # %% ../nbs/00_dynamics.ipynb #c48caaf5
 import math
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 # %% ../nbs/00_dynamics.ipynb #78406847
@@ -208,14 +210,6 @@ def tangent(
     "The part of v that is tangent to the sphere at x."
     return v - x * (x * v).sum(-1, keepdim=True)
 
-
-def velocity(
-    x: Tensor,  # unit vectors (..., N, d)
-    weights: Tensor,  # row-stochastic matrix (..., N, N)
-) -> Tensor:  # tangent vectors (..., N, d)
-    "Attraction of each particle to its weighted mean, along the sphere (arXiv 2312.10794)."
-    return tangent(x, weights @ x)
-
 # %% ../nbs/00_dynamics.ipynb #be2a1261
 def _pull(x: Tensor, sigma: float | None, beta: float | None, attended: Tensor | None) -> Tensor:  # attended: 0/1, (..., N, N)
     half, one = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / 2, torch.ones_like(x[..., :1])
@@ -312,28 +306,6 @@ def flow(
     times = torch.arange(len(states), dtype=x.dtype, device=x.device) * (step * record_every)
     return Trajectory(times, torch.stack(states))
 
-# %% ../nbs/00_dynamics.ipynb #7b6161de
-def observed_order(
-    x: Tensor,  # start: unit vectors (..., N, d)
-    *,
-    duration: float,  # time to integrate over; a whole number of steps
-    step: float,  # the coarsest of the three steps h, h/2, h/4
-    integrator: str = "rk4",  # "rk4" or "euler"
-    **interaction,  # sigma or beta, radius, top_k: as for `flow`
-) -> tuple[float, float]:  # observed order p; largest difference between the runs with h/2 and h/4
-    "Observed order of convergence when the step is halved twice, and the remaining error."
-    _check_real("step", step)
-    _check_real("duration", duration)
-    steps = round(duration / step)
-    if steps < 1 or abs(steps * step - duration) > 1e-9 * duration:
-        raise ValueError(f"duration must be a whole number of steps of {step}, got {duration}")
-    ends = [
-        flow(x, step=step / m, steps=steps * m, integrator=integrator, record_every=steps * m, **interaction).states[-1]
-        for m in (1, 2, 4)
-    ]
-    coarse, fine = ((a - b).abs().max().item() for a, b in zip(ends, ends[1:], strict=False))
-    return math.log2(coarse / fine), fine
-
 # %% ../nbs/00_dynamics.ipynb #bd6ef5dd
 def order_parameter(
     x: Tensor,  # unit vectors (..., N, d)
@@ -351,28 +323,16 @@ def diameter(
     return distances(x).amax((-2, -1))
 
 # %% ../nbs/00_dynamics.ipynb #451b27d7
-def clusters(
-    x: Tensor,  # positions (..., N, d)
-    gap: float,  # particles within this distance are joined, >= 0
-) -> Tensor:  # (..., N) int, label = smallest index in the cluster
-    "Connected components of the graph that joins particles within `gap`."
-    _check_particles(x)
-    _check_real("gap", gap, zero=True)
-    near, labels = distances(x) <= gap, torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
-    while True:
-        seen = labels.unsqueeze(-2).where(near, x.shape[-2]).amin(-1)
-        new = seen.gather(-1, seen)
-        if torch.equal(new, labels):
-            return labels
-        labels = new
-
-
 def cluster_count(
     x: Tensor,  # positions (..., N, d)
     gap: float,  # particles within this distance are joined, >= 0
 ) -> Tensor:  # (...) int
-    "Number of connected components at a gap threshold."
-    return (clusters(x, gap) == torch.arange(x.shape[-2], device=x.device)).sum(-1)
+    "Number of connected components of the graph that joins particles within `gap`."
+    _check_particles(x)
+    _check_real("gap", gap, zero=True)
+    near = (distances(x) <= gap).flatten(0, -3) if x.dim() > 2 else (distances(x) <= gap)[None]
+    counts = [connected_components(csr_array(each), directed=False, return_labels=False) for each in near.cpu().numpy()]
+    return torch.tensor(counts, dtype=torch.long, device=x.device).view(x.shape[:-2])
 
 # %% ../nbs/00_dynamics.ipynb #24adaa93
 def closed_groups(
@@ -381,30 +341,7 @@ def closed_groups(
     "Number of closed communicating classes of a row-stochastic matrix: groups that hear only themselves."
     if weights.dim() != 2 or weights.shape[0] != weights.shape[1]:
         raise ValueError(f"weights must be one square matrix (N, N), got shape {tuple(weights.shape)}")
-    reach = (weights > 0).float() + torch.eye(len(weights), device=weights.device)
-    for _ in range(max(1, math.ceil(math.log2(len(weights))))):
-        reach = (reach @ reach > 0).float()
-    closed = ~((reach > 0) & (reach.T == 0)).any(-1)  # whoever i reaches also reaches i
-    return len((reach * reach.T)[closed].unique(dim=0))
-
-
-def unit_multiplicity(
-    weights: Tensor,  # row-stochastic matrix (N, N)
-) -> int:
-    "Multiplicity of the eigenvalue 1 up to 10⁻⁹, from the eigenvalues themselves in float64."
-    return int((torch.linalg.eigvals(weights.double()) - 1).abs().lt(1e-9).sum())
-
-# %% ../nbs/00_dynamics.ipynb #b6440ce9
-def exponential_fit(
-    times: Tensor,  # (R,)
-    values: Tensor,  # positive numbers (R,)
-) -> tuple[float, float]:  # decay rate; R² of the straight line through (time, log value)
-    "Least-squares line through the logarithm of a decaying quantity."
-    if times.shape != values.shape or times.dim() != 1 or len(times) < 3:
-        raise ValueError(f"times and values must have one shape (R,), R >= 3, got {tuple(times.shape)} and {tuple(values.shape)}")
-    if not (values > 0).all():
-        raise ValueError(f"values must be positive, got a smallest of {values.min().item():.3g}")
-    t, y = times.double() - times.double().mean(), values.double().log()
-    y = y - y.mean()
-    slope = (t @ y) / (t @ t)
-    return -slope.item(), (slope * (t @ y) / (y @ y)).item()
+    graph = csr_array((weights > 0).cpu().numpy())
+    count, group = connected_components(graph, connection="strong")
+    begin, end = (group[index] for index in graph.nonzero())
+    return count - len(np.unique(begin[begin != end]))  # but those with an edge to another
