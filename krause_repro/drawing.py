@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
+from scipy.optimize import isotonic_regression
 
 from .checks import UserError, check_profile
 from .records import atomic_write, project_root
@@ -308,10 +309,8 @@ def spread_labels(
     "Positions in 0..1 for labels at `values`, in the same order and at least `gap` apart."
     order, steps = np.argsort(values, kind="stable"), gap * np.arange(len(values))
     wanted = np.asarray(values, float)[order] - steps
-    ends = range(len(values))
-    level = [max(min(wanted[j:k + 1].mean() for k in ends[i:]) for j in ends[:i + 1]) for i in ends]
     places = np.empty(len(values))
-    places[order] = np.clip(level, 0, 1 - steps[-1]) + steps
+    places[order] = np.clip(isotonic_regression(wanted).x, 0, 1 - steps[-1]) + steps
     return places
 
 # %% ../nbs/55_drawing.ipynb #b14472b8
@@ -327,7 +326,6 @@ def ink(
 # %% ../nbs/55_drawing.ipynb #a980865e
 def label_lines(
     ax: Axes,  # with labelled lines and its final limits
-    edge: float = 0.9,  # lines that end further right, as a fraction of the width, are labelled beside the axes
 ) -> None:
     """Write the label of each line in its colour: above its end, or beside the axes if it reaches their right edge. Labels that had to
     move apart are joined to their lines."""
@@ -336,7 +334,7 @@ def label_lines(
     for line in (line for line in ax.lines if not line.get_label().startswith("_")):
         point = np.stack(line.get_data(), 1).astype(float)
         end = ax.transAxes.inverted().transform(line.get_transform().transform(point[np.isfinite(point).all(1)][-1]))
-        if end[0] > edge:
+        if end[0] > 0.9:
             beside.append((line, end[1]))
         else:
             ax.annotate(line.get_label(), end, (0, 6), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom",

@@ -68,7 +68,7 @@ def test_export_and_clean_change_nothing_but_what_was_edited_by_hand(tmp_path):
 
 def test_requirements_are_those_the_book_runs_on(settings):
     required = {re.match(r"[A-Za-z0-9._-]+", item).group(): item for item in settings["requirements"].split()}
-    needed = {"torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "matplotlib",
+    needed = {"torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "scipy", "matplotlib",
               "nbdev", "execnb", "fastcore", "papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "jupyter",
               "jupyter-server-mathjax", "tqdm"}
     assert needed - set(required) == set()
