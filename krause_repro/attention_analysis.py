@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from .checks import UserError, check_integer
+from .checks import UserError
 from .dynamics import cluster_count
 from .image_data import Collator
 from .statistics import summarise_curves
@@ -168,13 +168,11 @@ TOKEN_QUANTITIES: dict[str, Callable] = {
 def analyse(
     model: PreTrainedModel,  # a vision transformer of this book
     pixel_values: Tensor,  # (N, C, height, width), normalised
-    batch: int = 64,  # images at a time
 ) -> dict[str, list[float]]:  # by quantity: one number per layer; for tokens also before the first
     "All quantities of this page, averaged over images and heads."
     check_numbers("pixel_values", pixel_values, "(N, C, height, width)")
-    check_integer("batch", batch, 1)
     positions, sums = grid_positions(*patch_grid(model.config)), {}
-    for images in pixel_values.split(batch):
+    for images in pixel_values.split(64):
         weights, states = collect_attention(model, states=True, pixel_values=images)
         found = {name: [measure(layer, positions) for layer in weights] for name, measure in WEIGHT_QUANTITIES.items()}
         found |= {name: [measure(layer) for layer in states] for name, measure in TOKEN_QUANTITIES.items()}

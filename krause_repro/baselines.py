@@ -117,7 +117,6 @@ def nearest_classes(
     labels: Tensor,  # (N,) their classes
     queries: Tensor,  # (M, …) images
     ks: tuple[int, ...],  # numbers of neighbours
-    chunk: int = 500,  # queries at a time
 ) -> dict[int, Tensor]:  # by number of neighbours: classes (M,)
     "The most frequent class among the nearest training images. Raises `ValueError` for more neighbours than training images."
     for k in ks:
@@ -125,8 +124,8 @@ def nearest_classes(
             raise UserError(f"ks must be at most {len(train)}, the number of training images, got {k}")
     train, classes = train.flatten(1).float(), int(labels.max()) + 1
     norms, found = train.square().sum(1), {k: [] for k in ks}
-    for part in queries.flatten(1).float().split(chunk):
-        nearest = labels[(norms - 2 * part @ train.T).topk(max(ks), largest=False).indices]  # (chunk, k)
+    for part in queries.flatten(1).float().split(500):
+        nearest = labels[(norms - 2 * part @ train.T).topk(max(ks), largest=False).indices]  # (at most 500, k)
         for k in ks:
             found[k].append(F.one_hot(nearest[:, :k], classes).sum(1).argmax(1))
     return {k: torch.cat(parts) for k, parts in found.items()}

@@ -284,12 +284,11 @@ def scaling_series(
 def relative_values(
     rows: list[dict],  # from `bench_attention`
     name: str,  # of a contender
-    baseline: str,  # of another
     quantity: str = "seconds",  # or "peak_bytes"
 ) -> list[float]:
-    "Median time or peak memory of a contender relative to that of another, for each case and pass where it was measured."
+    "Median time or peak memory of a contender relative to “banded, C++”, for each case and pass where it was measured."
     values = {(row["case"], row["pass"], row["name"]): row[quantity] for row in rows if row.get(quantity) is not None}
-    return [value / values[case, step, baseline] for (case, step, each), value in values.items() if each == name]
+    return [value / values[case, step, "banded, C++"] for (case, step, each), value in values.items() if each == name]
 
 # %% ../nbs/50_bench_attention.ipynb #e4e80a63
 GPU_CASES = tuple(

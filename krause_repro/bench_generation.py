@@ -67,9 +67,9 @@ def _generation_row(case, name, seconds, tokens):
     }
 
 
-def _position_curve(seconds, first, points=24):
-    "Median milliseconds of a token in up to `points` equal intervals, at the middle of each."
-    size = -(-len(seconds) // points)
+def _position_curve(seconds, first):
+    "Median milliseconds of a token in up to 24 equal intervals, at the middle of each."
+    size = -(-len(seconds) // 24)
     parts = [slice(at, min(at + size, len(seconds))) for at in range(0, len(seconds), size)]
     return {"positions": [first + (part.start + part.stop) / 2 for part in parts],
             "milliseconds": [1000 * statistics.median(seconds[part]) for part in parts]}

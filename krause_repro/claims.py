@@ -299,8 +299,8 @@ def _at_length(rows: list[dict]) -> str:
 def _judge_linear(root):
     cost, least = load_result("cost", "desk", root), COST.at("desk").fit_from
     rows, attention = cost["scaling"]["rows"], cost["attention"]["rows"]
-    softmax = relative_values(attention, "banded, C++, softmax", "banded, C++")
-    memory = relative_values(attention, "fused full", "banded, C++", "peak_bytes")
+    softmax = relative_values(attention, "banded, C++, softmax")
+    memory = relative_values(attention, "fused full", "peak_bytes")
     length, full = (_exponents(rows, "length", name, least) for name in ("banded, C++", "fused full"))
     window = _exponents(rows, "window", "banded, C++")
     if not length or not full:

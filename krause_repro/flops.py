@@ -122,19 +122,14 @@ ENTRY_OPERATIONS = {
 
 def attention_rule(
     projections: bool = True,  # include the projections with their biases
-    per_entry: int | None = None,  # operations per score; None: `ENTRY_OPERATIONS`
 ) -> Callable[[KrauseAttention, tuple, object], None]:  # a forward hook
     "A ptflops rule for `KrauseAttention`."
-    if per_entry is not None:
-        check_integer("per_entry", per_entry, 0)
-
     def rule(module, inputs, output):
         tokens, entries = inputs[0].shape[1], module.heads * inputs[0].shape[1] ** 2
         products = 2 * entries * (module.dim // module.heads)
-        operations = ENTRY_OPERATIONS[module.score] if per_entry is None else per_entry
         scaling = 0 if module.score == "krause" else tokens * module.dim
         linear = 4 * tokens * module.dim * (module.dim + 1) if projections else 0
-        module.__flops__ += inputs[0].shape[0] * (products + operations * entries + scaling + linear)
+        module.__flops__ += inputs[0].shape[0] * (products + ENTRY_OPERATIONS[module.score] * entries + scaling + linear)
 
     return rule
 
@@ -153,7 +148,6 @@ class _Reference(torch.nn.Module):
 def ptflops_macs(
     config: VisionTransformerConfig,
     projections: bool = True,  # include the projections of the attention
-    per_entry: int | None = None,  # operations per score; None: `ENTRY_OPERATIONS`
 ) -> int:
     "Operations per image counted by ptflops with `attention_rule`."
     from ptflops import get_model_complexity_info  # optional: a development dependency
@@ -161,7 +155,7 @@ def ptflops_macs(
     token_count(config)
     count, _ = get_model_complexity_info(
         _Reference(VisionTransformer(config)), (config.num_channels, *image_sides(config.image_size)), as_strings=False,
-        print_per_layer_stat=False, custom_modules_hooks={KrauseAttention: attention_rule(projections, per_entry)},
+        print_per_layer_stat=False, custom_modules_hooks={KrauseAttention: attention_rule(projections)},
     )
     if count is None:
         raise UnavailableError("ptflops could not run the model; see its output")
@@ -223,9 +217,7 @@ def as_printed(
     return math.isclose(round(count / 1e9, 2), published)
 
 
-def try_entry_operations(
-    choices: tuple[int, ...] = (0, 1, 2, 3, 4),  # operations per score
-) -> list[dict]:  # per choice, the rows that do not match
+def try_entry_operations() -> list[dict]:  # by number of operations, 0 to 4, the rows that do not match
     "KViT rows whose printed count is not matched without projections, per number of operations per score."
     rows = [get_recipe(name) for name in COUNTED if get_recipe(name).score == "krause"]
 
@@ -233,7 +225,7 @@ def try_entry_operations(
         found = {row.name: sum(counter_macs(row.config, False, operations).values()) for row in rows}
         return [row.name for row in rows if not as_printed(found[row.name], row.published["gflops_as_published"])]
 
-    return [{"operations": operations, "rows": len(rows), "missed": missed(operations)} for operations in choices]
+    return [{"operations": operations, "rows": len(rows), "missed": missed(operations)} for operations in range(5)]
 
 # %% ../nbs/37_flops.ipynb #3b40d4de
 def swin_row(

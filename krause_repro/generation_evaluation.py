@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from .checks import UserError, check_integer
+from .checks import UserError
 from .evaluation import FLAT_LOSS, cached_test, finished_model, loss_curves, provenance, summarise_sigma, undertrained_mark
 from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, load_splits
@@ -142,13 +142,12 @@ def save_image_grid(
     images: Tensor,  # (N, C, H, W) uint8
     levels: int,  # V; level V − 1 is white
     path: str | Path,  # of a PNG
-    zoom: int = 4,  # pixels of the file per pixel of an image
 ) -> Path:
-    "Save a grid of at most 256 images, eight to a row."
+    "Save a grid of at most 256 images, eight to a row, four pixels of the file per pixel of an image."
     grid = make_grid(images[:256].float() / (levels - 1), padding=1, pad_value=0.5)
     pixels = (grid.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     with atomic_write(path) as temporary:
-        Image.fromarray(pixels).resize((zoom * pixels.shape[1], zoom * pixels.shape[0]), Image.Resampling.NEAREST).save(temporary)
+        Image.fromarray(pixels).resize((4 * pixels.shape[1], 4 * pixels.shape[0]), Image.Resampling.NEAREST).save(temporary)
     return Path(path)
 
 # %% ../nbs/43_generation_evaluation.ipynb #744c051f
@@ -174,13 +173,11 @@ def frechet_distance(
 def class_features(
     model: nn.Module,  # a classifier whose last layer is `head`
     pixel_values: Tensor,  # (N, C, H, W), normalised as for training
-    batch: int = 256,  # batch size
 ) -> Tensor:  # (N, D)
     "Inputs of the classifier's last layer."
-    check_integer("batch", batch, 1)
     found = []
     with model.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].cpu())), evaluating(model):
-        for part in pixel_values.split(batch):
+        for part in pixel_values.split(256):
             model(part.to(next(model.parameters()).device))
     return torch.cat(found)
 

@@ -197,19 +197,19 @@ def _differentiable_gradients(name, grad, tensors, numbers, needed):
     return graph_gradients(lambda *leaves: _in_pytorch(name, *leaves, *tensors[4:], *numbers), tensors[:4], needed[:4], grad)
 
 # %% ../nbs/04_native_kernels.ipynb #b9c44739
-def _register_differentiable(name, last):
-    "Register shapes and gradients of `band` or `lists`, whose first `last` arguments are tensors (or None)."
+def _register_differentiable(name):
+    "Register shapes and gradients of `band` or `lists`, whose first six arguments are tensors (or None)."
     def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:last], *output)
-        ctx.numbers = inputs[last:]
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.numbers = inputs[6:]
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad, _):
-        missing = [None] * (last - 4 + len(ctx.numbers))
+        missing = [None] * (2 + len(ctx.numbers))
         if grad is None:
             return None, None, None, None, *missing
         if torch.is_grad_enabled():  # create_graph=True
-            return *_differentiable_gradients(name, grad, ctx.saved_tensors[:last], ctx.numbers, ctx.needs_input_grad), *missing
+            return *_differentiable_gradients(name, grad, ctx.saved_tensors[:6], ctx.numbers, ctx.needs_input_grad), *missing
         gradients = getattr(torch.ops.krause_repro, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.numbers)
         return *gradients, *missing
 
@@ -225,8 +225,8 @@ def _register_differentiable(name, last):
 def _register():
     "Register the operators' shapes, FLOPs and gradients with PyTorch."
     _register_decoding()
-    _register_differentiable("band", 6)  # query, key, value, tau, key_mask, starts
-    _register_differentiable("lists", 6)  # query, key, value, tau, begin, token
+    _register_differentiable("band")  # query, key, value, tau, key_mask, starts
+    _register_differentiable("lists")  # query, key, value, tau, begin, token
 
 # %% ../nbs/04_native_kernels.ipynb #d97c8faf
 def kernels_apply(

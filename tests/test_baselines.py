@@ -54,9 +54,9 @@ def test_settings_that_cannot_be(wrong, message):
 
 def test_nearest_classes_are_those_of_a_plain_search():
     torch.manual_seed(0)
-    train, labels, queries = torch.randn(60, 2, 3), torch.randint(0, 4, (60,)), torch.randn(11, 2, 3)
+    train, labels, queries = torch.randn(60, 2, 3), torch.randint(0, 4, (60,)), torch.randn(511, 2, 3)  # two chunks
     order = torch.cdist(queries.flatten(1).double(), train.flatten(1).double()).argsort(1)
-    for k, found in nearest_classes(train, labels, queries, (1, 5, 60), chunk=4).items():
+    for k, found in nearest_classes(train, labels, queries, (1, 5, 60)).items():
         assert found.tolist() == [labels[row[:k]].bincount(minlength=4).argmax().item() for row in order]
     with pytest.raises(ValueError, match="ks must be at most 60"):
         nearest_classes(train, labels, queries, (61,))

@@ -428,9 +428,9 @@ def test_packed_images_are_the_images():
 
 def test_a_sheet_shows_every_image_from_black_to_white(tmp_path):
     images = torch.stack([torch.full((1, 4, 4), level, dtype=torch.uint8) for level in range(17)])
-    picture = Image.open(save_image_grid(images, 17, tmp_path / "sheet.png", zoom=1)).convert("L")
-    assert picture.size == (8 * 5 + 1, 3 * 5 + 1)
-    assert [picture.getpixel((2 + 5 * (n % 8), 2 + 5 * (n // 8))) for n in (0, 8, 16)] == [0, 128, 255]
+    picture = Image.open(save_image_grid(images, 17, tmp_path / "sheet.png")).convert("L")
+    assert picture.size == (4 * (8 * 5 + 1), 4 * (3 * 5 + 1))
+    assert [picture.getpixel((4 * (2 + 5 * (n % 8)), 4 * (2 + 5 * (n // 8)))) for n in (0, 8, 16)] == [0, 128, 255]
 
 
 def test_the_command_makes_images(run, tiny, monkeypatch, capsys, tmp_path):
@@ -521,8 +521,8 @@ def test_features_that_cannot_be_compared_are_refused(first, second):
                                         window_size=2)),
 ], ids=["vit", "swin"])
 def test_features_are_what_the_last_layer_sees(model):
-    pixels = torch.randn(7, 1, 8, 8)
-    features = class_features(model.train(), pixels, batch=3)
+    pixels = torch.randn(300, 1, 8, 8)  # two batches
+    features = class_features(model.train(), pixels)
     assert model.training and not model.head._forward_pre_hooks
     with torch.no_grad():
         torch.testing.assert_close(model.head(features), model.eval()(pixels).logits)
