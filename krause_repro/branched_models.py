@@ -149,7 +149,7 @@ def config_with_branch(
             Path(json_file_path).write_text(json.dumps(whole | {"base_config": base}, indent=2) + "\n", encoding="utf-8")
 
         def __reduce__(self):
-            return _remade, (kind, vars(self))
+            return _unpickle_config, (kind, vars(self))
 
     ConfigWithBranch.__name__ = ConfigWithBranch.__qualname__ = kind.__name__  # transformers finds models and tokenizers by this name
     AutoModelForCausalLM._model_mapping.register(ConfigWithBranch, ModelSavedWithBranch, exist_ok=True)
@@ -168,8 +168,8 @@ def base_config(
     return config
 
 
-def _remade(kind, entries):
-    "A configuration restored from a pickle or a copy."
+def _unpickle_config(kind, entries):
+    "Restore a configuration from a pickle or a copy."
     config = object.__new__(config_with_branch(kind))
     vars(config).update(entries)
     return config

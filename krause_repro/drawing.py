@@ -314,7 +314,7 @@ def spread_labels(
     return places
 
 # %% ../nbs/55_drawing.ipynb #b14472b8
-def ink(
+def readable_text_colour(
     colour: str,  # of a line
 ) -> tuple[float, float, float]:
     "The colour, darkened until its contrast with white is at least 4.5, for text."
@@ -338,7 +338,7 @@ def label_lines(
             beside.append((line, end[1]))
         else:
             ax.annotate(line.get_label(), end, (0, 6), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom",
-                        size=9, color=ink(line.get_color()))
+                        size=9, color=readable_text_colour(line.get_color()))
     if beside:
         lines, ends = zip(*beside, strict=True)
         width, height = 72 * ax.figure.get_size_inches() * ax.get_subplotspec().get_position(ax.figure).size  # points
@@ -349,7 +349,7 @@ def label_lines(
             if reach:
                 ax.add_artist(Line2D([1, 1 + reach / width], [end, place], transform=ax.transAxes, clip_on=False, **joint))
             ax.annotate(line.get_label(), (1, place), (reach + 6, 0), xycoords="axes fraction", textcoords="offset points", va="center",
-                        size=9, color=ink(line.get_color()))
+                        size=9, color=readable_text_colour(line.get_color()))
 
 # %% ../nbs/55_drawing.ipynb #d51872fc
 def band_note(

@@ -20,7 +20,7 @@ from .checks import UserError
 from krause_repro.reference import (
     CausalWindow, GridWindow, Neighborhood, band_mask, between, centred, constant_cache, first_query_and_key, half_square_norm,
     known_finite, masked_softmax, no_autocast, readable, repeat_kv, score_temperature, segment_starts, sum_of_support, support_mask,
-    tracing, transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_bad, without_padding,
+    tracing, transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, zero_nonfinite, without_padding,
 )
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
@@ -209,7 +209,7 @@ def _relative_energy(query, key, score):
         bias, weight = flat_query.new_zeros(()), 0
     else:
         bias, weight = half_square_norm(flat_key), 1  # (B·H, Tk)
-        flat_query, flat_key, bias = _nan_if_not_finite(flat_query), without_bad(flat_key, bias), bias.unsqueeze(1)
+        flat_query, flat_key, bias = _nan_if_not_finite(flat_query), zero_nonfinite(flat_key, bias), bias.unsqueeze(1)
     with no_autocast(query.device):
         product = torch.baddbmm(bias, flat_query, flat_key.mT, beta=weight, alpha=-1)
     return product.unflatten(0, query.shape[:2])
@@ -274,7 +274,7 @@ def _attends_to_any(allowed, bad, causal):
     return (allowed.float() @ bad.float()) > 0
 
 
-def _alone(allowed, queries, keys, causal):
+def _single_candidate_rows(allowed, queries, keys, causal):
     "Rows (..., Tq) with a single candidate; None if there are none."
     if allowed is not None:
         return allowed.sum(-1) == 1
@@ -355,9 +355,9 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         key, value = (_without(x, ~key_mask.unsqueeze(1)) for x in (key, value))
         allowed = without_padding(allowed, key_mask)
     key, value = repeat_kv(key, query.shape[1]), repeat_kv(value, query.shape[1])
-    spoiled, scale = score != "softmax" or not (known_finite(query) and known_finite(key)), None
+    nonfinite, scale = score != "softmax" or not (known_finite(query) and known_finite(key)), None
     if score == "softmax":
-        bad_queries, bad_keys = (x.isnan().any(-1) for x in (query, key)) if spoiled else (None, None)
+        bad_queries, bad_keys = (x.isnan().any(-1) for x in (query, key)) if nonfinite else (None, None)
     else:
         if sees_all:
             query, key = _median_centred(upcast_to_float32(query), upcast_to_float32(key), key_mask)
@@ -366,12 +366,12 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         if key_mask is not None:
             key = _without(key, ~key_mask.unsqueeze(1))
         bad_queries, bad_keys = (half_square_norm(x).isnan() for x in (query, key))
-    if spoiled:
+    if nonfinite:
         bad = bad_queries | _attends_to_any(allowed, bad_keys.unsqueeze(-1), causal).squeeze(-1)
         query, key = _without(query, bad_queries), _without(key, bad_keys)
     if score != "softmax":
         (query, key), scale = augment(query, key, score, temperature), 1.0
-        alone = _alone(allowed, query.shape[2], key.shape[2], causal)
+        alone = _single_candidate_rows(allowed, query.shape[2], key.shape[2], causal)
         query = query if alone is None else _without(query, alone.to(query.device))
 
     def product(value):
@@ -383,7 +383,7 @@ def _fused(query, key, value, key_mask, segment_ids, allowed, causal, score, tem
         return output[..., :value.shape[-1]].to(value.dtype)
 
     output = sum_of_support(product, lambda x: _attends_to_any(allowed, x, causal), value)
-    if spoiled:
+    if nonfinite:
         output = output.masked_fill(bad.unsqueeze(-1), torch.nan)
     return output if key_mask is None else output.masked_fill(~allowed.any(-1, keepdim=True), 0)
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from .checks import UserError
 from krause_repro.drawing import (
-    COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, ink, kind_colour,
-    label_lines, line_styles, new_figure, require_each, require_fields,
+    COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, field_path, house_style, kind_colour,
+    label_lines, line_styles, new_figure, readable_text_colour, require_each, require_fields,
 )
 from .records import atomic_write
 from .statistics import plural
@@ -129,7 +129,7 @@ def plot_particles(
         for ax, time, points, count in zip(axes[i], panels[i]["times"], panels[i]["snapshots"], groups, strict=False):
             _draw_particles(ax, points, panels[i]["dimension"], colour, view)
             ax.set_title(f"$t = {time:g}$: {plural(count, 'cluster')}", size=9)
-        axes[i, 0].set_ylabel(title, color=ink(colour), weight="bold")
+        axes[i, 0].set_ylabel(title, color=readable_text_colour(colour), weight="bold")
         for ax in axes[i, len(panels[i]["times"]):]:
             ax.set_axis_off()
     far = "; faint: on the far side of the sphere" if any(panel["dimension"] == 3 for panel in panels) else ""
@@ -154,7 +154,7 @@ def animate_particles(
     for i, (ax, panel) in enumerate(zip(axes[0], panels, strict=True)):
         colour = kind_colour(panel["kind"], f"data['panels'][{i}]")
         _surface(ax, panel["dimension"], view)
-        ax.set_title(panel["title"], color=ink(colour), weight="bold")
+        ax.set_title(panel["title"], color=readable_text_colour(colour), weight="bold")
         dots.append(ax.scatter([], [], s=26, color=colour, linewidths=0, zorder=2))
     for frame, time in enumerate(panels[0]["times"]):
         for ax, panel, drawn in zip(axes[0], panels, dots, strict=True):
@@ -321,7 +321,7 @@ def _attention_row(axes: np.ndarray, entry: dict, where: str, grid: list[int]) -
     by_cls = entry.get("cls_weight") or [None] * len(maps)
     check_same_length(where, maps=maps, cls_weight=by_cls)
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-    axes[0].set_ylabel(label, color=ink(kind_colour(kind, where)), weight="bold")
+    axes[0].set_ylabel(label, color=readable_text_colour(kind_colour(kind, where)), weight="bold")
     axes[0].set_xlabel("query: CLS" if query == "cls" else "", size=8)
     _mark_query(axes[0], query, image.shape[0] / grid[0], image.shape[1] / grid[1])
     for ax, weights, by in zip(axes[1:], maps, by_cls, strict=False):
@@ -399,7 +399,7 @@ def draw_llm_block(
         colour = COLOURS[kind]
         ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.26), width, 0.52, boxstyle="round,pad=0.04", facecolor="white", edgecolor=colour,
                                     linewidth=1.6))
-        ax.text(x, y, text, ha="center", va="center", color=ink(colour), size=9.5)
+        ax.text(x, y, text, ha="center", va="center", color=readable_text_colour(colour), size=9.5)
 
     def arrow(start, end, kind="neutral"):
         ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=COLOURS[kind], linewidth=1.3, shrinkA=0,

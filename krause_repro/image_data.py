@@ -113,10 +113,10 @@ def damaged_images(
         return [path for found in pool.map(damaged, [paths[i:i + 64] for i in range(0, len(paths), 64)]) for path in found]
 
 # %% ../nbs/28_image_data.ipynb #5f0a2c91
-def why(
+def decode_error(
     path: str,  # an undecodable image
 ) -> str:
-    "An undecodable image, the reason why it cannot be decoded, and the remedy."
+    "For a message: the file, why it cannot be decoded, and the remedy."
     try:
         read_image(path)
     except ValueError as error:
@@ -127,7 +127,7 @@ def why(
 SMALL_FOLDER = 10_000  # images; decoded in seconds and not cached
 
 
-def scan(
+def find_damaged_images(
     paths: list[str],  # image files
 ) -> list[str]:  # the undecodable ones
     "`damaged_images`, cached for large folders until a file changes."
@@ -157,9 +157,9 @@ class ImageFolderSet(Dataset):
             raise FileNotFoundError(f"{folder} must hold one folder of images for each class: {error}") from error
         self.left_out, paths = [], [path for path, _ in self.data.samples]
         if unreadable == "skip":
-            self._leave_out(scan(paths))
+            self._leave_out(find_damaged_images(paths))
         elif len(paths) <= SMALL_FOLDER and (damaged := damaged_images(paths)):
-            raise UserError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded; the first: {why(damaged[0])}")
+            raise UserError(f"{len(damaged)} of {len(paths)} images in {folder} cannot be decoded; the first: {decode_error(damaged[0])}")
 
     def _leave_out(self, damaged):
         gone, root = set(damaged), Path(self.data.root)
@@ -495,7 +495,7 @@ def check_distinct(
     test: ImageSet | ImageFolderSet,
     name: str,  # of the data set, for the message
 ) -> None:
-    "Raise `UserError` if a part has more than `COPIES` of repeated images, or so many of the test images are for training."
+    "Raise `UserError` if more than `COPIES` of the images of a part are repeated, or of the test images are for training."
     seen = set()
     for split, part in (("train", train), ("test", test)):
         own = set(part.contents())

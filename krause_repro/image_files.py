@@ -142,7 +142,7 @@ def _layouts(name: str) -> str:
 
 
 def _lies_in(place: Path) -> str:
-    "What lies in a place where a data set is not, in words."
+    "What a folder without the data set contains, for the message."
     if place.is_file():
         return "a file; name the folder that holds it"
     if found := [other for other, spec in DATA.items() if not spec.bundled and (_holds(other, place) or _holds(other, place / "raw"))]:

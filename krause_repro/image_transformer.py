@@ -39,7 +39,7 @@ def linear_attention(
     "Causal linear attention with the feature map elu + 1 (paper's LARM)."
     check_integer("chunk", chunk, 1)
     length, size = query.shape[2], min(chunk, query.shape[2])
-    key, value, spoiled = contain(key, value) if length > 1 else (key, value, value.new_zeros(()).expand(1, 1, 1, 1))
+    key, value, nonfinite = contain(key, value) if length > 1 else (key, value, value.new_zeros(()).expand(1, 1, 1, 1))
     query, key = F.elu(query) + 1, F.elu(key) + 1
     padding = -length % size
     # zeros do not change the sums; padded rows are removed at the end
@@ -52,7 +52,7 @@ def linear_attention(
     above = scores @ value + query @ before[0]
     below = scores.sum(-1) + (query @ before[1].unsqueeze(-1)).squeeze(-1)
     output = (above / (below + LINEAR_EPS).unsqueeze(-1)).flatten(2, 3)[:, :, :length]
-    return output + spoiled, (totals[0][:, :, -1] + spoiled[:, :, -1:], totals[1][:, :, -1] + spoiled[:, :, -1])
+    return output + nonfinite, (totals[0][:, :, -1] + nonfinite[:, :, -1:], totals[1][:, :, -1] + nonfinite[:, :, -1])
 
 # %% ../nbs/13_image_transformer.ipynb #5624ea96
 ATTENTIONS = ("krause", "softmax", "linear", "softmax_window")

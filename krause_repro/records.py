@@ -365,7 +365,7 @@ def check_writable(
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{folder} cannot be made, since this is no folder", str(place))
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"{folder} must be in a folder that can be written to, which this is not", str(place))
+        raise PermissionError(errno.EACCES, f"{folder} cannot be written to, since this is not writable", str(place))
 
 # %% ../nbs/20_records.ipynb #b01d8ba1
 def cache_folder() -> Path:

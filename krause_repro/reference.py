@@ -73,7 +73,7 @@ def known_finite(
     return readable(x) and math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
 
-def without_bad(
+def zero_nonfinite(
     x: Tensor,  # (..., D)
     norm: Tensor,  # (...,), NaN where `x` is not finite
 ) -> Tensor:  # (..., D)
@@ -189,7 +189,7 @@ def pairwise_energy(
     if score == "krause":
         return _half_squared_distances(query, key, key_mask, segment_ids)
     norm = half_square_norm(key)
-    return _minus_products(query, without_bad(key, norm)) + norm.unsqueeze(-2)
+    return _minus_products(query, zero_nonfinite(key, norm)) + norm.unsqueeze(-2)
 
 
 def _half_squared_distances(query, key, key_mask, segment_ids):
@@ -199,7 +199,7 @@ def _half_squared_distances(query, key, key_mask, segment_ids):
     own, norm = half_square_norm(query), half_square_norm(key)
     if wide:
         own, norm = (x.masked_fill(x > torch.finfo(dtype).max / 2, torch.nan) for x in (own, norm))
-    energy = _minus_products(without_bad(query, own), without_bad(key, norm)) + norm.unsqueeze(-2) + own.unsqueeze(-1)
+    energy = _minus_products(zero_nonfinite(query, own), zero_nonfinite(key, norm)) + norm.unsqueeze(-2) + own.unsqueeze(-1)
     return energy.to(dtype)
 
 

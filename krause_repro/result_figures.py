@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .checks import UserError
 from krause_repro.drawing import (
-    COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, house_style, ink, kind_colour, label_lines,
-    line_styles, new_figure, require_each, require_fields,
+    COLOURS, WIDTH, band_note, check_same_length, draw_curve, draw_legend, draw_note, house_style, kind_colour, label_lines,
+    line_styles, new_figure, readable_text_colour, require_each, require_fields,
 )
 from .figures import hide_axes, plot_by_layer
 from .statistics import plural
@@ -219,7 +219,7 @@ def _ratio_row(ax: Axes, place: float, row: dict, where: str, marks: list[str]) 
         height = place + 0.3 * (i - (len(points) - 1) / 2)
         ax.plot([low, high], [height, height], color=colour, linewidth=1.2)
         ax.plot(ratio, height, shape, color=colour, markerfacecolor="white" if i else colour, markersize=5)
-        ax.text(1.02, height, f"{ratio:.2f}", transform=ax.get_yaxis_transform(), va="center", size=8, color=ink(colour))
+        ax.text(1.02, height, f"{ratio:.2f}", transform=ax.get_yaxis_transform(), va="center", size=8, color=readable_text_colour(colour))
 
 # %% ../nbs/57_result_figures.ipynb #a9df3cf3
 @house_style()
@@ -350,7 +350,8 @@ def plot_samples(
         for ax, image in zip(axes[i], images, strict=False):
             ax.set_axis_on()
             _picture(ax, image, levels, kind_colour(kind, f"data['rows'][{i}]"))
-        axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=ink(kind_colour(kind, "data")), rotation=0, ha="right", va="center")
+        axes[i, 0].set_ylabel(label.replace(" ", "\n", 1), color=readable_text_colour(kind_colour(kind, "data")),
+                              rotation=0, ha="right", va="center")
     return fig
 
 # %% ../nbs/57_result_figures.ipynb #30e59132
@@ -384,7 +385,7 @@ def plot_completions(
     axes[0, 0].set_title("given", size=9)
     axes[0, -1].set_title("original", size=9)
     for label, kind, completed in entries:
-        axes[0, place].set_title(label, size=9, color=ink(kind_colour(kind, "data")), loc="left")
+        axes[0, place].set_title(label, size=9, color=readable_text_colour(kind_colour(kind, "data")), loc="left")
         place += len(completed[0])
     return fig
 

@@ -141,7 +141,7 @@ def failed_need(
     return next((need for need in NEEDS.get(stem, ()) if need in failed), None)
 
 # %% ../nbs/58_runner.ipynb #2c3dd6aa
-def settled_train(
+def resolve_train(
     profile: str,  # "smoke", "desk" or "paper"
     train: str | None = None,  # "never", "missing", "always", or None for the profile's default
 ) -> str:
@@ -274,7 +274,7 @@ def interactive() -> bool:
 
 
 @contextmanager
-def ticking(
+def refresh_every_second(
     bar: object,  # a tqdm bar
 ) -> Iterator[object]:
     "Refresh a progress bar each second, so that its clock advances during a long cell."
@@ -366,7 +366,7 @@ def run_pages(
     bars, waiting, running, failed, done = interactive() and not quiet, list(pages), {}, [], 0
     form = "{desc} |{bar}| {elapsed}, {remaining} left"
     total = tqdm(total=sum(weight.values()), bar_format=form, disable=not bars, smoothing=0)
-    with ticking(total) as bar, ThreadPoolExecutor(workers) as pool, ended_on_error(kernels):
+    with refresh_every_second(total) as bar, ThreadPoolExecutor(workers) as pool, ended_on_error(kernels):
         while waiting or running:
             busy = {page.stem for page in (*waiting, *running.values())}
             for page in [page for page in waiting if not before[page.stem] & busy][:workers - len(running)]:
@@ -438,7 +438,7 @@ def run(
     A page that fails does not stop the others, except as in `NEEDS`. Raises, before any work, `ValueError` for an unknown profile, page or
     `train` and for a folder that is not writable, and `InUse` while another process runs the same profile.
     """
-    train, root = settled_train(profile, train), Path(root or project_root()).resolve()
+    train, root = resolve_train(profile, train), Path(root or project_root()).resolve()
     chosen = select(notebooks(root / "nbs"), only)
     if only is None and profile != "smoke":
         chosen = [page for page in chosen if page.takes_profile]

@@ -290,7 +290,7 @@ def checkpoints(
     return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]), reverse=True)
 
 
-def flaw(
+def checkpoint_problem(
     checkpoint: Path,
 ) -> str | None:
     "Why training cannot resume from a checkpoint; None if it can."
@@ -309,7 +309,7 @@ def last_checkpoint(
     folder: Path,  # folder of checkpoints
 ) -> Path | None:
     "The newest valid checkpoint, or None."
-    return next((path for path in checkpoints(folder) if flaw(path) is None), None)
+    return next((path for path in checkpoints(folder) if checkpoint_problem(path) is None), None)
 
 
 def drop_damaged(
@@ -321,7 +321,7 @@ def drop_damaged(
         if path == usable:
             break
         effect = f"training continues from {usable.name}" if usable else "there is no earlier valid checkpoint, so training starts again"
-        print(f"{path} is not used: {flaw(path)}; {effect}", file=sys.stderr)
+        print(f"{path} is not used: {checkpoint_problem(path)}; {effect}", file=sys.stderr)
         shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/35_runs.ipynb #351920ed

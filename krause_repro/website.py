@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from .checks import UserError
 from .records import atomic_write, copy_file, disk_errors, environment, project_root, scratch_folder, write_text
-from .runner import Page, check_paths, failed_need, first_line, notebooks, read_notebook, settled_train, site_folder
+from .runner import Page, check_paths, failed_need, first_line, notebooks, read_notebook, resolve_train, site_folder
 
 # %% ../nbs/59_website.ipynb #d130634f
 MATHJAX = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
@@ -446,7 +446,7 @@ def site(
 
     A damaged copy or figure is marked as such; the others are shown.
     """
-    settled_train(profile)
+    resolve_train(profile)
     root = Path(root or project_root()).resolve()
     folder, pages = site_folder(profile, root), notebooks(root / "nbs")
     check_paths(pages)

@@ -407,7 +407,7 @@ def test_colours_stay_apart_without_red_green_vision_and_text_is_legible():
         apart = [np.linalg.norm(a - b) for i, a in enumerate(colours) for b in colours[:i]]
         assert min(apart) > 20  # ten times what can just be seen side by side
     for colour in drawing.COLOURS.values():
-        assert 1.05 / (linear(drawing.ink(colour)) @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5  # contrast of text with white
+        assert 1.05 / (linear(drawing.readable_text_colour(colour)) @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5  # contrast of text with white
         assert 1.05 / (linear(colour) @ (0.2126, 0.7152, 0.0722) + 0.05) > 2
 
 

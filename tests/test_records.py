@@ -289,7 +289,7 @@ def test_places_that_cannot_be_written_are_told_before(tmp_path, monkeypatch):
     with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/a cannot be made, since this is no folder: '{tmp_path}/file'"):
         check_writable(tmp_path / "file" / "a")
     monkeypatch.setattr(os, "access", lambda place, how: False)
-    with pytest.raises(PermissionError, match=f"a/b must be in a folder that can be written to, which this is not: '{tmp_path}'"):
+    with pytest.raises(PermissionError, match=f"a/b cannot be written to, since this is not writable: '{tmp_path}'"):
         check_writable(tmp_path / "a" / "b")
 
 

@@ -42,9 +42,9 @@ from krause_repro.runs import (
     check_data,
     check_diverged,
     check_run,
+    checkpoint_problem,
     checkpoints,
     drop_damaged,
-    flaw,
     last_checkpoint,
     open_run,
     run_path,
@@ -583,7 +583,7 @@ def test_a_checkpoint_needs_its_best_sibling(start, spoil, recipe, tmp_path):
     folder = run_path(recipe, 0, tmp_path) / "checkpoints"
     weights = folder / f"checkpoint-{STEPS}" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    assert flaw(folder / f"checkpoint-{2 * STEPS}").startswith(f"its best checkpoint is invalid: {weights} has")
+    assert checkpoint_problem(folder / f"checkpoint-{2 * STEPS}").startswith(f"its best checkpoint is invalid: {weights} has")
     assert chose_the_first(start(callbacks=(spoil,)))
 
 
@@ -605,7 +605,7 @@ def test_last_checkpoint_counts_as_numbers(tmp_path):
     for step in (9, 10, 101):
         write_digests(tmp_path / f"checkpoint-{step}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert "is damaged: it has no best_global_step" in flaw(tmp_path / "checkpoint-101")
+    assert "is damaged: it has no best_global_step" in checkpoint_problem(tmp_path / "checkpoint-101")
 
 
 def test_the_log_survives_a_failed_write(start, monkeypatch, recipe, tmp_path):
@@ -824,7 +824,7 @@ def test_whatever_is_no_number_ends_the_training_before_the_next_checkpoint(star
     with pytest.raises(TrainingDiverged, match="training diverged at step"):
         start(callbacks=(Poison(step, value, gradient),))
     run = Run(run_path(recipe, 0, tmp_path), recipe, 0)
-    assert not run.finished and all(flaw(path) is None for path in checkpoints(run.path / "checkpoints"))
+    assert not run.finished and all(checkpoint_problem(path) is None for path in checkpoints(run.path / "checkpoints"))
     for path in checkpoints(run.path / "checkpoints"):
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
 
