@@ -140,6 +140,16 @@ def _passages(model, layers, tokens, window):
             found |= {"gate": record["gate"].float().mean(1)} if kind == "mixed" else {"value_ratio": value_ratio(value, layer.head_dim)}
             yield i, kind, found
 
+
+def _by_layer(found):
+    "Join what `_passages` finds in all batches, by kind of attention and quantity: (layers, N)."
+    joined = {}
+    for i, kind, quantities in found:
+        for name, numbers in quantities.items():
+            joined.setdefault(kind, {}).setdefault(name, {}).setdefault(i, []).append(numbers)
+    return {kind: {name: torch.stack([torch.cat(parts) for parts in layers.values()]) for name, layers in quantities.items()}
+            for kind, quantities in joined.items()}
+
 # %% ../nbs/49_sinks.ipynb #ce2b152a
 @torch.no_grad()
 def sink_profile(
@@ -156,19 +166,14 @@ def sink_profile(
     if not 2 <= window < tokens.shape[1]:
         raise UserError(f"window must be between 2 and {tokens.shape[1] - 1}, the number of tokens less one, got {window}")
     check_integer("batch", batch, 1)
-    layers, found = list(attention_layers(model.get_decoder()).values()), {}
+    layers = list(attention_layers(model.get_decoder()).values())
     implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")  # fused kernels do not return weights
     try:
-        for part in tokens.split(batch):
-            for i, kind, quantities in _passages(model, layers, part.to(model.device), window):
-                for name, numbers in quantities.items():
-                    found.setdefault(kind, {}).setdefault(name, [[] for _ in layers])[i].append(numbers)
+        return _by_layer(each for part in tokens.split(batch) for each in _passages(model, layers, part.to(model.device), window))
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
-    return {kind: {name: torch.stack([torch.cat(parts) for parts in rows]) for name, rows in quantities.items()}
-            for kind, quantities in found.items()}
 
 # %% ../nbs/49_sinks.ipynb #c99c1ed6
 def summarise_sinks(
@@ -387,22 +392,21 @@ def text_sink_profile(
     batch: int = 4,  # passages at a time
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:  # as `sink_profile`; first-token attention if uniform on the support
     "Sink quantities of a language model from scratch. The one attention of a mixer is `softmax`, or `krause` for Krause alone."
-    kind, found, flat = "krause" if model.config.mixer == "krause_only" else "softmax", {}, []
-    for part in tokens.split(batch):
+    one, flat = "krause" if model.config.mixer == "krause_only" else "softmax", []
+
+    def passages(tokens):
         with recorded_branches() as records:
-            weights, states = collect_attention(model, states=True, input_ids=part.to(model.device), use_cache=False)
+            weights, states = collect_attention(model, states=True, input_ids=tokens, use_cache=False)
         for i, (uniform, share) in enumerate(_support_shares(model, states)):
             flat.append({name: value.mean().item() for name, value in first_token_attention(uniform.float(), window).items()})
-            kinds = {kind: (weights[i].float(), share.to(weights[i]), None)}
+            kinds = {one: (weights[i].float(), share.to(weights[i]), None)}
             if records:
                 kinds = _attentions(weights[i], None, records[i], None, window)
-            for each, (values, uniform_share_, _) in kinds.items():
-                numbers = sink_quantities(values, window, uniform_share_)
-                numbers |= {"gate": records[i]["gate"].float().mean(1)} if each == "mixed" else {}
-                for name, value in numbers.items():
-                    found.setdefault(each, {}).setdefault(name, [[] for _ in model.blocks])[i].append(value)
-    profile = {each: {name: torch.stack([torch.cat(parts) for parts in rows]) for name, rows in quantities.items()}
-               for each, quantities in found.items()}
+            for kind, (attention, flat_share, _) in kinds.items():
+                gate = {"gate": records[i]["gate"].float().mean(1)} if kind == "mixed" else {}
+                yield i, kind, sink_quantities(attention, window, flat_share) | gate
+
+    profile = _by_layer(each for part in tokens.split(batch) for each in passages(part.to(model.device)))
     return profile, {name: sum(each[name] for each in flat) / len(flat) for name in flat[0]}
 
 # %% ../nbs/49_sinks.ipynb #1e709e8c
