@@ -17,7 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import banded_attention, contain, fused_attention, merge_heads
 from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer
-from .model_base import CheckedConfig, CheckedModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, token_loss
+from krause_repro.model_base import (
+    CheckedConfig, CheckedModel, TokenModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, next_token_loss,
+)
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, attention_weights, reference_attention
 from krause_repro.ring_cache import (
@@ -284,7 +286,7 @@ def _init_image_weights(model, module):
         nn.init.constant_(module.log_sigma, math.log(model.config.sigma))
 
 # %% ../nbs/13_image_transformer.ipynb #c2b35ea8
-def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels):
+def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels, part):
     "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
     if cache is None and use_cache:
         cache = image_cache(config)
@@ -292,7 +294,7 @@ def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels)
     check_input_ids(input_ids, attention_mask, config, past, config.vocab_size - (not config.start_token))
     if cache is not None:
         check_cache(cache, config, input_ids.shape[0])
-    return cache, past, None if labels is None else check_targets(labels, input_ids, config)
+    return cache, past, None if labels is None else check_targets(labels, input_ids, config, part)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8
 def _generation_options(model, length, options):
@@ -307,13 +309,12 @@ def _generation_options(model, length, options):
     return with_generation_cache(options, length, lambda: image_cache(config), model.generation_config)
 
 # %% ../nbs/13_image_transformer.ipynb #10deb003
-class ImageTransformer(CheckedModel, GenerationMixin):
+class ImageTransformer(TokenModel, GenerationMixin):
     "Token and position embeddings, pre-norm blocks, final norm and a linear head over the grey levels."
 
     config_class = ImageTransformerConfig
     base_model_prefix = "image_transformer"
     _no_split_modules = ["PixelBlock"]
-    accepts_loss_kwargs = False  # the loss is a mean; Trainer must not scale it by the number of tokens
 
     def __init__(self, config: ImageTransformerConfig, **others):  # others are refused, with the nearest setting
         super().__init__(config, **others)
@@ -343,11 +344,13 @@ class ImageTransformer(CheckedModel, GenerationMixin):
         output_attentions: bool | None = None,  # return the weights (B, H, T, n) of each layer? Not for linear attention
         output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
         cache: Cache | None = None,  # another name for `past_key_values`
+        num_items_in_batch: Tensor | int | None = None,  # predicted tokens in all batches of the step; None: those of this one
     ) -> CausalLMOutputWithPast:
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         cache = past_key_values if cache is None else cache
-        cache, past, targets = _checked_inputs(self.config, input_ids, cache, use_cache, attention_mask, labels)
+        part = num_items_in_batch is not None
+        cache, past, targets = _checked_inputs(self.config, input_ids, cache, use_cache, attention_mask, labels, part)
         places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(places))
         states, maps = [x], [] if output_attentions else None
@@ -355,7 +358,7 @@ class ImageTransformer(CheckedModel, GenerationMixin):
             x = block(x, cache, maps)
             states.append(x)
         logits = self.head(self.norm(x))
-        loss = None if targets is None else token_loss(logits[:, :-1], targets)
+        loss = next_token_loss(logits, targets, num_items_in_batch)
         states = states if output_hidden_states else None
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 

@@ -21,7 +21,7 @@ from .attention_patterns import Centroids, check_global_tokens, global_mask, rou
 from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward, ring_of
 from krause_repro.model_base import (
-    INDICES, CheckedConfig, CheckedModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, token_loss,
+    INDICES, CheckedConfig, TokenModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, next_token_loss,
 )
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, score_temperature, upcast_to_float32, weights_and_support, within_segments
@@ -347,13 +347,12 @@ def _keeping_float32(model, fn):
     return applied
 
 # %% ../nbs/19_language_model.ipynb #e582c9ea
-class LanguageModelParts(CheckedModel):
+class LanguageModelParts(TokenModel):
     "Embeddings, blocks, final norm and tied head of a language model."
 
     config_class = LanguageModelConfig
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is a mean; Trainer must not scale it by the number of tokens
     _no_split_modules = ["LanguageBlock"]
     _input_embed_layer = "token_embedding"
     _tied_weights_keys = {"head.weight": "token_embedding.weight"}
@@ -423,11 +422,13 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
         cache: Cache | None = None,  # another name for `past_key_values`
         position_ids: Tensor | None = None,  # (B, T) positions; they start at 0 again for each of several packed sequences
+        num_items_in_batch: Tensor | int | None = None,  # predicted tokens in all batches of the step; None: those of this one
     ) -> CausalLMOutputWithPast:
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         cache = past_key_values if cache is None else cache
-        cache, past, targets = _checked_call(self, input_ids, cache, use_cache, attention_mask, labels, output_attentions)
+        part = num_items_in_batch is not None
+        cache, past, targets = _checked_call(self, input_ids, cache, use_cache, attention_mask, labels, part, output_attentions)
         segment_ids = packed_sequences(position_ids, input_ids, self.config, past, cache is not None)
         x = self.embed(input_ids, past, position_ids)
         states, maps = [x], [] if output_attentions else None
@@ -437,7 +438,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
             x = block(x, cache=cache, segment_ids=segment_ids)  # by name: under gradient checkpointing Transformers takes the cache away
             states.append(x)
         logits = self.head(self.norm(x))
-        loss = None if targets is None else token_loss(logits[:, :-1], targets)
+        loss = next_token_loss(logits, targets, num_items_in_batch)
         states = states if output_hidden_states else None
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 
@@ -450,7 +451,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         return super().generate(inputs, **_generation_options(self.config, length, kwargs, self.generation_config))
 
 # %% ../nbs/19_language_model.ipynb #63ad4173
-def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, output_attentions):
+def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, part, output_attentions):
     "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
     config = model.config
     if cache is None and use_cache:
@@ -465,7 +466,7 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, ou
             raise UserError("past_key_values must be None while routing is trained; call model.eval()")
         if past and model.training and torch.is_grad_enabled() and model.blocks[0].gradient_checkpointing:
             raise UserError("past_key_values must hold no tokens in training with gradient checkpointing, which takes it away")
-    return cache, past, None if labels is None else check_targets(labels, input_ids, config)
+    return cache, past, None if labels is None else check_targets(labels, input_ids, config, part)
 
 # %% ../nbs/19_language_model.ipynb #ad6cb2d3
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig, exist_ok=True)

@@ -140,6 +140,7 @@ def check_targets(
     labels: Tensor,  # must be integers of the shape of `input_ids`
     input_ids: Tensor,  # (B, T)
     config: CheckedConfig,  # with `vocab_size`
+    part: bool = False,  # of a larger batch? It may count no token at all
 ) -> Tensor:  # (B, T − 1), the predicted tokens
     "Raise a `ValueError` unless labels are tokens, or −100 where ignored, of a sequence of at least two tokens."
     tensor = isinstance(labels, Tensor)
@@ -148,7 +149,7 @@ def check_targets(
         raise UserError(
             f"labels must be integers of the shape {tuple(input_ids.shape)} of input_ids, which must be two tokens or more, got {found}")
     targets = check_label_range(labels[:, 1:], config.vocab_size)
-    if targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
+    if not part and targets.device.type == "cpu" and values_known(targets) and not (targets != -100).any():
         raise UserError("labels must count at least one token after the first, got −100 for all of them, whose mean loss is not defined")
     return targets
 
@@ -201,6 +202,19 @@ def token_loss(
     "Cross-entropy in float32, or in float64 for float64 logits."
     wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets.flatten(), **options)
+
+
+def next_token_loss(
+    logits: Tensor,  # (B, T, V)
+    targets: Tensor | None,  # (B, T − 1), from `check_targets`
+    num_items_in_batch: Tensor | int | None = None,  # predicted tokens in the whole batch, of which this may be a part; None: those here
+) -> Tensor | None:  # a scalar, in nats; None without targets
+    "Mean cross-entropy of each token after the first, or the part of it that a part of a batch gives."
+    if targets is None:
+        return None
+    if num_items_in_batch is None:
+        return token_loss(logits[:, :-1], targets)
+    return token_loss(logits[:, :-1], targets, reduction="sum") / num_items_in_batch
 
 # %% ../nbs/10_model_base.ipynb #f2c0dbf8
 README = """---
@@ -284,3 +298,13 @@ class CheckedModel(PreTrainedModel):
         lists = {"hidden_states": hidden_states, "attentions": attentions}
         output = kind(**others, **{name: None if values is None else tuple(values) for name, values in lists.items()})
         return output.to_tuple() if return_dict is False else output
+
+# %% ../nbs/10_model_base.ipynb #7c1d9be4
+class TokenModel(CheckedModel):
+    "What models of token sequences share: Trainer may take a batch in parts, and then passes how many tokens the whole batch predicts."
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config, **others):
+        super().__init__(config, **others)
+        self.loss_type = "ForCausalLM"  # Trainer then does not count the first token of a sequence, which is not predicted

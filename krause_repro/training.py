@@ -39,6 +39,7 @@ from .image_recipes import FOLDER_DATASETS
 from .language_data import IGNORED
 from .language_models import parameter_counts
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
+from .model_base import CheckedModel
 from .recipe_base import SEED, python_values
 from krause_repro.records import (
     InUse, check_unlocked, check_writable, disk_errors, environment, locked, remove_leftovers, write_digests, write_json,
@@ -100,7 +101,7 @@ class _SlicingTrainer(Trainer):
     def __init__(self, *arguments, eval_collator, **keywords):
         super().__init__(*arguments, **keywords)
         self.eval_collator = eval_collator
-        if self.model.main_input_name == "pixel_values":  # parts of a batch of images are weighted by `_weights`, not summed
+        if isinstance(self.model, CheckedModel):  # parts of a batch are weighted by `_weights`, not summed
             self.model_accepts_loss_kwargs = False
 
     def _loader(self, dataset: Dataset, workers: int, **options: object) -> DataLoader:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from krause_repro.branched_models import add_krause_branch, load_with_branch
+from krause_repro.image_transformer import ImageTransformer, ImageTransformerConfig
 from krause_repro.language_model import LanguageModel, LanguageModelConfig
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.transformers_attention import configure_krause, load_krause
@@ -239,27 +240,45 @@ def test_an_image_model_is_as_transformers_expects(kind, check, tmp_path):
         check(kind, tmp_path)
 
 
+def step_gradients(model, data, size, folder):
+    "Gradients of one step of Trainer, in one batch of five or in three parts of two, the last of which is smaller."
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=size, gradient_accumulation_steps=3 if size == 2 else 1, max_steps=1, report_to="none",
+        use_cpu=True, disable_tqdm=True, save_strategy="no", max_grad_norm=0, learning_rate=0.0, logging_steps=1)
+    trainer, found = Trainer(model, arguments, train_dataset=data), []
+    assert trainer.model_accepts_loss_kwargs
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in model.parameters()))
+    trainer.train()
+    return found
+
+
 @pytest.mark.parametrize("kind", ["kvit", "kswin"])
 @pytest.mark.parametrize("problem", ["classes", "probabilities"])
 def test_trainer_accumulates_the_gradient_of_the_whole_batch(kind, problem, tmp_path):
-    "Three parts, the last of which is smaller."
-    gradients = []
-    for size in (5, 2):
-        model = build(kind)
-        labels = torch.tensor([1, 4, 0, 2, 2])
-        labels = labels if problem == "classes" else torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).softmax(1)
-        data = [{"pixel_values": x, "labels": y} for x, y in zip(pixels(model, 5), labels, strict=True)]
-        arguments = TrainingArguments(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=3 if size == 2 else 1, max_steps=1, report_to="none",
-            use_cpu=True, disable_tqdm=True, save_strategy="no", max_grad_norm=0, learning_rate=0.0, logging_steps=1)
-
-        trainer = Trainer(model, arguments, train_dataset=data)
-        assert trainer.model_accepts_loss_kwargs
-        trainer.create_optimizer()
-        trainer.optimizer.register_step_pre_hook(lambda *_, model=model: gradients.append([p.grad.clone() for p in model.parameters()]))
-        trainer.train()
-    for one, other in zip(*gradients, strict=True):
+    labels = torch.tensor([1, 4, 0, 2, 2])
+    labels = labels if problem == "classes" else torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).softmax(1)
+    data = [{"pixel_values": x, "labels": y} for x, y in zip(pixels(build(kind), 5), labels, strict=True)]
+    for one, other in zip(*(step_gradients(build(kind), data, size, tmp_path) for size in (5, 2)), strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["krause", "image tokens"])
+def test_trainer_accumulates_the_gradient_of_all_tokens(kind, tmp_path):
+    "Only two sequences count, with unequal numbers of tokens, so that at least one of the parts has none."
+    def model():
+        torch.manual_seed(0)
+        return ImageTransformer(ImageTransformerConfig(
+            vocab_size=60, image_shape=(2, 7, 1), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            dropout=0.0)) if kind == "image tokens" else build(kind)
+
+    ids, whole = text(batch=5), model()
+    labels = ids.masked_fill(torch.arange(14) < torch.tensor([0, 9, 14, 14, 14])[:, None], -100)
+    whole(input_ids=ids, labels=labels).loss.backward()
+    data = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
+    for size in (5, 2):
+        for one, other in zip(step_gradients(model(), data, size, tmp_path), whole.parameters(), strict=True):
+            assert_close(one, other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["kvit", "kswin"])
