@@ -25,14 +25,14 @@ from .language_model import LanguageModel
 from .language_recipes import LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
 from .plans import TEXT_BITS
-from .recipe_base import NOT_NEGATIVE, SHARE, integers, or_none, python_values, tuples
+from .recipe_base import NOT_NEGATIVE, SHARE, Allowed, integers, or_none, python_values, tuples
 from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
 from .statistics import decimals, finished_table, markdown_table, seeds_in_words, summarise, summarise_curves
 from .tasks import corpus_splits, document_positions, recipe_corpus
 
 # %% ../nbs/45_language_model_evaluation.ipynb #a1850453
-LENGTHS_MEASURED = 2  # training lengths
+LENGTHS_MEASURED = 2  # training lengths, if the test text is so long
 POSITION_BLOCKS, GATE_BLOCKS = 512, 64  # at most so many
 SMOKE_BLOCKS = 64  # at most so many under the profile smoke
 
@@ -72,10 +72,11 @@ def text_blocks_of(
 # %% ../nbs/45_language_model_evaluation.ipynb #27c19ac2
 def position_edges(
     length: int,  # T, of a block in training, at least 2
+    lengths: int = LENGTHS_MEASURED,  # that are measured, in T
 ) -> list[int]:  # last position of each bin, ascending
     "Bins of positions, doubling every second one below T, then eighths of T."
     doubling = sorted({round(2 ** (i / 2)) for i in range(2 * length.bit_length())})
-    beyond = {length + length * i // 8 - 1 for i in range(1, 8 * (LENGTHS_MEASURED - 1) + 1)}
+    beyond = {length + length * i // 8 - 1 for i in range(1, 8 * (lengths - 1) + 1)}
     return [edge for edge in doubling if edge < 0.8 * (length - 1)] + sorted({length - 1, *beyond})
 
 
@@ -87,6 +88,14 @@ def binned(
     return [values[start:stop].mean().item() for start, stop in pairwise([0, *edges])]
 
 
+def bins_allowed(
+    length: int,  # T
+) -> Allowed:
+    "Bits in each bin of `position_edges`, of all lengths or of the training length alone."
+    counts = sorted({len(position_edges(length, lengths)) for lengths in (1, LENGTHS_MEASURED)})
+    return Allowed(f"{' or '.join(map(str, counts))} numbers ≥ 0", lambda value: any(tuples(NOT_NEGATIVE, n).holds(value) for n in counts))
+
+
 # %% ../nbs/45_language_model_evaluation.ipynb #56c1674c
 def test_text(
     run: Run,  # finished, of a language model from scratch
@@ -95,22 +104,24 @@ def test_text(
     """Bits of the test split under a run's model, and by position, cached in the run directory.
 
     A model trained with a document mask is measured with it, on the same tokens as the others; each document opens with an end token.
+    Positions beyond the training length are left out if the test text has no block so long.
     """
     def measure():
         recipe, model, corpus = run.recipe, finished_model(run), run_corpus(run, source).verified("test")
-        blocks, long_blocks = text_blocks_of(recipe, corpus), text_blocks_of(recipe, corpus, LENGTHS_MEASURED, POSITION_BLOCKS)
+        lengths = LENGTHS_MEASURED if len(corpus.tokens("test")) >= LENGTHS_MEASURED * recipe.context else 1
+        blocks, long_blocks = text_blocks_of(recipe, corpus), text_blocks_of(recipe, corpus, lengths, POSITION_BLOCKS)
         positions = partial(document_positions, eos=corpus.tokenizer.eos_token_id) if recipe.document_mask else None
         bits = position_nats(model, blocks, positions=positions).mean().item() / math.log(2)
         with mean_gates(model) as gates:
             position_nats(model, text_blocks_of(recipe, corpus, 1, GATE_BLOCKS), positions=positions)
-        longer = with_further_positions(model, LENGTHS_MEASURED * recipe.context)
+        longer = with_further_positions(model, lengths * recipe.context)
         nats = position_nats(longer, long_blocks, batch=8, positions=positions)
         return {"bits_per_token": bits, "bits_per_byte": bits / corpus.bytes_per_token("test"), "blocks": len(blocks),
                 "tokens": len(blocks) * (recipe.context - 1), "gate": gates or None,
-                "by_position": binned(nats / math.log(2), position_edges(recipe.context))}
+                "by_position": binned(nats / math.log(2), position_edges(recipe.context, lengths))}
 
     fields = {**dict.fromkeys(("bits_per_token", "bits_per_byte"), NOT_NEGATIVE), **dict.fromkeys(("blocks", "tokens"), integers(1)),
-              "gate": or_none(tuples(SHARE)), "by_position": tuples(NOT_NEGATIVE, len(position_edges(run.recipe.context)))}
+              "gate": or_none(tuples(SHARE)), "by_position": bins_allowed(run.recipe.context)}
     return cached_test(run, measure, source=source, fields=fields)
 
 
@@ -131,7 +142,7 @@ def evaluate_language_models(
     "The result of a language model from scratch: bits of the test text, curves, bits by position, σ, gate, speed, and provenance."
     recipe, tests, ends = runs[0].recipe, [test_text(run, source) for run in runs], [run.summary() for run in runs]
     speeds = [end["steps"] * recipe.batch_size * recipe.context / end["seconds"] for end in ends]
-    edges = position_edges(recipe.context)
+    edges = position_edges(recipe.context)[:len(tests[0]["by_position"])]
     return {
         **{name: summarise([test[name] for test in tests]) for name in ("bits_per_token", "bits_per_byte")},
         "test_tokens": tests[0]["tokens"], "test_blocks": tests[0]["blocks"], "steps": ends[0]["steps"], "bf16": ends[0]["bf16"],
@@ -248,14 +259,17 @@ def language_model_table(
 def position_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_language_models`
 ) -> str:  # Markdown
-    "Bits per token of each model in two parts of the training length and in two beyond it."
+    "Bits per token of each model in two parts of the training length and in two beyond it, if measured."
+    def mean(part):
+        return f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" if part else None
+
     def row(m):
         curve = m["by_position"]
         length, widths = curve["length"], [stop - start for start, stop in pairwise([0, *curve["positions"]])]
         spans = ((length // 4, length // 2), (length // 2, length - 1), (length, length + length // 2), (length + length // 2, 2 * length))
         bins = list(zip(curve["positions"], widths, curve["mean"], strict=True))
         found = [[(width, bits) for last, width, bits in bins if low < last <= high] for low, high in spans]
-        return m["label"], len(m["seeds"]), *(f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" for part in found)
+        return m["label"], len(m["seeds"]), *map(mean, found)
 
     length = next(iter(models.values()))["by_position"]["length"]
     ends = (length // 4, length // 2, length - 1, length + length // 2 - 1, 2 * length - 1)

@@ -40,6 +40,7 @@ from krause_repro.language_model_evaluation import (
     evaluate_language_models,
     ngram_baselines,
     position_edges,
+    position_table,
     sample_text,
     with_further_positions,
 )
@@ -735,6 +736,19 @@ def test_a_model_with_a_document_mask_is_tested_and_sampled_as_it_was_trained(sm
     assert [ids[0].item() for ids in asked] == [eos, eos] and len(asked[0]) > 1 == len(asked[1])
 
 
+def check_short_text(run, result, blocks, monkeypatch):
+    "Of 106 test tokens there is a block of the training length, but none of twice that."
+    (run.path / "test.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomCorpus, "tokens", lambda self, split: np.zeros(106, np.uint16))
+        patch.setattr(RandomCorpus, "blocks", lambda self, split, length, overlap: blocks[:{64: 1}[length]])
+        short = [evaluate_language_models([run]) for _ in range(2)][1]  # the second time from the cache
+    assert short["by_position"]["positions"] == [n for n in position_edges(64) if n < 64] and short["test_blocks"] == 1
+    assert len(short["by_position"]["mean"]) == len(short["by_position"]["positions"]) and result["by_position"]["positions"][-1] == 127
+    rows = position_table({"short": short | {"label": "short"}, "long": result | {"label": "long"}}).splitlines()[2:]
+    assert [row.count("—") for row in rows] == [2, 0]
+
+
 def check_evaluation(run, model, monkeypatch):
     "The result of a run, from its model's own loss, and a sample of text."
     result, blocks = evaluate_language_models([run]), RandomCorpus().blocks("test", 64, 1)
@@ -744,6 +758,7 @@ def check_evaluation(run, model, monkeypatch):
         cache.write_text(json.dumps(whole | wrong), encoding="utf-8")
         with pytest.raises(ValueError, match=f"test.json: {next(iter(wrong))} must be .*; delete it to evaluate again"):
             evaluate_language_models([run])
+    check_short_text(run, result, blocks, monkeypatch)
     cache.write_text(json.dumps(whole), encoding="utf-8")
     sinks = evaluate_text_sinks([run])
     assert sinks["passages"] == 32 and sinks["sinks"]["mixed"]["gate"]["n"] == 32 and "| softmax + Krause" not in text_sink_table({})
