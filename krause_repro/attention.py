@@ -314,7 +314,8 @@ def fused_attention(
     cheap = key.device.type == "cpu" and values_known(key)  # on a GPU, reading a value forces a synchronisation
     if new > 1 and not (cheap and sum(x.detach().sum() for x in (query, key, value)).isfinite()):
         key, value, spoiled = contain(key, value)
-    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None and bool(new > 1))
+    causal = True if mask is None and new > 1 else False  # a branch: when compiled for any length, the comparison is a symbol
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=causal)
     return output if spoiled is None else output + spoiled[:, :, length - new:] + query.detach().mul(0).sum(-1, keepdim=True)
 
 # %% ../nbs/06_attention.ipynb #73bbcb53

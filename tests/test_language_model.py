@@ -476,6 +476,16 @@ def test_the_loss_is_of_the_next_token_and_ignores_what_is_marked():
     assert_close(out.loss, -picked.mean())
 
 
+@pytest.mark.parametrize("mixer", ["standard", "krause"])
+def test_compiled_once_for_sequences_of_any_length(mixer):
+    torch.compiler.reset()
+    model = small(mixer, num_hidden_layers=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for length in (9, 14, 20):
+            assert torch.equal(compiled(tokens(2, length)).logits, model(tokens(2, length)).logits)
+
+
 # What is refused
 
 
