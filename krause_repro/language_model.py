@@ -385,6 +385,10 @@ class LanguageModelParts(TokenModel):
         "As in PyTorch, but `to(torch.bfloat16)` leaves in float32 what loading in bfloat16 leaves."
         return super()._apply(_keeping_float32(self, fn), recurse)
 
+    def _get_dtype_plan(self, dtype):
+        "As in 🤗 Transformers; in float64, what would stay in the float32 of its construction is read in float64, too."
+        return super()._get_dtype_plan(dtype) | (dict.fromkeys(self._keep_in_fp32_modules_strict, dtype) if dtype == torch.float64 else {})
+
     def get_output_embeddings(self) -> nn.Linear:
         "The head, which shares its weights with the embeddings."
         return self.head

@@ -388,13 +388,15 @@ def test_routing_and_global_masks():
 # The model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @each_mixer
 def test_saved_and_loaded_by_the_auto_class(mixer, dtype, tmp_path):
     model, ids = small(mixer), tokens()
     model(ids, labels=ids).loss.backward()
     model = model.to(dtype)
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
+    for tensor in model.state_dict().values():
+        tensor.mul_(1 + 1e-12)  # of float64 alone, to a value that float32 does not have
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is LanguageModel and loaded.config.mixer == mixer and not loaded.training
