@@ -86,8 +86,10 @@ class Centroids(nn.Module):
     @torch.no_grad()
     def labels(self, x):
         "The nearest centroid (B, H, T) of each normalised vector (B, H, T, D)."
+        x = upcast_to_float32(x)
         centroids = self.centroids.to(x.dtype)
-        return (x @ centroids.mT - centroids.square().sum(-1).div(2).unsqueeze(-2)).argmax(-1)
+        with no_autocast(x.device):
+            return (x @ centroids.mT - centroids.square().sum(-1).div(2).unsqueeze(-2)).argmax(-1)
 
     @torch.no_grad()
     def update(self, x, labels):

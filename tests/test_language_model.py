@@ -340,18 +340,20 @@ def test_centroids_follow_their_tokens_by_the_closed_form():
     assert_close(clusters.centroids, whole, rtol=0, atol=1e-12)
 
 
-def test_centroids_are_kept_and_moved_in_float32():
-    x, found = Centroids(2, 3, 4, 0.999).normalise(torch.randn(5, 2, 7, 4, generator=torch.Generator().manual_seed(0))), []
+def test_centroids_are_kept_compared_and_moved_in_float32():
+    x, found = Centroids(2, 3, 4, 0.999).normalise(torch.randn(5, 2, 300, 4, generator=torch.Generator().manual_seed(0))), []
     for autocast in (False, True):
         torch.manual_seed(0)
         clusters = Centroids(2, 3, 4, 0.999)
         labels, before = clusters.labels(x), clusters.centroids.clone()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(clusters.labels(x), labels)
             clusters.update(x, labels)
         found.append(clusters.centroids)
     assert torch.equal(*found)
     torch.manual_seed(0)
     clusters = Centroids(2, 3, 4, 0.999)
+    assert torch.equal(clusters.labels(x.bfloat16()), clusters.labels(x.bfloat16().float()))  # centroids are not rounded
     clusters.centroids.data = before.bfloat16()  # as FSDP casts buffers before the first pass
     clusters.update(x.bfloat16(), labels)
     assert clusters.centroids.dtype == torch.float32
