@@ -353,13 +353,13 @@ class ImageTransformer(TokenModel, GenerationMixin):
         cache, past, targets = _checked_inputs(self.config, input_ids, cache, use_cache, attention_mask, labels, part)
         places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(places))
-        states, maps = [x], [] if output_attentions else None
+        states, maps = [x] if output_hidden_states else None, [] if output_attentions else None
         for block in self.blocks:
             x = block(x, cache, maps)
-            states.append(x)
+            if output_hidden_states:
+                states.append(x)
         logits = self.head(self.norm(x))
         loss = next_token_loss(logits, targets, num_items_in_batch)
-        states = states if output_hidden_states else None
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def generate(self, inputs=None, **kwargs):

@@ -427,6 +427,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         cache: Cache | None = None,  # another name for `past_key_values`
         position_ids: Tensor | None = None,  # (B, T) positions; they start at 0 again for each of several packed sequences
         num_items_in_batch: Tensor | int | None = None,  # predicted tokens in all batches of the step; None: those of this one
+        logits_to_keep: int = 0,  # logits of so many last tokens; 0: of all
     ) -> CausalLMOutputWithPast:
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
@@ -435,15 +436,15 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         cache, past, targets = _checked_call(self, input_ids, cache, use_cache, attention_mask, labels, part, output_attentions)
         segment_ids = packed_sequences(position_ids, input_ids, self.config, past, cache is not None)
         x = self.embed(input_ids, past, position_ids)
-        states, maps = [x], [] if output_attentions else None
+        states, maps = [x] if output_hidden_states else None, [] if output_attentions else None
         for block in self.blocks:
             if output_attentions:
                 maps.append(mixer_weights(block.attention, block.norm1(x), segment_ids))
             x = block(x, cache=cache, segment_ids=segment_ids)  # by name: under gradient checkpointing Transformers takes the cache away
-            states.append(x)
-        logits = self.head(self.norm(x))
+            if output_hidden_states:
+                states.append(x)
+        logits = self.head(self.norm(_last(x, logits_to_keep, labels)))
         loss = next_token_loss(logits, targets, num_items_in_batch)
-        states = states if output_hidden_states else None
         return self.pack(CausalLMOutputWithPast, states, maps, return_dict, loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def generate(self, inputs=None, **kwargs):
@@ -455,6 +456,13 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         return super().generate(inputs, **_generation_options(self.config, length, kwargs, self.generation_config))
 
 # %% ../nbs/19_language_model.ipynb #63ad4173
+def _last(x, count, labels):
+    "The last `count` tokens of x (B, T, d), all if it is 0. Raises `ValueError` for other numbers, and beside labels."
+    if check_integer("logits_to_keep", count, 0) and labels is not None:
+        raise UserError(f"logits_to_keep must be 0 with labels, whose loss needs the logits of all tokens, got {count}")
+    return x[:, -count:] if count else x
+
+
 def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, part, output_attentions):
     "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
     config = model.config

@@ -160,6 +160,22 @@ def test_a_cropped_cache_is_that_of_the_kept_tokens(mixer):
     assert torch.equal(made, model.generate(ids[:1, :6], **asked))
 
 
+@each_mixer
+def test_generate_asks_for_the_logits_of_the_last_token_alone(mixer):
+    model, ids, made = small(mixer), tokens(2, 12), []
+    with torch.no_grad():
+        whole = model(ids).logits
+        for count in (1, 5, 30):
+            assert_close(model(ids, logits_to_keep=count).logits, whole[:, -count:], rtol=0, atol=1e-6)
+        model.head.register_forward_hook(lambda head, args, logits: made.append(logits.shape[1]))
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert made == [1, 1, 1]
+    with pytest.raises(ValueError, match="logits_to_keep must be 0 with labels"):
+        model(ids, labels=ids, logits_to_keep=1)
+    with pytest.raises(ValueError, match="logits_to_keep must be an integer ≥ 0, got -1"):
+        model(ids, logits_to_keep=-1)
+
+
 def test_without_a_limit_as_many_new_tokens_as_fit():
     model, ids = small("standard"), tokens(2, 24)
     assert model.generate(ids[:, :10], do_sample=False).shape == (2, 24) and model.generate(ids[:, :2], do_sample=False).shape == (2, 22)
