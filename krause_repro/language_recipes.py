@@ -211,6 +211,7 @@ class LanguageModelRecipe(PackedRecipe):
             raise UserError("gradient_checkpointing must be False for routing: a second forward pass would move the centroids again")
         if self.document_mask and self.mixer in UNPACKED:
             raise UserError(f"document_mask must be False for {self.mixer}, whose mask does not keep documents apart")
+        _ = self.config  # raises for settings that the model refuses
 
     def changes(self, profile):
         return LM_PROFILES[profile] | LM_SUPPORTS[profile].get(self.mixer, {}) | LM_VOCABULARIES.get(self.dataset, {})

@@ -429,6 +429,11 @@ def test_every_field_of_every_recipe_has_its_rule():
     ("lm_krause_100m/openstax", {"batch_size": 975}, "batch_size = 975 must be a multiple of per_device_batch_size, 61"),
     ("lm_krause_100m/openstax", {"width": 760}, "heads must divide width = 760, got 12"),
     ("lm_routing_100m/openstax", {"gradient_checkpointing": True}, "gradient_checkpointing must be False for routing"),
+    ("lm_krause_100m/openstax", {"top_k": 33}, "top_k must be at most window = 32, got 33"),
+    ("lm_longformer_100m/openstax", {"global_tokens": (0, 1024)}, "global_tokens must be a position of the sequence, 0 to 1023, got 1024"),
+    ("lm_longformer_100m/openstax", {"global_tokens": (1, 1)}, "global_tokens must be different"),
+    ("lm_routing_100m/openstax", {"clusters": 7}, "clusters must divide the 1024 positions of the sequence, got 7"),
+    ("lm_routing_100m/openstax", {"heads": 1}, "half of which are local, must be an integer ≥ 2, got 1"),
     ("lm_longformer_100m/openstax", {"document_mask": True}, "document_mask must be False for longformer"),
     ("krause_smollm2/questions", {"batch_size": 6}, "batch_size = 6 must be a multiple of per_device_batch_size, 4"),
 ])
