@@ -43,6 +43,7 @@ def with_further_positions(
 ) -> LanguageModel:
     "A copy with further positions, which all have the embedding of the last trained one."
     longer, weight = copy.deepcopy(model), model.position_embedding.weight.detach()
+    positions = check_integer("positions", positions, len(weight))
     rest = weight[-2].expand(positions - len(weight) + 1, -1)
     longer.position_embedding = torch.nn.Embedding.from_pretrained(torch.cat([weight[:-1], rest]))
     longer.config.positions = positions

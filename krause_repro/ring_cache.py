@@ -467,16 +467,21 @@ def prompt_length(
     options: dict,  # keyword arguments of `generate`
     default: GenerationConfig | None,  # the model's
 ) -> int:
-    "Tokens of a prompt. Raises a `ValueError` if it is no tensor of two dimensions, and for options that the model cannot follow."
+    "Tokens of a prompt. Raises a `ValueError` if it is no tensor (B, T) or empty, and for options that the model cannot follow."
     for name, reason in _REFUSED.items():
         if option_of(name, options, default) is not None:
             raise UserError(f"{name} must be None: {reason}")
+    for name in ("max_new_tokens", "max_length"):
+        if (limit := option_of(name, options, default)) is not None:
+            check_integer(name, limit, 1)
     prompt = options.get("input_ids") if inputs is None else inputs
     if prompt is None:
         return 1
     if not isinstance(prompt, Tensor) or prompt.ndim != 2:
         found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
         raise UserError(f"input_ids must be a tensor of integers of shape (B, T), got {found}")
+    if not prompt.numel():
+        raise UserError(f"input_ids must hold a prompt of at least one token, got shape {tuple(prompt.shape)}")
     return prompt.shape[1]
 
 # %% ../nbs/07_ring_cache.ipynb #b3d7c94e

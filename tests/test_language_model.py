@@ -564,6 +564,13 @@ def test_prompts_that_cannot_be_continued():
     for options in ({"max_new_tokens": 15}, {"max_length": 25}):
         with pytest.raises(ValueError, match="prompt and new tokens must fit into the model's 24 positions, got 25"):
             model.generate(ids, **options)
+    none = GenerationConfig(max_length=0)
+    for options in ({"max_new_tokens": "5"}, {"max_new_tokens": 2.5}, {"max_length": "5"}, {"generation_config": none}):
+        with pytest.raises(ValueError, match="max_(new_tokens|length) must be an integer ≥ 1"):
+            model.generate(ids, **options)
+    for options in ({"inputs": ids[:, :0]}, {"input_ids": ids[:, :0], "max_new_tokens": 3}, {"inputs": ids[:0]}):
+        with pytest.raises(ValueError, match=r"input_ids must hold a prompt of at least one token, got shape \([20], (0|10)\)"):
+            model.generate(**options)
     for mask in (torch.full((2, 10), 0.5), torch.full((2, 10), 2), torch.full((2, 10), torch.nan)):
         with pytest.raises(ValueError, match="attention_mask must be all ones"):
             model(ids, attention_mask=mask)
@@ -624,6 +631,8 @@ def test_positions_are_repeated_from_the_last_trained_one_and_nothing_before_cha
     weight = longer.position_embedding.weight
     assert weight.shape == (40, 32) and torch.equal(weight[22:], weight[22].expand(18, -1))
     assert longer(tokens(1, 40)).logits.shape == (1, 40, 19)
+    with pytest.raises(ValueError, match="positions must be an integer ≥ 24, got 10"):
+        with_further_positions(model, 10)
 
 
 def test_bits_by_position_are_means_of_the_models_own_loss():
