@@ -86,7 +86,7 @@ class CheckedConfig(PreTrainedConfig):
         names: Iterable[str],
     ) -> None:
         "Raise a `TypeError` for an unknown setting; names with a leading underscore belong to Transformers."
-        known = [*(field.name for field in fields(cls)), *COMMON_SETTINGS]
+        known = [*(field.name for field in fields(cls)), *COMMON_SETTINGS, *cls.attribute_map]
         check_names(cls.__name__, [name for name in names if not name.startswith("_")], known, cls.settings())
 
     @classmethod

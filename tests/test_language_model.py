@@ -525,6 +525,14 @@ def test_settings_that_cannot_be(settings, message):
         LanguageModelConfig(**{**SIZES, **settings})
 
 
+def test_the_libraries_name_of_the_positions_is_a_setting_too():
+    renamed = {("max_position_embeddings" if name == "positions" else name): value for name, value in SIZES.items()}
+    for config in (LanguageModelConfig(**renamed), LanguageModelConfig.from_dict({}, **renamed)):
+        assert config.to_dict() == LanguageModelConfig(**SIZES).to_dict()
+    with pytest.raises(ValueError, match="positions must be an integer ≥ 1, got 0"):
+        LanguageModelConfig(max_position_embeddings=0)
+
+
 @over(("arguments", "message"), [
     ({"input_ids": torch.tensor([[0, 19]])}, "input_ids must be tokens of the vocabulary, 0 to 18, got 0 to 19"),
     ({"input_ids": torch.tensor([[-1, 2]])}, "input_ids must be tokens of the vocabulary"),
