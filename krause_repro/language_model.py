@@ -356,6 +356,7 @@ class LanguageModelParts(TokenModel):
     _no_split_modules = ["LanguageBlock"]
     _input_embed_layer = "token_embedding"
     _tied_weights_keys = {"head.weight": "token_embedding.weight"}
+    _keys_to_ignore_on_save = ["head.weight"]  # which is tied, so Trainer does not miss it when it resumes
     _keep_in_fp32_modules_strict = ["bandwidth", "token_gate", "clusters"]
 
     def __init__(self, config: LanguageModelConfig, **others):  # others are refused, with the nearest setting
