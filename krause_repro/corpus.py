@@ -184,9 +184,10 @@ def read_tokenizer(
     "Load a fast tokenizer. Raises `UserError` if it has no end token, gaps between its token ids, or more of them than uint16 can hold."
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (*hub_errors(), ValueError) as error:
-        raise FileNotFoundError(f"no tokenizer in {name} ({error})") from error
     except Exception as error:  # of any kind: the libraries do not check what they read
+        damaged = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        if not damaged and isinstance(error, (*hub_errors(), ValueError)):
+            raise FileNotFoundError(f"no tokenizer in {name} ({error})") from error
         raise UserError(f"{name} is not a whole tokenizer ({error!r}); get it again, or delete the corpus it is of") from error
     highest = max(tokenizer.get_vocab().values(), default=0)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or not highest < len(tokenizer) <= MAX_VOCAB:

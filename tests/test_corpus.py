@@ -441,6 +441,9 @@ def test_two_texts_have_a_corpus_each(built, folder, tmp_path, monkeypatch):
     (lambda path: change(path / "manifest.json", empty_documents=7), ValueError, "manifest.json was altered"),
     (lambda path: train_as_test(path), ValueError, "must list shards of test with .* tokens in all"),
     (lambda path: (path / "tokenizer" / "tokenizer.json").write_text("{}"), ValueError, "/tokenizer is not a whole tokenizer"),
+    (lambda path: (path / "tokenizer" / "tokenizer.json").write_text("{"), ValueError, "/tokenizer is not a whole tokenizer"),
+    (lambda path: (path / "tokenizer" / "tokenizer.json").write_bytes(b"\xff"), ValueError, "/tokenizer is not a whole tokenizer"),
+    (lambda path: (path / "tokenizer" / "tokenizer.json").unlink(), FileNotFoundError, "no tokenizer in .*/tokenizer"),
 ])
 def test_a_damaged_corpus_is_refused(damaged, damage, error, message):
     open_corpus(damaged)
