@@ -256,6 +256,7 @@ def print_scores(
 def fetch_data(
     name: str,  # a data set, such as fashion_mnist, or a corpus of text, such as openstax
     source: str = None,  # of a corpus: the text file or folder, if it is not found automatically
+    vocab_size: int = None,  # of a corpus: tokens of the tokenizer trained on it; default: 4,096
 ) -> None:
     "Download a data set or build a corpus if it is not here yet, and print its folder."
     from krause_repro.corpus import CORPORA, load_corpus
@@ -265,7 +266,10 @@ def fetch_data(
     check_choice("name", name, (*DATA, *CORPORA))
     if source is not None and name not in CORPORA:
         raise UserError(f"source is for a corpus, one of {', '.join(CORPORA)}; got it with {name}")
-    print(load_corpus(name, source=source).path if name in CORPORA else fetch(name))
+    trained = [corpus for corpus, spec in CORPORA.items() if spec.vocab_size]
+    if vocab_size is not None and name not in trained:
+        raise UserError(f"vocab_size is for a corpus whose tokenizer is trained on it, one of {', '.join(trained)}; got it with {name}")
+    print(load_corpus(name, vocab_size, source).path if name in CORPORA else fetch(name))
 
 # %% ../nbs/80_cli.ipynb #a1351ff8
 def make_report(
@@ -433,7 +437,7 @@ def usage() -> str:
 # %% ../nbs/80_cli.ipynb #99285fd9
 LIMITS = {  # minimum and maximum of every integer option
     **dict.fromkeys(("seed", "image_seed", "item_seed"), (0, 2**32 - 1)), "threads": (1, 1024),
-    **dict.fromkeys(("images", "batch", "tokens", "limit", "batch_size", "max_gen_toks", "steps"), (1, 2**31 - 1)),
+    **dict.fromkeys(("images", "batch", "tokens", "limit", "batch_size", "max_gen_toks", "steps", "vocab_size"), (1, 2**31 - 1)),
 }
 
 

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from krause_repro import cli, language_model_evaluation, tasks
 from krause_repro import corpus as corpora
-from krause_repro import language_model_evaluation, tasks
 from krause_repro.corpus import (
     CORPORA,
     SPLITS,
@@ -497,6 +497,16 @@ def test_texts_that_are_too_small_are_refused_and_nothing_is_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             train_tokenizer(texts(), size)
     assert not list((tmp_path / "corpora").rglob("*.*"))
+
+
+def test_the_command_builds_a_corpus_of_a_small_text(no_downloads, folder, capsys):
+    build = ["data", "text", "--source", str(folder)]
+    assert cli.main(build) == 2 and "vocab_size must be at most" in capsys.readouterr().err
+    assert cli.main([*build, "--vocab_size", str(VOCAB)]) == 0
+    assert open_corpus(capsys.readouterr().out.strip()).vocab_size == VOCAB
+    for name in ("fashion_mnist", "fineweb_edu"):
+        assert cli.main(["data", name, "--vocab_size", "300"]) == 2
+        assert f"trained on it, one of openstax, novels, shakespeare, text; got it with {name}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
