@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -209,7 +210,10 @@ def _read_trained_on(path):
 def _choose_tokenizer(source, weights, vocab_size, name):
     "A tokenizer and the record of its training documents: loaded by name, or trained on the training part of a text."
     if vocab_size is None:
-        return read_tokenizer(name)
+        found, record = read_tokenizer(name)
+        if record is None and Path(name).is_dir():  # one of the hub is known by its name
+            warnings.warn(f"{name} has no {TRAINED_ON}, so it is not known whether it was trained on held-out documents", stacklevel=2)
+        return found, record
     if not isinstance(source, TextSource):
         raise UserError(f"vocab_size must be left out for a streamed corpus, which takes a finished tokenizer, got {vocab_size}")
     chosen = [text for text in source.documents if document_split(document_digest(text), weights) == "train"]
@@ -305,8 +309,9 @@ def _write_part(path: Path, number: int, parts: dict[str, list[tuple[np.ndarray,
 
 def _start(name, source, tokenizer, asked, trained_on, shard_tokens):
     "The record of a build without parts."
+    name_on_hub = None if asked is None or Path(asked).is_dir() else str(asked)
     facts = {"sha256": tokenizer_digest(tokenizer), "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
-             "trained_on": (trained_on or {}).get("sha256"), "name": None if asked is None or Path(asked).is_dir() else str(asked)}
+             "trained_on": (trained_on or {}).get("sha256", None if name_on_hub else "unknown"), "name": name_on_hub}
     return {"format": 1, "name": name, "source": source.origin, "weights": list(CORPORA[name].weights), "tokenizer": facts,
             "shard_tokens": shard_tokens, "empty_documents": 0, "parts": 0,
             "splits": {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}}

@@ -315,6 +315,13 @@ def test_a_tokenizer_of_held_out_documents_is_refused(folder, tmp_path):
     assert not list((tmp_path / "corpora").rglob("*.bin")) and not list((tmp_path / "corpora").rglob("manifest.json"))
 
 
+def test_a_tokenizer_whose_training_documents_are_unknown_is_marked(built, folder, tmp_path):
+    train_tokenizer(texts(), VOCAB).save_pretrained(tmp_path / "tokenizer")
+    with pytest.warns(UserWarning, match="tokenizer has no trained_on.json, so it is not known whether"):
+        corpus = load_corpus("text", source=folder, folder=tmp_path / "corpora", tokenizer=tmp_path / "tokenizer")
+    assert corpus.manifest["tokenizer"]["trained_on"] == "unknown" and len(built.manifest["tokenizer"]["trained_on"]) == 64
+
+
 def word_tokenizer(path, vocabulary, unknown=None):
     "A tokenizer of whole words, separated by blanks."
     plain = Tokenizer(models.WordLevel(vocabulary, unknown))
@@ -327,6 +334,7 @@ def in_lower_case(path):
     change(path / "tokenizer.json", normalizer={"type": "Lowercase"})
 
 
+@pytest.mark.filterwarnings("ignore:.*has no trained_on.json")
 @pytest.mark.parametrize(("make", "message"), [
     (lambda path: word_tokenizer(path, {"[UNK]": 0, "the": 1, "<e>": 2}, "[UNK]"), "tokenizer must spell every text .* got '.*UNK"),
     (lambda path: word_tokenizer(path, {"the": 0, "<e>": 1}), "tokenizer must encode every text of this corpus .*Missing"),
