@@ -461,6 +461,7 @@ def _write_tokenizer(run, model, tokenizer, is_main):
     model.generation_config.update(eos_token_id=end, bos_token_id=end, pad_token_id=end, max_length=run.recipe.context)
     if is_main:
         tokenizer.model_max_length = run.recipe.context
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.save_pretrained(run.path)
         record = Path(tokenizer.name_or_path, TRAINED_ON)
         if record.is_file():

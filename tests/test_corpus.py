@@ -274,6 +274,7 @@ def test_a_streamed_corpus_of_an_earlier_version_is_read_and_continued(streamed,
     assert np.array_equal(open_corpus(path).tokens("train"), whole.tokens("train"))
 
 
+@pytest.mark.filterwarnings("ignore:.*has no trained_on.json")
 def test_a_corpus_of_another_tokenizer_is_not_taken_for_one_of_gpt2(streamed, monkeypatch):
     known, load = {"openai-community/gpt2": streamed["tokenizer"]}, corpora.read_tokenizer
     monkeypatch.setattr(corpora, "read_tokenizer", lambda name: load(known.get(str(name), name)))  # a hub

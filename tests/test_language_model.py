@@ -866,6 +866,7 @@ def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_a
     assert 0 < result["bits_per_token"]["mean"] < result["held_out_bits"]["mean"] + 1 and result["test_blocks"] > 1
     assert read_tokenizer(run.path)[1] == read_tokenizer(text.path / "tokenizer")[1] is not None
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path)
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == tokenizer.eos_token_id
     assert tokenizer.model_max_length == 1024 and torch.equal(model.head.weight, run.model().head.weight)
     assert model(**tokenizer("the 5", return_tensors="pt")).logits.shape[-1] == 300
     with torch.no_grad():  # the most likely token is now the end token
