@@ -30,6 +30,17 @@ def ring_positions(
     return length - 1 - (length - 1 - slot) % window
 
 # %% ../nbs/07_ring_cache.ipynb #a7f620f9
+def _check_held(layer, key_states, value_states):
+    "Raise a `ValueError` unless new keys and values fit those that a cache layer holds."
+    for name, held, new in (("key_states", layer.keys, key_states), ("value_states", layer.values, value_states)):
+        if layer.is_initialized and (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
+            batch, heads, _, dim = held.shape
+            raise UserError(
+                f"{name} must have {batch} sequences, {heads} heads, dimension {dim} and {held.dtype}, as in the cache, "
+                f"got {tuple(new.shape)} of {new.dtype}; a cache serves one batch of one model: call reset(), or make a new one"
+            )
+
+
 class _RingStorage(CacheLayerMixin):
     "Keys and values of the last `window` tokens, position p in slot p mod `window`."
 
@@ -59,13 +70,7 @@ class _RingStorage(CacheLayerMixin):
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
             shapes = f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
             raise UserError(f"key_states (B, H, T, D) and value_states (B, H, T, Dv) must agree, got {shapes}")
-        for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
-            if self.is_initialized and (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
-                batch, heads, _, dim = held.shape
-                raise UserError(
-                    f"{name} must have {batch} sequences, {heads} heads, dimension {dim} and {held.dtype}, as in the cache, "
-                    f"got {tuple(new.shape)} of {new.dtype}; a cache serves one batch of one model: call reset(), or make a new one"
-                )
+        _check_held(self, key_states, value_states)
 
     def _own(self) -> None:
         "Copy the ring if it must not be modified in place."
@@ -414,9 +419,7 @@ class PreallocatedLayer(CountedLayer):
         "Store the new tokens and return all. Raises `ValueError` for shapes that differ from the stored ones and when it is full."
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        for name, held, new in (("key_states", self.keys, key_states), ("value_states", self.values, value_states)):
-            if (*held.shape[:2], held.shape[3], held.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
-                raise UserError(f"{name} must fit those held, {tuple(held.shape)} of {held.dtype}, got {tuple(new.shape)} of {new.dtype}")
+        _check_held(self, key_states, value_states)
         start, end = self.cumulative_length, self.cumulative_length + key_states.shape[2]
         if end > self.length:
             raise UserError(f"this cache holds {self.length} tokens; {start} are there, and {end - start} more do not fit")

@@ -276,7 +276,7 @@ def test_a_preallocated_layer_neither_grows_nor_takes_others():
     assert keys.data_ptr() == place and keys[:, :, -1].unique().tolist() == [3] and values[:, :, 0].unique().tolist() == [2]
     with pytest.raises(ValueError, match="this cache holds 4 tokens; 4 are there, and 1 more do not fit"):
         layer.update(new[:, :, :1], new[:, :, :1])
-    with pytest.raises(ValueError, match="key_states must fit those held"):
+    with pytest.raises(ValueError, match="key_states must have .* as in the cache"):
         layer.update(new[:1, :, :1], new[:1, :, :1])
 
 
