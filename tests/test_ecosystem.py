@@ -53,7 +53,6 @@ NOT_APPLICABLE = {  # of all models also: slow and fast initialisation, torchscr
        for kind in ("llama", "gpt2")},
     ("krause only", "exported"): "krause, which is exported, contains it",
     ("qwen2", "assisted"): "its code is Llama's",
-    ("krause", "assisted"): "its cache of all positions cannot be cropped, which transformers says",
     **{(kind, "padded"): "it has no padding; an attention_mask with zeros is refused" for kind in MIXED},
 }
 
