@@ -286,7 +286,7 @@ def _init_image_weights(model, module):
         nn.init.constant_(module.log_sigma, math.log(model.config.sigma))
 
 # %% ../nbs/13_image_transformer.ipynb #c2b35ea8
-def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels, part):
+def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels, num_items_in_batch):
     "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
     if cache is None and use_cache:
         cache = image_cache(config)
@@ -294,7 +294,7 @@ def _checked_inputs(config, input_ids, cache, use_cache, attention_mask, labels,
     check_input_ids(input_ids, attention_mask, config, past, config.vocab_size - (not config.start_token))
     if cache is not None:
         check_cache(cache, config, input_ids.shape[0])
-    return cache, past, None if labels is None else check_targets(labels, input_ids, config, part)
+    return cache, past, None if labels is None else check_targets(labels, input_ids, config, num_items_in_batch is not None)
 
 # %% ../nbs/13_image_transformer.ipynb #21c832f8
 def _generation_options(model, length, options):
@@ -349,8 +349,7 @@ class ImageTransformer(TokenModel, GenerationMixin):
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         cache = past_key_values if cache is None else cache
-        part = num_items_in_batch is not None
-        cache, past, targets = _checked_inputs(self.config, input_ids, cache, use_cache, attention_mask, labels, part)
+        cache, past, targets = _checked_inputs(self.config, input_ids, cache, use_cache, attention_mask, labels, num_items_in_batch)
         places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(places))
         states, maps = [x] if output_hidden_states else None, [] if output_attentions else None

@@ -386,8 +386,7 @@ class LanguageModelParts(TokenModel):
         "As in PyTorch, but `to(torch.bfloat16)` leaves in float32 what loading in bfloat16 leaves."
         return super()._apply(_keeping_float32(self, fn), recurse)
 
-    def _get_dtype_plan(self, dtype):
-        "As in 🤗 Transformers; in float64, what would stay in the float32 of its construction is read in float64, too."
+    def _get_dtype_plan(self, dtype):  # in float64 all is read in float64, also what is built in float32
         return super()._get_dtype_plan(dtype) | (dict.fromkeys(self._keep_in_fp32_modules_strict, dtype) if dtype == torch.float64 else {})
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -433,8 +432,8 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         "Logits (B, T, vocab_size) of the next tokens, the mean cross-entropy in nats if labels are given, and requested extras."
         output_attentions, output_hidden_states, return_dict = self.flags(output_attentions, output_hidden_states, return_dict)
         cache = past_key_values if cache is None else cache
-        part = num_items_in_batch is not None
-        cache, past, targets = _checked_call(self, input_ids, cache, use_cache, attention_mask, labels, part, output_attentions)
+        cache, past, targets = _checked_call(
+            self, input_ids, cache, use_cache, attention_mask, labels, num_items_in_batch, output_attentions)
         segment_ids = packed_sequences(position_ids, input_ids, self.config, past, cache is not None)
         x = self.embed(input_ids, past, position_ids)
         states, maps = [x] if output_hidden_states else None, [] if output_attentions else None
@@ -464,7 +463,7 @@ def _last(x, count, labels):
     return x[:, -count:] if count else x
 
 
-def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, part, output_attentions):
+def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, num_items_in_batch, output_attentions):
     "The cache of a call, new if one is wanted and none given, the number of earlier tokens, and the targets; all checked."
     config = model.config
     if cache is None and use_cache:
@@ -479,7 +478,7 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, pa
             raise UserError("past_key_values must be None while routing is trained; call model.eval()")
         if past and model.training and torch.is_grad_enabled() and model.blocks[0].gradient_checkpointing:
             raise UserError("past_key_values must hold no tokens in training with gradient checkpointing, which takes it away")
-    return cache, past, None if labels is None else check_targets(labels, input_ids, config, part)
+    return cache, past, None if labels is None else check_targets(labels, input_ids, config, num_items_in_batch is not None)
 
 # %% ../nbs/19_language_model.ipynb #ad6cb2d3
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig, exist_ok=True)
