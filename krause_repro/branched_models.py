@@ -29,7 +29,7 @@ from krause_repro.llm_branch import (
     is_unmodified, krause_branch_forward, mix_outputs, note_padding,
 )
 from .native_decode import DecodeLinear, native_branch_step, native_rotation, rotation_applies
-from .model_base import CheckedModel
+from .model_base import CheckedModel, WideLoading
 from .native_kernels import kernels_apply
 from .transformers_attention import LOAD_OPTIONS, SAFE_LOADING, hub_options, named_options
 
@@ -349,7 +349,7 @@ def load_with_branch(
     config = base_config(config)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
 
-    class WithBranch(kind):
+    class WithBranch(WideLoading, kind):
         _keep_in_fp32_modules_strict = [*(kind._keep_in_fp32_modules_strict or ()), "bandwidth", "token_gate"]
 
         def __init__(self, config, *args, **kwargs):

@@ -21,7 +21,8 @@ from .attention_patterns import Centroids, check_global_tokens, global_mask, rou
 from .checks import UserError, check_bandwidth, check_choice, check_flag, check_fraction, check_integer, values_known
 from .llm_branch import Bandwidth, BranchSettings, KrauseBranch, branch_config, branches, krause_branch_forward, ring_of
 from krause_repro.model_base import (
-    INDICES, CheckedConfig, TokenModel, check_input_ids, check_targets, check_transformer_sizes, named_arguments, next_token_loss,
+    INDICES, CheckedConfig, TokenModel, WideLoading, check_input_ids, check_targets, check_transformer_sizes, named_arguments,
+    next_token_loss,
 )
 from .native_decode import DecodeLinear
 from .reference import CausalWindow, score_temperature, upcast_to_float32, weights_and_support, within_segments
@@ -347,7 +348,7 @@ def _keeping_float32(model, fn):
     return applied
 
 # %% ../nbs/19_language_model.ipynb #e582c9ea
-class LanguageModelParts(TokenModel):
+class LanguageModelParts(WideLoading, TokenModel):
     "Embeddings, blocks, final norm and tied head of a language model."
 
     config_class = LanguageModelConfig
@@ -385,9 +386,6 @@ class LanguageModelParts(TokenModel):
     def _apply(self, fn, recurse=True):
         "As in PyTorch, but `to(torch.bfloat16)` leaves in float32 what loading in bfloat16 leaves."
         return super()._apply(_keeping_float32(self, fn), recurse)
-
-    def _get_dtype_plan(self, dtype):  # in float64 all is read in float64, also what is built in float32
-        return super()._get_dtype_plan(dtype) | (dict.fromkeys(self._keep_in_fp32_modules_strict, dtype) if dtype == torch.float64 else {})
 
     def get_output_embeddings(self) -> nn.Linear:
         "The head, which shares its weights with the embeddings."

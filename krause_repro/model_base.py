@@ -300,6 +300,13 @@ class CheckedModel(PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 # %% ../nbs/10_model_base.ipynb #7c1d9be4
+class WideLoading:
+    "Loading in float64 reads all weights in float64, also those that are otherwise kept in float32."
+
+    def _get_dtype_plan(self, dtype):
+        return super()._get_dtype_plan(dtype) | (dict.fromkeys(self._keep_in_fp32_modules_strict, dtype) if dtype == torch.float64 else {})
+
+
 class TokenModel(CheckedModel):
     "What models of token sequences share: Trainer may take a batch in parts, and then passes how many tokens the whole batch predicts."
 

@@ -35,7 +35,14 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from krause_repro import branched_models
-from krause_repro.branched_models import add_krause_branch, branch_sigmas, mean_gates, recorded_branches, remove_krause_branch
+from krause_repro.branched_models import (
+    add_krause_branch,
+    branch_sigmas,
+    load_with_branch,
+    mean_gates,
+    recorded_branches,
+    remove_krause_branch,
+)
 from krause_repro.image_transformer import ImageTransformer, ImageTransformerConfig
 from krause_repro.language_model import LanguageModel, LanguageModelConfig
 from krause_repro.language_models import (
@@ -395,6 +402,14 @@ def test_a_model_saved_with_its_branch_loads_with_it(tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     assert len(branches(remove_krause_branch(loaded))) == 0
+
+
+def test_a_branch_saved_in_float64_is_loaded_in_float64(tmp_path):
+    model = small().double()
+    model.save_pretrained(tmp_path)
+    loaded = load_with_branch(str(tmp_path), dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
 def without_mark(folder):
