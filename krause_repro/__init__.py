@@ -5,7 +5,7 @@ In reading order:
 - the idea: `dynamics`, `checks`, `reference` (scores, neighbourhoods, top-k: the definition), `fast_attention`, `native_kernels`,
   `triton_kernels`, `attention` (`krause_attention`, `KrauseAttention`), `ring_cache`, `transformers_attention`, `native_decode`
 - the models: `model_base`, `vision_transformer`, `swin`, `image_transformer`, `baselines`, `llm_branch`, `branched_models`,
-  `language_models`, `attention_patterns`, `language_model`
+  `adapters`, `attention_patterns`, `language_model`
 - the tools: `records` (files), `results`, `recipe_base`, `image_recipes`, `generation_recipes`, `language_recipes`, `recipes`,
   `image_files`, `image_data`, `packaged_data`, `language_data`, `sampling`, `likelihood`, `corpus`, `tasks`, `runs`, `training`,
   `flops`, `timing`, `checkpoints`

@@ -16,11 +16,11 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from .adapters import load_language_model, lora_config
 from .branched_models import add_krause_branch
 from .checks import UserError, check_integer
 from .flops import branch_macs
 from .language_model import LanguageModel
-from .language_models import load_language_model, lora_config
 from .llm_branch import branches, cache_argument
 from .native_decode import DecodeLinear
 from .packaged_data import smollm2_folder

@@ -101,7 +101,7 @@ class FastBranch(KrauseBranch):
 
 # %% ../nbs/16_branched_models.ipynb #d6f3613a
 _SAVED_TYPE = "krause_repro_branch"  # model_type of a model saved with a branch
-_READ_BY = "a model with a Krause branch: read it with krause_repro.language_models.load_language_model"
+_READ_BY = "a model with a Krause branch: read it with krause_repro.adapters.load_language_model"
 
 
 class SavedWithBranch(PreTrainedConfig):

@@ -328,7 +328,7 @@ def check_evaluation_files(
     output: str | None,  # a file to write
 ) -> None:
     "Raise an error if the model's folder or the adapter's files are missing, or the output cannot be written."
-    from krause_repro.language_models import ADAPTER_FILES
+    from krause_repro.adapters import ADAPTER_FILES
 
     if model.startswith(("/", ".", "~")) and not Path(model).exists():
         raise FileNotFoundError(f"model={model!r} does not exist; give a folder, a GGUF file, a name on the hub, smollm2, or a run")
@@ -414,7 +414,7 @@ def load_evaluated(
             raise UserError(f"adapter must be left out for a run, {model}, got {adapter}")
         return run_model(open_run(model), corpus)
     from krause_repro.evaluation import on_device
-    from krause_repro.language_models import load_language_model
+    from krause_repro.adapters import load_language_model
     from krause_repro.packaged_data import pretrained_source
 
     network, tokenizer = load_language_model(pretrained_source(model), adapter)

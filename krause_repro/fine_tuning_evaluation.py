@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .adapters import load_tokenizer
 from .branched_models import branch_sigmas
 from .checks import UserError
 from .evaluation import FLAT_LOSS, cached_test, finished_model, loss_curves, on_device, provenance
 from .language_data import encode_prompt, question_answers, split_items
-from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe
 from .recipe_base import SHARE, integers
 from .runs import Run

@@ -24,12 +24,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from .adapters import load_tokenizer
 from .checks import UserError, check_choice, check_integer
 from .evaluation import cached_test, finished_model, on_device, provenance
 from .fine_tuning_evaluation import check_not_empty, finite_logits
 from .language_model import LanguageModel
 from .language_model_evaluation import run_tokenizer
-from .language_models import load_tokenizer
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from krause_repro.language_tasks import (
     ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, ZERO_SHOT_TASKS, check_ifeval, check_language_tasks, evaluation_split, fixed_draws,

@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
+from .adapters import load_language_model
 from .checks import UserError, check_choice, check_path
-from .language_models import load_language_model
 from .records import atomic_write, cache_folder, scratch_folder, write_json
 
 # %% ../nbs/29_packaged_data.ipynb #f91eefd0

@@ -23,6 +23,9 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
+from krause_repro.adapters import (
+    ADAPTER_FILES, add_adapter, base_fingerprint, load_language_model, load_tokenizer, lora_config, save_adapter,
+)
 from .branched_models import add_krause_branch
 from .checks import UserError, check_choice
 from .corpus import CORPORA, Corpus, load_corpus, textbooks
@@ -33,9 +36,6 @@ from .image_transformer import check_images
 from krause_repro.language_data import (
     IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, split_items, split_works,
     text_blocks,
-)
-from krause_repro.language_models import (
-    ADAPTER_FILES, add_adapter, base_fingerprint, load_language_model, load_tokenizer, lora_config, save_adapter,
 )
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .model_base import token_loss

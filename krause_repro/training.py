@@ -29,6 +29,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker, set_seed
 
+from .adapters import parameter_counts
 from .attention_patterns import Centroids
 from .branched_models import branch_sigmas, mean_gates
 from .checks import UserError, check_flag, check_integer, check_path
@@ -37,7 +38,6 @@ from .image_data import Splits
 from .image_files import check_unreadable, find_source
 from .image_recipes import FOLDER_DATASETS
 from .language_data import IGNORED
-from .language_models import parameter_counts
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .model_base import CheckedModel
 from .recipe_base import SEED, python_values

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from krause_repro import cli, fine_tuning_evaluation, packaged_data, sinks, tasks, training
+from krause_repro.adapters import ADAPTER_FILES, load_language_model, lora_config, parameter_counts
 from krause_repro.branched_models import add_krause_branch
 from krause_repro.corpus import textbooks
 from krause_repro.evaluation import loss_curves
@@ -32,7 +33,6 @@ from krause_repro.fine_tuning_evaluation import (
     predicted_choices,
 )
 from krause_repro.language_data import IGNORED, split_works
-from krause_repro.language_models import ADAPTER_FILES, load_language_model, lora_config, parameter_counts
 from krause_repro.language_recipes import FINE_TUNING_BY_PROFILE, fine_tuning_recipes
 from krause_repro.llm_branch import branches
 from krause_repro.packaged_data import pretrained_source, smollm2_folder

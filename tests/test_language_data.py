@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from krause_repro import language_data, packaged_data
+from krause_repro.adapters import load_language_model
 from krause_repro.language_benchmarks import answer_token
 from krause_repro.language_data import (
     IGNORED,
@@ -44,7 +45,6 @@ from krause_repro.language_data import (
     split_works,
     text_blocks,
 )
-from krause_repro.language_models import load_language_model
 from krause_repro.packaged_data import (
     PACKAGED,
     PackagedFiles,

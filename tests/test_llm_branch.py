@@ -35,6 +35,15 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from krause_repro import branched_models
+from krause_repro.adapters import (
+    add_adapter,
+    base_fingerprint,
+    check_base,
+    load_language_model,
+    lora_config,
+    parameter_counts,
+    save_adapter,
+)
 from krause_repro.branched_models import (
     add_krause_branch,
     branch_sigmas,
@@ -45,15 +54,6 @@ from krause_repro.branched_models import (
 )
 from krause_repro.image_transformer import ImageTransformer, ImageTransformerConfig
 from krause_repro.language_model import LanguageModel, LanguageModelConfig
-from krause_repro.language_models import (
-    add_adapter,
-    base_fingerprint,
-    check_base,
-    load_language_model,
-    lora_config,
-    parameter_counts,
-    save_adapter,
-)
 from krause_repro.llm_branch import BranchSettings, KrauseBranch, attention_layers, branches, padding_of_keys
 from krause_repro.native_kernels import kernels_available
 from krause_repro.reference import CausalWindow
@@ -376,7 +376,7 @@ def test_sigma_and_gate_are_trained_and_saved(tmp_path):
         expected = model.eval()(tokens()).logits
     torch.save(expected, tmp_path / "expected.pt")
     run_fresh(
-        "import torch; from transformers import LlamaForCausalLM; from krause_repro.language_models import add_adapter; "
+        "import torch; from transformers import LlamaForCausalLM; from krause_repro.adapters import add_adapter; "
         "model = add_adapter(LlamaForCausalLM.from_pretrained(folder + '/base'), folder + '/adapter').eval(); "
         "ids = torch.randint(61, (2, 29), generator=torch.Generator().manual_seed(1)); "
         "torch.testing.assert_close(model(ids).logits, torch.load(folder + '/expected.pt', weights_only=True), rtol=0, atol=1e-5)",
@@ -396,7 +396,7 @@ def test_frozen_sigma_and_random_biases_are_what_the_released_code_does():
 def test_a_model_saved_with_its_branch_loads_with_it(tmp_path, monkeypatch):
     model = small()
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path)
     assert type(loaded) is LlamaForCausalLM and not loaded.training
     with torch.no_grad():
@@ -423,7 +423,7 @@ def test_a_folder_of_an_earlier_version_loads_with_its_branch(tmp_path, monkeypa
     model = small()
     model.save_pretrained(tmp_path)
     without_mark(tmp_path)
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     with torch.no_grad():
         assert torch.equal(load_language_model(tmp_path)[0](tokens()).logits, model(tokens()).logits)
     plain = LlamaForCausalLM.from_pretrained(tmp_path)  # knows of no branch
@@ -435,7 +435,7 @@ def test_a_folder_of_an_earlier_version_loads_with_its_branch(tmp_path, monkeypa
 def test_no_reader_takes_a_saved_model_for_its_base(tmp_path, family, monkeypatch):
     model = small(family)
     model.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="read it with krause_repro.language_models.load_language_model"):
+    with pytest.raises(Exception, match="read it with krause_repro.adapters.load_language_model"):
         type(model).from_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(tokens()).logits
@@ -457,7 +457,7 @@ def test_a_configuration_keeps_the_branch_wherever_it_goes(tmp_path):
     for config in (model.config, copied, pickled, AutoConfig.from_pretrained(tmp_path)):
         assert len(branches(AutoModelForCausalLM.from_config(config))) == 2
         config.save_pretrained(tmp_path / "again")
-        with pytest.raises(Exception, match="krause_repro.language_models"):
+        with pytest.raises(Exception, match="krause_repro.adapters"):
             LlamaConfig.from_pretrained(tmp_path / "again")
     removed = remove_krause_branch(model).config
     assert type(removed) is LlamaConfig and not branches(AutoModelForCausalLM.from_config(removed))
@@ -664,7 +664,7 @@ def test_a_bfloat16_model_loads_as_it_was_saved(tmp_path, monkeypatch):
             branch.bandwidth.log_sigma += 1e-3  # lost in bfloat16
             branch.token_gate.proj.bias += 1e-3
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     for options in ({}, {"dtype": torch.bfloat16}):
         loaded, _ = load_language_model(tmp_path, **options)
         saved, state = model.state_dict(), loaded.state_dict()
@@ -680,7 +680,7 @@ def test_missing_weights_of_a_branch_are_an_error(tmp_path, monkeypatch):
     state = load_file(tmp_path / "model.safetensors")
     del state["model.layers.1.self_attn.krause_branch.bandwidth.log_sigma"]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     with pytest.raises(ValueError, match="lacks 1 weights, such as model.layers.1.self_attn.krause_branch.bandwidth.log_sigma"):
         load_language_model(tmp_path)
 
@@ -883,7 +883,7 @@ def test_a_half_written_adapter_is_refused(tmp_path, monkeypatch, count):
             raise OSError
         replace(source, target)
 
-    monkeypatch.setattr("krause_repro.language_models.os.replace", fails)
+    monkeypatch.setattr("krause_repro.adapters.os.replace", fails)
     with pytest.raises(OSError):
         save_adapter(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="has no krause_branch.json"):
@@ -1026,7 +1026,7 @@ def test_plain_peft_does_not_read_an_adapter_with_a_branch(tmp_path):
         for name in ("adapter", "by peft", "read and saved"):
             for read in (lambda folder: PeftModel.from_pretrained(small(branch=False), folder), AutoPeftModelForCausalLM.from_pretrained,
                          AutoModelForCausalLM.from_pretrained, lambda folder: small(branch=False).load_adapter(folder)):
-                with pytest.raises(ValueError, match="read it with krause_repro.language_models.add_adapter"):
+                with pytest.raises(ValueError, match="read it with krause_repro.adapters.add_adapter"):
                     read(str(tmp_path / name))
             assert torch.equal(add_adapter(small(branch=False), tmp_path / name).eval()(tokens()).logits, expected)
 
@@ -1050,8 +1050,8 @@ def test_an_adapter_that_names_the_old_module_is_read(tmp_path):
     model = several(["default"])
     save_adapter(model, tmp_path)
     config = (tmp_path / "adapter_config.json").read_text()
-    assert "krause_repro.language_models.add_adapter" in config
-    (tmp_path / "adapter_config.json").write_text(config.replace("krause_repro.language_models", "krause_repro.llm_branch"))
+    assert "krause_repro.adapters.add_adapter" in config
+    (tmp_path / "adapter_config.json").write_text(config.replace("krause_repro.adapters", "krause_repro.llm_branch"))
     assert torch.equal(by_adapter(add_adapter(small(branch=False), tmp_path).eval())[""], by_adapter(model)[""])
 
 
@@ -1085,7 +1085,7 @@ def test_code_beside_a_model_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("open('exploded', 'w')\nfrom transformers import LlamaForCausalLM as Evil, LlamaConfig as Evils\n")
     config = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Evils",
                                                                                  "AutoModelForCausalLM": "evil.Evil"}}
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **options: options)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **options: options)
     for model_type in ("llama", "evil"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         if model_type == "llama":
@@ -1101,7 +1101,7 @@ def test_code_beside_a_model_is_never_run(tmp_path, monkeypatch):
 
 def test_options_of_loading_are_checked_by_name(tmp_path, monkeypatch):
     small(branch=False).save_pretrained(tmp_path)
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     for wrong, right in (("dtpe", "dtype"), ("adaptr", "adapter"), ("revison", "revision")):
         with pytest.raises(TypeError, match=f"load_language_model takes no '{wrong}'; the nearest name is '{right}'"):
             load_language_model(tmp_path, **{wrong: 1})
@@ -1258,7 +1258,7 @@ def test_options_of_the_hub_reach_configuration_tokenizer_and_weights(monkeypatc
     hub = {"token": "t", "revision": "r", "cache_dir": "c", "local_files_only": True, "subfolder": "s"}
     calls, config = [], LlamaConfig(**SMALL)
     for name, result in (("AutoConfig", config), ("AutoTokenizer", "tokenizer"), ("AutoModelForCausalLM", small(branch=False))):
-        monkeypatch.setattr(f"krause_repro.language_models.{name}.from_pretrained",
+        monkeypatch.setattr(f"krause_repro.adapters.{name}.from_pretrained",
                             lambda source, result=result, name=name, **options: calls.append((name, options)) or result)
     load_language_model("some/model", dtype=torch.bfloat16, **hub)
     assert {name for name, _ in calls} == {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
@@ -1275,7 +1275,7 @@ def test_options_of_the_hub_reach_configuration_tokenizer_and_weights(monkeypatc
 def test_a_subfolder_of_a_folder(tmp_path, monkeypatch):
     model = small()
     model.save_pretrained(tmp_path / "inner")
-    monkeypatch.setattr("krause_repro.language_models.AutoTokenizer.from_pretrained", lambda *a, **k: None)
+    monkeypatch.setattr("krause_repro.adapters.AutoTokenizer.from_pretrained", lambda *a, **k: None)
     loaded, _ = load_language_model(tmp_path, subfolder="inner")
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
