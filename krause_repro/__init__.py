@@ -8,7 +8,7 @@ In reading order:
   `adapters`, `attention_patterns`, `language_model`
 - the tools: `records` (files), `results`, `recipe_base`, `image_recipes`, `generation_recipes`, `language_recipes`, `recipes`,
   `image_files`, `image_data`, `packaged_data`, `language_data`, `sampling`, `likelihood`, `corpus`, `tasks`, `runs`, `training`,
-  `flops`, `timing`, `checkpoints`
+  `flops`, `timing`, `author_checkpoints`
 - the measures: `statistics`, `evaluation`, `plans`, `generation_evaluation`, `fine_tuning_evaluation`,
   `language_model_evaluation`, `language_tasks`, `language_benchmarks`, `attention_analysis`, `sinks`
 - the benchmarks: `bench_attention`, `bench_models`, `bench_generation`, `bench_language`, `benchmarks`

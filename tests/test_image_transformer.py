@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from krause_repro.attention import CausalWindow
-from krause_repro.checkpoints import load_author_checkpoint, raster_shape
+from krause_repro.author_checkpoints import load_author_checkpoint, raster_shape
 from krause_repro.image_transformer import (
     ATTENTIONS,
     LINEAR_EPS,

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torchvision.models import SwinTransformer as TorchvisionSwin
 
 from krause_repro.attention import krause_attention, krause_attention_weights
-from krause_repro.checkpoints import KINDS, load_author_checkpoint
+from krause_repro.author_checkpoints import KINDS, load_author_checkpoint
 from krause_repro.reference import CausalWindow, attention_weights
 from krause_repro.swin import SwinClassifier, SwinClassifierConfig
 from krause_repro.vision_transformer import vision_neighborhood

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torchvision.models import VisionTransformer as TorchvisionViT
 from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTModel
 
-from krause_repro.checkpoints import convert_vit, load_author_checkpoint, load_into, recognise, swin_config, vit_config
+from krause_repro.author_checkpoints import convert_vit, load_author_checkpoint, load_into, recognise, swin_config, vit_config
 from krause_repro.recipes import RECIPES
 from krause_repro.reference import SCORES, Full, GridWindow
 from krause_repro.swin import SwinClassifier
