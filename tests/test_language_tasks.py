@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from krause_repro import cli, language_benchmarks, language_models, language_tasks
+from krause_repro import adapters, cli, language_benchmarks, language_tasks
 from krause_repro.fine_tuning_evaluation import choice_accuracy, choice_baselines
 from krause_repro.language_benchmarks import (
     answer_token,
@@ -694,7 +694,7 @@ def branch(monkeypatch, tiny, tokenizer):
         loaded.append((model, adapter))
         return tiny, tokenizer
 
-    monkeypatch.setattr(language_models, "load_language_model", load_language_model)
+    monkeypatch.setattr(adapters, "load_language_model", load_language_model)
     return loaded
 
 
