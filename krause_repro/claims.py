@@ -113,7 +113,7 @@ def _judge_clusters(root):
     for series in sum((surface["series"] for surface in result["surfaces"].values()), []):
         clusters, closed = (series["final"][name]["values"] for name in ("clusters", "closed"))
         ends.setdefault(series["kind"], []).extend(clusters)
-        moving += sum(map(float.__ne__, clusters, closed))
+        moving += sum(count != groups for count, groups in zip(clusters, closed, strict=True))
     for row in sum(result["patience"].values(), []):
         untruncated.setdefault(row["beta"], []).extend(row["values"])
     figure = set(ends["softmax"]) == {1} and min(ends["krause"]) > 1

@@ -330,7 +330,7 @@ def cluster_count(
     "Number of connected components of the graph that joins particles within `gap`."
     _check_particles(x)
     _check_real("gap", gap, zero=True)
-    near = (distances(x) <= gap).flatten(0, -3) if x.dim() > 2 else (distances(x) <= gap)[None]
+    near = (distances(x) <= gap).reshape(-1, x.shape[-2], x.shape[-2])
     counts = [connected_components(csr_array(each), directed=False, return_labels=False) for each in near.cpu().numpy()]
     return torch.tensor(counts, dtype=torch.long, device=x.device).view(x.shape[:-2])
 

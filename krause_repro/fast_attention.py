@@ -20,7 +20,7 @@ from .checks import UserError
 from krause_repro.reference import (
     CausalWindow, GridWindow, Neighborhood, band_mask, between, centred, constant_cache, first_query_and_key, half_square_norm,
     known_finite, masked_softmax, no_autocast, readable, repeat_kv, score_temperature, segment_starts, sum_of_support, support_mask,
-    tracing, transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, zero_nonfinite, without_padding,
+    tracing, transforms_active, upcast_to_float32, weighted_sum, weights_and_support, within_segments, without_padding, zero_nonfinite,
 )
 
 # %% ../nbs/03_fast_attention.ipynb #2f94b6d1
