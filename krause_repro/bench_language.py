@@ -250,16 +250,16 @@ def bench_text(
 
     rows, first = [], recipe.mixers[0]
     for length in recipe.lengths:
-        steps = {mixer: text_step(text_model(mixer, recipe.size, length), length) for mixer in recipe.mixers}
+        steps = {mixer: text_step(text_model(mixer, recipe.size, length), length) for mixer in recipe.timed(length)}
         rows += [row("training step", length, length, found) for found in compare(interleave(steps, recipe.rounds, 1), first)]
     decoders = {(mixer, place): text_decoder(text_model(mixer, recipe.size, place + recipe.tokens + 8), place)
-                for place in recipe.positions for mixer in recipe.mixers}
+                for place in recipe.positions for mixer in recipe.timed(place)}
     times = interleave({key: decode for key, (decode, _) in decoders.items()}, recipe.tokens, 4)
     for place in recipe.positions:
         rows += [{**row("generation", place, 1, found), "cache_bytes": decoders[found["name"], place][1]}
-                 for found in compare({mixer: times[mixer, place] for mixer in recipe.mixers}, first)]
+                 for found in compare({mixer: times[mixer, place] for mixer in recipe.timed(place)}, first)]
     _, early, late = recipe.targets
-    flat = {mixer: compare({"late": times[mixer, late], "early": times[mixer, early]}, "early")[0]["ratio"] for mixer in recipe.mixers}
+    flat = {mixer: compare({"late": times[mixer, late], "early": times[mixer, early]}, "early")[0]["ratio"] for mixer in recipe.timed(late)}
     return {"benchmark": "lm", "rows": rows, "flat": flat, "notes": text_speed_notes(rows, flat, recipe)}
 
 
@@ -290,16 +290,19 @@ def text_speed_table(
     labels: dict[str, tuple[str, str]],  # by mixer: label and kind of colour
     recipe: TextSpeedRecipe,  # whose targets the notes are about
 ) -> str:  # Markdown, with notes
-    "Tokens per second by mixer, and time relative to standard softmax attention."
-    def cells(row):
+    "Tokens per second by mixer and context, time relative to standard softmax attention, and memory of the cache."
+    def cell(row):
         low, high = row["ratio_quartiles"]
-        ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        held = f"{row['cache_bytes'] / 1e6:.2f}" if "cache_bytes" in row else None
-        return f"{row['pass']}, {row['case']}", labels[row["name"]][0], f"{row['tokens_per_second']:,.0f}", ratio, held, row["rounds"]
+        held = f"; {row['cache_bytes'] / 1e6:.1f} MB" if "cache_bytes" in row else ""
+        return f"{row['tokens_per_second']:,.0f}; {row['ratio']:.2f} ({low:.2f} to {high:.2f}){held}"
 
-    head = ("what", "mixer", "tokens per second", "time relative to softmax (quartiles)", "cache, MB", "rounds")
+    def table(kind, contexts):
+        found = {(row["name"], row["context"]): cell(row) for row in result["rows"] if row["pass"] == kind}
+        rows = [(labels[mixer][0], *(found.get((mixer, context)) for context in contexts)) for mixer in recipe.mixers]
+        return markdown_table((kind, *(f"{context:,} tokens" for context in contexts)), rows)
+
     notes = [f"- {note}." for note in (RATIO_NOTE, *text_speed_notes(result["rows"], result["flat"], recipe))]
-    return markdown_table(head, map(cells, result["rows"])) + "\n\n" + "\n".join(notes)
+    return "\n\n".join([table("training step", recipe.lengths), table("generation", recipe.positions), "\n".join(notes)])
 
 
 def text_speed_series(

@@ -340,9 +340,11 @@ LANGUAGE_GOALS = {"prefill": 0.75, "decode": 0.78, "training step": 1 / 1.6}  # 
 class TextSpeedRecipe(Recipe):
     "Speed of training and generation of language models from scratch by mixer; lengths and positions are ours."
 
-    mixers: tuple[str, ...] = ("standard", "krause", "window", "krause_only")
+    mixers: tuple[str, ...] = ("standard", "krause", "window", "krause_only", "top_k", "longformer", "routing", "standard_wide")
+    short: tuple[str, ...] = ("top_k", "longformer", "routing", "standard_wide")  # timed up to `short_limit` only
+    short_limit: int = 8192  # tokens; beyond, the masks of longformer and routing, with a place for each pair of tokens, take gigabytes
     size: str = "desk"  # profile of the models' width and depth
-    lengths: tuple[int, ...] = (512, 1024, 4096, 16_384)  # tokens of a training step
+    lengths: tuple[int, ...] = (512, 4096, 32_768)  # tokens of a training step
     rounds: int = 3  # timed training steps
     positions: tuple[int, ...] = (512, 2048, 8192, 32_768)  # tokens before the timed ones in generation
     tokens: int = 48  # timed tokens at each position
@@ -355,14 +357,18 @@ class TextSpeedRecipe(Recipe):
         if length not in self.lengths or not {*places} <= {*self.positions}:
             raise UserError(f"targets must be one of lengths = {self.lengths} and two of positions = {self.positions}, got {self.targets}")
 
+    def timed(self, context: int) -> list[str]:
+        "The mixers that are timed at a length or position."
+        return [mixer for mixer in self.mixers if context <= self.short_limit or mixer not in self.short]
+
     def changes(self, profile):
-        smoke = {"mixers": ("standard", "krause_only"), "size": "smoke", "lengths": (16, 64), "rounds": 2, "positions": (8, 32),
-                 "tokens": 3, "targets": (64, 8, 32)}
+        smoke = {"mixers": ("standard", "krause_only", "routing"), "short_limit": 16, "size": "smoke", "lengths": (16, 64), "rounds": 2,
+                 "positions": (8, 32), "tokens": 8, "targets": (64, 8, 32)}
         return smoke if profile == "smoke" else {}
 
 
 TEXT_SPEED = TextSpeedRecipe("language_model_speed", seeds=(0,), unpublished=(
-    "mixers", "lengths", "rounds", "positions", "tokens", "targets"))
+    "mixers", "short", "short_limit", "lengths", "rounds", "positions", "tokens", "targets"))
 TEXT_GOALS = {"training step": 0.8, "flat": 1.1, "generation": 2.0}  # at most, at most, at least: see `bench_language.text_speed_notes`
 
 # %% ../nbs/26_recipes.ipynb #b698a6f6

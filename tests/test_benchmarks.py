@@ -544,11 +544,13 @@ def test_the_targets_of_text_speed_are_measured(change, message):
 def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
     recipe = TEXT_SPEED.at("smoke")
     result = bench_text(recipe)
-    assert [(row["pass"], row["name"]) for row in result["rows"]] == [
-        (kind, mixer) for kind in ("training step", "training step", "generation", "generation") for mixer in recipe.mixers]
-    assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "standard") and result["flat"].keys() == set(recipe.mixers)
+    contexts = [("training step", length) for length in recipe.lengths] + [("generation", place) for place in recipe.positions]
+    assert [(row["pass"], row["context"], row["name"]) for row in result["rows"]] == [
+        (kind, context, mixer) for kind, context in contexts for mixer in recipe.mixers[:3 if context <= recipe.short_limit else 2]]
+    assert all(row["ratio"] == 1 for row in result["rows"] if row["name"] == "standard") and result["flat"].keys() == {"standard", "krause_only"}
     labels = {mixer: (f"label of {mixer}", "krause") for mixer in recipe.mixers}
-    assert len(result["notes"]) == 3 and "after 32 tokens | label of krause_only" in text_speed_table(result, labels, recipe)
+    table = text_speed_table(result, labels, recipe)
+    assert len(result["notes"]) == 3 and "| generation | 8 tokens | 32 tokens |" in table and table.count("| — |") == 2
     kept = {(row["name"], row["context"]): row["cache_bytes"] for row in result["rows"] if row["pass"] == "generation"}
     shape = get_recipe("lm_krause_only_100m/openstax").at("smoke")
     per_token = 2 * 4 * shape.depth * shape.width  # keys and values in float32
@@ -556,7 +558,7 @@ def test_language_models_from_scratch_are_timed_in_turns_after_their_context():
     assert kept["krause_only", 32] == kept["krause_only", 8] == per_token * shape.window
     panels = text_speed_series(result, dict.fromkeys(recipe.mixers, ("a label", "krause")))
     assert [panel["title"] for panel in panels] == ["training step", "generation"]
-    assert [line["x"] for panel in panels for line in panel["series"]] == 2 * [[16, 64]] + 2 * [[8, 32]]
+    assert [line["x"] for panel in panels for line in panel["series"]] == [[16, 64], [16, 64], [16], [8, 32], [8, 32], [8]]
     model = text_model("krause_only", recipe.size, 64)
     (decode, _), tokens = text_decoder(model, 8), torch.randint(model.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
     decode()
