@@ -192,13 +192,16 @@ def _scaling_panel(ax: Axes, panel: dict, where: str, symbol: str) -> None:
 def plot_scaling(
     data: dict,  # {"panels": [{"title", "series": [{"label", "kind", "x", "y", "exponent" or None}]}], "xlabel", "ylabel", "symbol"}
 ) -> Figure:
-    "Cost against size on logarithmic axes, panels side by side, exponents of `symbol` beside the lines. Source: paper, Section 4."
+    "Cost against size on logarithmic axes, exponents of `symbol` beside the lines; more than five lines get a legend. Source: paper, Section 4."
     panels, xlabel, ylabel, symbol = require_fields(data, "data", "panels", "xlabel", "ylabel", "symbol")
     fig, axes = new_figure(3.4, 1, len(panels), sharey=True)
     for i, ax in enumerate(axes[0]):
         _scaling_panel(ax, panels[i], f"data['panels'][{i}]", symbol)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.label_outer()
+    if max(len(panel["series"]) for panel in panels) > 5:
+        draw_legend(fig, axes, "")
+        return fig
     for ax in axes[0]:  # after the common limits are known
         label_lines(ax)
     return fig
