@@ -192,7 +192,7 @@ def _scaling_panel(ax: Axes, panel: dict, where: str, symbol: str) -> None:
 def plot_scaling(
     data: dict,  # {"panels": [{"title", "series": [{"label", "kind", "x", "y", "exponent" or None}]}], "xlabel", "ylabel", "symbol"}
 ) -> Figure:
-    "Cost against size on logarithmic axes, exponents of `symbol` beside the lines; more than five lines get a legend. Source: paper, Section 4."
+    "Cost against size on logarithmic axes, exponents of `symbol` beside the lines, a legend for more than five. Source: paper, Section 4."
     panels, xlabel, ylabel, symbol = require_fields(data, "data", "panels", "xlabel", "ylabel", "symbol")
     fig, axes = new_figure(3.4, 1, len(panels), sharey=True)
     for i, ax in enumerate(axes[0]):
