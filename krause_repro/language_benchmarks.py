@@ -347,11 +347,15 @@ def _with_halved_ties(scores, samples):
     return {**scores, "acc,none": sum(right) / len(right), "acc_stderr,none": mean_stderr(right) if right[1:] else None}, samples
 
 # %% ../nbs/47_language_benchmarks.ipynb #70427436
+PHENOMENA = {"s-selection": "argument_structure"}  # where BLiMP's own table of 12 phenomena counts two paradigms (Warstadt et al. 2020)
+
+
 def _group_scores(samples, field):
     "Accuracy and number of the items by the value of a field."
     groups = {}
     for sample in samples:
-        groups.setdefault(sample["doc"][field], []).append(sample["acc"])
+        name = sample["doc"][field]
+        groups.setdefault(PHENOMENA.get(name, name), []).append(sample["acc"])
     return {name: {"accuracy": sum(values) / len(values), "items": len(values)} for name, values in sorted(groups.items())}
 
 
@@ -507,7 +511,8 @@ def _over_seeds(scores):
     if first["constant"]:
         found["constant"] = first["constant"]
     if "phenomena" in first:
-        found["phenomena"] = {name: summarise([each["phenomena"][name]["accuracy"] for each in scores]) for name in first["phenomena"]}
+        found["phenomena"] = {name: summarise([each["phenomena"][name]["accuracy"] for each in scores]) | {"items": group["items"]}
+                              for name, group in first["phenomena"].items()}
     return found
 
 # %% ../nbs/47_language_benchmarks.ipynb #df5f2a57
@@ -561,22 +566,20 @@ def _standard_error(result, scoring):
 
 def zero_shot_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_zero_shot` if evaluated
-    published: dict[str, dict],  # by label: accuracies in percent by task
     scoring: str = "accuracies",  # the paper's, or "standard_accuracies"
 ) -> str:  # Markdown
-    "Accuracy ± standard deviation over seeds by task, in percent, beside the standard error, constant answers and the paper's scores."
+    "Accuracy ± standard deviation over seeds by task, in percent, beside the standard error and constant answers."
     known = {m["label"]: m["tasks"] for m in models.values() if "tasks" in m}
     tasks = list(dict.fromkeys(task for each in known.values() for task in each))
     first = {task: next(each[task] for each in known.values() if task in each) for task in tasks}
-    rows = [(m["label"], *(percent(m["tasks"][task][scoring]) if task in m.get("tasks", {}) else None for task in tasks))
-            for m in models.values()]
+    rows = [(m["label"], len(m["seeds"]) if "seeds" in m and "tasks" in m else None,
+             *(percent(m["tasks"][task][scoring]) if task in m.get("tasks", {}) else None for task in tasks)) for m in models.values()]
     name = next(iter(known), "")
     errors = [_standard_error(known[name][task], scoring) if task in known[name] else None for task in tasks]
-    rows.append((f"standard error, {name}", *(None if error is None else f"{100 * error:.2f}" for error in errors)))
+    rows.append((f"standard error, {name}", None, *(None if error is None else f"{100 * error:.2f}" for error in errors)))
     constant = [max((each["accuracy"] for each in f.get("constant", {}).values()), default=None) for f in first.values()]
     for label, scores in (("chance", [f["chance"] for f in first.values()]), ("most frequent answer", constant)):
         if any(score is not None for score in scores):
-            rows.append((label, *(None if score is None else f"{100 * score:.2f}" for score in scores)))
-    rows += [(f"{label}, paper", *(numbers.get(task) for task in tasks)) for label, numbers in published.items()]
+            rows.append((label, None, *(None if score is None else f"{100 * score:.2f}" for score in scores)))
     heads = (f"{TASK_LABELS.get(task, task)}, {f['items']:,} items" for task, f in first.items())
-    return finished_table(("model", *heads), rows)
+    return finished_table(("model", "seeds", *heads), rows)

@@ -22,9 +22,10 @@ from .checks import UserError, check_integer, is_unicode
 from .corpus import Corpus, read_tokenizer
 from .evaluation import cached_test, finished_model, last_gain, loss_curves, provenance, summarise_sigma, undertrained_mark
 from .language_model import LanguageModel
-from .language_recipes import LanguageModelRecipe
+from .language_recipes import LM_ROWS, LanguageModelRecipe
 from .likelihood import KneserNey, position_nats
 from .plans import TEXT_BITS
+from .recipes import get_recipe
 from .recipe_base import NOT_NEGATIVE, SHARE, Allowed, integers, or_none, python_values, tuples
 from .runs import Run, run_corpus
 from .sampling import check_sampling, seeded_draws
@@ -256,21 +257,37 @@ def language_model_table(
             "saved against the 5-gram, %", "seeds", "steps", "fell at the end of training, bits per token")
     return finished_table(head, rows)
 
+# %% ../nbs/45_language_model_evaluation.ipynb #4b431f4d
+def published_parameters(
+    size: str,  # key of `language_recipes.LM_SIZES`
+) -> dict[str, int]:  # by row of the paper's table
+    "Parameters of the recipes of the paper's language models, built on the meta device."
+    with torch.device("meta"):
+        models = {row: LanguageModel(get_recipe(f"lm_{mixer}_{size}/fineweb_edu").config) for mixer, row in LM_ROWS.items()}
+    return {row: sum(p.numel() for p in model.parameters()) for row, model in models.items()}
+
+
 # %% ../nbs/45_language_model_evaluation.ipynb #aaf9022b
+def position_means(
+    curve: dict,  # "by_position" of a result of `evaluate_language_models`
+) -> list[float | None]:  # None where nothing was measured
+    "Mean bits per token in the second quarter and half of the training length, and in the two halves of another length beyond it."
+    def mean(part):
+        return sum(width * bits for width, bits in part) / sum(width for width, _ in part) if part else None
+
+    length, widths = curve["length"], [stop - start for start, stop in pairwise([0, *curve["positions"]])]
+    spans = ((length // 4, length // 2), (length // 2, length - 1), (length, length + length // 2), (length + length // 2, 2 * length))
+    bins = list(zip(curve["positions"], widths, curve["mean"], strict=True))
+    return [mean([(width, bits) for last, width, bits in bins if low < last <= high]) for low, high in spans]
+
+
 def position_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_language_models`
 ) -> str:  # Markdown
     "Bits per token of each model in two parts of the training length and in two beyond it, if measured."
-    def mean(part):
-        return f"{sum(w * b for w, b in part) / sum(w for w, _ in part):.3f}" if part else None
-
     def row(m):
-        curve = m["by_position"]
-        length, widths = curve["length"], [stop - start for start, stop in pairwise([0, *curve["positions"]])]
-        spans = ((length // 4, length // 2), (length // 2, length - 1), (length, length + length // 2), (length + length // 2, 2 * length))
-        bins = list(zip(curve["positions"], widths, curve["mean"], strict=True))
-        found = [[(width, bits) for last, width, bits in bins if low < last <= high] for low, high in spans]
-        return m["label"], len(m["seeds"]), *map(mean, found)
+        means = (None if bits is None else f"{bits:.3f}" for bits in position_means(m["by_position"]))
+        return m["label"], len(m["seeds"]), *means
 
     length = next(iter(models.values()))["by_position"]["length"]
     ends = (length // 4, length // 2, length - 1, length + length // 2 - 1, 2 * length - 1)

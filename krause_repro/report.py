@@ -23,8 +23,8 @@ from .generation_evaluation import GENERATOR_LABELS, bits_table
 from .generation_recipes import COLOUR_DATASET_BY_PROFILE, GENERATION_DATASET_BY_PROFILE, GENERATORS, generation_recipes
 from .image_recipes import IMAGE_DATA, row_name
 from .language_benchmarks import zero_shot_table
-from .language_model_evaluation import MIXER_LABELS, language_model_table
-from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE, ZERO_SHOT_MODELS
+from .language_model_evaluation import MIXER_LABELS, language_model_table, published_parameters
+from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_MIXERS_BY_PROFILE, LM_SIZES, ZERO_SHOT_MODELS
 from krause_repro.plans import (
     IMAGE_BITS, TEXT_BITS, TOKEN_LOSS, finished_runs, load_or_run_grid, planned_table, read_plan, trained_table,
 )
@@ -217,7 +217,7 @@ def related_measurement(
     if table == "lm_100m":
         scored = {name: m for name, m in zero_shot_results(profile, root).items() if "tasks" in m}
         found = {name: m | {"label": f"{m['label']}, {m['parameters']:,} parameters"} for name, m in scored.items()}
-        return f"our desk-size models, on random items of the same sets:\n\n{zero_shot_table(found, {})}" if found else None
+        return f"our desk-size models, on random items of the same sets:\n\n{zero_shot_table(found)}" if found else None
     if table == "table19_llm_speed" and result_path("language_speed", profile, root).is_file():
         rows = load_result("language_speed", profile, root)["rows"]
         ratios = [row["speed_ratio"] for row in rows if (row["pass"], row["name"]) == ("decode", "Krause")]
@@ -253,6 +253,9 @@ def report_table(
             if any(cells):
                 columns.append((ours, cells))
     note = f"\n\n*{table['note']}*" if table["note"] else ""
+    if (size := name.removeprefix("lm_")) in LM_SIZES:
+        sizes = (f"{row} {count / 1e6:.1f}M" for row, count in published_parameters(size).items())
+        note += f"\n\nParameters of these models by our recipes: {', '.join(sizes)}."
     compared = {RECIPE_ROWS.get((name, row[0])) for row in table["rows"]}
     altered = altered_note({recipe: result for recipe, result in results.items() if recipe in compared})
     note += f"\n\nOurs: {altered}" if altered else ""
@@ -396,7 +399,7 @@ def language_section(
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan),
         planned_table(models, plan, TEXT_BITS), _made(models), "Zero-shot accuracy by the paper's scoring, %, on random items:",
-        zero_shot_table(zero_shot_results("desk", root), {}),
+        zero_shot_table(zero_shot_results("desk", root)),
     ])
 
 
@@ -414,7 +417,7 @@ def fine_tuning_section(
                   fine_tuning_table(models), _made(models)]
     scores = _tuned_scores(tuned, root)
     if any("tasks" in each for each in scores.values()):
-        parts += ["Zero-shot accuracy after fine-tuning, by the paper's scoring, %, on random items:", zero_shot_table(scores, {})]
+        parts += ["Zero-shot accuracy after fine-tuning, by the paper's scoring, %, on random items:", zero_shot_table(scores)]
     return "\n\n".join([*parts, *_sink_lines(root), *(_language_speed_lines(speed) if speed else [])])
 
 

@@ -1083,15 +1083,15 @@ def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, to
     direct = evaluate_language(tiny, tokenizer, asked["tasks"], "local", limit=2, max_gen_toks=4)
     assert {task: found["accuracies"]["values"] for task, found in base["tasks"].items()} == {
         task: [found["accuracy"]] for task, found in direct.items()}
-    table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}}, {})
-    assert "| chance | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table and "most frequent" not in table
+    table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}})
+    assert "| chance | — | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table and "most frequent" not in table
 
 
 def test_each_scoring_has_its_own_standard_error():
     both = {"stderr": 0.03, "accuracies": summarise([0.8]), "standard_accuracies": summarise([0.5]), "items": 101, "chance": 0.5}
     models = {"a": {"label": "A", "tasks": {"blimp": both}}}
     for scoring, error in (("accuracies", "3.00"), ("standard_accuracies", "5.00")):  # √(0.5 · 0.5 / 100)
-        assert f"| standard error, A | {error} |" in language_benchmarks.zero_shot_table(models, {}, scoring)
+        assert f"| standard error, A | — | {error} |" in language_benchmarks.zero_shot_table(models, scoring)
 
 
 @pytest.mark.parametrize("limit", [3, 10])
@@ -1104,5 +1104,5 @@ def test_boolq_is_shown_beside_its_most_frequent_answer(monkeypatch, checkers, t
     share = sum(item["label"] for item in items) / limit
     assert base["tasks"]["boolq_continuation"]["constant"] == {
         "no": {"accuracy": pytest.approx(1 - share)}, "yes": {"accuracy": share}}
-    assert f"| most frequent answer | {100 * max(share, 1 - share):.2f} |" in language_benchmarks.zero_shot_table(
-        {"base": {"label": "base model", **base}}, {})
+    assert f"| most frequent answer | — | {100 * max(share, 1 - share):.2f} |" in language_benchmarks.zero_shot_table(
+        {"base": {"label": "base model", **base}})

@@ -93,7 +93,8 @@ def test_zero_shot_scores_stand_below_the_published_ones_with_their_items_and_si
     result = {"recipes": {recipe.name: recipe.to_dict()}, "tasks": {"blimp": score}, "parameters": 1500, "seeds": [0]}
     save_result("language_model_tasks/lm_window_100m", result, "desk", tmp_path)
     found = report("desk", tmp_path).split("### Language models from scratch, ~100M")[1].split("###")[0]
-    assert "| model | BLiMP, 2,000 items |" in found and "| softmax, window, 1,500 parameters | 53.00 |" in found
+    assert "| model | seeds | BLiMP, 2,000 items |" in found and "| softmax, window, 1,500 parameters | 1 | 53.00 |" in found
+    assert "by our recipes: Krause 102.4M, Window 83.5M" in found
 
 
 def tuned(name, values):
