@@ -329,7 +329,10 @@ def check_evaluation_files(
 ) -> None:
     "Raise an error if the model's folder or the adapter's files are missing, or the output cannot be written."
     from krause_repro.adapters import ADAPTER_FILES
+    from krause_repro.recipes import RECIPES
 
+    if model in RECIPES and not Path(model).exists():
+        raise UserError(f"model must be the directory of a run of {model}, such as runs/desk/{model}/seed-0, got the name of the recipe")
     if model.startswith(("/", ".", "~")) and not Path(model).exists():
         raise FileNotFoundError(f"model={model!r} does not exist; give a folder, a GGUF file, a name on the hub, smollm2, or a run")
     if adapter is not None and (missing := [name for name in ADAPTER_FILES if not (Path(adapter) / name).is_file()]):

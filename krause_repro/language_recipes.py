@@ -248,7 +248,8 @@ LM_SIZES = {  # the published table, and what differs from the size of about 100
 LM_ROWS = {"krause": "Krause", "window": "Window", "standard": "Standard", "top_k": "Top-k", "longformer": "Longformer",
            "routing": "Routing"}
 LM_UNPUBLISHED = {  # by size; of the larger one there are only accuracies, by mixer
-    "100m": ("per_device_batch_size", "max_grad_norm", "epochs", "held_out", "global_tokens", "clusters"),
+    "100m": ("per_device_batch_size", "max_grad_norm", "epochs", "held_out", "global_tokens", "clusters",
+             "gradient_checkpointing"),
     "200m": tuple(each.name for each in fields(LanguageModelRecipe)[len(fields(Recipe)):] if each.name not in ("dataset", "mixer")),
 }
 LM_MIXERS_BY_PROFILE = {"smoke": ("standard", "krause"), "desk": MIXERS, "paper": MIXERS}  # of the experiment

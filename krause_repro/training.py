@@ -518,6 +518,8 @@ def train(
     check_launch()
     check_source(recipe, source)
     run = Run(run_path(recipe, seed, runs), recipe, seed)
+    if source is None and recipe.dataset == "text" and (restart or not run.path.is_dir()):
+        raise UserError("source must be given for a new run on the corpus text: a text file, a folder of .txt files, or a corpus")
     if _is_finished(run, restart):
         if source is not None:
             check_same_data(run, source)

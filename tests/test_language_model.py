@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import over
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -23,9 +24,8 @@ from krause_repro import corpus as corpora
 from krause_repro import tasks as training_tasks
 from krause_repro.attention import fused_attention
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
-from krause_repro.corpus import load_corpus, read_tokenizer, train_tokenizer
+from krause_repro.corpus import load_corpus, train_tokenizer
 from krause_repro.language_benchmarks import run_model
-from krause_repro.language_data import EOS
 from krause_repro.language_model import (
     MIXERS,
     UNPACKED,
@@ -841,18 +841,22 @@ def check_evaluation(run, model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    "A small corpus, built from a text file."
+    "A small FineWeb-Edu, streamed from a Parquet file, with a small tokenizer instead of GPT-2's."
     folder = tmp_path_factory.mktemp("text")
-    documents = (" ".join(f"the {i * j % 97} of {i}" for j in range(40)) for i in range(300))
-    (folder / "text.txt").write_text(f"\n{EOS}\n".join(documents), encoding="utf-8")
-    return load_corpus("text", 300, folder / "text.txt", folder / "corpora")
+    documents = [" ".join(f"the {i * j % 97} of {i}" for j in range(40)) for i in range(6000)]
+    (folder / "files").mkdir()
+    Dataset.from_dict({"text": documents}).to_parquet(folder / "files" / "000.parquet")
+    train_tokenizer(documents[:300], 300).save_pretrained(folder / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(corpora.CORPORA, "fineweb_edu", replace(corpora.CORPORA["fineweb_edu"], tokenizer=str(folder / "tokenizer")))
+        yield load_corpus("fineweb_edu", source=folder / "files", folder=folder / "corpora")
 
 
 @pytest.fixture
 def published():
-    "The paper's recipe for a text, smaller."
-    return replace(get_recipe("lm_krause_100m/text").at("paper"), vocab_size=300, depth=1, width=32, heads=2, mlp_width=64, batch_size=4,
-                   per_device_batch_size=2, train_blocks=12, held_out=2)
+    "The paper's recipe, smaller."
+    return replace(get_recipe("lm_krause_100m/fineweb_edu").at("paper"), vocab_size=300, depth=1, width=32, heads=2, mlp_width=64,
+                   batch_size=4, per_device_batch_size=2, train_blocks=12, held_out=2)
 
 
 def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_at_the_end_token(text, published, tmp_path):
@@ -864,7 +868,6 @@ def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_a
     assert run.summary()["steps"] == 3 and run.summary()["bf16"] == (cpu_has_bf16() or torch.cuda.is_available())
     assert len(rates) == 3 and rates[0] == published.lr and result["curves"]["held_out"]["steps"] == [0, 1, 2, 3]
     assert 0 < result["bits_per_token"]["mean"] < result["held_out_bits"]["mean"] + 1 and result["test_blocks"] > 1
-    assert read_tokenizer(run.path)[1] == read_tokenizer(text.path / "tokenizer")[1] is not None
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path)
     assert tokenizer.pad_token_id == model.generation_config.pad_token_id == tokenizer.eos_token_id
     assert tokenizer.model_max_length == 1024 and torch.equal(model.head.weight, run.model().head.weight)
@@ -920,4 +923,6 @@ def test_a_corpus_that_does_not_fit_is_refused(smoke, tmp_path, monkeypatch):
                             ({"vocab_size": 500}, "vocab_size must be that of the corpus in corpus, 512, got 500")):
         with pytest.raises(ValueError, match=message):
             train(replace(recipe, **change), 0, runs=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="source must be given for a new run on the corpus text: a text file"):
+        train(smoke("lm_standard_100m/text"), 0, runs=tmp_path, progress=False)  # not on the text of an earlier run
     assert not list(tmp_path.iterdir())

@@ -755,6 +755,8 @@ def test_the_command_looks_for_the_model_before_the_items(branch, capsys):
     for missing in ("/nowhere/model", "./nowhere"):
         assert cli.main(["evaluate", missing, "--tasks", "piqa"]) == 2
         assert f"model={missing!r} does not exist; give a folder" in capsys.readouterr().err
+    assert cli.main(["evaluate", "lm_krause_100m/text", "--tasks", "blimp"]) == 2
+    assert "model must be the directory of a run of lm_krause_100m/text, such as runs/desk/" in capsys.readouterr().err
     assert branch == []
 
 

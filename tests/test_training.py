@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,6 +35,7 @@ from krause_repro.image_data import Collator, ImageSet, Splits, load_splits, pho
 from krause_repro.image_files import DATA
 from krause_repro.image_recipes import ImageClassificationRecipe
 from krause_repro.language_data import EOS
+from krause_repro.language_model import LanguageBlock
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import InUse, damage, lock_path, locked, read_json, write_digests, write_json
 from krause_repro.runs import (
@@ -354,13 +356,16 @@ def test_a_dry_run_that_memory_does_not_hold_names_its_numbers(recipe, given):
         dry_run(recipe, **given)
 
 
-@pytest.mark.parametrize(("name", "block"), [("kvit_s16/imagenet", Block), ("kswin_t/cifar10", SwinBlock)])
-def test_fsdp_wraps_each_block(name, block):
+@pytest.mark.parametrize(("name", "auto", "block"), [
+    ("kvit_s16/imagenet", AutoModelForImageClassification, Block), ("kswin_t/cifar10", AutoModelForImageClassification, SwinBlock),
+    ("lm_krause_100m/fineweb_edu", AutoModelForCausalLM, LanguageBlock),
+])
+def test_fsdp_wraps_each_block(name, auto, block):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     recipe = get_recipe(name)
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(recipe.config)
+        model = auto.from_config(recipe.config)
     plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
     plugin.set_auto_wrap_policy(model)
     wrapped = [part for part in model.modules() if plugin.auto_wrap_policy(module=part, recurse=False, nonwrapped_numel=0)]
