@@ -371,8 +371,12 @@ def draw_legend(
     fig: Figure,  # that gets the legend
     axes: Axes | np.ndarray,  # whose labels it shows
     spread: str,  # its title: what lines and bands are
-    columns: int = 3,  # at most
+    columns: int = 3,  # at most, fewer where the figure is too narrow
 ) -> None:
     "One legend below all axes, each label once."
     named = {label: handle for ax in np.ravel(axes) for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), columns), title=spread)
+    for count in range(min(len(named), columns), 0, -1):
+        legend = fig.legend(named.values(), named, loc="outside lower center", ncols=count, title=spread)
+        if count == 1 or legend.get_window_extent().width <= fig.bbox.width:
+            return
+        legend.remove()

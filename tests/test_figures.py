@@ -294,6 +294,13 @@ def test_long_quantities_are_wrapped_and_a_model_of_one_part_is_named():
     assert fig.axes[0].get_ylabel() == "distance\nbetween heads" and legend(fig)[0] == ["KViT", "control", "ViT"]
 
 
+def test_a_legend_that_is_too_wide_gets_fewer_columns():
+    one = {"kind": "krause", "initial": 2.5, "mean": [1, 2], "sd": [0, 0]}
+    series = [one | {"label": f"{name} " * 12} for name in ("one", "two", "three")]
+    fig = figures.plot_sigma({"layers": [1, 2], "seeds": 2, "series": series})
+    assert fig.legends[0].get_window_extent().width <= fig.bbox.width and len(fig.legends) == 1 and len(legend(fig)[0]) == 4
+
+
 def legend(fig):
     "What the legend below a figure says, and its title."
     return [text.get_text() for text in fig.legends[0].get_texts()], fig.legends[0].get_title().get_text()
