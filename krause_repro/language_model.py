@@ -418,7 +418,7 @@ class LanguageModel(LanguageModelParts, GenerationMixin):
         past_key_values: Cache | None = None,  # from `language_cache(config)`, with the earlier tokens
         labels: Tensor | None = None,  # (B, T), equal to `input_ids`, −100 where ignored; each token is predicted from the earlier ones
         use_cache: bool | None = None,  # return a cache? None: only if one is given
-        attention_mask: Tensor | None = None,  # (B, T) must be all ones: there is no padding
+        attention_mask: Tensor | None = None,  # (B, T) must be all ones; without a cache zeros may end a row, and need labels of −100
         return_dict: bool | None = None,  # False: a tuple
         output_attentions: bool | None = None,  # return the weights (B, H, T, T) of each layer? Without a cache only
         output_hidden_states: bool | None = None,  # return the tokens (B, T, d) before the first and after each layer?
@@ -467,7 +467,8 @@ def _checked_call(model, input_ids, cache, use_cache, attention_mask, labels, nu
     if cache is None and use_cache:
         cache = language_cache(config)
     past = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    check_input_ids(input_ids, attention_mask, config, past, config.vocab_size - 1)
+    padding = cache is None and not (model.training and config.mixer == "routing")  # whose clusters would count it
+    check_input_ids(input_ids, attention_mask, config, past, config.vocab_size - 1, padding)
     if cache is not None:
         check_language_cache(cache, config, input_ids.shape[0])
         if output_attentions:

@@ -154,12 +154,19 @@ def check_targets(
     return targets
 
 # %% ../nbs/10_model_base.ipynb #bb0f77e6
+def _unpadded(mask, padding):
+    "Where a mask (B, T) is as it must be: one or, if padding is allowed, zero from some token after the first on."
+    kept, first = mask == 1, torch.arange(mask.shape[1], device=mask.device) == 0
+    return kept | (mask == 0) & ~first & (kept.flip(1).cumsum(1).flip(1) == 0) if padding else kept
+
+
 def check_input_ids(
     input_ids: Tensor,  # must be (B, T) integers
     attention_mask: Tensor | None,  # must be (B, past + T), all ones
     config: CheckedConfig,  # with `positions`
     past: int,  # number of earlier tokens
     highest: int,  # largest token
+    padding: bool = False,  # may the mask end in zeros? In a causal model no token attends to such padding
 ) -> None:
     "Raise a `ValueError` for tokens of the wrong shape, dtype, range or length, and for padding."
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in INDICES or not input_ids.numel():
@@ -171,7 +178,8 @@ def check_input_ids(
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != seen):
         raise UserError(f"attention_mask must be a tensor of shape {seen}, got {getattr(attention_mask, 'shape', attention_mask)}")
     if attention_mask is not None:
-        ensure((attention_mask == 1).all(), "attention_mask must be all ones: this model has no padding; give sequences of one length")
+        why = "but for padding at the end of a row" if padding else "since padding is not supported here; give sequences of one length"
+        ensure(_unpadded(attention_mask, padding).all(), f"attention_mask must be all ones, {why}")
     if input_ids.device.type != "cpu" or not values_known(input_ids):  # elsewhere the embedding itself checks
         return
     low, high = input_ids.min().item(), input_ids.max().item()

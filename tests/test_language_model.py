@@ -719,6 +719,23 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@each_mixer
+def test_padding_at_the_end_changes_nothing_before_it(mixer):
+    model, ids = small(mixer), tokens(2, 12)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, 7:], labels[1, 7:] = 0, -100
+    padded, short = model(ids, attention_mask=mask, labels=labels), model(ids[1:, :7])
+    assert_close(padded.logits[1:, :7], short.logits, rtol=0, atol=1e-5)
+    whole = F.cross_entropy(torch.cat([padded.logits[0, :-1], padded.logits[1, :6]]), torch.cat([ids[0, 1:], ids[1, 1:7]]))
+    assert_close(padded.loss, whole)
+    for wrong, options in ((mask, {"use_cache": True}), (mask.flip(1), {}), (torch.zeros_like(mask), {})):
+        with pytest.raises(ValueError, match="attention_mask must be all ones, (since|but)"):
+            model(ids, attention_mask=wrong, **options)
+    if mixer == "routing":
+        with pytest.raises(ValueError, match="attention_mask must be all ones, since"):
+            model.train()(ids, attention_mask=mask)
+
+
 @pytest.fixture
 def smoke(monkeypatch):
     monkeypatch.setattr(training_tasks, "load_corpus", lambda *_, **__: RandomCorpus())
