@@ -214,7 +214,7 @@ def fine_tuning_table(
     columns = ("loss before training", "lowest loss, mean over seeds", "token accuracy, %", "multiple choice, %")
     choices = next((m["letters"] for m in models.values() if m.get("letters")), {})
     named = {"base": "base model", "chance": "chance", "constant": "most frequent choice"} if choices else {}
-    rows = [row(m) for m in models.values()] + [(label, "—", "—", "—", f"{100 * choices[name]:.2f}") for name, label in named.items()]
+    rows = [row(m) for m in models.values()] + [(label, None, None, None, f"{100 * choices[name]:.2f}") for name, label in named.items()]
     return finished_table(("model", *columns), rows)
 
 # %% ../nbs/44_fine_tuning_evaluation.ipynb #077e2e7e

@@ -229,12 +229,12 @@ def related_measurement(
 
 # %% ../nbs/70_report.ipynb #213ab770
 def format_published(
-    value: object,  # a number, a list of numbers, a text or None
+    value: object,  # a number, a list of numbers or a text
 ) -> str:
     "A published number as the paper prints it."
     if isinstance(value, list):
         return " / ".join(map(str, value))
-    return "—" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 # %% ../nbs/70_report.ipynb #f5fcb4bd
 def report_table(
