@@ -19,7 +19,7 @@ from krause_repro.plans import (
     ACCURACY, IMAGE_BITS, PLANS, TEXT_BITS, TOKEN_LOSS, finished_runs, means_so_far, pending_results, planned_difference, planned_results,
     unplanned_differences,
 )
-from .recipe_base import published_tables
+from .recipe_base import published_column, published_tables
 from .recipes import COST, PASSES, get_recipe
 from .results import load_result
 from .sinks import sink_numbers
@@ -144,7 +144,7 @@ def _published_pairs() -> list[tuple[float, float, int]]:
     "Published accuracies of KViT and its ViT in percent, with the number of test images."
     pairs = []
     for table, images in TEST_IMAGES.items():
-        accuracy = {row[0]: row[1] for row in published_tables()[table]["rows"]}
+        accuracy = published_column(table, "accuracy")
         pairs += [(value, accuracy[model.replace("KViT", "ViT")], images) for model, value in accuracy.items() if model.startswith("KViT")]
     return pairs
 
@@ -237,7 +237,7 @@ def _judge_parts(root):
 
 def _published_parts() -> dict[str, float]:
     "Points that each step of Table 13 adds."
-    base, whole, window, distance = (row[1] for row in published_tables()["table13_kvit_ablation"]["rows"])
+    base, whole, window, distance = published_column("table13_kvit_ablation", "accuracy").values()
     return {"RBF, post-norm, drop-path": distance - base, "window": window - distance, "top-k": whole - window}
 
 CLAIMS["parts"] = Claim(
@@ -249,7 +249,7 @@ def _published_saving() -> list[float]:
     "Published reductions of FLOPs, KViT against ViT, in percent."
     savings = []
     for table in ("table1_cifar10", "table2_cifar100", "table3_imagenet"):
-        flops = {row[0]: row[3] for row in published_tables()[table]["rows"]}
+        flops = published_column(table, "gflops_as_published")
         savings += [100 * (1 - value / flops[model.replace("KViT", "ViT")]) for model, value in flops.items() if model.startswith("KViT")]
     return savings
 
@@ -371,8 +371,7 @@ def _judge_sinks(root):
     return Finding(verdict, ours, tuple(evidence), told, f"this is one seed of SmolLM2-135M {n['when']}")
 
 def _published_sinks() -> str:
-    rows = dict(published_tables()["figure7_llama_sink"]["rows"])
-    return " → ".join(f"{value:.2f}" for value in rows.values()) + " (Llama3-8B, read off Figure 7)"
+    return " → ".join(f"{mean:.2f}" for mean in published_column("figure7_llama_sink", "mean").values()) + " (Llama3-8B, read off Figure 7)"
 
 CLAIMS["sinks"] = Claim("Attention sinks are alleviated", _published_sinks, "63_llm_finetuning", _judge_sinks)
 
@@ -441,7 +440,7 @@ def _judge_bits(root):
 
 def _published_bits() -> str:
     def less(table):
-        bits = {row[0]: row[1] for row in published_tables()[table]["rows"]}
+        bits = published_column(table, "bits_per_dim")
         return f"minus ARM {bits['KARM'] - bits['ARM']:+.3f}, LARM {bits['KARM'] - bits['LARM']:+.3f}"
 
     return f"MNIST {less('table4_mnist_generation')}; CIFAR-10 {less('table5_cifar10_generation')}"
@@ -450,9 +449,8 @@ CLAIMS["bits"] = Claim("KARM needs fewer bits on MNIST than ARM and LARM", _publ
 
 # %% ../nbs/68_claims.ipynb #ef5e75bb
 def _published_speed() -> str:
-    rows = [{row[0]: row[2] for row in published_tables()[table]["rows"]} for table in
-            ("table4_mnist_generation", "table5_cifar10_generation")]
-    return " and ".join(f"{row['KARM'] / row['ARM']:.2f}" for row in rows) + " times (MNIST, CIFAR-10)"
+    speeds = [published_column(table, "images_per_second") for table in ("table4_mnist_generation", "table5_cifar10_generation")]
+    return " and ".join(f"{each['KARM'] / each['ARM']:.2f}" for each in speeds) + " times (MNIST, CIFAR-10)"
 
 
 def generation_speeds(root: Path | None = None) -> dict[str, dict]:  # the project's folder

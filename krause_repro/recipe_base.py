@@ -37,6 +37,16 @@ def published_row(
     found = next((r for r in published["rows"] if r[0] == row), None)
     return {"table": table, **dict(zip(published["columns"], found, strict=True))} if found else {}
 
+
+def published_column(
+    table: str,  # key of `published_tables()`
+    column: str,  # such as "accuracy"
+) -> dict[str, object]:  # by row
+    "A column of a published table."
+    found = published_tables()[table]
+    place = found["columns"].index(column)
+    return {row[0]: row[place] for row in found["rows"]}
+
 # %% ../nbs/22_recipe_base.ipynb #8034da69
 @dataclass(frozen=True)
 class Allowed:
