@@ -19,6 +19,7 @@ from .checks import check_integer
 from .dynamics import flow, uniform_sphere
 from .recipes import COST, CostRecipe
 from .records import environment, project_root, write_json
+from .results import measured_on
 from .timing import compare, interleave
 
 # %% ../nbs/54_benchmarks.ipynb #8ac3d072
@@ -82,7 +83,7 @@ def report_benchmark(
         print(note)
     if "busy" in result:
         print(f"cores busy: {100 * result['busy']:.0f}% (processor seconds / seconds × threads)")
-    print(f"medians; {result['threads']} threads, {result['device']}, torch {result['versions']['torch']}")
+    print(f"medians; {measured_on(result)}")
     print(f"saved to {write_json(benchmark_path(result['benchmark']), result)}")
 
 # %% ../nbs/54_benchmarks.ipynb #392f42b6

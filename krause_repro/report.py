@@ -31,7 +31,7 @@ from krause_repro.plans import (
 from .recipe_base import check_profile, published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
-from .results import load_or_compute, load_result, result_command, result_page, result_path
+from .results import load_or_compute, load_result, measured_on, result_command, result_page, result_path
 from .sinks import branch_files, sink_answer, sink_models, stored_sinks
 from .statistics import decimals, markdown_table, plural
 from .vision_transformer import VisionTransformer
@@ -288,18 +288,22 @@ def _made(models):
     return provenance_table(finished) if finished else "No run is finished."
 
 
+def _finished_on(results):
+    "Device and PyTorch version of the first finished model, after a semicolon."
+    first = next(filter(None, results.values()), None)
+    return f"; {first['device']}, torch {first['versions']['torch']}" if first else ""
+
+
 def classification_section(
     root: Path | None = None,  # the project's folder
 ) -> str:  # Markdown
     "The desk results as RESULTS.md shows them, with the profile, seeds and versions they come from."
     results, count, plan = stored_results("desk", "image_classification", root=root), coverage("desk", root), read_plan("cifar10", root)
-    finished = [result for result in results.values() if result]
-    made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     models = {name: (result or {}) | {"label": CLASSIFIER_LABELS["desk"][name][0]} for name, result in results.items()}
     nearest = load_result("image_classification/nearest_neighbours", "desk", root, missing_ok=True)
     beside = [f"{nearest['k']} nearest neighbours on pixels: {100 * nearest['accuracy']:.2f}%."] if nearest else []
     return "\n\n".join([
-        f"{finished_runs(models, plan['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{made}):",
+        f"{finished_runs(models, plan['seeds'])}. CIFAR-10, all test images (mean ± standard deviation{_finished_on(results)}):",
         trained_table(models), *beside, planned_table(models, plan), altered_note(models), _made(models),
         f"Of the {count['published']} published numbers collected here, {count['measured']} have a measured one of ours beside them, for a "
         f"smaller model; {count['counted']} parameter counts and FLOPs were counted at the paper's size.",
@@ -349,9 +353,9 @@ def performance_section(
 ) -> str:  # Markdown
     "The measured ratios of notebook 66 as RESULTS.md shows them, with threads and versions."
     result = load_result("cost", "desk", root)
-    made = f"{result['threads']} threads, {result['device']}, torch {result['versions']['torch']}, float32"
     return "\n\n".join([
-        f"Time relative to fused full attention of the same tensors, less than 1 is faster; medians over alternating rounds ({made}):",
+        "Time relative to fused full attention of the same tensors, less than 1 is faster; medians over alternating rounds "
+        f"({measured_on(result)}, float32):",
         _attention_table(result["attention"]["rows"]),
         "\n".join([*_growth_lines(result), *_model_lines(result["images"]["rows"])]),
     ])
@@ -366,10 +370,8 @@ def generation_section(
     plans = [read_plan(name, root) for name in ("mnist", "mnist_window")]
     models = {name: {"label": GENERATOR_LABELS[name.partition("/")[0]][0], **(result or {})} for name, result in results.items()}
     counts = load_or_compute(file, "desk", "never", [karm], dict, root)["bits"] if result_path(file, "desk", root).is_file() else {}
-    finished = [result for result in results.values() if result]
-    made = f"; {finished[0]['device']}, torch {finished[0]['versions']['torch']}" if finished else ""
     note = (f"{finished_runs(models, plans[0]['seeds'])}. MNIST, 784 tokens of 256 levels, desk profile: all training images "
-            f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{made}:")
+            f"but {karm.held_out:,} held out, {plural(karm.epochs, 'epoch')}, all test images{_finished_on(results)}:")
     speed = load_result("generation_speed", "desk", root, missing_ok=True)
     tables = trained_table(models, IMAGE_BITS, plans[0]), bits_table(results, counts)
     tables += tuple(planned_table(models, plan, IMAGE_BITS) for plan in plans)
@@ -377,9 +379,8 @@ def generation_section(
 
 
 def _speed_lines(speed):
-    made = f"{speed['threads']} threads, {speed['device']}, torch {speed['versions']['torch']}, float32"
-    return [f"Speed at the paper's sizes in alternating rounds ({made}). ARM has fused attention and a preallocated cache:",
-            generation_speed_table(speed)]
+    return [f"Speed at the paper's sizes in alternating rounds ({measured_on(speed)}, float32). "
+            "ARM has fused attention and a preallocated cache:", generation_speed_table(speed)]
 
 # %% ../nbs/70_report.ipynb #4616c736
 def _sink_lines(root):
@@ -431,9 +432,8 @@ def _tuned_scores(tuned, root):
 
 
 def _language_speed_lines(speed):
-    made = f"{speed['threads']} threads, {speed['device']}, torch {speed['versions']['torch']}, float32"
     branched = [row for row in speed["rows"] if row["name"] in ("Krause", "LoRA + Krause")]
-    note = f"Speed in alternating rounds ({made}; notebook 63 has the baselines' rows):"
+    note = f"Speed in alternating rounds ({measured_on(speed)}, float32; notebook 63 has the baselines' rows):"
     return [note, language_speed_table({**speed, "rows": branched})]
 
 # %% ../nbs/70_report.ipynb #d903ae62
