@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .checks import PROFILES, UserError, check_profile, nearest_name
+from .checks import PROFILES, UserError, check_names, check_profile
 
 # %% ../nbs/22_recipe_base.ipynb #57bd3086
 @lru_cache(maxsize=1)
@@ -162,11 +162,7 @@ class Recipe:
     }
 
     def __new__(cls, *_, **given):
-        known = [each.name for each in fields(cls)]
-        for name in given:
-            if name not in known:
-                nearest = nearest_name(name, known)
-                raise TypeError(f"{cls.__name__} has no field {name!r}; the nearest is {nearest!r}, of {', '.join(known)}")
+        check_names(cls.__name__, given, [each.name for each in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self):

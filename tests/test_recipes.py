@@ -450,7 +450,7 @@ def test_fields_that_do_not_fit_together_are_refused(name, change, message):
 def test_a_misspelt_field_is_a_type_error_with_the_nearest_name(name, wrong, nearest):
     recipe = RECIPES[name]
     for make in (lambda: replace(recipe, **{wrong: 1}), lambda: type(recipe)(**{**asdict(recipe), wrong: 1})):
-        with pytest.raises(TypeError, match=f"{type(recipe).__name__} has no field '{wrong}'; the nearest is '{nearest}', of name"):
+        with pytest.raises(TypeError, match=f"{type(recipe).__name__} takes no '{wrong}'; the nearest name is '{nearest}' "):
             make()
 
 
