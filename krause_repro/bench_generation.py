@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .checks import UserError, check_integer, check_positive
+from .checks import UserError
 from .generation_recipes import GENERATORS, ImageGenerationRecipe
 from .image_transformer import ImageTransformer, image_cache
 from .recipes import GENERATION_SPEED, GenerationCase, GenerationSpeedRecipe, get_recipe
@@ -91,8 +91,6 @@ def bench_generation(
     recipe: GenerationSpeedRecipe = GENERATION_SPEED,
 ) -> dict:  # "rows" and "notes"
     "Time of a token and of a training step, and images per second, of KARM, ARM and LARM, timed in turns."
-    check_integer("step_depth", recipe.step_depth, 1)
-    check_positive("budget", recipe.budget)
     rows, data, profile, depth = [], recipe.step_data, recipe.step_profile, recipe.step_depth
     for case in recipe.cases:
         seconds, tokens = generation_seconds(case), get_recipe(f"karm/{case.data}").at(case.profile).config.tokens

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from .adapters import load_language_model, lora_config
 from .branched_models import add_krause_branch
-from .checks import UserError, check_integer
+from .checks import UserError
 from .flops import branch_macs
 from .language_model import LanguageModel
 from .llm_branch import branches, cache_argument
@@ -157,7 +157,6 @@ def bench_language(
     recipe: LanguageSpeedRecipe = LANGUAGE_SPEED,
 ) -> dict:  # "rows", "notes", "memory" in bytes, "macs" for each context, "goals" for each pass
     "Tokens per second of a language model with a Krause branch and without, in turns; memory of the branch, and multiply-accumulates."
-    check_integer("tokens", recipe.tokens, 1)
     base = benchmark_language_model(recipe.base)
     memory, models = branch_memory(base), deployed_models(base)
     macs = [{"context": n, **branch_macs(models["Krause"], n)} for n in sorted({case.context for case in recipe.cases})]

@@ -6,7 +6,6 @@
 __all__ = ['RECIPES', 'ParticleRecipe', 'get_recipe', 'list_models', 'create_model']
 
 # %% ../nbs/26_recipes.ipynb #0d0eccd9
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
-from .checks import UserError, check_flag, check_integer, check_positive, did_you_mean, similar_names
+from .checks import UserError, check_flag, check_integer, did_you_mean, similar_names
 from .generation_recipes import ImageGenerationRecipe, feature_classifiers, generation_recipes
 from krause_repro.image_recipes import (
     POST_NORM_VIT, WINDOW_SOFTMAX, ImageClassificationRecipe, baseline_recipes, cifar_control_recipes, image_classification_recipes,
     photograph_recipes, published_ablation_recipes, swin_recipes,
 )
 from .language_recipes import LanguageModelRecipe, fine_tuning_recipes, language_model_recipes
-from .recipe_base import POSITIVE, Allowed, Recipe, integers, is_number, one_of
+from .recipe_base import NOT_NEGATIVE, POSITIVE, Allowed, Recipe, integers, is_number, one_of, tuples
 from .reference import GridWindow
 
 # %% ../nbs/26_recipes.ipynb #e6b8fd51
@@ -221,18 +220,10 @@ class CostRecipe(Recipe):
     )
     budget: float = 3.0  # seconds per comparison, see `in_turns`
     compiled: bool = True  # also time the top-k with torch.compile
-
-    def check_together(self):
-        for name in ("lengths", "windows"):
-            if not getattr(self, name):
-                raise UserError(f"{name} must hold at least one size")
-            for size in getattr(self, name):
-                check_integer(f"each of {name}", size, 1)
-        for name in ("window_length", "fit_from"):
-            check_integer(name, getattr(self, name), 1)
-        check_positive("budget", self.budget)
-        if not 0 <= self.limit < math.inf:
-            raise UserError(f"limit must be a number ≥ 0, got {self.limit!r}")
+    allowed: ClassVar[dict[str, Allowed]] = {
+        **Recipe.allowed, **dict.fromkeys(("lengths", "windows"), tuples(integers(1))),
+        **dict.fromkeys(("window_length", "fit_from"), integers(1)), "budget": POSITIVE, "limit": NOT_NEGATIVE,
+    }
 
     def changes(self, profile):
         return SMOKE_COST if profile == "smoke" else {}
@@ -282,6 +273,7 @@ class GenerationSpeedRecipe(Recipe):
     step_profile: str = "paper"  # of those recipes
     step_depth: int = 2  # layers in the training step
     budget: float = 60.0  # seconds for the training steps
+    allowed: ClassVar[dict[str, Allowed]] = {**Recipe.allowed, "step_depth": integers(1), "budget": POSITIVE}
 
     def changes(self, profile):
         smoke = {"cases": (GenerationCase("8×8 digits, whole images", "digits", "smoke", 4),), "step_data": "digits",
@@ -324,6 +316,7 @@ class LanguageSpeedRecipe(Recipe):
     lr: float = 5e-5  # paper, Section 5
     weight_decay: float = 0.01  # paper, Section 5
     max_grad_norm: float = 1.0
+    allowed: ClassVar[dict[str, Allowed]] = {**Recipe.allowed, "tokens": integers(1)}
 
     def changes(self, profile):
         smoke = {"base": "random", "cases": (LanguageCase(1, 40, 2), LanguageCase(2, 8, 2)), "tokens": 3, "step": LanguageCase(2, 8, 2)}
