@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .checks import UserError
 from .dynamics import cluster_count
 from .image_data import Collator
+from .model_base import evaluating
 from .statistics import summarise_curves
 from .vision_transformer import patch_grid
 
@@ -53,9 +54,10 @@ def collect_attention(
     states: bool = False,  # also return the hidden states before the first and after each layer
     **inputs: Tensor,  # of the model: pixel_values, input_ids, …
 ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:  # per layer (B, H, T, T), for Swin (B·windows, H, N, N); hidden states (B, T, d)
-    "Attention weights of all heads and layers; the model is left in eval mode. Raises `ValueError` for one that does not return them."
+    "Attention weights of all heads and layers; in eval mode. Raises `ValueError` for one that does not return them."
     asked = {"output_attentions": True} | ({"output_hidden_states": True} if states else {})
-    output = model.eval()(**inputs, **asked)
+    with evaluating(model):
+        output = model(**inputs, **asked)
     weights = list(output.attentions or [])
     if not weights or any(layer is None for layer in weights):
         raise UserError(

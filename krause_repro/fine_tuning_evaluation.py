@@ -23,9 +23,9 @@ from .checks import UserError
 from .evaluation import FLAT_LOSS, cached_test, finished_model, loss_curves, on_device, provenance
 from .language_data import encode_prompt, question_answers, split_items
 from .language_recipes import FineTuningRecipe
+from .model_base import evaluating
 from .recipe_base import SHARE, integers
 from .runs import Run
-from .sampling import evaluating
 from .statistics import finished_table, markdown_table, percent, summarise, summarise_curves
 from .tasks import base_model, base_source
 

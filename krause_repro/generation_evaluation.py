@@ -24,12 +24,13 @@ from .generation_recipes import CLASSIFIERS, ImageGenerationRecipe
 from .image_data import Collator, load_splits
 from .image_transformer import image_tokens
 from .likelihood import bits_per_dimension, fit_context_model
+from .model_base import evaluating
 from .recipe_base import NOT_NEGATIVE, integers, python_values
 from .recipes import get_recipe
 from .records import atomic_write, check_writable, file_digest, locked, read_json, remove_leftovers, write_json
 from .results import pack_images
 from .runs import Run
-from .sampling import check_sampling, complete_images, evaluating, first_prompts, generate_batches
+from .sampling import check_sampling, complete_images, first_prompts, generate_batches
 from .statistics import decimals, finished_table, summarise
 from .training import check_source, train
 

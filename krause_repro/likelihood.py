@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, check_images, image_tokens
-from .model_base import token_loss
-from .sampling import check_generator, evaluating
+from .model_base import evaluating, token_loss
+from .sampling import check_generator
 
 # %% ../nbs/32_likelihood.ipynb #a2f28709
 @torch.no_grad()

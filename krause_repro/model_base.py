@@ -7,7 +7,8 @@ __all__ = ['CheckedConfig', 'CheckedModel']
 
 # %% ../nbs/10_model_base.ipynb #df60880f
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import UserError, check_flag, check_integer, check_names, check_positive, check_weights, values_known
@@ -223,6 +224,18 @@ def next_token_loss(
     if num_items_in_batch is None:
         return token_loss(logits[:, :-1], targets)
     return token_loss(logits[:, :-1], targets, reduction="sum") / num_items_in_batch
+
+# %% ../nbs/10_model_base.ipynb #776dcde3
+@contextmanager
+def evaluating(
+    model: nn.Module,
+) -> Iterator[nn.Module]:
+    "Context with the model in eval mode; restores its mode."
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
 
 # %% ../nbs/10_model_base.ipynb #f2c0dbf8
 README = """---

@@ -7,19 +7,19 @@ __all__ = ['seeded_uniforms', 'sample_images', 'complete_images']
 
 # %% ../nbs/31_sampling.ipynb #52385d12
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from numbers import Real
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .checks import UserError, check_integer, check_positive
 from .image_transformer import ImageTransformer, ImageTransformerConfig, check_images, image_tokens, start_tokens, token_images
+from .model_base import evaluating
 from .recipe_base import SEED
 
 # %% ../nbs/31_sampling.ipynb #35475aa0
@@ -89,18 +89,6 @@ def check_sampling(
         raise UserError(f"top_p must be in (0, 1], got {top_p!r}")
     check_integer("batch", batch, 1)
     SEED.check("number of the last image", check_integer("first", first, 0) + check_integer("count", count, 1) - 1)
-
-
-@contextmanager
-def evaluating(
-    model: nn.Module,
-) -> Iterator[nn.Module]:
-    "Context with the model in eval mode; restores its mode."
-    training = model.training
-    try:
-        yield model.eval()
-    finally:
-        model.train(training)
 
 
 def check_generator(

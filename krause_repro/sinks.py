@@ -167,13 +167,12 @@ def sink_profile(
         raise UserError(f"window must be between 2 and {tokens.shape[1] - 1}, the number of tokens less one, got {window}")
     check_integer("batch", batch, 1)
     layers = list(attention_layers(model.get_decoder()).values())
-    implementation, training = model.config._attn_implementation, model.training
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # fused kernels do not return weights
     try:
         return _by_layer(each for part in tokens.split(batch) for each in _passages(model, layers, part.to(model.device), window))
     finally:
         model.set_attn_implementation(implementation)
-        model.train(training)
 
 # %% ../nbs/49_sinks.ipynb #c99c1ed6
 def summarise_sinks(
