@@ -20,9 +20,9 @@ from krause_repro.plans import (
     unplanned_differences,
 )
 from .recipe_base import published_column, published_tables
-from .recipes import COST, PASSES, get_recipe
+from .recipes import COST, PASSES, SINKS, get_recipe
 from .results import load_result
-from .sinks import sink_numbers
+from .sinks import sink_numbers, stored_sinks
 from krause_repro.statistics import (
     MIN_EFFECT, decimals, effect, exceeds_noise, is_shown, markdown_table, outcome, percent, plural, span,
     unpaired_difference,
@@ -347,7 +347,8 @@ CLAIMS["heads"] = Claim("Diverse heads, tokens in several groups", lambda: "heat
 
 # %% ../nbs/68_claims.ipynb #c2c336f3
 def _judge_sinks(root):
-    numbers, recipe = sink_numbers(root)
+    recipe = SINKS.at("desk")
+    numbers = sink_numbers(stored_sinks("desk", root), recipe)
     trained = [n for file, n in numbers.items() if file != "untrained_branch"]
     if not trained:
         return Finding(UNDECIDED, "not measured", ("No fine-tuned model with a branch is measured.",))

@@ -275,10 +275,10 @@ def sink_answer(
     recipe: SinkRecipe,
 ) -> str:  # Markdown
     "Whether the sink is removed, or only masked by the window: one row for each measured branch, below the base model and the controls."
-    found = {when: sink_comparison(results["base"], results[file], recipe) for file, when in branch_files(results).items()}
+    found = list(sink_numbers(results, recipe).values())
     if not found:
         return "No model with a branch is measured."
-    one = next(iter(found.values()))
+    one = found[0]
 
     def numbers(*values):
         return [None if value is None else f"{value:.3f}" for value in values]
@@ -288,8 +288,8 @@ def sink_answer(
     rows = [("base model", *numbers(one["base"], one["base_near"]), *(None,) * 4),
             (f"base model, masked beyond W = {recipe.window}", *numbers(one["cut"], one["base_near"]), *(None,) * 4),
             ("uniform attention", *numbers(one["uniform"], one["uniform_near"]), *(None,) * 4)]
-    rows += [(f"branch {when}", *numbers(n["branch"], n["near"]), n["in_branch"], *numbers(n["kept"], n["mixed"]), n["in_model"])
-             for when, n in found.items()]
+    rows += [(f"branch {n['when']}", *numbers(n["branch"], n["near"]), n["in_branch"], *numbers(n["kept"], n["mixed"]), n["in_model"])
+             for n in found]
     return markdown_table(head, rows)
 
 # %% ../nbs/49_sinks.ipynb #ce20c6af
@@ -361,16 +361,17 @@ def sink_model(
     return on_device(model).eval()
 
 # %% ../nbs/49_sinks.ipynb #dfa189a3
-def sink_numbers(root: Path | None = None):  # the project's folder
-    "By file of a model with a branch: attention on token 0, and whether the sink is present in branch and model."
-    found, recipe = stored_sinks("desk", root), SINKS.at("desk")
+def sink_numbers(
+    results: dict[str, dict],  # by file of `sink_models`: from `measure_sinks`
+    recipe: SinkRecipe,
+) -> dict[str, dict]:  # by file of a model with a branch
+    "`sink_comparison` of each branch, when it was trained, and the near attention of branch and base with its spread."
+    def near(file, kind):
+        return results[file]["sinks"][kind]["first_near"]["all_layers"]
 
-    def seeing(file, kind):
-        return found[file]["sinks"][kind]["first_near"]["all_layers"]
-
-    return {file: {**sink_comparison(found["base"], found[file], recipe), "when": when,
-                   "seeing": (seeing(file, "krause"), seeing("base", "softmax"))}
-            for file, when in branch_files(found).items()}, recipe
+    return {file: {**sink_comparison(results["base"], results[file], recipe), "when": when,
+                   "seeing": (near(file, "krause"), near("base", "softmax"))}
+            for file, when in branch_files(results).items()}
 
 # %% ../nbs/49_sinks.ipynb #8ad1ce61
 def _support_shares(model, states):
