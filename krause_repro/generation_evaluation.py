@@ -8,7 +8,6 @@ __all__ = ['test_bits', 'sample_run', 'frechet_distance', 'evaluate_generators',
 # %% ../nbs/43_generation_evaluation.ipynb #c6a5b24f
 import math
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -130,12 +129,11 @@ def sample_run(
                 path.unlink()
         kept = _saved_images(folder, run.recipe)
         levels = None if model.config.start_token else first_frequencies(load_splits(run.recipe, source).train.images, run.recipe.levels)
-        prompts, start = first_prompts(model.config, seed, levels), time.perf_counter()
+        prompts = first_prompts(model.config, seed, levels)
         for numbers, images in generate_batches(model, prompts, range(len(kept), count), seed, temperature, top_p, batch, progress):
-            seconds, start = time.perf_counter() - start, time.perf_counter()
             write_json(folder / "settings.json", settings)  # only after the first batch has been sampled
             with atomic_write(folder / f"images-{numbers[0]:06}.safetensors") as temporary:
-                save_file({"images": images.contiguous(), "seconds": torch.tensor(seconds)}, temporary)
+                save_file({"images": images.contiguous()}, temporary)
         return _saved_images(folder, run.recipe)[:count]
 
 # %% ../nbs/43_generation_evaluation.ipynb #066d8066
