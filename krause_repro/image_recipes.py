@@ -178,7 +178,7 @@ def parse_row(
 # %% ../nbs/23_image_recipes.ipynb #f7ae303e
 UNPUBLISHED = (
     "radius", "metric", "top_k", "sigma", "drop_path", "epochs", "warmup_epochs", "batch_size", "lr", "weight_decay", "max_grad_norm",
-    "label_smoothing", "cutmix_probability", "cutmix_alpha", "mixup_alpha", "augmentation", "crop_padding",
+    "label_smoothing", "cutmix_probability", "cutmix_alpha", "mixup_alpha", "augmentation", "crop_padding", "held_out",
 )
 
 
@@ -198,7 +198,7 @@ def image_settings(
         settings["positions"] = "rotary"
     settings |= BASELINE if family == "vit" else {}
     known = not rotary and (dataset, size, patch) in {("cifar10", "S", None), ("imagenet", "S", 16), ("imagenet", "B", 16)}
-    return {**settings, "unpublished": ("held_out",) if known else (*UNPUBLISHED, "held_out")}
+    return {**settings, "unpublished": ("held_out",) if known else UNPUBLISHED}
 
 # %% ../nbs/23_image_recipes.ipynb #9e1561a5
 def row_name(
@@ -222,11 +222,11 @@ def image_classification_recipes() -> dict[str, ImageClassificationRecipe]:
 # %% ../nbs/23_image_recipes.ipynb #30a072ee
 WINDOW_SOFTMAX = replace(
     image_classification_recipes()["kvit_t/fashion_mnist"], name="softmax_t_local_top_k/fashion_mnist", score="softmax", published={},
-    unpublished=(*UNPUBLISHED, "held_out", "score"),
+    unpublished=(*UNPUBLISHED, "score"),
 )
 POST_NORM_VIT = replace(
     image_classification_recipes()["vit_t/fashion_mnist"], name="vit_t_post/fashion_mnist", norm="post", layer_norm_eps=1e-5,
-    published={}, unpublished=(*UNPUBLISHED, "held_out", "norm"),
+    published={}, unpublished=(*UNPUBLISHED, "norm"),
 )
 
 # %% ../nbs/23_image_recipes.ipynb #03018091
@@ -257,7 +257,7 @@ CIFAR_CONTROLS = {  # changes to KViT-S
 def cifar_control_recipes() -> dict[str, ImageClassificationRecipe]:
     "Post-norm softmax attention on all tokens, on KViT's window, and on its window with top-k (ours)."
     kvit = image_classification_recipes()["kvit_s/cifar10"]
-    unpublished = (*UNPUBLISHED, "held_out", "score")
+    unpublished = (*UNPUBLISHED, "score")
     return {name: replace(kvit, name=name, published={}, unpublished=unpublished, **change) for name, change in CIFAR_CONTROLS.items()}
 
 # %% ../nbs/23_image_recipes.ipynb #99107221
@@ -306,7 +306,7 @@ def baseline_recipes() -> dict[str, PixelRecipe]:
         plain = {"augmentation": "none", "label_smoothing": 0.0}  # augmentation would cost a linear model several points
         change = plain if vit.dataset == "fashion_mnist" else {}
         kind, own = (ResidualRecipe, ("stages", "blocks")) if name.startswith("residual") else (PixelRecipe, ("stages",))
-        recipes[name] = as_kind(vit, kind, name=name, published={}, stages=each, unpublished=(*UNPUBLISHED, "held_out", *own), **change)
+        recipes[name] = as_kind(vit, kind, name=name, published={}, stages=each, unpublished=(*UNPUBLISHED, *own), **change)
     return recipes
 
 # %% ../nbs/23_image_recipes.ipynb #4052b462
@@ -367,13 +367,13 @@ def swin_recipes() -> dict[str, SwinRecipe]:
     recipes = {}
     for row, *_ in published_tables()["table14_swin"]["rows"]:
         (family, size, _, _), name = parse_row(row), row_name("cifar10", row)
-        depths, unpublished = SWIN_SIZES[size]["depths"], () if size == "T" else UNPUBLISHED_SWIN
+        depths, unpublished = SWIN_SIZES[size]["depths"], ("held_out",) if size == "T" else UNPUBLISHED_SWIN
         recipes[name] = SwinRecipe(
             name=name, score="krause" if family == "kswin" else "softmax", depths=depths, depth=sum(depths),
-            published=published_row("table14_swin", row), unpublished=(*unpublished, "held_out"),
+            published=published_row("table14_swin", row), unpublished=unpublished,
         )
     for family in ("kswin", "swin"):
-        name, unpublished = f"{family}_t/fashion_mnist", (*UNPUBLISHED_SWIN, "held_out", "patch_size")
+        name, unpublished = f"{family}_t/fashion_mnist", (*UNPUBLISHED_SWIN, "patch_size")
         fashion = {"dataset": "fashion_mnist", "image_size": 28, "channels": 1, "patch_size": 2, "window": 7}
         recipes[name] = replace(recipes[f"{family}_t/cifar10"], name=name, published={}, unpublished=unpublished, **fashion)
     return recipes
