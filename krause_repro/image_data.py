@@ -29,7 +29,7 @@ from krause_repro.image_files import (
     DAMAGE, DATA, IDX_FOLDERS, SKIP_HINT, check_dataset, check_unreadable, data_origin, download_dataset, find_source, has_published_layout,
     read_cifar, read_idx_images, read_parquet, unpack_package,
 )
-from .image_recipes import AUGMENTATIONS, ImageClassificationRecipe
+from .image_recipes import AUGMENTATIONS, PIXELS, ImageClassificationRecipe
 from .image_transformer import image_tokens
 from .records import cache_folder, disk_error, file_digest, read_json, scratch_folder, write_json
 
@@ -381,10 +381,9 @@ class Collator:
         training: bool,  # augment, mix and smooth; otherwise only normalise
         channels_last: bool = False,  # channels-last memory format, which is faster on tensor cores
     ):
-        spec = check_dataset(recipe.dataset)
         check_choice("augmentation", recipe.augmentation, AUGMENTATIONS)
         crop, erase = AUGMENTATIONS[recipe.augmentation]
-        self.mean, self.std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in (spec.mean, spec.std))
+        self.mean, self.std = (torch.tensor(x).reshape(1, -1, 1, 1) for x in PIXELS[recipe.dataset])
         self.training, self.classes, self.smoothing = training, recipe.classes, recipe.label_smoothing
         self.padding = recipe.crop_padding if crop else None
         self.erase = v2.RandomErasing(0.25) if erase else None

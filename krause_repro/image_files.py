@@ -30,7 +30,6 @@ from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
 from .checks import UserError, check_choice, check_path
-from .image_recipes import PIXELS
 from .records import cache_folder, file_digest, read_json, scratch_folder
 
 # %% ../nbs/27_image_files.ipynb #e8760a65
@@ -42,8 +41,6 @@ class DataSpec:
     channels: int
     train: int  # images in the training part
     test: int  # images in the test part
-    mean: tuple[float, ...]  # for normalisation of pixels in [0, 1], per channel
-    std: tuple[float, ...]
     package: str | None = None  # Debian package with the files
     package_folder: str | None = None  # folder of the files in that package
     folders: bool = False  # image files in train/<class>/ and val/<class>/
@@ -51,16 +48,14 @@ class DataSpec:
 
 # %% ../nbs/27_image_files.ipynb #061aa916
 DATA = {
-    "fashion_mnist": DataSpec(
-        10, 1, 60_000, 10_000, *PIXELS["fashion_mnist"], "dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"
-    ),
-    "cifar10": DataSpec(10, 3, 50_000, 10_000, *PIXELS["cifar10"]),
-    "cifar100": DataSpec(100, 3, 50_000, 10_000, *PIXELS["cifar100"]),
-    "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, *PIXELS["imagenet"], folders=True),
-    "photographs": DataSpec(2, 3, 48, 16, *PIXELS["photographs"], folders=True),
-    "mnist": DataSpec(10, 1, 60_000, 10_000, *PIXELS["mnist"]),
-    "digits": DataSpec(10, 1, 1437, 360, *PIXELS["digits"], bundled=True),
-    "photograph_tiles": DataSpec(2, 3, 416, 104, *PIXELS["photograph_tiles"], bundled=True),
+    "fashion_mnist": DataSpec(10, 1, 60_000, 10_000, "dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"),
+    "cifar10": DataSpec(10, 3, 50_000, 10_000),
+    "cifar100": DataSpec(100, 3, 50_000, 10_000),
+    "imagenet": DataSpec(1000, 3, 1_281_167, 50_000, folders=True),
+    "photographs": DataSpec(2, 3, 48, 16, folders=True),
+    "mnist": DataSpec(10, 1, 60_000, 10_000),
+    "digits": DataSpec(10, 1, 1437, 360, bundled=True),
+    "photograph_tiles": DataSpec(2, 3, 416, 104, bundled=True),
 }
 
 # %% ../nbs/27_image_files.ipynb #b47ba12f

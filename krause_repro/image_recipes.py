@@ -19,12 +19,12 @@ from .swin import SWIN_SIZES, SwinClassifierConfig
 from .vision_transformer import NORMS, POSITIONS, SIZES, VisionTransformerConfig
 
 # %% ../nbs/23_image_recipes.ipynb #e7917868
-IMAGE_DATASETS = ("fashion_mnist", "cifar10", "cifar100", "imagenet", "photographs", "mnist", "digits", "photograph_tiles")
 _CIFAR, _IMAGENET = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PIXELS = {  # mean and standard deviation that normalise pixels in [0, 1], per channel
     "fashion_mnist": ((0.2860,), (0.3530,)), "cifar10": _CIFAR, "cifar100": _CIFAR, "imagenet": _IMAGENET, "photographs": _IMAGENET,
     "mnist": ((0.1307,), (0.3081,)), "digits": ((0.0192,), (0.0236,)), "photograph_tiles": _IMAGENET,  # digits: levels 0…16 of 255
 }
+IMAGE_DATASETS = tuple(PIXELS)
 FOLDER_DATASETS = ("imagenet", "photographs")  # one folder per class; the other data sets are kept in memory
 AUGMENTATIONS = {  # crop and flip in the collator? erase in the collator?
     "none": (False, False), "crop_flip": (True, False), "crop_flip_erase": (True, True), "imagenet": (False, True),

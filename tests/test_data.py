@@ -38,7 +38,7 @@ from krause_repro.image_files import (
     find_source,
     read_idx,
 )
-from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS
+from krause_repro.image_recipes import AUGMENTATIONS, FOLDER_DATASETS, IMAGE_DATASETS, PIXELS
 from krause_repro.recipes import RECIPES, get_recipe
 from krause_repro.records import cache_folder, file_digest
 from krause_repro.runs import check_data, check_same_data
@@ -72,8 +72,7 @@ def test_fashion_mnist_is_the_published_one(source):
         assert found.labels.bincount().tolist() == [count // 10] * 10
         if split == "train":
             pixels = found.images[:20_000].float() / 255
-            assert pixels.mean().item() == pytest.approx(DATA["fashion_mnist"].mean[0], abs=2e-3)
-            assert pixels.std().item() == pytest.approx(DATA["fashion_mnist"].std[0], abs=2e-3)
+            assert [pixels.mean().item(), pixels.std().item()] == pytest.approx([x[0] for x in PIXELS["fashion_mnist"]], abs=2e-3)
 
 
 def test_packed_files_serve_as_well(small):
@@ -779,10 +778,10 @@ def test_evaluation_is_normalised_and_nothing_else(name):
     recipe = replace(get_recipe(name), image_size=12)
     given = examples(6, recipe)
     batch = Collator(recipe, training=False)(given)
-    spec = DATA[recipe.dataset]
+    mean, std = PIXELS[recipe.dataset]
     for i, example in enumerate(given):
         for channel in range(recipe.channels):
-            expected = (example["pixel_values"][channel].double() / 255 - spec.mean[channel]) / spec.std[channel]
+            expected = (example["pixel_values"][channel].double() / 255 - mean[channel]) / std[channel]
             torch.testing.assert_close(batch["pixel_values"][i, channel].double(), expected, rtol=0, atol=1e-5)
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [example["labels"].item() for example in given]
@@ -797,7 +796,7 @@ def test_training_without_mixing_smooths_the_labels_exactly():
         expected = [0.01] * 10
         expected[example["labels"]] = 0.91
         assert row.tolist() == pytest.approx(expected, abs=1e-6)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (DATA["cifar10"].mean, DATA["cifar10"].std))
+    mean, std = (torch.tensor(x)[:, None, None] for x in PIXELS["cifar10"])
     for pixels, example in zip(batch["pixel_values"], given, strict=True):
         back = ((pixels * std + mean) * 255).round().to(torch.uint8)
         assert tuple(back.flatten().tolist()) in crops(example["pixel_values"], 1)
@@ -807,7 +806,8 @@ def test_every_batch_is_mixed_by_cutmix_or_mixup_in_the_recipes_share():
     recipe = replace(get_recipe("kvit_s/cifar10"), crop_padding=0)
     given = examples(2, recipe, lambda i: torch.full((3, 32, 32), 250 * i, dtype=torch.uint8))
     collate = Collator(recipe, training=True)
-    dark, bright = (((i * 250 / 255) - DATA["cifar10"].mean[0]) / DATA["cifar10"].std[0] for i in range(2))
+    (mean, *_), (std, *_) = PIXELS["cifar10"]
+    dark, bright = ((i * 250 / 255 - mean) / std for i in range(2))
     torch.manual_seed(0)
     kinds = {"cut": 0, "mixed": 0, "neither": 0}
     for _ in range(300):

@@ -16,10 +16,10 @@ from transformers import AutoModelForImageClassification
 
 from krause_repro.generation_recipes import generation_recipes
 from krause_repro.image_data import Collator
-from krause_repro.image_files import DATA
 from krause_repro.image_recipes import (
     CIFAR_CONTROLS,
     IMAGE_DATA,
+    PIXELS,
     UNPUBLISHED,
     UNPUBLISHED_SWIN,
     ImageClassificationRecipe,
@@ -486,7 +486,7 @@ def test_models_are_made_by_name_as_in_timm():
     assert made == ["VisionTransformer", "SwinClassifier", "PixelClassifier", "ImageTransformer", "LanguageModel"]
     model = create_model("kvit_s_cifar10", pretrained=False, num_classes=7, profile="smoke", sigma=1.5, image_size=48)
     assert (model.head.out_features, model.config.num_labels, model.config.sigma, model.config.image_size) == (7, 7, 1.5, 48)
-    assert model.config.image_mean == list(DATA["cifar10"].mean) and model.config.image_std == list(DATA["cifar10"].std)
+    assert [model.config.image_mean, model.config.image_std] == list(map(list, PIXELS["cifar10"]))
 
 
 @pytest.mark.parametrize(("wrong", "kind", "message"), [
