@@ -31,6 +31,7 @@ from krause_repro.image_files import (
 )
 from .image_recipes import AUGMENTATIONS, PIXELS, ImageClassificationRecipe
 from .image_transformer import image_tokens
+from .recipe_base import SPLIT_SEED
 from .records import cache_folder, disk_error, file_digest, read_json, scratch_folder, write_json
 
 # %% ../nbs/28_image_data.ipynb #dd366f53
@@ -337,9 +338,6 @@ def fetch(
             tried.append(str(error))
     package = f"install the package {spec.package} (sudo apt-get install {spec.package}) or " if spec.package else ""
     raise FileNotFoundError(f"{'; '.join(tried)}. By hand: {package}put the files of {name} into {cache_folder()}")
-
-# %% ../nbs/28_image_data.ipynb #acfdbaab
-SPLIT_SEED = 3407
 
 # %% ../nbs/28_image_data.ipynb #eef8cb0c
 def split_held_out(

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from .checks import UserError, check_integer, check_path
 from .language_recipes import FLAN_HELD_OUT, FLAN_TRAIN
 from .packaged_data import find_or_download, language_folder
+from .recipe_base import SPLIT_SEED
 from .records import read_text, write_text
 
 # %% ../nbs/30_language_data.ipynb #d615abed
@@ -140,7 +141,6 @@ def _read_questions(name: str, content: bytes) -> list[dict[str, str]]:
 
 # %% ../nbs/30_language_data.ipynb #448d234e
 FLAN = "Open-Orca/FLAN"
-SPLIT_SEED = 3407
 
 # %% ../nbs/30_language_data.ipynb #d4ab5ea6
 def read_item_lines(

@@ -129,6 +129,7 @@ FRACTION = Allowed("in [0, 1)", lambda value: is_number(value) and 0 <= value < 
 SHARE = Allowed("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 SEED = integers(0, 2**32 - 1)  # as NumPy's generators take
 SEEDS = different(tuples(SEED))
+SPLIT_SEED = 3407  # of every random choice of training or held-out data
 STRING = Allowed("a string", lambda value: isinstance(value, str))
 STRINGS = Allowed("a tuple of strings", lambda value: isinstance(value, tuple) and all(map(STRING.holds, value)))
 

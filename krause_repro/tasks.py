@@ -34,13 +34,12 @@ from .image_data import Collator, ImageSet, Splits, TokenCollator, load_splits
 from .image_recipes import ImageClassificationRecipe
 from .image_transformer import check_images
 from krause_repro.language_data import (
-    IGNORED, SPLIT_SEED, ResponseCollator, encode_items, flan_items, question_answers, split_items, split_works,
-    text_blocks,
+    IGNORED, ResponseCollator, encode_items, flan_items, question_answers, split_items, split_works, text_blocks,
 )
 from .language_recipes import FineTuningRecipe, LanguageModelRecipe
 from .model_base import token_loss
 from .packaged_data import pretrained_source
-from .recipe_base import Recipe
+from .recipe_base import SPLIT_SEED, Recipe
 from .records import disk_errors, scratch_folder
 from .reference import segment_starts
 
