@@ -15,7 +15,6 @@ from .bench_attention import add_peak_memory, bench_attention, bench_gpu_attenti
 from .bench_generation import bench_generation
 from .bench_language import bench_language, bench_text
 from .bench_models import bench_images, bench_training
-from .checks import check_integer
 from .dynamics import flow, uniform_sphere
 from .recipes import COST, CostRecipe
 from .records import environment, project_root, write_json
@@ -23,13 +22,9 @@ from .results import measured_on
 from .timing import compare, interleave
 
 # %% ../nbs/54_benchmarks.ipynb #8ac3d072
-def bench_dynamics(
-    steps: int = 1000,  # of the integrator
-    rounds: int = 3,  # timed rounds
-) -> dict:
+def bench_dynamics() -> dict:
     "Times of 200 particles on the sphere under softmax, truncated Krause and Krause with top-k."
-    check_integer("steps", steps, 1)
-    check_integer("rounds", rounds, 1)
+    steps, rounds = 1000, 3  # of the integrator; timed
     start = uniform_sphere(200, 3, torch.Generator().manual_seed(0))
     settings = {"softmax": {"beta": 4.0}, "Krause, radius": {"sigma": 0.5, "radius": 1.0}, "Krause, top-k": {"sigma": 0.5, "top_k": 20}}
     contenders = {name: lambda s=s: flow(start, step=0.05, steps=steps, record_every=steps, **s) for name, s in settings.items()}

@@ -344,14 +344,13 @@ def stored_sinks(
 def sink_model(
     file: str,  # key of `sink_models`
     recipe: FineTuningRecipe,  # its recipe
-    runs: str | Path = "runs",  # folder of run directories, relative to the project
 ) -> PreTrainedModel:
     """The model to measure, on the GPU if there is one; a fine-tuned model is that of the first seed.
 
     Trains nothing: raises `UserError` with the command to use if its run is not finished, or was made with another recipe.
     """
     if file not in ("base", "untrained_branch"):
-        run = Run(run_path(recipe, recipe.seeds[0], runs), recipe, recipe.seeds[0])
+        run = Run(run_path(recipe, recipe.seeds[0]), recipe, recipe.seeds[0])
         check_run(run)
         return finished_model(run)
     model = base_model(recipe)

@@ -55,7 +55,7 @@ def pool(
     return {"mean": ((n * a + m * b) / both).tolist(), "sd": np.sqrt(squares / (both - 1)).tolist(), "n": both}
 
 # %% ../nbs/40_statistics.ipynb #c35f768e
-def _with_interval(summary, comparisons=1):
+def _with_interval(summary, comparisons):
     "A summary with its 95% interval by Student's t, Bonferroni-corrected; the interval is None for fewer than two values."
     check_integer("comparisons", comparisons, 1)
     if summary["n"] < 2:

@@ -55,7 +55,7 @@ from krause_repro.bench_models import (
     training_speeds,
     training_step,
 )
-from krause_repro.benchmarks import BENCHMARKS, bench_cost, bench_dynamics, format_rows, report_benchmark
+from krause_repro.benchmarks import BENCHMARKS, bench_cost, format_rows, report_benchmark
 from krause_repro.checks import UserError
 from krause_repro.drawing import COLOURS
 from krause_repro.flops import language_mac_table
@@ -509,7 +509,6 @@ REFUSED = {
     "no context": (lambda: LanguageCase(1, 0, 1), "context must be an integer ≥ 1"),
     "no token": (lambda: bench_language(replace(LANGUAGE_SPEED, tokens=0)), "tokens must be an integer ≥ 1"),
     "unknown base": (lambda: benchmark_language_model("smollm3"), "base must be 'smollm2' or 'random'"),
-    "no step of particles": (lambda: bench_dynamics(steps=0), "steps must be an integer ≥ 1"),
 }
 
 
