@@ -166,6 +166,7 @@ def check_choice(
 
 # %% ../nbs/01_checks.ipynb #d26691ee
 PROFILES = ("smoke", "desk", "paper")
+TRAIN_CHOICES = ("never", "missing", "always")
 
 
 def check_profile(
@@ -174,6 +175,14 @@ def check_profile(
     "Return `profile`, or raise `UserError` that lists the profiles."
     check_choice("profile", profile, PROFILES)
     return profile
+
+
+def check_train(
+    train: str,
+) -> str:
+    "Return `train`, or raise `UserError` that lists the choices."
+    check_choice("train", train, TRAIN_CHOICES)
+    return train
 
 # %% ../nbs/01_checks.ipynb #7f24e50b
 def values_known(

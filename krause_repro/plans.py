@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import UserError
+from .checks import UserError, check_train
 from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, evaluate_runs, is_undertrained, last_gain, train_seeds, undertrained_mark
 from .generation_recipes import GENERATION_DATASET_BY_PROFILE
 from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE
 from .recipe_base import NOT_NEGATIVE, SEEDS, STRING, STRINGS, Allowed, different, or_none, python_values, tuples
 from .recipes import RECIPES, get_recipe
 from .records import file_digest, project_root, read_json
-from .results import check_train, load_or_compute, result_path
+from .results import load_or_compute, result_path
 from .runs import Run
 from krause_repro.statistics import (
     decimals, finished_table, markdown_table, outcome, paired_difference, plural, seeds_in_words, signed_interval,
@@ -29,7 +29,7 @@ def load_or_run_grid(
     experiment: str,  # folder of the results
     names: list[str],  # keys of `RECIPES`
     profile: str,  # "smoke", "desk" or "paper"
-    train: str,  # one of `results.TRAIN_CHOICES`
+    train: str,  # one of `checks.TRAIN_CHOICES`
     root: Path | None = None,  # project folder
     summary: Callable[[list[Run]], dict] = evaluate_runs,  # from the runs of one recipe, one per seed, to its result
     retrain: bool = True,  # under `always`; False: only summarise again

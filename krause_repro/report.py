@@ -14,7 +14,7 @@ import torch
 
 from .bench_generation import generation_speed_table
 from .bench_language import language_speed_table
-from .checks import UserError
+from .checks import UserError, check_profile
 from .claims import CLAIMS, VERDICTS, claims_table, judged
 from .evaluation import CLASSIFIER_LABELS, FLAT_GAIN, FLAT_LOSS, altered_note, is_undertrained, provenance_table
 from .fine_tuning_evaluation import fine_tuned_models, fine_tuning_table
@@ -28,7 +28,7 @@ from .language_recipes import FINE_TUNING_BY_PROFILE, LM_DATASET_BY_PROFILE, LM_
 from krause_repro.plans import (
     IMAGE_BITS, TEXT_BITS, TOKEN_LOSS, finished_runs, load_or_run_grid, planned_table, read_plan, trained_table,
 )
-from .recipe_base import check_profile, published_tables
+from .recipe_base import published_tables
 from .recipes import PASSES, SINKS, get_recipe
 from .records import project_root, read_text, write_text
 from .results import load_or_compute, load_result, measured_on, result_command, result_page, result_path

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import UserError, check_choice, check_profile
+from .checks import UserError, check_profile, check_train
 from .records import atomic_write, environment, project_root, read_json, write_json
 
 # %% ../nbs/21_results.ipynb #c74893c0
@@ -339,17 +339,6 @@ def measured_on(
     "Threads, device and PyTorch version of a result, in words."
     return f"{result['threads']} threads, {result['device']}, torch {result['versions']['torch']}"
 
-# %% ../nbs/21_results.ipynb #b2d6a375
-TRAIN_CHOICES = ("never", "missing", "always")
-
-
-def check_train(
-    train: str,
-) -> str:
-    "Return `train`, or raise `UserError` that lists the choices."
-    check_choice("train", train, TRAIN_CHOICES)
-    return train
-
 # %% ../nbs/21_results.ipynb #2b343d94
 def stale_recipes(
     result: dict,  # from `load_result`
@@ -367,7 +356,7 @@ def stale_recipes(
 def load_or_compute(
     name: str,  # the experiment, e.g. "image_classification"
     profile: str,  # "smoke", "desk" or "paper"
-    train: str,  # one of `TRAIN_CHOICES`
+    train: str,  # one of `checks.TRAIN_CHOICES`
     recipes: list,  # its recipes under this profile
     make: Callable[[], dict],  # computes the numbers; not called if they are loaded
     root: Path | None = None,  # the project's root

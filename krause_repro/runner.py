@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from .checks import UserError, did_you_mean
+from .checks import UserError, check_profile, check_train, did_you_mean
 from .records import atomic_write, copy_file, git_state, locked, project_root, read_json, remove_leftovers
 
 # %% ../nbs/58_runner.ipynb #10b4482f
@@ -146,9 +146,6 @@ def resolve_train(
     train: str | None = None,  # "never", "missing", "always", or None for the profile's default
 ) -> str:
     "The given value of `train`, or the default of the profile. Raises `ValueError` for a value that is not allowed."
-    from krause_repro.recipe_base import check_profile
-    from krause_repro.results import check_train
-
     check_profile(profile)
     return check_train(train) if train is not None else "always" if profile == "smoke" else "never"
 

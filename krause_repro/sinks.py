@@ -19,7 +19,7 @@ from transformers.trainer_utils import set_seed
 
 from .attention_analysis import attention_entropy, check_defined, check_numbers, collect_attention
 from .branched_models import add_krause_branch, recorded_branches
-from .checks import UserError, check_integer
+from .checks import UserError, check_integer, check_profile
 from .evaluation import finished_model, on_device, provenance
 from .fine_tuning_evaluation import FINE_TUNED_LABELS
 from .language_data import bos_tokens, shakespeare_text, split_works, text_blocks
@@ -27,7 +27,6 @@ from .language_model import LanguageModel, support_of
 from .language_model_evaluation import text_blocks_of
 from .language_recipes import FINE_TUNING_BY_PROFILE, FineTuningRecipe
 from .llm_branch import attention_layers, branches
-from .recipe_base import check_profile
 from .recipes import SINKS, SinkRecipe, get_recipe
 from .reference import band_mask
 from .results import load_or_compute, result_path

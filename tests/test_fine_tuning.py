@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from krause_repro import cli, fine_tuning_evaluation, packaged_data, sinks, tasks, training
 from krause_repro.adapters import ADAPTER_FILES, load_language_model, lora_config, parameter_counts
 from krause_repro.branched_models import add_krause_branch
+from krause_repro.checks import PROFILES
 from krause_repro.corpus import textbooks
 from krause_repro.evaluation import loss_curves
 from krause_repro.fine_tuning_evaluation import (
@@ -36,7 +37,7 @@ from krause_repro.language_data import IGNORED, split_works
 from krause_repro.language_recipes import FINE_TUNING_BY_PROFILE, fine_tuning_recipes
 from krause_repro.llm_branch import branches
 from krause_repro.packaged_data import pretrained_source, smollm2_folder
-from krause_repro.recipe_base import PROFILES, published_tables
+from krause_repro.recipe_base import published_tables
 from krause_repro.recipes import RECIPES, SINKS, get_recipe
 from krause_repro.records import read_json, write_json
 from krause_repro.runs import Run, TrainingDiverged, run_path

@@ -14,6 +14,7 @@ from cases import over
 from torch.optim import AdamW
 from transformers import AutoModelForImageClassification
 
+from krause_repro.checks import PROFILES
 from krause_repro.generation_recipes import generation_recipes
 from krause_repro.image_data import Collator
 from krause_repro.image_recipes import (
@@ -39,7 +40,7 @@ from krause_repro.language_recipes import (
     fine_tuning_recipes,
     language_model_recipes,
 )
-from krause_repro.recipe_base import PROFILES, Recipe, published_tables
+from krause_repro.recipe_base import Recipe, published_tables
 from krause_repro.recipes import PARTICLE_FIELDS, RECIPES, ParticleRecipe, create_model, get_recipe, list_models
 from krause_repro.tasks import check_process_batch
 

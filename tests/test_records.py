@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import krause_repro
-from krause_repro.checks import UserError
+from krause_repro.checks import UserError, check_train
 from krause_repro.recipes import get_recipe
 from krause_repro.records import (
     InUse,
@@ -42,7 +42,6 @@ from krause_repro.records import (
     write_json,
 )
 from krause_repro.results import (
-    check_train,
     load_or_compute,
     load_result,
     result_path,
