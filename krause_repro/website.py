@@ -253,7 +253,7 @@ def readme_section(
     "A section of the README as HTML; None without it."
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    section = re.search(rf"^## {heading}\n.*?(?=^!\[|^All tables|^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    section = re.search(rf"^## {heading}\n.*?(?=^!\[|^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return section and markdown_html(re.sub(r"<!--.*?-->\n?", "", section[0], flags=re.DOTALL))
 
 # %% ../nbs/59_website.ipynb #1c6f9ad4
