@@ -29,7 +29,7 @@ from .fast_attention import banded_tiles, flex_attention, gathered_rows, sdpa_at
 from .native_kernels import kernels_available, native_band, native_lists
 from .recipes import CIFAR_CASE, COST, PASSES, AttentionCase, CostRecipe, GridCase
 from .reference import CausalWindow, GridWindow, reference_attention
-from .timing import compare, compare_in_pairs, fitted_exponent, in_turns, interleave, peak_beyond, summarise_times
+from .timing import compare, compare_in_pairs, fitted_exponent, interleave, interleave_within_budget, peak_memory_increase, summarise_times
 from .triton_kernels import _Launch, _options, triton_attention
 
 # %% ../nbs/50_bench_attention.ipynb #8e5014fc
@@ -103,7 +103,7 @@ def _measure_job(name, case, threads):
     torch.set_num_threads(threads)
     warmup = replace(case, batch=1, length=128, window=32, top_k=case.top_k and 24)
     attention_calls(warmup, PASSES[1], (name,))[name]()
-    return peak_beyond(attention_calls(case, PASSES[1], (name,))[name])
+    return peak_memory_increase(attention_calls(case, PASSES[1], (name,))[name])
 
 
 def _answer_jobs():
@@ -227,7 +227,7 @@ def bench_selection(
             calls[name] = attention_calls(replace(case, top_k=top_k), "forward", ("banded, C++",))["banded, C++"]
     else:
         missing[OPERATOR_SHARE] = "the C++ kernels are not built"
-    seconds = in_turns(calls, len(calls) * recipe.budget)
+    seconds = interleave_within_budget(calls, len(calls) * recipe.budget)
     if "with" in seconds:
         seconds[OPERATOR_SHARE] = [a - b for a, b in zip(seconds.pop("with"), seconds.pop("without"), strict=True)]
     title = f"{len(scores):,} rows of {case.window}, k = {case.top_k}"
@@ -245,7 +245,8 @@ def _sweep(cases, names, sweep, recipe):
             if not able:
                 break
             for name, call in attention_calls(case, step, able).items():
-                times = in_turns({name: call}, recipe.budget)[name]  # not in turns: a contender of half a minute would evict the caches
+                # alone: a contender of half a minute would evict the caches
+                times = interleave_within_budget({name: call}, recipe.budget)[name]
                 rows.append({"case": case.title, **case.shape, "sweep": sweep, "pass": step, "name": name, **summarise_times(times)})
                 last[name] = rows[-1]["seconds"]
     return rows

@@ -17,7 +17,7 @@ from .generation_recipes import GENERATORS, ImageGenerationRecipe
 from .image_transformer import ImageTransformer, image_cache
 from .recipes import GENERATION_SPEED, GenerationCase, GenerationSpeedRecipe, get_recipe
 from .statistics import markdown_table
-from .timing import adamw_step, compare, in_turns, interleave, quartiles, summarise_times
+from .timing import adamw_step, compare, interleave, interleave_within_budget, quartiles, summarise_times
 
 # %% ../nbs/52_bench_generation.ipynb #908538cb
 def _decoder(recipe, case):
@@ -99,7 +99,7 @@ def bench_generation(
     length = recipes["KARM"].config.tokens - 1
     steps = {name: generator_step(recipe, length, 1) for name, recipe in recipes.items()}
     title = f"{length:,} tokens, width {recipes['KARM'].width}, {depth} layers"
-    rows += [{"case": title, "pass": "training step", **row} for row in compare(in_turns(steps, recipe.budget), "ARM")]
+    rows += [{"case": title, "pass": "training step", **row} for row in compare(interleave_within_budget(steps, recipe.budget), "ARM")]
     return {"benchmark": "generation", "rows": rows, "notes": generation_notes(rows)}
 
 # %% ../nbs/52_bench_generation.ipynb #b9310381

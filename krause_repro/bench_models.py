@@ -20,7 +20,7 @@ from .image_data import load_splits
 from .image_recipes import ImageClassificationRecipe
 from .recipes import COST, CostRecipe, get_recipe
 from .statistics import markdown_table, span
-from .timing import adamw_step, compare, in_turns
+from .timing import adamw_step, compare, interleave_within_budget
 from .training import build_trainer
 from .vision_transformer import VisionTransformer
 
@@ -73,7 +73,7 @@ def bench_images(
     for case in recipe.images:
         for step in passes:
             calls = {name: IMAGE_PASSES[step](each, case.images) for name, each in case.recipes().items()}
-            for row in compare(in_turns(calls, 2 * recipe.budget), "ViT"):
+            for row in compare(interleave_within_budget(calls, 2 * recipe.budget), "ViT"):
                 speed = {"images": case.images, "images_per_second": case.images / row["seconds"]}
                 rows.append({"case": case.title, "pass": step, **speed, **row})
     return {"benchmark": "images", "rows": rows}
@@ -86,7 +86,7 @@ def training_speeds(
     "Images per second of training steps on random images, timed in turns."
     check_positive("budget", budget)
     calls = {name: training_step(recipe, recipe.batch_size) for name, recipe in recipes.items()}
-    rows = compare(in_turns(calls, budget), next(iter(recipes)))
+    rows = compare(interleave_within_budget(calls, budget), next(iter(recipes)))
     return {"rows": [{"images_per_second": recipes[row["name"]].batch_size / row["seconds"], **row} for row in rows]}
 
 

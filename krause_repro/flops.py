@@ -71,7 +71,7 @@ def component_macs(
     }
 
 # %% ../nbs/37_flops.ipynb #00550498
-def counted_macs(
+def torch_macs(
     call: Callable[[], object],  # calls a model or a part of it
 ) -> dict[str, int]:  # by module name; "Global" is the total
     "Multiply-accumulates of matrix multiplications and convolutions in a call, by PyTorch's counter."
@@ -89,7 +89,7 @@ def _score_macs(attention, tokens):
     def weights():
         return attention_weights(query, query, attention.neighborhood, attention.top_k, score=attention.score, sigma=attention.sigma)
 
-    return counted_macs(weights)["Global"]
+    return torch_macs(weights)["Global"]
 
 
 def measured_macs(
@@ -98,7 +98,7 @@ def measured_macs(
     "`component_macs` of the dense reference, measured on one image."
     tokens, model = token_count(config), VisionTransformer(config).eval()
     image = torch.zeros(1, config.num_channels, *image_sides(config.image_size))
-    counts = counted_macs(lambda: model(image, output_attentions=True))
+    counts = torch_macs(lambda: model(image, output_attentions=True))
 
     def total(ending):
         return sum(count for name, count in counts.items() if name.endswith(ending))
@@ -162,7 +162,7 @@ def ptflops_macs(
     return count
 
 # %% ../nbs/37_flops.ipynb #f6d6cee2
-def counter_macs(
+def ptflops_formula(
     config: VisionTransformerConfig,
     projections: bool = True,  # include the projections of the attention
     per_entry: int | None = None,  # operations per score; None: `ENTRY_OPERATIONS`
@@ -201,7 +201,7 @@ def count_row(
         "recipe": name, "model": recipe.published["model"], "dataset": recipe.dataset, "score": config.attention_score,
         "published": recipe.published["gflops_as_published"],
         "dense": component_macs(config), "local": component_macs(config, dense=False),
-        "counter": {choice: sum(counter_macs(config, projections).values()) for choice, projections in choices.items()},
+        "counter": {choice: sum(ptflops_formula(config, projections).values()) for choice, projections in choices.items()},
     }
     if measure:
         row["measured"] = measured_macs(config)
@@ -222,7 +222,7 @@ def try_entry_operations() -> list[dict]:  # by number of operations, 0 to 4, th
     rows = [get_recipe(name) for name in COUNTED if get_recipe(name).score == "krause"]
 
     def missed(operations):
-        found = {row.name: sum(counter_macs(row.config, False, operations).values()) for row in rows}
+        found = {row.name: sum(ptflops_formula(row.config, False, operations).values()) for row in rows}
         return [row.name for row in rows if not as_printed(found[row.name], row.published["gflops_as_published"])]
 
     return [{"operations": operations, "rows": len(rows), "missed": missed(operations)} for operations in range(5)]
@@ -237,7 +237,7 @@ def swin_row(
     check_choice("size", size, SWIN_SIZES)
     config = SwinClassifierConfig(**SWIN_SIZES[size], attention_score=score, pad_small_maps=padded, num_labels=10)
     model = SwinClassifier(config).eval()
-    macs = counted_macs(lambda: model(torch.zeros(1, 3, config.image_size, config.image_size)))["Global"]
+    macs = torch_macs(lambda: model(torch.zeros(1, 3, config.image_size, config.image_size)))["Global"]
     return {"model": f"{'KSwin' if score == 'krause' else 'Swin'}-{size}", "padded": padded, "macs": macs}
 
 # %% ../nbs/37_flops.ipynb #b6fc9a63

@@ -111,7 +111,7 @@ class ContextModel:
     offsets: tuple[int, ...]  # offsets of the context, the most important first
     levels: int  # V
     counts: tuple[Tensor, ...]  # per context length n = 0, 1, …: (contexts, V) int32
-    strengths: tuple[float, ...]  # κ per context length: weight of the shorter context's prediction
+    pseudo_counts: tuple[float, ...]  # κ per context length: weight of the shorter context's prediction
 
     def probabilities(
         self,
@@ -119,10 +119,10 @@ class ContextModel:
     ) -> Tensor:  # (N, T) float64
         "Probability of each token given its context."
         tokens, found = check_levels(tokens, self.levels), torch.full(tokens.shape, 1 / self.levels, dtype=torch.float64)
-        for length, (counts, strength) in enumerate(zip(self.counts, self.strengths, strict=True)):
+        for length, (counts, pseudo_count) in enumerate(zip(self.counts, self.pseudo_counts, strict=True)):
             contexts = context_index(tokens, self.offsets[:length], self.levels)
             seen = counts.sum(-1)[contexts].double()
-            found = (counts[contexts, tokens].double() + strength * found) / (seen + strength)
+            found = (counts[contexts, tokens].double() + pseudo_count * found) / (seen + pseudo_count)
         return found
 
     def bits(
@@ -161,31 +161,31 @@ def count_levels(
     return counts.view(-1, levels)
 
 # %% ../nbs/32_likelihood.ipynb #dbec728e
-BACKOFF_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+PSEUDO_COUNTS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 MAX_COUNTS = 100_000_000  # counts per context length: 0.4 GB
 
 # %% ../nbs/32_likelihood.ipynb #43122ec9
 def fit_context_model(
     train: Tensor,  # (N, T) integers in 0…levels − 1
-    held_out: Tensor,  # (M, T), for the choice of the strengths
+    held_out: Tensor,  # (M, T), for the choice of the pseudo-counts
     offsets: tuple[int, ...],  # offsets of the context, the most important first
     levels: int,  # V
-    strengths: tuple[float, ...] = BACKOFF_STRENGTHS,  # candidates
+    pseudo_counts: tuple[float, ...] = PSEUDO_COUNTS,  # candidates
 ) -> ContextModel:
-    "Count n-grams in `train` and choose, for each context length, the strength with the fewest bits on `held_out`."
+    "Count n-grams in `train` and choose, for each context length, the pseudo-count with the fewest bits on `held_out`."
     check_integer("levels", levels, 2)
     train, held_out = check_levels(train, levels), check_levels(held_out, levels)
-    offsets, strengths = tuple(check_integer("offsets", offset, 1) for offset in offsets), tuple(strengths)
-    if not strengths:
-        raise UserError("strengths must hold at least one number > 0")
+    offsets, pseudo_counts = tuple(check_integer("offsets", offset, 1) for offset in offsets), tuple(pseudo_counts)
+    if not pseudo_counts:
+        raise UserError("pseudo_counts must hold at least one number > 0")
     if len(set(offsets)) != len(offsets) or (levels + 1) ** len(offsets) * levels > MAX_COUNTS:
         raise UserError(f"offsets must be different and few: at most {MAX_COUNTS:,} counts for {levels} levels, got {offsets}")
-    for strength in strengths:
-        check_positive("strengths", strength)
+    for pseudo_count in pseudo_counts:
+        check_positive("pseudo_counts", pseudo_count)
     model = ContextModel(offsets, levels, (), ())
     for length in range(len(offsets) + 1):
         counts = (*model.counts, count_levels(train, offsets[:length], levels))
-        longer = [ContextModel(offsets, levels, counts, (*model.strengths, strength)) for strength in strengths]
+        longer = [ContextModel(offsets, levels, counts, (*model.pseudo_counts, pseudo_count)) for pseudo_count in pseudo_counts]
         model = min(longer, key=lambda choice: choice.bits(held_out)["bits_per_dim_all"])
     return model
 

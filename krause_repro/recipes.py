@@ -218,7 +218,7 @@ class CostRecipe(Recipe):
         ImageCase("CIFAR-10, S (65 tokens)", "kvit_s/cifar10", "vit_s/cifar10", "paper", 16),
         ImageCase("ImageNet, S/16 (197 tokens)", "kvit_s16/imagenet", "vit_s16/imagenet", "paper", 4),
     )
-    budget: float = 3.0  # seconds per comparison, see `in_turns`
+    budget: float = 3.0  # seconds per comparison, see `interleave_within_budget`
     compiled: bool = True  # also time the top-k with torch.compile
     allowed: ClassVar[dict[str, Allowed]] = {
         **Recipe.allowed, **dict.fromkeys(("lengths", "windows"), tuples(integers(1))),

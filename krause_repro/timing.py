@@ -75,7 +75,7 @@ ROUNDS = (5, 15)  # minimum and maximum number of rounds within the budget
 LONG_ROUNDS = 3  # if one round exceeds the budget
 
 # %% ../nbs/38_timing.ipynb #a36ca177
-def in_turns(
+def interleave_within_budget(
     contenders: dict[str, Callable[[], object]],  # functions to time, by name
     budget: float = 3.0,  # seconds for all rounds; `ROUNDS[0]` of them may take more
 ) -> dict[str, list[float]]:  # seconds per round
@@ -95,8 +95,9 @@ def compare_in_pairs(
     budget: float = 3.0,  # seconds per pair
 ) -> list[dict]:  # rows of `compare`, the baseline's first
     "`compare` each contender with the baseline; the baseline's own times are pooled over pairs."
-    pairs = [in_turns({baseline: contenders[baseline], name: call}, budget) for name, call in contenders.items() if name != baseline]
-    pairs = pairs or [in_turns({baseline: contenders[baseline]}, budget)]
+    pairs = [interleave_within_budget({baseline: contenders[baseline], name: call}, budget)
+             for name, call in contenders.items() if name != baseline]
+    pairs = pairs or [interleave_within_budget({baseline: contenders[baseline]}, budget)]
     pooled = [seconds for pair in pairs for seconds in pair[baseline]]
     others = [row for pair in pairs for row in compare(pair, baseline) if row["name"] != baseline]
     return compare({baseline: pooled}, baseline) + others
@@ -131,7 +132,7 @@ def resident_bytes(
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 # %% ../nbs/38_timing.ipynb #7b0db7d2
-def peak_beyond(
+def peak_memory_increase(
     call: Callable[[], list[Tensor]],  # function to measure; the tensors it returns are not counted
 ) -> int | None:  # bytes; None on systems other than Linux
     """Peak increase of the process's resident memory during `call`, without the tensors it returns.

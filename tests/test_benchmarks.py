@@ -84,9 +84,9 @@ from krause_repro.timing import (
     compare,
     compare_in_pairs,
     fitted_exponent,
-    in_turns,
     interleave,
-    peak_beyond,
+    interleave_within_budget,
+    peak_memory_increase,
     summarise_times,
 )
 from krause_repro.training import build_trainer
@@ -119,13 +119,15 @@ def test_times_are_summarised_by_median_and_quartiles():
 )
 def test_slow_contenders_get_fewer_rounds(monkeypatch, seconds, budget, rounds):
     monkeypatch.setattr(timing, "interleave", lambda names, rounds, warmup: {name: [seconds] * (rounds + warmup) for name in names})
-    assert {name: len(times) for name, times in in_turns({"a": None, "b": None}, budget).items()} == {"a": rounds, "b": rounds}
+    found = interleave_within_budget({"a": None, "b": None}, budget)
+    assert {name: len(times) for name, times in found.items()} == {"a": rounds, "b": rounds}
 
 
 def test_every_contender_takes_turns_with_the_baseline_alone(monkeypatch):
     times = {"base": [1.0, 2.0], "a": [3.0, 2.0], "b": [0.5, 1.0]}
     asked = []
-    monkeypatch.setattr(timing, "in_turns", lambda pair, budget: asked.append((*pair, budget)) or {name: times[name] for name in pair})
+    monkeypatch.setattr(timing, "interleave_within_budget", lambda pair, budget: (
+        asked.append((*pair, budget)) or {name: times[name] for name in pair}))
     rows = compare_in_pairs({"a": None, "base": None, "b": None}, "base", 7.0)
     assert asked == [("base", "a", 7.0), ("base", "b", 7.0)]
     assert [(row["name"], row["ratio"], row["rounds"]) for row in rows] == [("base", 1.0, 4), ("a", 2.0, 2), ("b", 0.5, 2)]
@@ -210,26 +212,26 @@ def test_roles_have_colours():
 
 LEAVES_OUT = """
 import torch
-from krause_repro.timing import peak_beyond
+from krause_repro.timing import peak_memory_increase
 
 def call():
     working = torch.ones(16_000_000)  # 64 MB, of which half is returned
     return [working[:8_000_000].clone(), working[:1].clone()]
 
 torch.ones(10).clone()
-found = peak_beyond(call)
+found = peak_memory_increase(call)
 """
 
 
 @on_linux
 def test_peak_memory_leaves_out_what_is_returned():
-    "In a new process, as `peak_beyond` demands: this one holds memory that earlier tests have freed."
+    "In a new process, as `peak_memory_increase` demands: this one holds memory that earlier tests have freed."
     assert run_fresh(LEAVES_OUT) == pytest.approx(64_000_000, abs=3_000_000)
 
 
 @on_linux
 def test_a_view_counts_as_all_that_it_keeps():
-    assert peak_beyond(lambda: [torch.ones(16_000_000)[:10], torch.ones(10)]) < 3_000_000
+    assert peak_memory_increase(lambda: [torch.ones(16_000_000)[:10], torch.ones(10)]) < 3_000_000
 
 
 @on_linux
@@ -245,7 +247,7 @@ def test_peak_memory_in_a_fresh_process(monkeypatch):
 def test_peak_memory_is_unknown_elsewhere(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)
     monkeypatch.setattr(Path, "write_text", lambda self, text: (_ for _ in ()).throw(FileNotFoundError(self)))
-    assert peak_beyond(lambda: [torch.ones(3)]) is None and peak_memory([("sdpa", TINY)]) == [None] and peak_memory([]) == []
+    assert peak_memory_increase(lambda: [torch.ones(3)]) is None and peak_memory([("sdpa", TINY)]) == [None] and peak_memory([]) == []
 
 
 NUMBERS = st.floats(width=32, allow_nan=False)
@@ -311,7 +313,7 @@ def test_values_are_relative_within_a_case_and_pass():
 def test_a_contender_drops_out_of_longer_sequences_when_it_would_take_too_long(monkeypatch):
     speed = {BASELINE: lambda case: case.length**2, "dense reference": lambda case: 9 * case.length**2}
     monkeypatch.setattr(attention_benchmarks, "attention_calls", lambda case, step, names: {name: (name, case) for name in names})
-    monkeypatch.setattr(attention_benchmarks, "in_turns", lambda calls, budget: {
+    monkeypatch.setattr(attention_benchmarks, "interleave_within_budget", lambda calls, budget: {
         name: [float(speed.get(name, lambda case: case.length)(case))] for name, case in calls.values()})
     rows = bench_scaling(replace(COST, lengths=(1, 2, 4, 8), windows=(4, 8), window_length=1, limit=70.0))["rows"]
     reached = {name: [row["length"] for row in rows if (row["name"], row["sweep"], row["pass"]) == (name, "length", "forward")]
@@ -481,8 +483,8 @@ REFUSED = {
     "no contender": (lambda: interleave({}), "contenders is empty"),
     "no round": (lambda: interleave({"a": int}, rounds=0), "rounds must be an integer ≥ 1"),
     "negative warm-up": (lambda: interleave({"a": int}, warmup=-1), "warmup must be an integer ≥ 0"),
-    "no budget": (lambda: in_turns({"a": int}, 0), "budget must be a number > 0"),
-    "budget that is no number": (lambda: in_turns({"a": int}, float("nan")), "budget must be a number > 0"),
+    "no budget": (lambda: interleave_within_budget({"a": int}, 0), "budget must be a number > 0"),
+    "budget that is no number": (lambda: interleave_within_budget({"a": int}, float("nan")), "budget must be a number > 0"),
     "no time": (lambda: summarise_times([]), "times must be one or more finite numbers"),
     "NaN time": (lambda: compare({"a": [1.0], "b": [float("nan")]}, "a"), "times must be one or more finite numbers"),
     "unknown baseline": (lambda: compare({"a": [1.0]}, "b"), "baseline must be one of a, got 'b'"),

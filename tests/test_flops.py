@@ -22,13 +22,13 @@ from krause_repro.flops import (
     component_macs,
     count_models,
     count_row,
-    counted_macs,
-    counter_macs,
     language_mac_table,
     measured_macs,
+    ptflops_formula,
     ptflops_macs,
     swin_row,
     token_count,
+    torch_macs,
     try_entry_operations,
 )
 from krause_repro.recipes import COST, get_recipe
@@ -108,20 +108,20 @@ def test_the_formula_is_what_pytorchs_counter_sees(name):
 @over("projections", [True, False])
 @over("name", CONFIGS)
 def test_the_other_formula_is_what_ptflops_counts(name, projections):
-    assert sum(counter_macs(CONFIGS[name], projections).values()) == ptflops_macs(CONFIGS[name], projections)
+    assert sum(ptflops_formula(CONFIGS[name], projections).values()) == ptflops_macs(CONFIGS[name], projections)
 
 
 @pytest.mark.parametrize("score", ENTRY_OPERATIONS)
 def test_operations_for_each_entry_are_a_choice(score):
     config = tiny(attention_score=score)
-    one, five = (sum(counter_macs(config, per_entry=n).values()) for n in (1, 5))
+    one, five = (sum(ptflops_formula(config, per_entry=n).values()) for n in (1, 5))
     assert five - one == 4 * 2 * 2 * 100
-    assert sum(counter_macs(config).values()) == sum(counter_macs(config, per_entry=ENTRY_OPERATIONS[score]).values())
+    assert sum(ptflops_formula(config).values()) == sum(ptflops_formula(config, per_entry=ENTRY_OPERATIONS[score]).values())
 
 
 @pytest.mark.parametrize("config", [tiny(), tiny(**SOFTMAX)], ids=["krause", "softmax"])
 def test_without_projections_exactly_they_and_their_biases_are_missing(config):
-    missing = sum(counter_macs(config).values()) - sum(counter_macs(config, projections=False).values())
+    missing = sum(ptflops_formula(config).values()) - sum(ptflops_formula(config, projections=False).values())
     assert missing == 2 * 4 * 10 * 8 * (8 + 1)
 
 
@@ -129,7 +129,7 @@ def test_the_rule_for_softmax_is_the_counters_own():
     theirs = TorchvisionTransformer(6, 2, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=20, num_classes=5)
     count, _ = get_model_complexity_info(theirs, (3, 6, 6), as_strings=False, print_per_layer_stat=False)
     every_token_in_the_final_norm = 9 * 8
-    assert count == sum(counter_macs(tiny(norm="pre", **SOFTMAX)).values()) + every_token_in_the_final_norm
+    assert count == sum(ptflops_formula(tiny(norm="pre", **SOFTMAX)).values()) + every_token_in_the_final_norm
 
 
 def test_the_rows_of_three_tables_are_counted():
@@ -150,7 +150,7 @@ def test_the_row_that_does_not_come_out_is_short_by_a_little():
     row = count_row("vit_b16_rope/imagenet", measure=False)
     assert 9.0e6 < 17.615e9 - row["counter"]["with"] < 9.2e6
     rotary = [get_recipe(name) for name in COUNTED if name.startswith("vit_") and "_rope" in name]
-    three = [sum(counter_macs(recipe.config, per_entry=3).values()) for recipe in rotary]
+    three = [sum(ptflops_formula(recipe.config, per_entry=3).values()) for recipe in rotary]
     assert len(three) == 3 and all(as_printed(n, recipe.published["gflops_as_published"]) for n, recipe in zip(three, rotary, strict=True))
     # operations for each number of a query: enough for ImageNet are too many for CIFAR
     missing, large, small = 17.615e9 - row["counter"]["with"], 12 * 197 * 768, 12 * 65 * 768
@@ -165,7 +165,7 @@ def test_two_operations_for_each_entry_is_the_only_number_that_fits_but_not_the_
     for recipe in (get_recipe(name) for name in COUNTED if name.startswith("kvit")):
         config = recipe.config
         four_for_each_number = 4 * config.num_hidden_layers * token_count(config) * config.hidden_size
-        count = sum(counter_macs(config, projections=False, per_entry=1).values()) + four_for_each_number
+        count = sum(ptflops_formula(config, projections=False, per_entry=1).values()) + four_for_each_number
         assert as_printed(count, recipe.published["gflops_as_published"])
 
 
@@ -207,10 +207,10 @@ def test_swin_saves_by_its_padding_whatever_the_score(monkeypatch):
 
 def test_the_counter_counts_products_only():
     a, b = torch.ones(3, 4), torch.ones(4, 5)
-    assert counted_macs(lambda: (a @ b).softmax(-1) + 1)["Global"] == 60
+    assert torch_macs(lambda: (a @ b).softmax(-1) + 1)["Global"] == 60
 
 
-@over("count", [token_count, component_macs, measured_macs, counter_macs, ptflops_macs, attention_pairs])
+@over("count", [token_count, component_macs, measured_macs, ptflops_formula, ptflops_macs, attention_pairs])
 @over("config", [None, {"hidden_size": 8}, SwinClassifierConfig(), COST])
 def test_what_is_no_vision_transformer_is_refused(count, config):
     with pytest.raises(TypeError, match="config must be a VisionTransformerConfig, got"):
@@ -227,13 +227,13 @@ def test_what_is_no_row_of_the_tables_is_refused():
 @pytest.mark.parametrize("per_entry", [-1, 1.5, True])
 def test_operations_for_each_entry_are_an_integer(per_entry):
     with pytest.raises(ValueError, match="per_entry must be an integer ≥ 0, got"):
-        counter_macs(tiny(), True, per_entry)
+        ptflops_formula(tiny(), True, per_entry)
 
 
 def test_a_component_that_is_lost_is_an_error(monkeypatch):
     monkeypatch.setattr(flops, "_score_macs", lambda attention, tokens: 0)
     assert measured_macs(tiny())["weighted sum"] == 2 * component_macs(tiny())["weighted sum"]
-    monkeypatch.setattr(flops, "counted_macs", lambda call: {"Global": 7})
+    monkeypatch.setattr(flops, "torch_macs", lambda call: {"Global": 7})
     with pytest.raises(RuntimeError, match="the components have 0 multiply-accumulates, the model has 7"):
         measured_macs(tiny())
 
@@ -245,8 +245,8 @@ def test_a_model_that_ptflops_cannot_run_is_an_error(monkeypatch):
 
 
 def test_a_counter_that_comes_before_the_kernels_are_loaded_counts_them():
-    script = ("import torch\nfrom krause_repro.flops import counted_macs\nfrom krause_repro.native_decode import DecodeLinear\n"
-              "found = counted_macs(lambda: DecodeLinear(32, 8)(torch.zeros(1, 32)))['Global']")
+    script = ("import torch\nfrom krause_repro.flops import torch_macs\nfrom krause_repro.native_decode import DecodeLinear\n"
+              "found = torch_macs(lambda: DecodeLinear(32, 8)(torch.zeros(1, 32)))['Global']")
     assert run_fresh(script) == 32 * 8
 
 

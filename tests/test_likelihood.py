@@ -92,7 +92,7 @@ def test_what_cannot_be_counted_is_refused(images, options, message):
 # Tables of counts
 
 
-def by_hand(train, offsets, levels, strengths, tokens):
+def by_hand(train, offsets, levels, pseudo_counts, tokens):
     "The same probabilities, token by token, from dictionaries."
     def context(row, place, length):
         return tuple(row[place - offset] if place >= offset else levels for offset in offsets[:length])
@@ -109,9 +109,9 @@ def by_hand(train, offsets, levels, strengths, tokens):
 
     def probability(row, place):
         found = 1 / levels
-        for length, (counter, total, strength) in enumerate(zip(seen, totals, strengths, strict=True)):
+        for length, (counter, total, pseudo_count) in enumerate(zip(seen, totals, pseudo_counts, strict=True)):
             key = context(row, place, length)
-            found = (counter[key, row[place]] + strength * found) / (total[key] + strength)
+            found = (counter[key, row[place]] + pseudo_count * found) / (total[key] + pseudo_count)
         return found
 
     return torch.tensor([[probability(row, place) for place in range(len(row))] for row in tokens.tolist()], dtype=torch.float64)
@@ -125,9 +125,9 @@ OFFSETS = st.sampled_from([(), (1,), (1, 2), (3, 1), (2,), (9,)])
 def test_tables_equal_a_loop(offsets, levels, length, seed):
     generator = torch.Generator().manual_seed(seed)
     train, tokens = (torch.randint(levels, (count, length), generator=generator) for count in (6, 4))
-    strengths = tuple((0.5, 2.0, 7.0)[:len(offsets) + 1])
-    model = ContextModel(offsets, levels, tuple(count_levels(train, offsets[:n], levels) for n in range(len(offsets) + 1)), strengths)
-    want = by_hand(train, offsets, levels, strengths, tokens)
+    pseudo_counts = tuple((0.5, 2.0, 7.0)[:len(offsets) + 1])
+    model = ContextModel(offsets, levels, tuple(count_levels(train, offsets[:n], levels) for n in range(len(offsets) + 1)), pseudo_counts)
+    want = by_hand(train, offsets, levels, pseudo_counts, tokens)
     torch.testing.assert_close(model.probabilities(tokens), want, rtol=1e-12, atol=0)
     assert model.bits(tokens)["bits_per_dim_all"] == pytest.approx(-want.log2().mean().item())
     assert model.bits(tokens)["bits_per_dim"] == pytest.approx(-want[:, 1:].log2().mean().item())
@@ -150,9 +150,9 @@ def test_strengths_are_the_best_for_held_out_images_one_length_at_a_time():
     model = fit_context_model(train, held_out, (1,), 4, choices)
     for place in (0, 1):
         counts = model.counts[:place + 1]
-        bits = {s: ContextModel((1,), 4, counts, (*model.strengths[:place], s)).bits(held_out)["bits_per_dim_all"] for s in choices}
-        assert model.strengths[place] == min(bits, key=bits.get)
-    assert model.strengths[1] == 1000.0  # there is nothing to learn from a context of noise
+        bits = {s: ContextModel((1,), 4, counts, (*model.pseudo_counts[:place], s)).bits(held_out)["bits_per_dim_all"] for s in choices}
+        assert model.pseudo_counts[place] == min(bits, key=bits.get)
+    assert model.pseudo_counts[1] == 1000.0  # there is nothing to learn from a context of noise
 
 
 def test_bytes_are_tokens_as_well():
@@ -170,7 +170,8 @@ def test_a_place_before_the_image_is_a_context_of_its_own():
     ({"levels": 1}, "levels"), ({"offsets": (0,)}, "offsets"), ({"offsets": (1, 1)}, "different and few"),
     ({"offsets": (1, 2, 3), "levels": 256}, "different and few"), ({"train": torch.full((2, 3), 4)}, "levels 0…3, got 4…4"),
     ({"held_out": torch.zeros(2, 3)}, "tokens must be integers"), ({"train": torch.zeros(0, 3, dtype=torch.long)}, "N ≥ 1"),
-    ({"held_out": torch.zeros(2, 1, dtype=torch.long)}, "T ≥ 2"), ({"strengths": (0.0,)}, "strengths"), ({"strengths": ()}, "strengths"),
+    ({"held_out": torch.zeros(2, 1, dtype=torch.long)}, "T ≥ 2"), ({"pseudo_counts": (0.0,)}, "pseudo_counts"),
+    ({"pseudo_counts": ()}, "pseudo_counts"),
 ])
 def test_tables_that_cannot_be_are_refused(arguments, message):
     usual = {"train": torch.zeros(2, 3, dtype=torch.long), "held_out": torch.zeros(2, 3, dtype=torch.long), "offsets": (1,), "levels": 4}
