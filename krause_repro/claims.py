@@ -204,7 +204,7 @@ PART_TESTS = {"distance": "distance against dot product (without top-k)", "top-k
 
 
 def part_effects(root: Path | None = None):  # the project's folder
-    "On CIFAR-10, the planned difference that each part makes, by part; finished ones only. What each is called, and all results."
+    "On CIFAR-10, by part: the finished planned differences; their verdicts in words; all results."
     plan, results, found = planned_differences("cifar10", root)
     effects = {part: found[pair] for part, pair in PARTS.items() if found.get(pair)}
     return effects, {part: outcome(each, "helps", "harms", plan["smallest_difference"]) for part, each in effects.items()}, results

@@ -153,9 +153,9 @@ def summarise_sigma(
     return None if sigmas[0] is None else summarise_curves(sigmas)
 
 # %% ../nbs/41_evaluation.ipynb #7b1f0c22
-FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # kept of the seeds that were there first
+FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # taken from the earlier result
 MACHINES = ("versions", "device")  # of the runs; seeds may come from several machines
-MAY_LACK = ("corpus", "data")  # fields that runs of earlier versions lack; one result may have them alone
+MAY_LACK = ("corpus", "data")  # fields that runs of earlier versions lack; only one of the two results may have them
 OF_FILE = ("name", "profile", "commit", "dirty", "recipes")  # written anew with each file
 
 

@@ -198,7 +198,7 @@ def fine_tuned_models(
 def fine_tuning_table(
     models: dict[str, dict],  # of `fine_tuned_models`, on one data set
 ) -> str:  # Markdown
-    "Loss before training and where it was lowest, and what the trained model gets right; with baselines of multiple choice."
+    "Loss before training, lowest loss, token accuracy and multiple-choice accuracy, with multiple-choice baselines."
     def lowest(m):
         held_out = m["curves"]["held_out"]
         loss, step = min(zip(held_out["mean"], held_out["steps"], strict=True))

@@ -61,7 +61,7 @@ def _batch(path: Path, recipe: ImageGenerationRecipe) -> Tensor | None:
 
 
 def _saved_images(folder: Path, recipe: ImageGenerationRecipe) -> Tensor:
-    "Images of all complete batches before the first gap. A damaged file is a gap; files below the count are of other batch sizes."
+    "Images of all complete batches before the first gap. A damaged file is a gap; files left from another batch size are skipped."
     files = {int(path.stem[7:]): path for path in folder.glob("images-*.safetensors") if re.fullmatch("images-[0-9]{6,}", path.stem)}
     found, count = [torch.empty(0, dtype=torch.uint8)], 0
     for number, path in sorted(files.items()):

@@ -118,8 +118,8 @@ def parquet_files(
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
 
-def _is_begun(name: str, folder: Path) -> bool:
-    "Whether the original layout, IDX files, CIFAR's batches or folders of images, is there, if only in part."
+def _has_original_files(name: str, folder: Path) -> bool:
+    "Whether a folder holds at least part of the original layout: IDX files, CIFAR's batches, or folders of images."
     if name in IDX_FOLDERS:
         return any(_idx_file(folder, stem) for stem in FASHION_MNIST_FILES)
     if DATA[name].folders:
@@ -169,7 +169,7 @@ def _parquet_fit(name: str, folder: Path, split: str, paths: list[Path]) -> int:
 def _original_fit(name: str, folder: Path, split: str) -> int:
     "How whole a split is in its original layout."
     if DATA[name].folders:
-        return ALL if _is_begun(name, folder) else NONE
+        return ALL if _has_original_files(name, folder) else NONE
     try:
         place, meta = (folder / CIFAR[name].base_folder, [CIFAR[name].meta["filename"]]) if name in CIFAR else (folder, [])
         found = [_idx_file(place, stem) for stem in (*_published_files(name, split), *meta)]
@@ -193,12 +193,12 @@ def has_published_layout(
 ) -> bool:
     "Whether a folder holds the data set in its original layout, and no Parquet files that are more complete."
     published, hub = _fits(name, folder)
-    return _is_begun(name, folder) and published >= hub
+    return _has_original_files(name, folder) and published >= hub
 
 
 def _holds(name: str, folder: Path) -> bool:
-    "Whether a data set is there, if only in part or damaged; files that are those of another set are not, but in a folder of its name."
-    begun, named = _is_begun(name, folder), folder.parts[-2:] == Path(IDX_FOLDERS.get(name, "")).parts
+    "Whether a folder holds a data set, even partly or damaged. Files of another data set count only in a folder named for this one."
+    begun, named = _has_original_files(name, folder), folder.parts[-2:] == Path(IDX_FOLDERS.get(name, "")).parts
     lies = begun or any(parquet_files(name, folder, split) for split in ("train", "test"))
     return lies and (begun and (named or name not in IDX_FILES) or any(_fits(name, folder))
                      or not any(any(_fits(other, folder)) for other in (*IDX_FILES, *CIFAR)))
@@ -423,7 +423,7 @@ ARRANGEMENT = {  # as `arrangement` of all images computes it
     ("mnist", "train"): (0.0997, 0.1459, 0.1342, 0.1429, 0.0675, 0.0659),
     ("mnist", "test"): (0.1029, 0.1459, 0.1333, 0.1479, 0.0674, 0.0651),
 }
-ARRANGED_WITHIN = 0.0004  # rounding makes 0.00005, and CIFAR-10 mirrored, the least of the changes, at least 0.0009
+ARRANGED_WITHIN = 0.0004  # rounding contributes 0.00005; the smallest change to detect, mirrored CIFAR-10, at least 0.0009
 
 
 def arrangement(

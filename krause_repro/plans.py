@@ -135,7 +135,7 @@ def planned_results(
 def planned_experiment(
     recipe: str,  # key of `RECIPES`
     profile: str,  # "smoke", "desk" or "paper"
-) -> str | None:  # None for a recipe that has none, or whose place belongs to another data set under this profile
+) -> str | None:  # None if no plan has the recipe, or its folder holds another data set under this profile
     "Folder of the results of a recipe in a plan, or of a baseline that came later."
     if not (project_root() / "results" / "plans").is_dir():  # an installed package, not a clone, has none
         return None
@@ -210,7 +210,7 @@ def unplanned_differences(
 def unplanned_table(
     models: dict[str, dict],  # as of `unplanned_differences`
 ) -> str:  # Markdown
-    "Those differences with their seeds."
+    "`unplanned_differences` as a table, by seed, with uncorrected intervals."
     rows = [(label, ", ".join(f"{100 * value:+.2f}" for value in found["values"]), f"{100 * found['mean']:+.2f}",
              signed_interval(found["interval"])) for label, found in unplanned_differences(models).items()]
     return markdown_table(("difference", "points, by seed", "mean", "95% interval, not corrected"), rows)

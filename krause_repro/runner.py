@@ -337,10 +337,10 @@ def attempt(
     return skipped if because else run_page(page, output, *given)
 
 
-def finished(
+def wait_for_any(
     futures: Iterable[Future],  # not empty
 ) -> list[Future]:  # at least one
-    "Wait until some have finished. By polling: a signal that another thread receives does not end a wait of the main thread."
+    "Wait until some have finished. Polls, because a signal delivered to another thread does not interrupt `wait`."
     while not (done := [future for future in futures if future.done()]):
         time.sleep(0.05)
     return done
@@ -371,7 +371,7 @@ def run_pages(
                 because, output = failed_need(page.stem, failed), outputs / f"{page.stem}.ipynb"
                 running[pool.submit(attempt, page, because, output, parameters[page.stem], root, kernels)] = page
             bar.set_description_str(f"{done}/{len(pages)} {', '.join(page.stem for page in running.values())}")
-            for future in finished(running):
+            for future in wait_for_any(running):
                 page, record, done = running.pop(future), future.result(), done + 1
                 bar.update(weight[page.stem])
                 if record["status"] != "ok":

@@ -224,7 +224,7 @@ def masked_beyond_window(
     window: int,  # W
     length: int,  # tokens of a passage, T
 ) -> float:
-    "The same averaged over all queries, if those beyond the window give token 0 nothing."
+    "Mean attention on token 0 over all queries if those beyond the window give it none."
     return near * (window - 1) / (length - 1)
 
 
@@ -255,7 +255,7 @@ def sink_comparison(
     krause: dict,  # of the model with a branch
     recipe: SinkRecipe,
 ) -> dict[str, float | str]:
-    "Attention on token 0, means over layers, in the base model and beside it in the branch and the whole model, and the verdict on both."
+    "Attention on token 0 (means over layers) in the base model, the branch and the whole model, with verdicts on branch and model."
     past, window = base["uniform"]["past"], krause["uniform"]["window"]
     whole, base_near = (_over_layers(base, "softmax", name) for name in ("first_all", "first_near"))
     near, mixed = _over_layers(krause, "krause", "first_near"), _over_layers(krause, "mixed", "first_all")

@@ -132,7 +132,7 @@ def exceeds_noise(
     second: float,  # of the other model
     items: int,  # test items of each
 ) -> bool:
-    "Is the first model ahead by more than twice the binomial standard error of the difference, the models taken as independent?"
+    "Whether the first model leads by more than twice the binomial standard error of the difference, for independent models."
     error = sum(accuracy * (100 - accuracy) / items for accuracy in (first, second)) ** 0.5
     return first - second > 2 * error
 
