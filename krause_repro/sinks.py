@@ -426,7 +426,7 @@ def evaluate_text_sinks(
               for kind, quantities in found[0][0].items()}
     return {"sinks": summarise_sinks(joined), "uniform": {"support": found[0][1]}, "passages": len(tokens), **provenance(runs)}
 
-
+# %% ../nbs/49_sinks.ipynb #c3861074
 def text_sink_table(
     models: dict[str, dict],  # by recipe: "label", and a result of `evaluate_text_sinks` if measured
 ) -> str:  # Markdown

@@ -49,11 +49,6 @@ PARTS = {  # headings of the index, by the first digit of a page's number
     "5": "Measures, benchmarks, figures and the book", "6": "The experiments", "7": "The report", "8": "The command line",
 }
 TOOLS, EXPERIMENTS = "234578", "6"  # groups of pages whose exported code is folded, and whose code is
-MEANING = {
-    "smoke": "A smoke run trains tiny models from scratch to test every step; its numbers are meaningless.",
-    "desk": "A desk run uses real data and models that two CPU cores train in hours; they are smaller than the paper's.",
-    "paper": "A paper run uses the paper's settings where they are published; its numbers can be compared with the paper's.",
-}
 
 # %% ../nbs/59_website.ipynb #c40e7b15
 def folded(
@@ -301,6 +296,13 @@ def duration(
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+# %% ../nbs/59_website.ipynb #ec5802c3
+MEANING = {
+    "smoke": "A smoke run trains tiny models from scratch to test every step; its numbers are meaningless.",
+    "desk": "A desk run uses real data and models that two CPU cores train in hours; they are smaller than the paper's.",
+    "paper": "A paper run uses the paper's settings where they are published; its numbers can be compared with the paper's.",
+}
 
 # %% ../nbs/59_website.ipynb #d45b3486
 def site_facts(
