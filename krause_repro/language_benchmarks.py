@@ -35,9 +35,9 @@ from krause_repro.language_tasks import (
     ANLI_LABELS, CONTINUATION_TASKS, LANGUAGE_TASKS, ZERO_SHOT_TASKS, check_ifeval, check_language_tasks, evaluation_split, fixed_draws,
     import_lm_eval, language_items, language_overrides, task_config, task_file, task_prompt,
 )
+from .model_base import evaluating
 from .recipe_base import Allowed
 from .runs import Run
-from .sampling import evaluating
 from .statistics import finished_table, markdown_table, percent, summarise
 from .tasks import base_model, base_source
 from .transformers_attention import named_options

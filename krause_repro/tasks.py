@@ -321,7 +321,7 @@ class Task:
     files: tuple[str, ...]  # files of the model
     saver: Callable[[PreTrainedModel | PeftModel], Callable]  # from the initial model to a function that saves (model, path, weights)
     metric: str  # metric on held-out data
-    more_is_better: bool
+    greater_is_better: bool
     options: Callable[[Recipe, int], dict]  # `TrainingArguments` from the recipe and the steps per epoch
     collators: Callable[[Recipe, Splits, bool], tuple]  # for training and for evaluation
     measure: Callable[[EvalPrediction], dict] | None = None  # computes metrics from predictions; None: only the loss

@@ -257,7 +257,7 @@ def training_arguments(
     processes = check_process_batch(recipe)
     cuda, task = torch.cuda.is_available(), task_of(recipe)
     device = {name: option for name, option in device_options(recipe, cuda).items() if name != "channels_last"}
-    kept = {"load_best_model_at_end": True, "metric_for_best_model": task.metric, "greater_is_better": task.more_is_better}
+    kept = {"load_best_model_at_end": True, "metric_for_best_model": task.metric, "greater_is_better": task.greater_is_better}
     common = {
         "num_train_epochs": recipe.epochs, "per_device_train_batch_size": recipe.batch_size // processes, "learning_rate": recipe.lr,
         "weight_decay": recipe.weight_decay, "logging_strategy": "steps", "logging_nan_inf_filter": False, "seed": seed, "data_seed": seed,

@@ -46,8 +46,8 @@ FAULTS = [
     Fault("ring off by one", "return length - 1 - (length - 1 - slot) % window", "return length - 1 - (length - slot) % window",
           "ring_cache"),
     Fault("gate swapped", "return torch.lerp(krause, standard, share)", "return torch.lerp(standard, krause, share)", "llm_branch"),
-    Fault("gate starts the other way", "torch.tensor([math.log(start / (1 - start)), 0.0])",
-          "torch.tensor([0.0, math.log(start / (1 - start))])",
+    Fault("gate starts the other way", "torch.tensor([math.log(share / (1 - share)), 0.0])",
+          "torch.tensor([0.0, math.log(share / (1 - share))])",
           "llm_branch"),
     Fault("seed of the split ignored", "order = torch.randperm(total, generator=torch.Generator().manual_seed(SPLIT_SEED))\n    kept",
           "order = torch.randperm(total)\n    kept", "data"),
@@ -81,13 +81,13 @@ FAULTS = [
 ]
 
 
-def inject(project: Path, fault: Fault) -> None:
-    "Change the one place in the package that has the text of the fault. Raises `ValueError` if there is none, or more than one."
+def place_of(project: Path, fault: Fault) -> Path:
+    "The file of the package that has the text of the fault once. Raises `ValueError` if there is none, or more than one."
     places = [path for path in sorted((project / "krause_repro").rglob("*")) if path.suffix in (".py", ".h", ".cpp")
               and path.name != "_modidx.py" and fault.old in path.read_text(encoding="utf-8")]
     if len(places) != 1 or places[0].read_text(encoding="utf-8").count(fault.old) != 1:
         raise ValueError(f"{fault.name}: {fault.old!r} must be in the package once, found in {[path.name for path in places]}")
-    places[0].write_text(places[0].read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+    return places[0]
 
 
 def finds(source: Path, fault: Fault) -> str | None:
@@ -95,7 +95,8 @@ def finds(source: Path, fault: Fault) -> str | None:
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         project = Path(folder) / "project"
         shutil.copytree(source, project, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "_docs", "_proc", "__pycache__"))
-        inject(project, fault)
+        path = place_of(project, fault)
+        path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
         files = [f"tests/test_{stem}.py" for stem in fault.tests.split() if (project / f"tests/test_{stem}.py").is_file()]
         environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         if fault.name.startswith("C++"):  # the changed kernels are compiled into a cache of their own

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from mutations import FAULTS, place_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -269,3 +270,7 @@ def test_nothing_chooses_a_backend_that_hides_figures():
 def test_what_a_run_makes_is_ignored_by_git():
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
     assert {".venv*/", "runs/", "results/smoke/"} <= set(ignored)
+
+
+def test_every_fault_that_tests_must_find_still_has_its_place():
+    assert all(place_of(ROOT, fault).is_file() for fault in FAULTS)
