@@ -24,7 +24,7 @@ from krause_repro import corpus as corpora
 from krause_repro import tasks as training_tasks
 from krause_repro.attention import fused_attention
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
-from krause_repro.corpus import load_corpus, train_tokenizer
+from krause_repro.corpus import load_corpus, read_tokenizer, train_tokenizer
 from krause_repro.language_benchmarks import run_model
 from krause_repro.language_model import (
     MIXERS,
@@ -863,9 +863,11 @@ def text(tmp_path_factory):
     documents = [" ".join(f"the {i * j % 97} of {i}" for j in range(40)) for i in range(6000)]
     (folder / "files").mkdir()
     Dataset.from_dict({"text": documents}).to_parquet(folder / "files" / "000.parquet")
-    train_tokenizer(documents[:300], 300).save_pretrained(folder / "tokenizer")
+    spec = corpora.CORPORA["fineweb_edu"]
+    made = corpora._choose_tokenizer(corpora.TextSource(documents[:300], "text"), spec.weights, 300, None)  # with its training documents
+    corpora._save_tokenizer(folder, *made)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(corpora.CORPORA, "fineweb_edu", replace(corpora.CORPORA["fineweb_edu"], tokenizer=str(folder / "tokenizer")))
+        patch.setitem(corpora.CORPORA, "fineweb_edu", replace(spec, tokenizer=str(folder / "tokenizer")))
         yield load_corpus("fineweb_edu", source=folder / "files", folder=folder / "corpora")
 
 
@@ -885,6 +887,7 @@ def test_the_published_recipe_trains_is_resumed_evaluated_and_loaded_and_stops_a
     assert run.summary()["steps"] == 3 and run.summary()["bf16"] == (cpu_has_bf16() or torch.cuda.is_available())
     assert len(rates) == 3 and rates[0] == published.lr and result["curves"]["held_out"]["steps"] == [0, 1, 2, 3]
     assert 0 < result["bits_per_token"]["mean"] < result["held_out_bits"]["mean"] + 1 and result["test_blocks"] > 1
+    assert read_tokenizer(run.path)[1] == read_tokenizer(text.path / "tokenizer")[1] is not None
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path)
     assert tokenizer.pad_token_id == model.generation_config.pad_token_id == tokenizer.eos_token_id
     assert tokenizer.model_max_length == 1024 and torch.equal(model.head.weight, run.model().head.weight)
