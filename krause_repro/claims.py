@@ -566,20 +566,18 @@ def _published_means() -> str:
 
 def _judge_from_scratch(root):
     plan, results, planned = planned_differences("language_models", root)
-    found = {pair: each for pair, each in planned.items()
-             if pair[0].startswith("lm_krause_100m") and "krause" not in pair[1]}  # the published model and the paper's rivals
-    evidence = _compared(plan, found, TEXT_BITS, "{} − {}:".format)
-    if not found or not all(found.values()):
-        evidence.append(f"{finished_runs(results, plan['seeds'])}." if results else "No desk results yet.")
-        labels = {"lm_standard_100m/openstax": "softmax", "lm_krause_100m/openstax": "branch"}
-        bits = f"bits/token, {means_so_far(plan, results, TEXT_BITS, labels, 2)}"
-        if ngram := load_result("language_models/kneser_ney", "desk", root, missing_ok=True):
-            bits += f"; 5-gram {ngram['all']['bits_per_token']:.2f}"
-        evidence.append(f"On the test text, {bits}.")
-        return Finding(UNDECIDED, bits, tuple(evidence))
-    verdicts = [each["verdict"] for each in found.values()]
-    ours = f"fewer bits than {verdicts.count(HOLDS)} of {len(found)} rivals, 2M parameters"
-    return Finding(_of_pairs(verdicts), ours, tuple(evidence))
+    if not results:
+        return Finding(UNDECIDED, "not finished", ("No desk results yet.",))
+    names = {"krause": "softmax + Krause branch", "standard": "softmax", "standard_wide": "softmax with a wider MLP"}
+    labels = {f"lm_{mixer}_100m/openstax": label for mixer, label in names.items()}
+    found = {pair: each for pair, each in planned.items() if set(pair) <= set(labels)}  # the published model and the plan's rivals
+    evidence = _compared(plan, found, TEXT_BITS, lambda *pair: f"{' − '.join(map(labels.get, pair))}:")
+    bits = f"bits/token, {means_so_far(plan, results, TEXT_BITS, labels, 2)}"
+    if ngram := load_result("language_models/kneser_ney", "desk", root, missing_ok=True):
+        bits += f"; 5-gram {ngram['all']['bits_per_token']:.2f}"
+    done = found and all(found.values())
+    evidence += [*([] if done else [f"{finished_runs(results, plan['seeds'])}."]), f"On the test text, {bits}."]
+    return Finding(_of_pairs([each["verdict"] for each in found.values()]) if done else UNDECIDED, bits, tuple(evidence))
 
 CLAIMS["from_scratch"] = Claim("Better language models from scratch", _published_means, "64_language_modelling", _judge_from_scratch)
 

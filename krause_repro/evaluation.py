@@ -155,7 +155,7 @@ def summarise_sigma(
 # %% ../nbs/41_evaluation.ipynb #7b1f0c22
 FIRST_SEEDS = ("samples", "completions", "real", "stderr")  # taken from the earlier result
 MACHINES = ("versions", "device")  # of the runs; seeds may come from several machines
-MAY_LACK = ("corpus", "data")  # fields that runs of earlier versions lack; only one of the two results may have them
+MAY_LACK = ("corpus", "data", "perplexities")  # fields that earlier versions did not write; only one of the two results may have them
 OF_FILE = ("name", "profile", "commit", "dirty", "recipes")  # written anew with each file
 
 
@@ -179,6 +179,9 @@ def add_seeds(
         if top in MACHINES and isinstance(first, dict):
             first, second = {**second, **first}, {**first, **second}
             return {key: added(first[key], second[key], f"{place}.{key}") for key in second}
+        if isinstance(first, dict) and isinstance(second, dict):
+            first, second = ({key: value for key, value in one.items() if key in other or key not in MAY_LACK}
+                             for one, other in ((first, second), (second, first)))
         if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys() and name not in FIRST_SEEDS:
             counts = tuple(summary.get("n", len(of["seeds"])) for summary, of in ((first, earlier), (second, later)))
             made = {}

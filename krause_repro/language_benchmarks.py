@@ -510,6 +510,8 @@ def _over_seeds(scores):
     }
     if first["constant"]:
         found["constant"] = first["constant"]
+    if None not in (perplexities := [each.get("perplexity") for each in scores]):
+        found["perplexities"] = summarise(perplexities)
     if "phenomena" in first:
         found["phenomena"] = {name: summarise([each["phenomena"][name]["accuracy"] for each in scores]) | {"items": group["items"]}
                               for name, group in first["phenomena"].items()}

@@ -245,7 +245,7 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "a number or a list of objects": "macs",
     "a number or an object": "images",
     f"a number or {_SUMMARY}": "bits_per_dim bits_per_dim_all bits_per_token bits_per_byte",
-    "a number or an object with all_layers, a summary": "first_all first_near first_far",
+    f"a number or an object with all_layers, a summary or {_SUMMARY}": "first_all first_near first_far",
     "an object with all_layers, a summary": "first_is_most most most_later value_ratio",
     "a list of numbers": "values epochs positions milliseconds times radii mechanism.score mechanism.weights",
     "a list of different integers": "seeds",

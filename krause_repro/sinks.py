@@ -414,7 +414,7 @@ TEXT_PASSAGES = 32  # evenly spaced blocks of the test split
 def evaluate_text_sinks(
     runs: list[Run],  # of one recipe of a language model from scratch, one for each seed
     source: str | Path | None = None,  # the user's text or corpus
-) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support" of the first seed; and provenance
+) -> dict:  # "sinks" from `summarise_sinks` over the passages of all seeds; "uniform" on the "support" over seeds; and provenance
     "First-token attention of language models from scratch on passages of the test text. Raises `UserError` for a document mask."
     recipe = runs[0].recipe
     if recipe.document_mask:
@@ -424,7 +424,8 @@ def evaluate_text_sinks(
     found = [text_sink_profile(finished_model(run), tokens, recipe.window) for run in runs]
     joined = {kind: {name: torch.cat([profile[kind][name] for profile, _ in found], 1) for name in quantities}
               for kind, quantities in found[0][0].items()}
-    return {"sinks": summarise_sinks(joined), "uniform": {"support": found[0][1]}, "passages": len(tokens), **provenance(runs)}
+    flat = {name: summarise([each[name] for _, each in found]) for name in found[0][1]}  # of routing it depends on the centroids
+    return {"sinks": summarise_sinks(joined), "uniform": {"support": flat}, "passages": len(tokens), **provenance(runs)}
 
 # %% ../nbs/49_sinks.ipynb #c3861074
 def text_sink_table(
@@ -439,7 +440,8 @@ def text_sink_table(
             return
         for kind, quantities in m["sinks"].items():
             whole = {name: quantities[name]["all_layers"] for name in ("first_all", "first_near", "first_is_most", "most_later")}
-            flat = {name: f"{m['uniform']['support'][name]:.3f}" if len(m["sinks"]) == 1 else None for name in ("first_all", "first_near")}
+            support = m["uniform"]["support"] if len(m["sinks"]) == 1 else {}
+            flat = {name: f"{support[name]['mean']:.3f}" if support else None for name in ("first_all", "first_near")}
             label = m["label"] + (names[kind] if len(m["sinks"]) > 1 else "")
             near = decimals(whole["first_near"]), flat["first_near"]
             yield (label, len(m["seeds"]), decimals(whole["first_all"]), flat["first_all"], *near,

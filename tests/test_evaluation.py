@@ -571,6 +571,9 @@ def test_seeds_of_two_machines_are_one_result():
         assert add_seeds({**first, name: "a"}, second)[name] == add_seeds(first, {**second, name: "a"})[name] == "a"
         with pytest.raises(UserError, match=f"{name} must be the same for all seeds"):
             add_seeds({**first, name: "a"}, {**second, name: "b"})
+    plain, scored = ({"tasks": {"lambada": {"items": 2, **more}}} for more in ({}, {"perplexities": summarise([9.0])}))
+    for pair in ((first | plain, second | scored), (first | scored, second | plain)):
+        assert add_seeds(*pair)["tasks"] == plain["tasks"]  # an earlier version kept no perplexity: that of some seeds is none of all
     for pair in (({**first, "bits": 1}, second), (first, {**second, "bits": 1})):
         with pytest.raises(UserError, match="both results must have the same fields, but bits are only in one of them"):
             add_seeds(*pair)

@@ -19,12 +19,13 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, TrainerCallback, pipeline
 
-from krause_repro import cli, training
+from krause_repro import cli, sinks, training
 from krause_repro import corpus as corpora
 from krause_repro import tasks as training_tasks
 from krause_repro.attention import fused_attention
 from krause_repro.attention_patterns import Centroids, check_global_tokens, global_mask, routing_mask, routing_window
 from krause_repro.corpus import load_corpus, read_tokenizer, train_tokenizer
+from krause_repro.evaluation import add_seeds
 from krause_repro.language_benchmarks import run_model
 from krause_repro.language_model import (
     MIXERS,
@@ -683,6 +684,26 @@ def test_the_first_tokens_attention_is_the_maps_own_and_its_baseline_the_support
     share = (1 / torch.arange(2, 7)).sum().div(23).expand(23) if mixer in WINDOWED else share
     if share is not None:
         assert abs(uniform["first_all"] - share.mean().item()) < 1e-6
+
+
+def test_attention_of_routing_is_joined_over_seeds_whose_clusters_differ(monkeypatch):
+    models = [small("routing") for _ in range(2)]
+    with torch.no_grad():
+        for module in models[1].modules():
+            if isinstance(module, Centroids):
+                module.centroids.neg_()
+    ids = tokens(4, 24)
+    for name, value in (("run_corpus", lambda *_: SimpleNamespace(verified=lambda split: None)), ("TEXT_PASSAGES", 4),
+                        ("text_blocks_of", lambda *_: [{"input_ids": each} for each in ids]),
+                        ("finished_model", lambda run: models[run.seed]),
+                        ("provenance", lambda runs: {"seeds": [run.seed for run in runs]})):
+        monkeypatch.setattr(sinks, name, value)
+    runs = [SimpleNamespace(seed=seed, recipe=SimpleNamespace(document_mask=False, window=6)) for seed in (0, 1)]
+    first, second = (evaluate_text_sinks([run]) for run in runs)
+    flat = [each["uniform"]["support"]["first_all"]["mean"] for each in (first, second)]
+    assert flat[0] != flat[1]
+    assert add_seeds(first, second)["uniform"] == evaluate_text_sinks(runs)["uniform"] and flat == [
+        text_sink_profile(model, ids, 6)[1]["first_all"] for model in models]
 
 
 # Training

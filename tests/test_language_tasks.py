@@ -1085,6 +1085,8 @@ def test_a_base_model_and_a_run_are_scored_alike(monkeypatch, checkers, tiny, to
     direct = evaluate_language(tiny, tokenizer, asked["tasks"], "local", limit=2, max_gen_toks=4)
     assert {task: found["accuracies"]["values"] for task, found in base["tasks"].items()} == {
         task: [found["accuracy"]] for task, found in direct.items()}
+    assert {task: found["perplexities"]["values"] for task, found in base["tasks"].items() if "perplexities" in found} == {
+        "lambada": [direct["lambada"]["perplexity"]]}
     table = language_benchmarks.zero_shot_table({"base": {"label": "base model", **base}})
     assert "| chance | — | 0.00 | 50.00 | — |" in table and "IFEval, 2 items" in table and "most frequent" not in table
 
