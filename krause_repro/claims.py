@@ -568,11 +568,12 @@ def _judge_from_scratch(root):
     plan, results, planned = planned_differences("language_models", root)
     if not results:
         return Finding(UNDECIDED, "not finished", ("No desk results yet.",))
-    names = {"krause": "softmax + Krause branch", "standard": "softmax", "standard_wide": "softmax with a wider MLP"}
+    names = {"krause": "branch", "standard": "softmax", "standard_wide": "wider MLP"}
     labels = {f"lm_{mixer}_100m/openstax": label for mixer, label in names.items()}
     found = {pair: each for pair, each in planned.items() if set(pair) <= set(labels)}  # the published model and the plan's rivals
     evidence = _compared(plan, found, TEXT_BITS, lambda *pair: f"{' − '.join(map(labels.get, pair))}:")
-    bits = f"bits/token, {means_so_far(plan, results, TEXT_BITS, labels, 2)}"
+    trained = dict(list(labels.items())[:2])
+    bits = f"bits/token, {means_so_far(plan, results, TEXT_BITS, trained, 2)}"
     if ngram := load_result("language_models/kneser_ney", "desk", root, missing_ok=True):
         bits += f"; 5-gram {ngram['all']['bits_per_token']:.2f}"
     done = found and all(found.values())

@@ -262,7 +262,7 @@ FIELDS = {  # fields by type; `parent.field` where the name alone is ambiguous
     "an object or null": "letters frechet phenomena over_training",
     "named objects": "models surfaces bits sinks uniform quantities constant",
     "named lists of objects": "patience heads",
-    _SUMMARY: "token_loss held_out_bits seconds training_speed final.order final.clusters final.diameter final.closed",
+    _SUMMARY: "token_loss held_out_bits perplexities seconds training_speed final.order final.clusters final.diameter final.closed",
     "a summary in 0…1": "test_accuracy held_out_accuracy token_accuracy accuracies standard_accuracies",
     "a summary in 0…1 or null": "letter_accuracy",
     _CURVE: "train_loss validation_accuracy training held_out entropy head_diversity distance cosine residual effective_rank "
