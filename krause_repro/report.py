@@ -217,7 +217,7 @@ def related_measurement(
     if table == "lm_100m":
         scored = {name: m for name, m in zero_shot_results(profile, root).items() if "tasks" in m}
         found = {name: m | {"label": f"{m['label']}, {m['parameters']:,} parameters"} for name, m in scored.items()}
-        return f"our desk-size models, on random items of the same sets:\n\n{zero_shot_table(found)}" if found else None
+        return f"our desk-size models, on the same sets:\n\n{zero_shot_table(found)}" if found else None
     if table == "table19_llm_speed" and result_path("language_speed", profile, root).is_file():
         rows = load_result("language_speed", profile, root)["rows"]
         ratios = [row["speed_ratio"] for row in rows if (row["pass"], row["name"]) == ("decode", "Krause")]
@@ -399,7 +399,7 @@ def language_section(
     ngram = load_result("language_models/kneser_ney", "desk", root, missing_ok=True)
     return "\n\n".join([
         f"{finished_runs(models, plan['seeds'])}.", language_model_table(models, ngram, plan),
-        planned_table(models, plan, TEXT_BITS), _made(models), "Zero-shot accuracy by the paper's scoring, %, on random items:",
+        planned_table(models, plan, TEXT_BITS), _made(models), "Zero-shot accuracy by the paper's scoring, %:",
         zero_shot_table(zero_shot_results("desk", root)),
     ])
 
